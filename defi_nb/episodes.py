@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .spec import ACTION_DIM, VIEWS, Batch, DataSpec
@@ -39,16 +40,18 @@ class Window:
 @dataclass
 class Frames:
     "Recorded frames, one row per control step, and the annotated windows in them."
-    video:dict = field(repr=False) # view -> (N,H,W,3) uint8 array, RGB; may be a memmap, and {} when only encodings are read
-    action:np.ndarray|None = field(default=None, repr=False) # (N,7) float32 in [-1, 1], the action taken at each row; None for bare video
-    robot_obs:np.ndarray|None = field(default=None, repr=False) # (N,15) float32, CALVIN's robot_obs
-    scene_obs:np.ndarray|None = field(default=None, repr=False) # (N,24) float32, CALVIN's scene_obs
+    video:dict # view -> (N,H,W,3) uint8 array, RGB; may be a memmap, and {} when only encodings are read
+    action:np.ndarray|None = None # (N,7) float32 in [-1, 1], the action taken at each row; None for bare video
+    robot_obs:np.ndarray|None = None # (N,15) float32, CALVIN's robot_obs
+    scene_obs:np.ndarray|None = None # (N,24) float32, CALVIN's scene_obs
     segments:np.ndarray|None = None # (S,2) int64, rows of uninterrupted recordings, end inclusive
-    windows:list = field(default_factory=list, repr=False) # of `Window`
+    windows:list = field(default_factory=list) # of `Window`
 
     def __len__(self):
         arrays = [*self.video.values(), self.action, self.robot_obs, self.scene_obs]
         return max((len(a) for a in arrays if a is not None), default=0)
+
+    def __repr__(self): return f"Frames of {len(self)} rows, views {list(self.video)}, {len(self.windows)} windows"
 
 # %% ../nbs/10_episodes.ipynb #68bb7504
 def fake_frames(
@@ -66,7 +69,7 @@ def fake_frames(
         pictures[..., 2] = 200*i
         for n in rows: pictures[n, 4:8, n % image_size] = 255
     action = rng.uniform(-1, 1, (N,ACTION_DIM)).astype(np.float32)
-    action[:, -1] = np.where(np.arange(N) % length < length//2, 1, -1) # the hand closes half-way through a window
+    action[:, -1] = np.where(rows % length < length//2, 1, -1) # the hand closes half-way through a window
     starts = np.arange(0, N, length)
     windows = [Window(int(s), int(s)+length-1, t, t.replace("_", " "), "fake") for s,t in zip(starts, names)]
     return Frames(video, action, rng.normal(size=(N,15)).astype(np.float32), rng.normal(size=(N,24)).astype(np.float32),
@@ -78,12 +81,13 @@ def check_frames(
     name:str="the recording", # what error messages call it
 )->Frames: # the same store
     "Raise `ValueError` naming what is wrong with a store, if something is."
-    N, (H, W) = len(frames), next((v.shape[1:3] for v in frames.video.values()), (0,0))
+    N = len(frames)
     expected = dict(action=(N,ACTION_DIM), robot_obs=(N,15), scene_obs=(N,24))
     if N == 0: raise ValueError(f"{name} has no frames: record or download it again")
     for view,v in frames.video.items():
         if len(v) != N or v.ndim != 4 or v.shape[-1] != 3 or v.dtype != np.uint8:
-            raise ValueError(f"{name}: view {view!r} has shape {tuple(v.shape)} and type {v.dtype}; expected ({N},H,W,3) uint8")
+            raise ValueError(f"{name}: view {view!r} has shape {tuple(v.shape)} and type {v.dtype}; "
+                             f"expected ({N},H,W,3) uint8")
     for key,shape in expected.items():
         a = getattr(frames, key)
         if a is not None and a.shape != shape: raise ValueError(f"{name}: {key} has shape {a.shape}; expected {shape}")
@@ -102,14 +106,18 @@ class Rows:
         self.parts, self.ends = parts, np.cumsum([len(p) for p in parts])
         self.shape, self.dtype, self.ndim = (int(self.ends[-1]), *parts[0].shape[1:]), parts[0].dtype, parts[0].ndim
         if any(p.shape[1:] != self.shape[1:] for p in parts):
-            raise ValueError(f"rows of shapes {[p.shape[1:] for p in parts]} cannot be read as one: bring them to one size first")
+            raise ValueError(f"rows of shapes {[p.shape[1:] for p in parts]} cannot be read as one: "
+                             "bring them to one size first")
 
     def __len__(self): return self.shape[0]
 
     def __getitem__(self, rows): # int, slice or integer array of any shape
         rows = np.arange(len(self))[rows]
-        out, part = np.empty((*rows.shape, *self.shape[1:]), self.dtype), np.searchsorted(self.ends, rows, side="right")
-        for i in np.unique(part): out[part == i] = self.parts[i][rows[part == i] - (self.ends[i] - len(self.parts[i]))]
+        out = np.empty((*rows.shape, *self.shape[1:]), self.dtype)
+        part = np.searchsorted(self.ends, rows, side="right")
+        for i in np.unique(part):
+            start = self.ends[i] - len(self.parts[i])
+            out[part == i] = self.parts[i][rows[part == i] - start]
         return out
 
     def __array__(self, dtype=None, copy=None): return np.asarray(self[:], dtype=dtype)
@@ -120,15 +128,17 @@ def concat_frames(
 )->Frames: # rows in the order given
     "One store of several; a field that one of them lacks is None."
     if not stores: raise ValueError("no recordings to join: give at least one `Frames`")
-    if len({tuple(s.video) for s in stores}) > 1: raise ValueError(f"stores of views {[tuple(s.video) for s in stores]} do not go together")
+    if len({tuple(s.video) for s in stores}) > 1:
+        raise ValueError(f"stores of views {[tuple(s.video) for s in stores]} do not go together")
     shifts = np.cumsum([0] + [len(s) for s in stores])
-    def join(key, move=False):
+    def join(key, shift=False):
         parts = [getattr(s, key) for s in stores]
         if any(p is None for p in parts): return None
-        return np.concatenate([p + n if move else p for p,n in zip(parts, shifts)])
-    windows = [replace(w, start=w.start+int(n), end=w.end+int(n)) for s,n in zip(stores, shifts) for w in s.windows]
+        return np.concatenate([p + n if shift else p for p,n in zip(parts, shifts)])
+    move = lambda w, n: replace(w, start=w.start+int(n), end=w.end+int(n))
+    windows = [move(w, n) for s,n in zip(stores, shifts) for w in s.windows]
     video = {v: Rows([s.video[v] for s in stores]) for v in stores[0].video}
-    return Frames(video, join("action"), join("robot_obs"), join("scene_obs"), join("segments", move=True), windows)
+    return Frames(video, join("action"), join("robot_obs"), join("scene_obs"), join("segments", shift=True), windows)
 
 # %% ../nbs/10_episodes.ipynb #32455f14
 def _ranked(windows, seed):
@@ -144,7 +154,7 @@ def take_fraction(
 )->list: # of `Window`, at least one a task, in the order given
     "A deterministic share of the windows of every task; a smaller share is part of a larger one."
     if not 0 < data_frac <= 1:
-        raise ValueError(f"data_frac is {data_frac}; it is a share of the demonstrations above 0 and up to 1, such as 0.1")
+        raise ValueError(f"data_frac is {data_frac}; it is a share of the demonstrations, above 0 and up to 1")
     keep = {i for ranked in _ranked(windows, seed).values() for i in ranked[:max(1, round(data_frac*len(ranked)))]}
     return [w for i,w in enumerate(windows) if i in keep]
 
@@ -155,9 +165,11 @@ def split_windows(
     seed:int=0, # of the ranking
 )->tuple: # (training windows, held-out windows)
     "Hold out whole windows of every task that has at least two."
-    if not 0 <= val_frac < 1: raise ValueError(f"val_frac is {val_frac}; it is a share of the windows, at least 0 and below 1")
+    if not 0 <= val_frac < 1:
+        raise ValueError(f"val_frac is {val_frac}; it is a share of the windows, at least 0 and below 1")
     share = lambda n: min(n - 1, max(1, round(val_frac*n))) if val_frac else 0
-    held = {i for ranked in _ranked(windows, seed + 1).values() for i in ranked[:share(len(ranked))]} # + 1: not the ranking of data_frac
+    ranks = _ranked(windows, seed + 1).values() # + 1: another ranking than that of data_frac
+    held = {i for ranked in ranks for i in ranked[:share(len(ranked))]}
     return [w for i,w in enumerate(windows) if i not in held], [w for i,w in enumerate(windows) if i in held]
 
 # %% ../nbs/10_episodes.ipynb #2d599c50
@@ -196,6 +208,23 @@ def _to_bvt(x_btv):
     "Float (B,V,T,...) tensor of a (B,T,V,...) array."
     return torch.from_numpy(np.asarray(x_btv, np.float32)).transpose(1, 2)
 
+def _check_samples(ds, stride, min_left):
+    "Raise `ValueError` if there is nothing to sample or an array does not fit the store."
+    if stride < 1 or ds.offsets.min() < 0:
+        raise ValueError(f"stride is {stride} and the offsets are {ds.offsets}; they must be at least 1 and 0")
+    if not len(ds):
+        raise ValueError(f"no samples: {len(ds.windows)} windows, none of more than min_left = {min_left} rows")
+    if missing := [v for v in ds.views if ds.video and v not in ds.frames.video]:
+        raise ValueError(f"the recording has no view {missing}; it has {list(ds.frames.video)}")
+    if ds.chunk and ds.frames.action is None:
+        raise ValueError(f"chunk is {ds.chunk}, but this recording has no actions: use chunk=0")
+    sizes = {**dict.fromkeys(ds.arrays, len(ds.frames)), **dict.fromkeys(ds.sample_arrays, len(ds.anchors))}
+    for name,a in {**ds.arrays, **ds.sample_arrays}.items():
+        if name not in {f.name for f in fields(Batch)}: raise ValueError(f"Batch has no field {name!r}")
+        if len(a) != sizes[name]:
+            raise ValueError(f"{name} has {len(a)} entries for {sizes[name]} rows or samples: make its cache again")
+
+# %% ../nbs/10_episodes.ipynb #dace6c87
 class WindowDataset:
     "Samples of windows; `ds[indices]` is a `Batch`."
     def __init__(self,
@@ -210,24 +239,12 @@ class WindowDataset:
         arrays:dict=None, # field of `Batch` -> (N,V,...) array, one entry a row of the store
         sample_arrays:dict=None, # field of `Batch` -> (S,...) array, one entry a sample of this dataset
     ):
-        self.frames, self.windows, self.offsets, self.chunk, self.views = frames, list(windows), np.asarray(offsets), chunk, views
-        self.video, self.arrays, self.sample_arrays = video, arrays or {}, sample_arrays or {}
+        self.frames, self.windows, self.views, self.chunk, self.video = frames, list(windows), views, chunk, video
+        self.offsets, self.arrays, self.sample_arrays = np.asarray(offsets), arrays or {}, sample_arrays or {}
         self.anchors = _anchors(self.windows, stride, min_left)
         self.index = np.arange(len(self.anchors)) # which of the anchors are samples: all, until `select`
         self.ends = np.array([w.end for w in self.windows])
-        self._check(stride, min_left)
-
-    def _check(self, stride, min_left):
-        "Raise `ValueError` if there is nothing to sample or an array does not fit the store."
-        if stride < 1 or self.offsets.min() < 0: raise ValueError(f"stride is {stride} and the offsets are {self.offsets}; they must be at least 1 and 0")
-        if not len(self): raise ValueError(f"no samples: {len(self.windows)} windows, none of more than min_left = {min_left} rows")
-        if missing := [v for v in self.views if self.video and v not in self.frames.video]:
-            raise ValueError(f"the recording has no view {missing}; it has {list(self.frames.video)}")
-        if self.chunk and self.frames.action is None: raise ValueError(f"chunk is {self.chunk}, but this recording has no actions: use chunk=0")
-        sizes = {**dict.fromkeys(self.arrays, len(self.frames)), **dict.fromkeys(self.sample_arrays, len(self.anchors))}
-        for name,a in {**self.arrays, **self.sample_arrays}.items():
-            if name not in {f.name for f in fields(Batch)}: raise ValueError(f"Batch has no field {name!r}")
-            if len(a) != sizes[name]: raise ValueError(f"{name} has {len(a)} entries for {sizes[name]} rows or samples: make its cache again")
+        _check_samples(self, stride, min_left)
 
     def __len__(self): return len(self.index)
 
@@ -235,32 +252,45 @@ class WindowDataset:
         i = np.atleast_1d(self.index[indices if isinstance(indices, slice) else np.asarray(indices)])
         which, t = self.anchors[i].T
         rows = np.minimum(t[:,None] + self.offsets, self.ends[which][:,None])
+        floats = lambda a: torch.from_numpy(np.asarray(a, np.float32))
         out = {name: _to_bvt(a[rows]) for name,a in self.arrays.items()}
-        out |= {name: torch.from_numpy(np.asarray(a[i], np.float32)) for name,a in self.sample_arrays.items()}
-        if self.video: out["video"] = self._pictures(rows)
-        if self.chunk: out["action"] = torch.from_numpy(self._actions(t, self.ends[which]))
-        if self.frames.robot_obs is not None: out["proprio"] = torch.from_numpy(np.asarray(self.frames.robot_obs[t], np.float32))
+        out |= {name: floats(a[i]) for name,a in self.sample_arrays.items()}
+        if self.video: out["video"] = self.pictures(rows)
+        if self.chunk: out["action"] = self.actions(t, self.ends[which])
+        if self.frames.robot_obs is not None: out["proprio"] = floats(self.frames.robot_obs[t])
         return Batch(text=[self.windows[w].text for w in which], **out)
 
-    def _pictures(self, rows):
-        "(B,V,T,3,H,W) uint8 pictures of (B,T) rows."
-        x_vbthwc = np.stack([self.frames.video[v][rows] for v in self.views])
-        return torch.from_numpy(np.ascontiguousarray(x_vbthwc.transpose(1,0,2,5,3,4)))
+# %% ../nbs/10_episodes.ipynb #5935bc31
+@patch
+def pictures(self:WindowDataset,
+    rows:np.ndarray, # (B,T) rows of the store
+)->torch.Tensor: # (B,V,T,3,H,W) uint8
+    "The pictures of some rows."
+    x_vbthwc = np.stack([self.frames.video[v][rows] for v in self.views])
+    return torch.from_numpy(np.ascontiguousarray(x_vbthwc.transpose(1,0,2,5,3,4)))
 
-    def _actions(self, t, end):
-        "(B,K,7) actions from rows `t` on, at rest past row `end`."
-        rows = t[:,None] + np.arange(self.chunk)
-        action = np.asarray(self.frames.action[np.minimum(rows, end[:,None])], np.float32)
-        action[..., :-1] *= (rows <= end[:,None])[..., None]
-        return action
+@patch
+def actions(self:WindowDataset,
+    t:np.ndarray, # (B,) first rows
+    end:np.ndarray, # (B,) last rows with an action
+)->torch.Tensor: # (B,K,7) float32
+    "The actions from rows `t` on, at rest past `end`."
+    rows = t[:,None] + np.arange(self.chunk)
+    action = np.asarray(self.frames.action[np.minimum(rows, end[:,None])], np.float32)
+    action[..., :-1] *= (rows <= end[:,None])[..., None]
+    return torch.from_numpy(action)
 
-    def select(self, windows:list): # some of this dataset's windows
-        "The samples of some of the windows; per-sample arrays go with them."
-        keep = set(windows)
-        if missing := keep - set(self.windows): raise ValueError(f"{len(missing)} windows are not in this dataset, such as {next(iter(missing))}")
-        chosen, ds = np.array([w in keep for w in self.windows]), copy(self)
-        ds.index = self.index[chosen[self.anchors[self.index, 0]]]
-        return ds
+@patch
+def select(self:WindowDataset,
+    windows:list, # some of this dataset's windows
+)->WindowDataset: # a view; nothing is copied
+    "The samples of some of the windows; per-sample arrays go with them."
+    keep = set(windows)
+    if missing := keep - set(self.windows):
+        raise ValueError(f"{len(missing)} windows are not in this dataset, such as {next(iter(missing))}")
+    chosen, ds = np.array([w in keep for w in self.windows]), copy(self)
+    ds.index = self.index[chosen[self.anchors[self.index, 0]]]
+    return ds
 
 # %% ../nbs/10_episodes.ipynb #73beb85f
 def cache_rows(
@@ -272,13 +302,13 @@ def cache_rows(
     n_workers:int=1, # threads; 1 leaves torch's own threading as it is
     dtype=np.float16, # of the file
 )->np.ndarray: # (n,...) read-only memmap
-    "The rows that `compute` gives, from a file that is made when missing, finished when half made, and made again when stale."
+    "The rows that `compute` gives, from a file: made when missing, finished when half made, made again when stale."
     path = Path(path)
     part, journal = path.with_name(path.name + ".part"), path.with_name(path.name + ".json")
     identity = json.loads(json.dumps(dict(identity=identity, rows=n, dtype=np.dtype(dtype).name)))
     found = _read_journal(journal)
-    if found and found["identity"] != identity: print(f"{path.name} was made from other data or another encoder: making it again")
     if not found or found["identity"] != identity:
+        if found: print(f"{path.name} was made from other data or another encoder: making it again")
         path.unlink(missing_ok=True); part.unlink(missing_ok=True)
         found = dict(identity=identity, done=0)
     if (whole := _open_whole(path)) is not None: return whole
@@ -345,7 +375,8 @@ def frames_identity(
         if a is not None: digest.update(np.ascontiguousarray(a).tobytes())
     some = np.unique(np.linspace(0, max(len(frames) - 1, 0), 64).astype(int))
     for v in frames.video.values(): digest.update(np.ascontiguousarray(v[some]).tobytes())
-    return dict(rows=len(frames), views={k: list(v.shape[1:]) for k,v in frames.video.items()}, digest=digest.hexdigest()[:16])
+    views = {k: list(v.shape[1:]) for k,v in frames.video.items()}
+    return dict(rows=len(frames), views=views, digest=digest.hexdigest()[:16])
 
 def encode_frames(
     frames:Frames, # the store, with its video
@@ -357,10 +388,12 @@ def encode_frames(
     views:tuple=VIEWS, # cameras, in the order of axis V
 )->np.ndarray: # (N,V,...) float16 memmap
     "The encodings of every picture, made once."
-    if missing := [v for v in views if v not in frames.video]: raise ValueError(f"the recording has no view {missing}; it has {list(frames.video)}")
+    if missing := [v for v in views if v not in frames.video]:
+        raise ValueError(f"the recording has no view {missing}; it has {list(frames.video)}")
     @torch.inference_mode()
     def compute(lo, hi):
         x_nvhwc = np.stack([frames.video[v][lo:hi] for v in views], 1)
         x = encode(torch.from_numpy(x_nvhwc).flatten(0, 1).permute(0,3,1,2).contiguous())
         return x.unflatten(0, (hi - lo, len(views)))
-    return cache_rows(path, len(frames), compute, dict(encoder=identity, data=frames_identity(frames)), batch_size, n_workers)
+    identity = dict(encoder=identity, data=frames_identity(frames))
+    return cache_rows(path, len(frames), compute, identity, batch_size, n_workers)
