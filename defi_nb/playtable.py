@@ -109,7 +109,7 @@ class Cameras:
         self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_100)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
         self.context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
-        weakref.finalize(self, self._free, self.gl, self.context).atexit = False # the end of the process frees them anyway
+        weakref.finalize(self, self._free, self.gl, self.context, sys.is_finalizing).atexit = False
         self.view, self.option, self.camera = mujoco.MjvScene(self.model, maxgeom=200), mujoco.MjvOption(), mujoco.MjvCamera()
         self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         for flag in ("SHADOW", "REFLECTION", "HAZE"): self.view.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{flag}")] = False
@@ -122,8 +122,9 @@ class Cameras:
         return found
 
     @staticmethod
-    def _free(gl, context):
+    def _free(gl, context, at_end):
         "Free both. MuJoCo frees its objects in whichever OpenGL context is current, so it must be this one."
+        if at_end(): return # the process ends: OpenGL may be gone already
         gl.make_current()
         context.free()
         gl.free()
@@ -175,12 +176,11 @@ class ArmIK:
         self,
         model, # mujoco.MjModel whose first seven joints are the arm's
         damping:float=.03, # of the least squares
-        rest_gain:float=.15, # share of the way home in the null space, per call
-        iterations:int=12, # at most
-        tolerance:float=1e-5, # of position in metres and of rotation in radians
+        rest_gain:float=.15, # share of the way home in the null space, per iteration
+        iterations:int=4, # per call
     ):
         self.model, self.data, self.damping = model, mujoco.MjData(model), damping**2*np.eye(6)
-        self.rest_gain, self.iterations, self.tolerance, self.home = rest_gain, iterations, tolerance, np.array(HOME_QPOS)
+        self.rest_gain, self.iterations, self.home = rest_gain, iterations, np.array(HOME_QPOS)
         self.site, (self.low, self.high) = model.site("tcp").id, model.jnt_range[:7].T.copy()
         self.jacobian, self.at, self.turn = np.zeros((6, model.nv)), self.data.site_xpos[self.site], self.data.site_xmat[self.site]
 
@@ -190,31 +190,32 @@ class ArmIK:
         mujoco.mj_kinematics(self.model, self.data)
         return self.at.copy(), self.turn.reshape(3, 3).copy()
 
-    def solve(self, start, position, rotation): # (7,) joint angles, (3,) metres, (3,3)
-        "Joint angles (7,) that bring the tool to a pose, or as near as they can."
-        q, rest = np.array(start), self.rest_gain*(self.home - start)
+    def solve(self, start, position, rotation, reach=np.inf): # (7,) joint angles, (3,) metres, (3,3), radians from the start
+        "Joint angles (7,) that bring the tool to a pose, or as near as their range and `reach` allow."
+        q = np.array(start)
+        low, high = np.maximum(self.low, start - reach), np.minimum(self.high, start + reach)
         for _ in range(self.iterations):
             error = self._error(q, position, rotation)
-            if np.abs(error).max() < self.tolerance: break
             mujoco.mj_comPos(self.model, self.data)
             mujoco.mj_jacSite(self.model, self.data, self.jacobian[:3], self.jacobian[3:], self.site)
-            q, rest = self._bounded(self.jacobian[:, :7].copy(), error, q, rest), np.zeros(7)
+            q = self._bounded(self.jacobian[:, :7].copy(), error, q, low, high)
         return q
 
-    def _bounded(self, jacobian, error, q, rest):
-        "One update within the joints' ranges."
-        goal = q + self._update(jacobian, error, rest)
-        outside = (goal < self.low) | (goal > self.high)
+    def _bounded(self, jacobian, error, q, low, high):
+        "One update between bounds; joints that would pass theirs stop there, and the others make up for it."
+        goal = q + self._update(jacobian, error, q)
+        outside = (goal < low) | (goal > high)
         if outside.any():
-            stop = goal.clip(self.low, self.high)[outside] - q[outside]
+            stop = goal.clip(low, high)[outside] - q[outside]
             error = error - jacobian[:, outside] @ stop
             jacobian[:, outside] = 0
-            goal = q + self._update(jacobian, error, rest)
+            goal = q + self._update(jacobian, error, q)
             goal[outside] = q[outside] + stop
-        return goal.clip(self.low, self.high)
+        return goal.clip(low, high)
 
-    def _update(self, jacobian, error, rest):
+    def _update(self, jacobian, error, q):
         "Damped least squares and the pull home in the null space."
+        rest = self.rest_gain*(self.home - q)
         pull = np.linalg.solve(jacobian @ jacobian.T + self.damping, error - jacobian @ rest)
         return (jacobian.T @ pull + rest).clip(-.3, .3)
 
@@ -319,7 +320,7 @@ class PlayTable:
                 move = values.clip(-1, 1)
                 self.target_pos, self.target_orn = self.target_pos + move[:3]*POSITION_UNIT, self.target_orn + move[3:]*ROTATION_UNIT
             else: self.target_pos, self.target_orn = values[:3].copy(), values[3:].copy()
-            wanted = self.ik.solve(self.joint_target, self.target_pos, euler_to_matrix(self.target_orn))
+            wanted = self.ik.solve(self.joint_target, self.target_pos, euler_to_matrix(self.target_orn), MAX_JOINT_STEP)
         self._follow((wanted - self.joint_target).clip(-MAX_JOINT_STEP, MAX_JOINT_STEP))
         self._update_lights()
         return self.get_obs(), 0., False, self.get_info()
