@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['attend', 'split_heads', 'merge_heads', 'Attention', 'sincos', 'group_tokens', 'feed_forward', 'SpaceTimeBlock',
            'SpaceBlock', 'FrameResampler', 'FrameMixer', 'VideoFormer', 'BiasedAttention', 'BiaslessMLP',
-           'ContextBlock', 'AdaLN', 'ModulatedBlock', 'Sinusoid', 'sigma_embedding', 'frozen', 'leave_out']
+           'ContextBlock', 'AdaLN', 'ModulatedBlock', 'Sinusoid', 'sigma_embedding']
 
 # %% ../nbs/02_layers.ipynb #bb7766aa
 import math
@@ -316,23 +316,3 @@ def sigma_embedding(
 )->nn.Module: # (B,) -> (B,D)
     "The network that embeds c_noise = ln(sigma)/4."
     return nn.Sequential(Sinusoid(dim), nn.Linear(dim, 2*dim), nn.Mish(), nn.Linear(2*dim, dim))
-
-# %% ../nbs/02_layers.ipynb #9bdabe50
-def frozen(
-    module:nn.Module, # to be frozen
-)->nn.Module: # the same module
-    "Switch off gradients and put the module in evaluation mode."
-    return module.requires_grad_(False).eval()
-
-def leave_out(
-    module:nn.Module, # whose checkpoints should be without them
-    *names:str, # dotted names of submodules of `module`
-)->None:
-    "Keep submodules out of a module's state dict."
-    prefixes = tuple(f"{name}." for name in names)
-    def drop(module, state, prefix, metadata):
-        for key in [k for k in state if k.removeprefix(prefix).startswith(prefixes) and k.startswith(prefix)]: del state[key]
-    def forgive(module, keys):
-        keys.missing_keys[:] = [k for k in keys.missing_keys if not any(f".{p}" in f".{k}" for p in prefixes)]
-    module.register_state_dict_post_hook(drop)
-    module.register_load_state_dict_post_hook(forgive)
