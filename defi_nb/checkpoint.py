@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'plain_config', 'preset_name', 'restore_config', 'differing_fields', 'split_tensors', 'join_tensors',
-           'recover', 'model_state', 'git_commit', 'save_checkpoint', 'read_config', 'load_state', 'load_checkpoint']
+           'recover', 'model_state', 'git_commit', 'save_checkpoint', 'has_checkpoint', 'read_config', 'load_state',
+           'load_checkpoint']
 
 # %% ../nbs/30_checkpoint.ipynb #6d6d3e74
 import json
@@ -171,6 +172,13 @@ def save_checkpoint(
 
 # %% ../nbs/30_checkpoint.ipynb #7a14db84
 _AGAIN = "copy the checkpoint again, or delete its folder and train again" # the remedy for a damaged one
+
+def has_checkpoint(
+    folder, # where one may be
+)->bool: # whether there is one
+    "Whether a folder holds a checkpoint; a save that was interrupted after its commit is finished first."
+    recover(folder)
+    return (Path(folder)/"config.json").is_file()
 
 def read_config(
     folder, # of a checkpoint
