@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARM_DIMS', 'PROTOCOL', 'action_error', 'psnr', 'ssim', 'chain_rates', 'wilson', 'mean_interval', 'task_table',
-           'check_row', 'write_row', 'read_row', 'EvalResult', 'markdown_table', 'ResultTable', 'task_markdown',
-           'show_rates', 'Comparison', 'compare']
+           'check_row', 'write_whole', 'write_row', 'read_row', 'EvalResult', 'markdown_table', 'ResultTable',
+           'task_markdown', 'show_rates', 'Comparison', 'compare']
 
 # %% ../nbs/32_metrics.ipynb #4d45bf0f
 import json
@@ -145,17 +145,24 @@ def check_row(
     return row
 
 # %% ../nbs/32_metrics.ipynb #b2e37f4e
-def write_row(
-    row:dict, # of a result
-    path, # of the JSON file
+def write_whole(
+    path, # of the file; its folder is made
+    text:str, # its new content
 )->Path: # the same path
-    "Check a row and write it in one go: whoever reads the file sees the whole row or none."
-    text, path = json.dumps(check_row(row), indent=1, allow_nan=False), Path(path)
+    "Write a file in one go: whoever reads it, or kills the writer, finds the old or the new content, never half of it."
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     partial.write_text(text)
     os.replace(partial, path)
     return path
+
+def write_row(
+    row:dict, # of a result
+    path, # of the JSON file
+)->Path: # the same path
+    "Check a row and write it."
+    return write_whole(path, json.dumps(check_row(row), indent=1, allow_nan=False))
 
 def read_row(
     path, # of the JSON file
@@ -175,7 +182,7 @@ class EvalResult:
     tasks:dict # task -> {"attempts", "successes"}, see `task_table`
     checkpoint:str = "" # identity of the weights, empty where there are none
     version:str = __version__ # of this package
-    seconds:float = 0. # wall time of the evaluation
+    seconds:float = 0. # spent playing, summed over processes
     notes:dict = field(default_factory=dict) # anything else worth keeping, JSON types
 
     @property
