@@ -72,7 +72,7 @@ def _check_type(name, value, kind): # the value, if it is of that kind (a name i
     if not isinstance(value, TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):
         hint = "; papermill's -r passes text as it is" if kind == "str" else ""
         raise ValueError(f"parameter {name} is {value!r}, which is not of type {kind}{hint}")
-    return value
+    return float(value) if kind == "float" else value
 
 def _read(text, kind): # what someone typed, as a value; text that is no literal stays text and fails the type check
     if kind == "str" or not isinstance(text, str): return text

@@ -1,0 +1,47 @@
+# make demo, make test, make lab. The virtual environment is made on first use, and again when the pins change.
+#   OUT=runs/demo      folder of the demo's run; an interrupted run in it goes on, a finished one is shown
+#   ARGS="-p k v"      other parameters of the pipeline, see `defi-nb params pipeline`
+#   VENV=.venv         where the environment is, or shall be
+#   PYTHON=python3.12  what to make it with, if not the first suitable Python on the path
+#   TORCH_FLAGS=...    more options for installing torch, such as --index-url for a CPU or CUDA build
+VENV ?= .venv
+OUT ?= runs/demo
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3 python)
+SUITABLE := import sys, venv, ensurepip; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+
+.PHONY: demo test lab install clean
+.DEFAULT_GOAL := demo
+
+demo: install
+	@$(BIN)/defi-nb run pipeline --out "$(OUT)" $(ARGS)
+	@echo "The report: $(OUT)/pipeline.html"
+
+# one thread for arithmetic, because the tests run two notebooks at a time
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lab: install
+	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs/index.ipynb \
+	  $(if $(filter 0,$(shell id -u)),--allow-root)
+
+install: $(STAMP)
+
+# torch first and alone, at its pin, so that no other package chooses its build
+$(STAMP): constraints.txt settings.ini setup.py pyproject.toml
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  for python in $(CANDIDATES); do "$$python" -c '$(SUITABLE)' 2>/dev/null && found="$$python" && break; done; \
+	  if [ -z "$$found" ]; then \
+	    echo "error: none of '$(CANDIDATES)' is Python 3.11 or 3.12 with its venv module (Debian, Ubuntu: apt-get install python3-venv);" \
+	      "name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; fi; \
+	  echo "Making the environment $(VENV) with $$found"; "$$found" -m venv "$(VENV)"; }
+	@echo "Installing into $(VENV); this takes some minutes the first time"
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH_FLAGS) torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+# runs, data and checkpoints stay: they are results
+clean:
+	rm -rf $(VENV) build *.egg-info _proc .pytest_cache .ruff_cache
+	find nbs defi_nb tests tools -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

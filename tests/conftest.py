@@ -1,0 +1,47 @@
+"What the tests share: the project's root, its commands, and a small project to run things in."
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+LIBRARY = [*sorted((ROOT/"nbs").glob("[0-9]*.ipynb"))]
+RUNS = [p for p in sorted((ROOT/"nbs").glob("[a-z]*.ipynb")) if p.stem != "index"]
+
+
+def command(*args, cwd=ROOT, timeout=600, **kwargs):
+    "Run a command of this environment to its end, with no terminal; returns the finished process."
+    return subprocess.run([str(BIN/args[0]), *map(str, args[1:])], cwd=cwd, env=ENV, timeout=timeout, text=True,
+                          stdin=subprocess.DEVNULL, **({"capture_output": True} | kwargs))
+
+
+def last_line(text): return (text.strip().splitlines() or [""])[-1]
+
+
+def write_notebook(path, title, parameters, *code):
+    "A run notebook: title cell, parameters cell, code cells."
+    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
+    cells = [nbformat.v4.new_markdown_cell(title), *map(nbformat.v4.new_code_cell, (parameters, *code))]
+    cells[1].metadata["tags"] = ["parameters"]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+
+
+@pytest.fixture
+def toy(tmp_path):
+    "A project with two run notebooks: `count` counts up slowly, `chain` runs two of it side by side."
+    (tmp_path/"nbs").mkdir()
+    (tmp_path/"settings.ini").write_text("[DEFAULT]\n")
+    parameters = 'n: int = 1  # how far\npause: float = 0.0  # seconds a step\nout: str = ""  # folder of the run'
+    start = "from defi_nb import run\nparams = run.check_injected(globals())\nfolder = run.run_folder({!r}, params)"
+    write_notebook(tmp_path/"nbs/count.ipynb", "# Count\n\n> counts", parameters, start.format("count"),
+                   "import time\nfor i in range(n):\n    print('step', i, flush=True)\n    time.sleep(pause)",
+                   "run.write_metrics(folder, {'n': n})")
+    write_notebook(tmp_path/"nbs/chain.ipynb", "# Chain\n\n> counts twice", parameters, start.format("chain"),
+                   "jobs = [('count', {'n': n, 'pause': pause}, folder/name) for name in ('one', 'two')]",
+                   "run.write_metrics(folder, {'both': run.run_notebooks(jobs)})")
+    return tmp_path

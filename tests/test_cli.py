@@ -1,0 +1,49 @@
+"The `defi-nb` command and plain papermill, on a small project: what is typed wrong is said in one line."
+import json
+
+import pytest
+from conftest import RUNS, command, last_line
+
+
+def test_list_and_params():
+    listed = command("defi-nb", "list")
+    assert listed.returncode == 0 and [line.split()[0] for line in listed.stdout.splitlines()] == [p.stem for p in RUNS]
+    for path in RUNS:
+        shown = command("defi-nb", "params", path.stem)
+        assert shown.returncode == 0, shown.stderr
+        assert all("#" in line and line.split("#")[1].strip() for line in shown.stdout.splitlines()), "a parameter has no comment"
+
+
+@pytest.mark.parametrize("form", ["papermill, two paths", "papermill, one path", "defi-nb"])
+def test_three_forms_of_running(toy, form):
+    (toy/"runs").mkdir()
+    given = ("-p", "n", "2", "-p", "out", "runs/a")
+    done = {"papermill, two paths": lambda: command("papermill", "nbs/count.ipynb", "runs/x.ipynb", *given, cwd=toy),
+            "papermill, one path": lambda: command("papermill", "nbs/count.ipynb", *given, cwd=toy),
+            "defi-nb": lambda: command("defi-nb", "run", "count", *given, cwd=toy)}[form]()
+    assert done.returncode == 0, done.stderr
+    assert json.loads((toy/"runs/a/metrics.json").read_text()) == {"n": 2}
+    if form == "papermill, one path": assert json.loads(done.stdout)["cells"][-1]["outputs"]
+    if form == "defi-nb": assert (toy/"runs/a/count.ipynb").exists() and (toy/"runs/a/count.html").exists()
+
+
+def test_a_mistyped_parameter_stops_plain_papermill(toy):
+    done = command("papermill", "nbs/count.ipynb", "-p", "nn", "2", cwd=toy)
+    assert done.returncode == 1 and last_line(done.stderr) == "ValueError: unknown parameter 'nn': did you mean 'n'? This notebook takes n, pause, out"
+
+
+@pytest.mark.parametrize("args,said", [
+    (["run", "count", "-p", "pauze", "2"], "unknown parameter 'pauze': did you mean 'pause'? This notebook takes n, pause, out"),
+    (["run", "count", "-p", "n", "many"], "parameter n is 'many', which is not of type int"),
+    (["run", "count", "-p", "n", "0.5"], "parameter n is 0.5, which is not of type int"),
+    (["run", "cuont"], "no run notebook 'cuont': did you mean 'count'? There are chain, count"),
+], ids=["name", "text", "fraction", "notebook"])
+def test_what_is_typed_wrong(toy, args, said):
+    done = command("defi-nb", *args, cwd=toy)
+    assert (done.returncode, done.stderr.strip()) == (2, f"defi-nb: {said}")
+    assert not (toy/"runs").exists()
+
+
+def test_outside_the_project(tmp_path):
+    done = command("defi-nb", "list", cwd=tmp_path)
+    assert done.returncode == 2 and "change into the repository first" in done.stderr and len(done.stderr.splitlines()) == 1

@@ -1,0 +1,54 @@
+"Importing a module only imports: no files, threads, settings or heavy optional packages."
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ENV, LIBRARY
+
+MODULES = ["defi_nb", *(f"defi_nb.{p.stem.split('_', 1)[1]}" for p in LIBRARY)]
+NEVER = {"papermill", "jupyterlab", "jupyter_server", "notebook", "plotly", "ipywidgets", "nbconvert", "pytest", "torchvision", "tensorflow"}
+MODELS = {"diffusers", "transformers", "accelerate"}
+LIGHT = {"spec", "plot", "layers", "diffusion", "vq", "episodes", "calvin", "run"} # neither models nor simulator
+
+# each import in a fork of a process that has torch already, which saves two seconds a module
+PROBE = """
+import importlib, json, os, sys, threading
+import torch
+for name in sys.argv[1:]:
+    if pid := os.fork():
+        os.waitpid(pid, 0)
+        continue
+    env, threads = dict(os.environ), threading.active_count()
+    try: importlib.import_module(name); error = ""
+    except BaseException as e: error = repr(e)
+    changed = sorted(k for k in env.keys() | os.environ.keys() if env.get(k) != os.environ.get(k))
+    print(json.dumps(dict(name=name, error=error, env=changed, threads=threading.active_count() - threads, files=os.listdir("."),
+                          seed=torch.initial_seed(), grad=torch.is_grad_enabled(), modules=sorted({m.split(".")[0] for m in sys.modules}))), flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    "Module -> what its import did, found in an empty folder."
+    empty = tmp_path_factory.mktemp("empty")
+    done = subprocess.run([sys.executable, "-c", PROBE, *MODULES], cwd=empty, env=ENV, capture_output=True, text=True, timeout=600)
+    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(reports) == len(MODULES), done.stdout + done.stderr
+    noise = [line for line in done.stdout.splitlines() if not line.startswith("{")]
+    assert not noise, f"an import prints: {noise}"
+    return {r["name"]: r for r in reports}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_import_has_no_side_effects(imported, name):
+    report = imported[name]
+    assert not report["error"]
+    assert not report["files"], "wrote files"
+    assert not report["env"], "changed environment variables"
+    assert not report["threads"], "started threads"
+    assert report["grad"] and report["seed"] == imported["defi_nb"]["seed"], "changed torch's global state"
+    assert not NEVER & {*report["modules"]}
+    if name == "defi_nb" or name.split(".")[1] in LIGHT:
+        assert not (MODELS | {"mujoco", "matplotlib.pyplot"}) & {*report["modules"]}

@@ -1,0 +1,94 @@
+"Notebooks, package and README say the same thing, and the notebooks are clean (checked in a scratch copy)."
+import ast
+import filecmp
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import LIBRARY, ROOT, RUNS, command
+
+IGNORE = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    "The project with its package made again from the notebooks, from nothing, so that no stale module can survive."
+    copy = tmp_path_factory.mktemp("sync")/"defi-nb"
+    copy.mkdir()
+    for name in ("settings.ini", "setup.py", "pyproject.toml"): shutil.copy(ROOT/name, copy/name)
+    for name in ("nbs", "defi_nb"): shutil.copytree(ROOT/name, copy/name, ignore=IGNORE)
+    for path in (copy/"defi_nb").rglob("*.py"):
+        if path.name != "__init__.py": path.unlink()
+    for name in ("nbdev-clean", "nbdev-export"):
+        done = command(name, cwd=copy)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return copy
+
+
+def files(folder, pattern):
+    return {p.relative_to(folder).as_posix() for p in folder.rglob(pattern) if not {"__pycache__", ".ipynb_checkpoints"} & {*p.parts}}
+
+
+@pytest.mark.parametrize("folder,pattern", [("defi_nb", "*.py"), ("nbs", "*.ipynb")])
+def test_package_and_notebooks_are_in_sync_and_clean(fresh, folder, pattern):
+    here, there = ROOT/folder, fresh/folder
+    assert files(here, pattern) == files(there, pattern)
+    different = [f for f in sorted(files(here, pattern)) if not filecmp.cmp(here/f, there/f, shallow=False)]
+    assert not different, f"run nbdev-export and nbdev-clean, then commit: {different}"
+
+
+def test_readme_is_made_from_the_index():
+    done = subprocess.run([sys.executable, ROOT/"tools/readme.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def cells(path, kind): return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+
+
+def source(cell): return "".join(cell["source"])
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+def test_library_notebook(path):
+    assert re.match(r"# .+\n+> .+", source(cells(path, "markdown")[0])), "opens with `# Title` and `> one line`"
+    code = [source(c) for c in cells(path, "code")]
+    assert sum(s.startswith("#| default_exp ") for s in code) == 1
+    assert len(json.dumps([c["outputs"] for c in cells(path, "code")])) < 500_000, "outputs of more than 500 KB"
+    order = {p.stem.split("_", 1)[1]: int(p.stem.split("_")[0]) for p in LIBRARY}
+    me = int(path.stem.split("_")[0])
+    for node in (n for s in code if re.match(r"#\| exports?\b", s) for n in ast.walk(ast.parse(s))):
+        if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "defi_nb": continue
+        names = [node.module.split(".")[1]] if "." in node.module else [a.name for a in node.names]
+        assert all(order.get(name, -1) < me for name in names), f"imports upward: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
+def test_run_notebook(path):
+    assert re.match(r"# .+\n+> .+", source(cells(path, "markdown")[0])), "opens with `# Title` and `> one line`"
+    nb, code = json.loads(path.read_text()), cells(path, "code")
+    assert sum("parameters" in c["metadata"].get("tags", []) for c in code) == 1, "exactly one parameters cell"
+    assert len(nb["cells"]) <= 15, f"{len(nb['cells'])} cells"
+    assert nb["metadata"]["kernelspec"]["language"] == "python", "papermill needs the kernel's language"
+    assert "skip_exec: true" in source(cells(path, "markdown")[0]), "left out by nbdev-test: tests/test_runs.py runs it"
+    for cell in code:
+        assert not cell["outputs"] and cell["execution_count"] is None, "run notebooks have no outputs in git"
+        defined = [n for n in ast.walk(ast.parse(source(cell))) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+        assert not defined and not re.match(r"#\| exports?\b", source(cell)), "definitions belong in the library"
+
+
+def test_no_path_of_one_machine_is_written_anywhere():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode: pytest.skip("not a git checkout")
+    machine = re.compile(r"/(?:work|root|home)/[a-z]")
+    paths = [ROOT/name for name in listed.stdout.split("\0") if name and (ROOT/name).is_file()]
+    found = [p.relative_to(ROOT).as_posix() for p in paths if machine.search(p.read_bytes().decode("utf-8", "ignore"))]
+    assert not found
+
+
+def test_ruff():
+    pytest.importorskip("ruff")
+    done = command("python", "-m", "ruff", "check", "--no-cache", "defi_nb", "tests", "tools", "setup.py")
+    assert done.returncode == 0, done.stdout
