@@ -8,12 +8,13 @@ __all__ = ['NO_GL', 'LIGHT_RGBA', 'ACTION_SIZES', 'SUBSTEPS', 'MAX_JOINT_STEP', 
            'Pictures', 'ArmIK', 'parse_action', 'PlayTable']
 
 # %% ../nbs/14_playtable.ipynb #aecedb47
-import math, os, subprocess, sys, time, weakref
+import atexit, math, os, subprocess, sys, time, weakref
 from collections.abc import Mapping
 from functools import lru_cache, partial
 
 import mujoco
 import numpy as np
+from PIL import Image
 
 from .spec import CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT, VIEWS
 from .tabletop import (BUTTON_RANGE, FINGER_RANGE, GAINS, HOME_QPOS, LINKS, SWITCH_RANGE, TIMESTEP,
@@ -98,55 +99,60 @@ def compiled(
 
 class Cameras:
     "Both cameras of a scene, drawn with one OpenGL context."
-    _open = weakref.WeakValueDictionary() # (scene, sizes) -> Cameras in use
+    _open = weakref.WeakValueDictionary() # (scene, smooth, sizes) -> Cameras in use
 
-    def __init__(self, scene, sizes):
-        self.model, self.sizes, self.process = mujoco.MjModel.from_xml_string(*build(scene)), dict(sizes), os.getpid()
-        side = max(self.sizes.values())
+    def __init__(self, scene, sizes, smooth):
+        self.model, self.process = mujoco.MjModel.from_xml_string(*build(scene)), os.getpid()
+        self.sizes = {name: (size, 2 if size <= smooth else 1) for name, size in sizes.items()}
+        side = max(size*factor for size, factor in self.sizes.values())
         self.model.vis.global_.offwidth = self.model.vis.global_.offheight = side
         self.data, self.gl = mujoco.MjData(self.model), gl_context(side)
-        self.gl.make_current()
-        self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_100)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+        with self.gl.as_current():
+            self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_100)
+            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
         self.context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
-        weakref.finalize(self, self._free, self.gl, self.context, sys.is_finalizing).atexit = False
+        atexit.register(weakref.finalize(self, self._free, self.gl, self.context)) # at exit, before OpenGL ends itself
         self.view, self.option, self.camera = mujoco.MjvScene(self.model, maxgeom=200), mujoco.MjvOption(), mujoco.MjvCamera()
         self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         for flag in ("SHADOW", "REFLECTION", "HAZE"): self.view.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{flag}")] = False
 
     @classmethod
-    def of(cls, scene, sizes): # "A" to "D"; {"static": pixels, "gripper": pixels}
+    def of(cls, scene, sizes, smooth): # "A" to "D"; {"static": pixels, "gripper": pixels}; pixels
         "The cameras that are open for this scene and these sizes, or new ones."
-        key = scene, *sizes.items()
-        if (found := cls._open.get(key)) is None: found = cls._open[key] = cls(scene, sizes)
+        key = scene, smooth, *sizes.items()
+        if (found := cls._open.get(key)) is None: found = cls._open[key] = cls(scene, sizes, smooth)
         return found
 
     @staticmethod
-    def _free(gl, context, at_end):
+    def _free(gl, context):
         "Free both. MuJoCo frees its objects in whichever OpenGL context is current, so it must be this one."
-        if at_end(): return # the process ends: OpenGL may be gone already
-        gl.make_current()
-        context.free()
+        with gl.as_current(): context.free()
         gl.free()
 
     def draw(self, state, name): # (qpos, bulb lit, LED lit); "rgb_static", "depth_gripper", ...
         "Picture (size, size, 3) uint8, or depth (size, size) float32 in metres."
         if os.getpid() != self.process: raise RuntimeError("this process was forked after pictures were drawn, which OpenGL does not survive: use multiprocessing's 'spawn'")
         kind, name = name.split("_")
+        size, factor = self.sizes[name]
         self._set(state)
-        self.gl.make_current()
-        self.camera.fixedcamid, size = self.model.camera(name).id, self.sizes[name]
+        self.camera.fixedcamid = self.model.camera(name).id
         mujoco.mjv_updateScene(self.model, self.data, self.option, None, self.camera, mujoco.mjtCatBit.mjCAT_ALL, self.view)
-        area = mujoco.MjrRect(0, 0, size, size)
-        mujoco.mjr_render(area, self.view, self.context)
-        if kind == "rgb":
-            picture = np.empty((size, size, 3), np.uint8)
-            mujoco.mjr_readPixels(picture, None, area, self.context)
-            return picture[::-1].copy()
-        depth, vis = np.empty((size, size), np.float32), self.model.vis.map
-        mujoco.mjr_readPixels(None, depth, area, self.context)
-        near, far = vis.znear*self.model.stat.extent, vis.zfar*self.model.stat.extent
-        return (near*far/(near + depth[::-1]*(far - near))).astype(np.float32)
+        if kind == "depth": return self._metres(self._read(size, None, np.empty((size, size), np.float32)))
+        picture = self._read(size*factor, np.empty((size*factor, size*factor, 3), np.uint8), None)
+        return picture.copy() if factor == 1 else np.array(Image.fromarray(picture).reduce(factor))
+
+    def _read(self, side, picture, depth):
+        "Draw and read one of the two; OpenGL's rows run upwards. The context is let go again, so that another thread may draw next."
+        area = mujoco.MjrRect(0, 0, side, side)
+        with self.gl.as_current():
+            mujoco.mjr_render(area, self.view, self.context)
+            mujoco.mjr_readPixels(picture, depth, area, self.context)
+        return (picture if depth is None else depth)[::-1]
+
+    def _metres(self, buffer):
+        "Distance along the camera's axis from the depth buffer, which is 1 at the near plane and 0 at the far one."
+        near, far = (plane*self.model.stat.extent for plane in (self.model.vis.map.znear, self.model.vis.map.zfar))
+        return (near*far/(near + buffer*(far - near))).astype(np.float32)
 
     def _set(self, state):
         "Put the model into a snapshot's state."
@@ -268,10 +274,11 @@ class PlayTable:
         scene:str="D", # "A", "B", "C" or "D"
         static_size:int=200, # pixels of the static camera's square picture
         gripper_size:int=84, # pixels of the gripper camera's
+        smooth:int=128, # colour pictures up to this size are drawn at twice their size and averaged, pixels
     ):
         self.scene, self.layout, self.model = scene, layout_of(scene), compiled(scene)
         self.data, self.ik, self.cameras = mujoco.MjData(self.model), ArmIK(self.model), None
-        self.sizes = dict(zip(VIEWS, (static_size, gripper_size)))
+        self.sizes, self.smooth = dict(zip(VIEWS, (static_size, gripper_size))), smooth
         self.blocks = tuple(f"block_{colour}" for colour, _ in self.layout.blocks)
         self.tcp = self.model.site("tcp").id
         joint = lambda name: self.model.joint(name)
@@ -284,7 +291,7 @@ class PlayTable:
     def _owner_of(self, body):
         "Name under which a body's contacts are reported: a block, a link of the table, `robot` or `floor`."
         name = self.model.body(body).name
-        return name if name in self._body else "floor" if body == 0 else "robot"
+        return name if name in self._body or name == "floor" else "robot"
 
     def reset(
         self,
@@ -415,7 +422,7 @@ def _contacts(self:PlayTable):
 @patch
 def _draw(self:PlayTable, state, name):
     "A picture of a snapshot."
-    if self.cameras is None: self.cameras = Cameras.of(self.scene, self.sizes)
+    if self.cameras is None: self.cameras = Cameras.of(self.scene, self.sizes, self.smooth)
     return self.cameras.draw(state, name)
 
 @patch

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TIMESTEP', 'TABLE_Z', 'DRAWER_RANGE', 'BUTTON_RANGE', 'SWITCH_RANGE', 'FINGER_RANGE', 'ROBOT_BASE', 'HOME_QPOS',
-           'BLOCK_HALF', 'LINKS', 'WALNUT', 'BEECH', 'TEAK', 'OAK', 'LAYOUTS', 'ARM', 'GAINS', 'TORQUES', 'TCP_OFFSET',
-           'TILT', 'FACE', 'BLOCK_RGBA', 'Layout', 'layout_of', 'places', 'make_scene_obs', 'element', 'box', 'rod',
-           'inertial', 'wood_png', 'robot', 'base_link', 'drawer', 'sliding_door', 'switch', 'button', 'plank', 'block',
-           'static_camera', 'build']
+           'BLOCK_HALF', 'LINKS', 'WALNUT', 'BEECH', 'TEAK', 'OAK', 'CHERRY', 'HONEY', 'SMOKED', 'LAYOUTS', 'ARM',
+           'GAINS', 'TORQUES', 'TCP_OFFSET', 'TILT', 'FACE', 'BLOCK_RGBA', 'Layout', 'layout_of', 'places',
+           'make_scene_obs', 'element', 'box', 'rod', 'inertial', 'wood_png', 'robot', 'base_link', 'drawer',
+           'sliding_door', 'switch', 'button', 'plank', 'block', 'static_camera', 'build']
 
 # %% ../nbs/13_tabletop.ipynb #c907af85
 import io
@@ -47,14 +47,15 @@ class Layout:
 
 WALNUT, BEECH = ((122, 64, 46), (88, 42, 30)), ((247, 208, 156), (228, 178, 122))
 TEAK, OAK = ((172, 118, 72), (134, 86, 48)), ((172, 134, 90), (132, 98, 62))
+CHERRY, HONEY, SMOKED = ((146, 72, 46), (104, 46, 30)), ((240, 186, 122), (214, 150, 88)), ((150, 112, 72), (110, 78, 47))
 LAYOUTS = {
-    "A": Layout(-.28, .30, -.10, .28, .10, -.10, WALNUT, WALNUT,
+    "A": Layout(-.28, .30, -.10, .28, .10, -.10, WALNUT, CHERRY,
                 (("pink", "small"), ("blue", "big"), ("red", "middle")), (.00, .18), (-.24, .07)),
-    "B": Layout(.28, -.32, .088, .304, .18, .08, BEECH, BEECH,
+    "B": Layout(.28, -.32, .088, .304, .18, .08, BEECH, HONEY,
                 (("red", "small"), ("blue", "big"), ("pink", "middle")), (-.15, .05), (-.03, .24)),
     "C": Layout(-.12, -.32, .06, .24, .10, .08, TEAK, WALNUT,
                 (("blue", "small"), ("red", "big"), ("pink", "middle")), (.05, .23), (-.03, .23)),
-    "D": Layout(-.12, .30, -.10, .28, .18, -.10, OAK, OAK,
+    "D": Layout(-.12, .30, -.10, .28, .18, -.10, OAK, SMOKED,
                 (("red", "middle"), ("blue", "small"), ("pink", "big")), (.05, .23), (-.24, .07)),
 }
 
@@ -265,22 +266,23 @@ def base_link(
     "What does not move: top, apron, legs, cabinet, the button's ring, the LED and the lightbulb."
     left, right = _opening(layout)
     drawer_left, drawer_right = layout.drawer - .222, layout.drawer + .222
-    boards = (
-        ((-.44, -.18, .42), (.44, .02, TABLE_Z)), ((-.44, .02, .42), (left, .18, TABLE_Z)), # top
-        ((right, .02, .42), (.44, .18, TABLE_Z)), ((left, .16, .42), (right, .18, TABLE_Z)),
-        ((-.42, -.178, .30), (drawer_left, -.158, .42)), ((drawer_right, -.178, .30), (.42, -.158, .42)), # apron
-        ((drawer_left, -.178, .40), (drawer_right, -.158, .42)), ((-.42, .158, .30), (.42, .178, .42)),
-        ((-.438, -.16, .30), (-.42, .16, .42)), ((.42, -.16, .30), (.438, .16, .42)),
-        *(((x - .02, y - .02, 0), (x + .02, y + .02, .42)) for x in (-.42, .42) for y in (-.16, .16)), # legs
-        ((left, .165, TABLE_Z), (right, .18, .62)), # the cabinet's back
-    )
+    boards = {
+        "wood": (((-.44, -.18, .42), (.44, .02, TABLE_Z)), ((-.44, .02, .42), (left, .18, TABLE_Z)), # the top
+                 ((right, .02, .42), (.44, .18, TABLE_Z)), ((left, .16, .42), (right, .18, TABLE_Z))),
+        "shade": (((-.42, -.178, .30), (drawer_left, -.158, .42)), ((drawer_right, -.178, .30), (.42, -.158, .42)), # the apron
+                  ((drawer_left, -.178, .40), (drawer_right, -.158, .42)), ((-.42, .158, .30), (.42, .178, .42)),
+                  ((-.438, -.16, .30), (-.42, .16, .42)), ((.42, -.16, .30), (.438, .16, .42)),
+                  *(((x - .02, y - .02, 0), (x + .02, y + .02, .42)) for x in (-.42, .42) for y in (-.16, .16))), # the legs
+        "deep": (((left, .165, TABLE_Z), (right, .18, .62)),), # the cabinet's back
+    }
     wood, fixed = dict(class_="fixture", material="wood"), dict(class_="fixture")
-    solids = [element("geom", type="mesh", mesh=m, material="wood_flat", **fixed) for m in ("solid_left", "solid_right", "roof")]
+    flat = [box(*b, material=material, **fixed) for material, some in boards.items() for b in some]
+    solids = [element("geom", type="mesh", mesh=m, material="solid", **fixed) for m in ("solid_left", "solid_right", "roof")]
     ring = rod((layout.button, -.12, TABLE_Z), (layout.button, -.12, .458), .042, "cylinder", **wood)
     led = element("geom", name="led", type="box", pos=(layout.button, .16, .656), size=(.08, .02, .008), material="led", **fixed)
     socket = rod((layout.switch, .155, .648), (layout.switch, .155, .66), .016, "cylinder", material="metal", **fixed)
     bulb = element("geom", name="bulb", type="sphere", pos=(layout.switch, .155, .68), size=.028, material="bulb", **fixed)
-    return element("body", *(box(*b, **wood) for b in boards), *solids, ring, led, socket, bulb, _slots(layout), name="base_link")
+    return element("body", *flat, *solids, ring, led, socket, bulb, _slots(layout), name="base_link")
 
 # %% ../nbs/13_tabletop.ipynb #b4e5a41e
 def _handle(start, end, depth, axis, radius=.012):
@@ -293,7 +295,7 @@ def drawer(
     layout:Layout, # of the scene
 )->str: # XML of the body drawer_link
     "An open tray of 0.44 x 0.24 x 0.10 m with a front and a handle, whose bar is 7 cm before the front."
-    wood = dict(class_="fixture", material="wood")
+    wood = dict(class_="fixture", material="shade")
     tray = (box((-.215, -.17, -.02), (.215, .06, -.01), **wood) + box((-.215, .05, -.01), (.215, .06, .076), **wood)
             + box((-.215, -.17, -.01), (-.203, .05, .07), **wood) + box((.203, -.17, -.01), (.215, .05, .07), **wood))
     front = box((-.22, -.182, -.02), (.22, -.165, .078), class_="fixture", material="doors")
@@ -336,7 +338,7 @@ def plank(
 )->str: # XML of the body plank_link
     "The cabinet's floor, a body of its own because the task rules name it."
     left, right = _opening(layout)
-    return element("body", box((left, .02, .42), (right, .16, TABLE_Z), class_="fixture", material="wood"), name="plank_link")
+    return element("body", box((left, .02, .42), (right, .16, TABLE_Z), class_="fixture", material="shade"), name="plank_link")
 
 def block(
     colour:str, # "red", "blue" or "pink"
@@ -383,15 +385,15 @@ def _actuators():
 # %% ../nbs/13_tabletop.ipynb #1e782f3a
 def _assets(layout):
     "Textures, materials and meshes."
-    cube = lambda name: element("texture", name=name, type="cube", file=f"{name}.png")
+    grain = dict(texuniform="true", texrepeat=(1.1, 2.2), specular=.05) # repeats a metre
+    wood = lambda name: element("texture", name=name, type="2d", file=f"{name}.png") + element("material", name=name, texture=name, **grain)
+    dim = lambda name, share: element("material", name=name, texture="wood", rgba=(share, share, share, 1), **grain)
     plain = lambda name, rgb, shine=.1: element("material", name=name, rgba=(*rgb, 1), specular=shine, shininess=.3)
     left, right = _opening(layout)
     return element(
-        "asset", cube("wood"), cube("doors"), element("texture", name="wood_flat", type="2d", file="wood.png"),
-        element("material", name="wood_flat", texture="wood_flat", specular=.05),
-        element("texture", name="floor", type="2d", builtin="checker", rgb1=(1, 1, 1), rgb2=(.84, .84, .84), width=256, height=256),
+        "asset", wood("wood"), wood("doors"), dim("shade", .9), dim("deep", .75), element("material", name="solid", texture="wood", specular=.05),
+        element("texture", name="floor", type="2d", builtin="checker", rgb1=(.9, .9, .91), rgb2=(.77, .77, .79), width=256, height=256),
         element("texture", name="sky", type="skybox", builtin="flat", rgb1=(1, 1, 1), rgb2=(1, 1, 1), width=8, height=48),
-        element("material", name="wood", texture="wood", specular=.05), element("material", name="doors", texture="doors", specular=.05),
         element("material", name="floor", texture="floor", texrepeat=(9, 9), specular=0),
         plain("white", (.93, .94, .95), .3), plain("grey", (.60, .62, .64)), plain("dark", (.22, .23, .25)),
         plain("metal", (.33, .33, .34)), plain("black", (.03, .03, .03)), plain("trim", np.array(layout.wood[1])/255*.8),
@@ -410,11 +412,11 @@ def build(
     "The model of a scene."
     layout = layout_of(scene)
     floor = element("geom", name="floor", type="plane", size=(5, 5, .1), material="floor", class_="fixture")
-    world = element(
-        "worldbody", _lights(), static_camera(), floor, robot(), base_link(layout), plank(layout), drawer(layout),
-        sliding_door(layout), switch(layout), button(layout), *(block(*b) for b in layout.blocks))
+    world = element( # from front to back, so that little is painted over: the floor is the last
+        "worldbody", _lights(), static_camera(), robot(), *(block(*b) for b in layout.blocks), switch(layout), button(layout),
+        drawer(layout), sliding_door(layout), base_link(layout), plank(layout), element("body", floor, name="floor"))
     visual = element(
-        "visual", element("quality", numslices=16, numstacks=8, shadowsize=0, offsamples=0), element("map", znear=.01, zfar=12),
+        "visual", element("quality", numslices=16, numstacks=4, numquads=1, shadowsize=0, offsamples=0), element("map", znear=.01, zfar=12),
         element("global", offwidth=640, offheight=640),
         element("headlight", ambient=(.42, .42, .42), diffuse=(.10, .10, .10), specular=(0, 0, 0)))
     option = element("option", timestep=TIMESTEP, integrator="implicitfast", cone="elliptic", impratio=10, iterations=100, ls_iterations=50)
