@@ -1,0 +1,66 @@
+"""Make README.md from nbs/index.ipynb (or, with --check, say whether it is up to date).
+
+Markdown cells are taken as they are, code cells as Python blocks followed by what they printed. Two lines are filled in:
+`<!-- library -->` by a table of the library notebooks, `<!-- runs -->` by one of the run notebooks.
+"""
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT/"nbs"
+
+
+def load(path): return json.loads(path.read_text(encoding="utf-8"))
+
+
+def about(path):
+    "A notebook's module (its name, for a run notebook) and the line under its title."
+    cells = load(path)["cells"]
+    module = next((m[1] for c in cells if (m := re.search(r"^#\| default_exp (\S+)", "".join(c["source"]), re.M))), path.stem)
+    line = re.search(r"^> (.+)", "".join(cells[0]["source"]), re.M)
+    return module, line[1].strip() if line else ""
+
+
+def table(paths, columns):
+    rows = [(f"[`{p.stem}`](nbs/{p.name})", *(f"`{t}`" if i == 0 else t for i, t in enumerate(about(p)))) for p in paths]
+    if len(columns) == 2: rows = [(row[0], row[2]) for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, ["---"]*len(columns), *rows))
+
+
+def tables():
+    library = sorted(NBS.glob("[0-9]*.ipynb"))
+    runs = [p for p in sorted(NBS.glob("[a-z]*.ipynb")) if p.stem != "index"]
+    return {"library": table(library, ["notebook", "module", "what it is for"]), "runs": table(runs, ["notebook", "what it does"])}
+
+
+def printed(cell):
+    text = "".join("".join(o.get("text") or o.get("data", {}).get("text/plain", "")) for o in cell["outputs"])
+    return f"\n\n```\n{text.rstrip()}\n```" if text.strip() else ""
+
+
+def block(cell):
+    source = "".join(cell["source"])
+    if cell["cell_type"] == "markdown": return source
+    if re.match(r"#\| *hide\b", source): return ""
+    return f"```python\n{source}\n```" + printed(cell)
+
+
+def render():
+    body = "\n\n".join(filter(None, map(block, load(NBS/"index.ipynb")["cells"])))
+    for name, filled in tables().items(): body = body.replace(f"<!-- {name} -->", filled)
+    return body.rstrip() + "\n"
+
+
+def main(args):
+    readme = ROOT/"README.md"
+    if args == ["--check"]:
+        same = readme.exists() and readme.read_text(encoding="utf-8") == render()
+        if not same: print("README.md differs from nbs/index.ipynb: run python tools/readme.py")
+        return 0 if same else 1
+    readme.write_text(render(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__": raise SystemExit(main(sys.argv[1:]))
