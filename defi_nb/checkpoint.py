@@ -186,11 +186,16 @@ def read_config(
     "What a checkpoint is, without its tensors."
     folder = Path(folder)
     recover(folder)
-    try: return json.loads((folder/"config.json").read_text())
-    except FileNotFoundError:
+    if not (folder/"config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "does not exist"
-        raise FileNotFoundError(f"no checkpoint at {folder}: it {what}; train the model, or correct the path") from None
-    except ValueError: raise ValueError(f"{folder}/config.json is not JSON: {_AGAIN}") from None
+        raise FileNotFoundError(f"no checkpoint at {folder}: it {what}; train the model, or correct the path")
+    return _read_json(folder/"config.json")
+
+def _read_json(path):
+    "A JSON file's content."
+    try: return json.loads(path.read_text())
+    except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: {_AGAIN}") from None
+    except ValueError: raise ValueError(f"{path} is not JSON: {_AGAIN}") from None
 
 def _read_tensors(path):
     "All tensors of a safetensors file."
@@ -205,7 +210,7 @@ def load_state(
     "What training needs to go on."
     folder = Path(folder)
     recover(folder)
-    return join_tensors(json.loads((folder/"state.json").read_text()), _read_tensors(folder/"state.safetensors"))
+    return join_tensors(_read_json(folder/"state.json"), _read_tensors(folder/"state.safetensors"))
 
 # %% ../nbs/30_checkpoint.ipynb #d7eb58b4
 def _few(names, most=4):

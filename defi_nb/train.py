@@ -8,6 +8,7 @@ __all__ = ['FREE', 'TrainConfig', 'lr_at', 'trainable', 'make_optimizer', 'EMA',
 
 # %% ../nbs/31_train.ipynb #c77f92aa
 import json
+import math
 import os
 import time
 from contextlib import contextmanager
@@ -67,7 +68,7 @@ def lr_at(
     warm = min(1., step/max(cfg.warmup, 1))
     if cfg.schedule == "constant": return cfg.lr*warm
     done = max(0, step - cfg.warmup)/max(1, cfg.steps - cfg.warmup)
-    return cfg.lr*warm*(cfg.lr_end + (1 - cfg.lr_end)*.5*(1 + np.cos(np.pi*done)))
+    return cfg.lr*warm*(cfg.lr_end + (1 - cfg.lr_end)*.5*(1 + math.cos(math.pi*done)))
 
 # %% ../nbs/31_train.ipynb #1f2a6efa
 def trainable(
@@ -250,26 +251,32 @@ def run_identity(
 )->dict: # of JSON values
     "What makes two runs the same run."
     train = {k: v for k,v in plain_config(cfg).items() if k not in FREE}
-    return dict(train=train, samples=len(data), parameters=sum(p.numel() for p in trainable(model).values()),
-                info=plain_config(info))
+    size = sum(p.numel() for p in trainable(model).values())
+    return {"class": type(model).__name__, "model": plain_config(getattr(model, "cfg", None)), "parameters": size,
+            "train": train, "samples": len(data), "info": plain_config(info)}
 
-def _restore(out, model, opt, ema, identity):
-    "Fill model, optimiser and average from a checkpoint; its step, meter and history."
-    about, state = load_checkpoint(out, model), load_state(out)
-    if differ := differing_fields(state["run"], identity):
+def _start(out, resume, model, opt, ema, run):
+    "Where to begin: steps done, meter and history; model, optimiser and average are filled if there is a checkpoint."
+    if not out or not has_checkpoint(out): return 0, Meter(), []
+    if not resume:
+        (Path(out)/"config.json").unlink() # else a crash before the first save would bring the old run back
+        return 0, Meter(), []
+    state = load_state(out)
+    if differ := differing_fields(state["run"], run):
         raise ValueError(f"{out} holds another run (there -> here: {differ}): "
                          "use its settings, give another folder, or train again with resume=False")
+    step, steps = load_checkpoint(out, model)["step"], run["train"]["steps"]
     opt.load_state_dict(state["optimizer"])
-    ema.mean = [p.detach().clone() for p in ema.params]
     with torch.no_grad():
-        for p,running in zip(ema.params, state["running"]): p.copy_(running)
-    return about["step"], Meter(state["meter"]), read_metrics(out, about["step"])
+        for p,mean,running in zip(ema.params, ema.mean, state["running"]): mean.copy_(p); p.copy_(running)
+    print(f"{out}: {'finished at' if step == steps else 'going on after'} step {step} of {steps}")
+    return step, Meter(state["meter"]), read_metrics(out, step)
 
-def _save(out, model, opt, ema, step, meter, identity):
+def _save(out, model, opt, ema, step, meter, run):
     "The averaged weights as the model, and all that is needed to go on."
     with ema.averaged(): # which exchanges them: meanwhile `ema.mean` holds the running weights
-        state = dict(run=identity, optimizer=opt.state_dict(), running=ema.mean, meter=meter.state())
-        save_checkpoint(out, model, step=step, state=state, info=identity["info"])
+        state = dict(run=run, optimizer=opt.state_dict(), running=ema.mean, meter=meter.state())
+        save_checkpoint(out, model, step=step, state=state, info=run["info"])
 
 def _check_finite(step, loss, norm, cfg, out, saved):
     "Raise `ValueError` before the weights are spoilt."
@@ -292,12 +299,9 @@ def fit(
     "Train a model, or go on with it, or find it finished."
     model.to(cfg.device_)
     params, opt, ema = list(trainable(model).values()), make_optimizer(model, cfg), EMA(model, cfg.ema_decay)
-    identity, (done, meter, history) = run_identity(model, data, cfg, info), (0, Meter(), [])
-    if out and has_checkpoint(out):
-        if resume: done, meter, history = _restore(out, model, opt, ema, identity)
-        else: (Path(out)/"config.json").unlink()
+    run = run_identity(model, data, cfg, info)
+    done, meter, history = _start(out, resume, model, opt, ema, run)
     saved, began = done, time.perf_counter() - (history[-1]["seconds"] if history else 0)
-    if done: print(f"{out}: {'finished' if done == cfg.steps else 'going on'} at step {done} of {cfg.steps}")
     if out: write_metrics(out, history)
     sampler = StepSampler(len(data), cfg.batch_size, cfg.steps, cfg.seed, done)
     loader = DataLoader(data, sampler=sampler, batch_size=None, num_workers=cfg.num_workers)
@@ -321,12 +325,12 @@ def fit(
                 if validates:
                     with ema.averaged(): row |= evaluate(model, val_data, cfg)
                 meter = Meter()
-                bar.set_postfix(loss=f"{row['loss']:.4g}")
                 history.append(row)
+                bar.set_postfix(loss=f"{row['loss']:.4g}")
                 if out: append_metrics(out, row)
                 for hook in ([on_log] if callable(on_log) else on_log): hook(row)
             if out and _due(step, cfg.save_every, cfg):
-                _save(out, model, opt, ema, step, meter, identity)
+                _save(out, model, opt, ema, step, meter, run)
                 saved = step
     ema.swap()
     model.eval()
