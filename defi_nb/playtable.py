@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['NO_GL', 'LIGHT_RGBA', 'ACTION_SIZES', 'SUBSTEPS', 'MAX_JOINT_STEP', 'DOORS', 'FEED_FORWARD', 'euler_to_matrix',
            'matrix_to_euler', 'euler_to_quat', 'quat_to_euler', 'gl_backend', 'gl_context', 'compiled', 'Cameras',
-           'Pictures', 'ArmIK', 'parse_action', 'PlayTable']
+           'Pictures', 'ArmIK', 'parse_action', 'PlayTable', 'waving', 'rollout_digest', 'steps_per_second']
 
 # %% ../nbs/14_playtable.ipynb #aecedb47
-import atexit, math, os, subprocess, sys, time, weakref
+import atexit, hashlib, math, os, subprocess, sys, time, weakref
 from collections.abc import Mapping
 from functools import lru_cache, partial
 
 import mujoco
 import numpy as np
+from fastcore.basics import patch
 from PIL import Image
 
 from .spec import CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT, VIEWS
@@ -129,41 +130,52 @@ class Cameras:
         with gl.as_current(): context.free()
         gl.free()
 
-    def draw(self, state, name): # (qpos, bulb lit, LED lit); "rgb_static", "depth_gripper", ...
-        "Picture (size, size, 3) uint8, or depth (size, size) float32 in metres."
-        if os.getpid() != self.process: raise RuntimeError("this process was forked after pictures were drawn, which OpenGL does not survive: use multiprocessing's 'spawn'")
-        kind, name = name.split("_")
-        size, factor = self.sizes[name]
-        self._set(state)
-        self.camera.fixedcamid = self.model.camera(name).id
-        mujoco.mjv_updateScene(self.model, self.data, self.option, None, self.camera, mujoco.mjtCatBit.mjCAT_ALL, self.view)
-        if kind == "depth": return self._metres(self._read(size, None, np.empty((size, size), np.float32)))
-        picture = self._read(size*factor, np.empty((size*factor, size*factor, 3), np.uint8), None)
-        return picture.copy() if factor == 1 else np.array(Image.fromarray(picture).reduce(factor))
+# %% ../nbs/14_playtable.ipynb #9d3ad775
+@patch
+def draw(
+    self:Cameras,
+    state:tuple, # (qpos, whether the lightbulb is lit, whether the LED is)
+    name:str, # "rgb_static", "depth_gripper", ...
+)->np.ndarray: # (size,size,3) uint8 colours, or (size,size) float32 metres
+    "A picture of a state."
+    if os.getpid() != self.process:
+        raise RuntimeError("pictures were drawn before this process was forked, which OpenGL does not survive: start it with multiprocessing's 'spawn'")
+    kind, name = name.split("_")
+    size, factor = self.sizes[name]
+    self._set(state)
+    self.camera.fixedcamid = self.model.camera(name).id
+    mujoco.mjv_updateScene(self.model, self.data, self.option, None, self.camera, mujoco.mjtCatBit.mjCAT_ALL, self.view)
+    if kind == "depth": return self._metres(self._read(size, None, np.empty((size, size), np.float32)))
+    picture = self._read(size*factor, np.empty((size*factor, size*factor, 3), np.uint8), None)
+    return picture.copy() if factor == 1 else np.array(Image.fromarray(picture).reduce(factor))
 
-    def _read(self, side, picture, depth):
-        "Draw and read one of the two; OpenGL's rows run upwards. The context is let go again, so that another thread may draw next."
-        area = mujoco.MjrRect(0, 0, side, side)
-        with self.gl.as_current():
-            mujoco.mjr_render(area, self.view, self.context)
-            mujoco.mjr_readPixels(picture, depth, area, self.context)
-        return (picture if depth is None else depth)[::-1]
+@patch
+def _read(self:Cameras, side, picture, depth):
+    "Draw and read one of the two; OpenGL's rows run upwards. The context is let go again, so that another thread may draw next."
+    area = mujoco.MjrRect(0, 0, side, side)
+    with self.gl.as_current():
+        mujoco.mjr_render(area, self.view, self.context)
+        mujoco.mjr_readPixels(picture, depth, area, self.context)
+    return (picture if depth is None else depth)[::-1]
 
-    def _metres(self, buffer):
-        "Distance along the camera's axis from the depth buffer, which is 1 at the near plane and 0 at the far one."
-        near, far = (plane*self.model.stat.extent for plane in (self.model.vis.map.znear, self.model.vis.map.zfar))
-        return (near*far/(near + buffer*(far - near))).astype(np.float32)
+@patch
+def _metres(self:Cameras, buffer):
+    "Distance along the camera's axis from the depth buffer, which is 1 at the near plane and 0 at the far one."
+    near, far = (plane*self.model.stat.extent for plane in (self.model.vis.map.znear, self.model.vis.map.zfar))
+    return (near*far/(near + buffer*(far - near))).astype(np.float32)
 
-    def _set(self, state):
-        "Put the model into a snapshot's state."
-        qpos, *lit = state
-        self.data.qpos[:] = qpos
-        mujoco.mj_kinematics(self.model, self.data)
-        mujoco.mj_camlight(self.model, self.data)
-        for light, on in zip(("bulb", "led"), lit):
-            material = self.model.material(light)
-            material.rgba[:], material.emission[:] = (LIGHT_RGBA[light], .6) if on else ((1, 1, 1, 1), 0)
+@patch
+def _set(self:Cameras, state):
+    "Put the model into a snapshot's state."
+    qpos, *lit = state
+    self.data.qpos[:] = qpos
+    mujoco.mj_kinematics(self.model, self.data)
+    mujoco.mj_camlight(self.model, self.data)
+    for light, on in zip(("bulb", "led"), lit):
+        material = self.model.material(light)
+        material.rgba[:], material.emission[:] = (LIGHT_RGBA[light], .6) if on else ((1, 1, 1, 1), 0)
 
+# %% ../nbs/14_playtable.ipynb #2552dd2b
 class Pictures(Mapping):
     "Pictures of one moment by name, each drawn when it is first read."
     def __init__(self, names, draw): self.names, self._draw, self._drawn = names, draw, {}
@@ -293,80 +305,88 @@ class PlayTable:
         name = self.model.body(body).name
         return name if name in self._body or name == "floor" else "robot"
 
-    def reset(
-        self,
-        robot_obs=None, # (15,) of which joints, opening and gripper action are restored; None: CALVIN's home posture
-        scene_obs=None, # (24,); None: `make_scene_obs(scene)`
-    )->dict: # the observation
-        "Put the scene into a state and let it settle for one control step."
-        table = make_scene_obs(self.scene) if scene_obs is None else _vector(scene_obs, 24, "scene_obs")
-        arm = np.array([*[0]*6, 2*FINGER_RANGE, *HOME_QPOS, 1]) if robot_obs is None else _vector(robot_obs, 15, "robot_obs")
-        mujoco.mj_resetData(self.model, self.data)
-        self.data.qpos[:7], self.data.qpos[7:9] = arm[7:14], arm[6]/2
-        for name, value in zip((*DOORS, "base__button", "base__switch"), table): self.data.qpos[self._qpos[name]] = value
-        for name, pose in zip(self.blocks, table[6:].reshape(3, 6)):
-            start = self._qpos[name]
-            self.data.qpos[start:start + 3], self.data.qpos[start + 3:start + 7] = pose[:3], euler_to_quat(pose[3:])
-        self.bulb_on, self.led_on, self.pressed = bool(table[4]), bool(table[5]), self._is_pressed()
-        self.joint_target, self.gripper_action = arm[7:14].copy(), 1 if arm[14] > 0 else -1
-        self._aim(self.joint_target)
-        self._follow(np.zeros(7))
-        return self.get_obs()
+# %% ../nbs/14_playtable.ipynb #b4bc747a
+@patch
+def reset(
+    self:PlayTable,
+    robot_obs=None, # (15,) of which joints, opening and gripper action are restored; None: CALVIN's home posture
+    scene_obs=None, # (24,); None: `make_scene_obs(scene)`
+)->dict: # the observation
+    "Put the scene into a state and let it settle for one control step."
+    table = make_scene_obs(self.scene) if scene_obs is None else _vector(scene_obs, 24, "scene_obs")
+    arm = np.array([*[0]*6, 2*FINGER_RANGE, *HOME_QPOS, 1]) if robot_obs is None else _vector(robot_obs, 15, "robot_obs")
+    mujoco.mj_resetData(self.model, self.data)
+    self.data.qpos[:7], self.data.qpos[7:9] = arm[7:14], arm[6]/2
+    for name, value in zip((*DOORS, "base__button", "base__switch"), table): self.data.qpos[self._qpos[name]] = value
+    for name, pose in zip(self.blocks, table[6:].reshape(3, 6)):
+        start = self._qpos[name]
+        self.data.qpos[start:start + 3], self.data.qpos[start + 3:start + 7] = pose[:3], euler_to_quat(pose[3:])
+    self.bulb_on, self.led_on, self.pressed = bool(table[4]), bool(table[5]), self._is_pressed()
+    self.joint_target, self.gripper_action = arm[7:14].copy(), 1 if arm[14] > 0 else -1
+    self._aim(self.joint_target)
+    self._follow(np.zeros(7))
+    return self.get_obs()
 
-    def step(
-        self,
-        action, # see `parse_action`; relative ones in units of 2 cm and 0.05 rad, cut off at +-1
-    )->tuple: # (obs, 0., False, info), as CALVIN's
-        "Act for one 30th of a second."
-        kind, values, self.gripper_action = parse_action(action)
-        if kind.startswith("joint"):
-            wanted = np.clip(values + self.data.qpos[:7]*(kind == "joint_rel"), self.ik.low, self.ik.high)
-            self._aim(wanted)
-        else:
-            if kind == "cartesian_rel":
-                move = values.clip(-1, 1)
-                self.target_pos, self.target_orn = self.target_pos + move[:3]*POSITION_UNIT, self.target_orn + move[3:]*ROTATION_UNIT
-            else: self.target_pos, self.target_orn = values[:3].copy(), values[3:].copy()
-            wanted = self.ik.solve(self.joint_target, self.target_pos, euler_to_matrix(self.target_orn), MAX_JOINT_STEP)
-        self._follow((wanted - self.joint_target).clip(-MAX_JOINT_STEP, MAX_JOINT_STEP))
-        self._update_lights()
-        return self.get_obs(), 0., False, self.get_info()
+# %% ../nbs/14_playtable.ipynb #4cf15ddd
+@patch
+def step(
+    self:PlayTable,
+    action, # see `parse_action`; relative ones in units of 2 cm and 0.05 rad, cut off at +-1
+)->tuple: # (obs, 0., False, info), as CALVIN's
+    "Act for one 30th of a second."
+    kind, values, self.gripper_action = parse_action(action)
+    if kind.startswith("joint"):
+        wanted = np.clip(values + self.data.qpos[:7]*(kind == "joint_rel"), self.ik.low, self.ik.high)
+        self._aim(wanted)
+    else:
+        if kind == "cartesian_rel":
+            move = values.clip(-1, 1)
+            self.target_pos, self.target_orn = self.target_pos + move[:3]*POSITION_UNIT, self.target_orn + move[3:]*ROTATION_UNIT
+        else: self.target_pos, self.target_orn = values[:3].copy(), values[3:].copy()
+        wanted = self.ik.solve(self.joint_target, self.target_pos, euler_to_matrix(self.target_orn), MAX_JOINT_STEP)
+    self._follow((wanted - self.joint_target).clip(-MAX_JOINT_STEP, MAX_JOINT_STEP))
+    self._update_lights()
+    return self.get_obs(), 0., False, self.get_info()
 
-    def _aim(self, q):
-        "Make the tool's pose at these joint angles the target pose."
-        self.target_pos, turn = self.ik.pose(q)
-        self.target_orn = matrix_to_euler(turn)
+@patch
+def _aim(self:PlayTable, q):
+    "Make the tool's pose at these joint angles the target pose."
+    self.target_pos, turn = self.ik.pose(q)
+    self.target_orn = matrix_to_euler(turn)
 
-    def _follow(self, move):
-        "Simulate a control step while the servos' targets run evenly through `move`."
-        ramp = self.joint_target + np.outer(np.arange(1, SUBSTEPS + 1)/SUBSTEPS, move) + FEED_FORWARD*move
-        self.data.ctrl[7:9] = FINGER_RANGE if self.gripper_action > 0 else -.01
-        for target in ramp:
-            self.data.ctrl[:7] = target
-            mujoco.mj_step(self.model, self.data)
-        self.joint_target = self.joint_target + move
-        mujoco.mj_kinematics(self.model, self.data) # poses and contacts of the new state: what the observations read
-        mujoco.mj_collision(self.model, self.data)
+@patch
+def _follow(self:PlayTable, move):
+    "Simulate a control step while the servos' targets run evenly through `move`."
+    ramp = self.joint_target + np.outer(np.arange(1, SUBSTEPS + 1)/SUBSTEPS, move) + FEED_FORWARD*move
+    self.data.ctrl[7:9] = FINGER_RANGE if self.gripper_action > 0 else -.01
+    for target in ramp:
+        self.data.ctrl[:7] = target
+        mujoco.mj_step(self.model, self.data)
+    self.joint_target = self.joint_target + move
+    mujoco.mj_kinematics(self.model, self.data) # poses and contacts of the new state: what the observations read
+    mujoco.mj_collision(self.model, self.data)
 
-    def _is_pressed(self): return self.joint("base__button") > BUTTON_RANGE/2
+@patch
+def _is_pressed(self:PlayTable): return self.joint("base__button") > BUTTON_RANGE/2
 
-    def _update_lights(self):
-        "The lightbulb follows the switch; the LED toggles each time the button goes down."
-        pressed, self.bulb_on = self._is_pressed(), self.joint("base__switch") > SWITCH_RANGE/2
-        self.led_on ^= pressed and not self.pressed
-        self.pressed = pressed
+@patch
+def _update_lights(self:PlayTable):
+    "The lightbulb follows the switch; the LED toggles each time the button goes down."
+    pressed, self.bulb_on = self._is_pressed(), self.joint("base__switch") > SWITCH_RANGE/2
+    self.led_on ^= pressed and not self.pressed
+    self.pressed = pressed
 
-    def joint(self, name): # "base__drawer", ...
-        "Position of a joint, metres or radians."
-        return float(self.data.qpos[self._qpos[name]])
+@patch
+def joint(self:PlayTable, name): # "base__drawer", ...
+    "Position of a joint, metres or radians."
+    return float(self.data.qpos[self._qpos[name]])
 
-    def body_pos(self, name): # "drawer_link", "block_red", ...
-        "World position (3,) of a body's frame."
-        return self.data.xpos[self._body[name]].copy()
+@patch
+def body_pos(self:PlayTable, name): # "drawer_link", "block_red", ...
+    "World position (3,) of a body's frame."
+    return self.data.xpos[self._body[name]].copy()
 
 # %% ../nbs/14_playtable.ipynb #03462c3b
-from fastcore.basics import patch
-
 @patch
 def get_obs(self:PlayTable)->dict: # rgb_obs, depth_obs: `Pictures`; robot_obs (15,), scene_obs (24,) float64
     "The observation of this moment, its pictures not yet drawn."
@@ -429,3 +449,39 @@ def _draw(self:PlayTable, state, name):
 def close(self:PlayTable):
     "Let go of the cameras; they are freed when no other environment uses them."
     self.cameras = None
+
+# %% ../nbs/14_playtable.ipynb #5d88de92
+def waving(
+    step:int, # of the motion
+)->np.ndarray: # (7,) relative action
+    "A smooth test motion over the table; the gripper closes and opens, and the tool dips down to the blocks."
+    phase = 2*np.pi*step/60
+    return np.array([math.cos(phase), math.cos(2*phase), .5*math.sin(phase) - .3*(step < 20), 0, 0, .6*math.sin(phase), 1 if step % 80 < 40 else -1])
+
+def rollout_digest(
+    scene:str="D", # "A" to "D"
+    steps:int=60, # of `waving`, with pictures of every tenth
+)->str: # hexadecimal
+    "SHA-256 of a rollout's states and pictures."
+    env, digest = PlayTable(scene), hashlib.sha256()
+    for k in range(steps):
+        obs = env.step(waving(k))[0]
+        pictures = [*obs["rgb_obs"].values(), *obs["depth_obs"].values()] if k % 10 == 0 else []
+        for array in (obs["robot_obs"], obs["scene_obs"], env.data.qvel, *pictures): digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+# %% ../nbs/14_playtable.ipynb #6e595503
+def steps_per_second(
+    sizes:tuple|None=(200, 84), # pixels of the static and the gripper camera; None: no pictures
+    steps:int=240, # to measure
+    scene:str="D", # "A" to "D"
+)->tuple: # (by the clock, per second of processor time)
+    "Control steps per second."
+    env = PlayTable(scene, *(sizes or (8, 8)))
+    for k in range(-20, steps): # the first are for warming up
+        if k == 0: wall, cpu = time.perf_counter(), time.process_time()
+        obs = env.step(waving(k))[0]
+        if sizes: list(obs["rgb_obs"].values())
+    rates = steps/(time.perf_counter() - wall), steps/(time.process_time() - cpu)
+    env.close()
+    return rates
