@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from .spec import ACTION_DIM, VIEWS, Batch, DataSpec
@@ -200,6 +201,7 @@ def show_tasks(
 # %% ../nbs/10_episodes.ipynb #d4eca346
 def _anchors(windows, stride, min_left):
     "(S,2) window and row of every sample."
+    if stride < 1: raise ValueError(f"stride is {stride}; it is at least 1")
     rows = [np.arange(w.start, w.end + 1 - min_left, stride) for w in windows]
     which = np.repeat(np.arange(len(windows)), [len(r) for r in rows])
     return np.stack([which, np.concatenate(rows)], 1) if windows else np.zeros((0,2), np.int64)
@@ -208,12 +210,12 @@ def _to_bvt(x_btv):
     "Float (B,V,T,...) tensor of a (B,T,V,...) array."
     return torch.from_numpy(np.asarray(x_btv, np.float32)).transpose(1, 2)
 
-def _check_samples(ds, stride, min_left):
+def _check_samples(ds):
     "Raise `ValueError` if there is nothing to sample or an array does not fit the store."
-    if stride < 1 or ds.offsets.min() < 0:
-        raise ValueError(f"stride is {stride} and the offsets are {ds.offsets}; they must be at least 1 and 0")
+    if ds.offsets.min() < 0 or ds.min_left < 0:
+        raise ValueError(f"min_left is {ds.min_left} and the offsets are {ds.offsets}; none may be negative")
     if not len(ds):
-        raise ValueError(f"no samples: {len(ds.windows)} windows, none of more than min_left = {min_left} rows")
+        raise ValueError(f"no samples: {len(ds.windows)} windows, none of more than min_left = {ds.min_left} rows")
     if missing := [v for v in ds.views if ds.video and v not in ds.frames.video]:
         raise ValueError(f"the recording has no view {missing}; it has {list(ds.frames.video)}")
     if ds.chunk and ds.frames.action is None:
@@ -241,10 +243,10 @@ class WindowDataset:
     ):
         self.frames, self.windows, self.views, self.chunk, self.video = frames, list(windows), views, chunk, video
         self.offsets, self.arrays, self.sample_arrays = np.asarray(offsets), arrays or {}, sample_arrays or {}
-        self.anchors = _anchors(self.windows, stride, min_left)
+        self.stride, self.min_left, self.anchors = stride, min_left, _anchors(self.windows, stride, min_left)
         self.index = np.arange(len(self.anchors)) # which of the anchors are samples: all, until `select`
         self.ends = np.array([w.end for w in self.windows])
-        _check_samples(self, stride, min_left)
+        _check_samples(self)
 
     def __len__(self): return len(self.index)
 
@@ -304,59 +306,57 @@ def cache_rows(
 )->np.ndarray: # (n,...) read-only memmap
     "The rows that `compute` gives, from a file: made when missing, finished when half made, made again when stale."
     path = Path(path)
-    part, journal = path.with_name(path.name + ".part"), path.with_name(path.name + ".json")
-    identity = json.loads(json.dumps(dict(identity=identity, rows=n, dtype=np.dtype(dtype).name)))
-    found = _read_journal(journal)
-    if not found or found["identity"] != identity:
-        if found: print(f"{path.name} was made from other data or another encoder: making it again")
-        path.unlink(missing_ok=True); part.unlink(missing_ok=True)
-        found = dict(identity=identity, done=0)
-    if (whole := _open_whole(path)) is not None: return whole
-    if not part.exists() or not found["done"]: found["done"], out = 0, None
-    else: out = np.lib.format.open_memmap(part, mode="r+")
     path.parent.mkdir(parents=True, exist_ok=True)
-    los = range(found["done"], n, batch_size)
-    results = _in_threads(compute, [(lo, min(lo + batch_size, n)) for lo in los], n_workers)
-    with tqdm(total=n, initial=found["done"], desc=path.stem, unit="row") as bar, closing(results):
-        for lo,x in zip(los, results):
-            x = torch.as_tensor(x).detach().float().cpu().numpy()
-            if out is None: out = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=(n, *x.shape[1:]))
-            out[lo:lo+len(x)] = x
-            out.flush()
-            found["done"] = lo + len(x)
-            _replace_text(journal, json.dumps(found))
-            bar.update(len(x))
-    os.replace(part, path)
+    identity = json.loads(json.dumps(dict(identity=identity, rows=n, dtype=np.dtype(dtype).name)))
+    with FileLock(_beside(path, ".lock")):
+        done = _rows_done(path, identity)
+        if done < n: _fill(path, n, done, compute, identity, batch_size, n_workers, dtype)
+        if _beside(path, ".part").exists(): os.replace(_beside(path, ".part"), path)
     return np.load(path, mmap_mode="r")
 
+def _beside(path, suffix): return path.with_name(path.name + suffix)
+
+def _rows_done(path, identity):
+    "How many rows of the cache can be used; what cannot is deleted."
+    part, journal = _beside(path, ".part"), _beside(path, ".json")
+    try: found = json.loads(journal.read_text())
+    except (FileNotFoundError, ValueError): found = {}
+    file, why = part if part.exists() else path, None
+    if found.get("identity") != identity: why = "was made from other data or another encoder"
+    elif file.exists() and not _readable(file): why = "is damaged"
+    elif file.exists(): return found["done"]
+    if why and file.exists(): print(f"{path.name} {why}: making it again")
+    for f in (path, part, journal): f.unlink(missing_ok=True)
+    return 0
+
+def _readable(path):
+    "Whether a `.npy` file is whole: a full disk or a broken copy may have cut it short."
+    try: return np.load(path, mmap_mode="r") is not None
+    except (ValueError, EOFError): return False
+
 # %% ../nbs/10_episodes.ipynb #87ef0a55
-def _replace_text(path, text):
-    "Write a file so that at every moment the old or the new content is there."
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text)
-    os.replace(tmp, path)
-
-def _read_journal(path):
-    "The journal's content, or None if it is missing or not ours."
-    try: found = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError): return None
-    return found if isinstance(found, dict) and set(found) == {"identity", "done"} else None
-
-def _open_whole(path):
-    "The finished file, or None if it is missing or was cut short (a full disk, a broken copy)."
-    try: return np.load(path, mmap_mode="r")
-    except FileNotFoundError: return None
-    except (ValueError, EOFError):
-        print(f"{path.name} is damaged: making it again")
-        path.unlink()
+def _fill(path, n, done, compute, identity, batch_size, n_workers, dtype):
+    "Compute the rows from `done` on; after each chunk the journal counts it."
+    part, journal, tmp = (_beside(path, s) for s in (".part", ".json", ".json.tmp"))
+    out = np.lib.format.open_memmap(part, mode="r+") if done else None
+    ranges = [(lo, min(lo + batch_size, n)) for lo in range(done, n, batch_size)]
+    results = _in_threads(compute, ranges, n_workers)
+    with tqdm(total=n, initial=done, desc=path.stem, unit="row") as bar, closing(results):
+        for (lo,hi),x in zip(ranges, results):
+            x = torch.as_tensor(x).detach().float().cpu().numpy()
+            if out is None: out = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=(n, *x.shape[1:]))
+            out[lo:hi] = x
+            out.flush()
+            tmp.write_text(json.dumps(dict(identity=identity, done=hi)))
+            os.replace(tmp, journal)
+            bar.update(hi - lo)
 
 def _in_threads(f, ranges, n_workers):
-    "f(lo, hi) of each range, in order, at most `2*n_workers` of them ahead."
+    "f(lo, hi) of each range, in order, a few of them ahead."
     if n_workers <= 1: yield from (f(*r) for r in ranges); return
-    threads, pool = torch.get_num_threads(), ThreadPoolExecutor(n_workers)
+    threads, pool, ahead = torch.get_num_threads(), ThreadPoolExecutor(n_workers), []
     torch.set_num_threads(1)
     try:
-        ahead, ranges = [], iter(ranges)
         for r in ranges:
             ahead.append(pool.submit(f, *r))
             if len(ahead) >= 2*n_workers: yield ahead.pop(0).result()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -84,9 +85,10 @@ def make_optimizer(
     "AdamW without decay of biases and norms."
     params = trainable(model).values()
     if not params: raise ValueError(f"{type(model).__name__} has no trainable parameters: all have requires_grad=False")
+    fused = next(iter(params)).device.type in ("cpu", "cuda")
     groups = [dict(params=[p for p in params if p.ndim > 1], weight_decay=cfg.weight_decay),
               dict(params=[p for p in params if p.ndim < 2], weight_decay=0.)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, fused=True)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, fused=fused)
 
 # %% ../nbs/31_train.ipynb #639eea8b
 class EMA:
@@ -257,12 +259,13 @@ def run_identity(
 
 def _start(out, resume, model, opt, ema, run):
     "Where to begin: steps done, meter and history; model, optimiser and average are filled if there is a checkpoint."
-    if not out or not has_checkpoint(out): return 0, Meter(), []
-    if not resume:
-        (Path(out)/"config.json").unlink() # else a crash before the first save would bring the old run back
+    if not out: return 0, Meter(), []
+    if not resume and has_checkpoint(out): (Path(out)/"config.json").unlink() # else it is back after an early crash
+    if not has_checkpoint(out):
+        write_metrics(out, [])
         return 0, Meter(), []
     state = load_state(out)
-    if differ := differing_fields(state["run"], run):
+    if differ := differing_fields(state.get("run", {}), run):
         raise ValueError(f"{out} holds another run (there -> here: {differ}): "
                          "use its settings, give another folder, or train again with resume=False")
     step, steps = load_checkpoint(out, model)["step"], run["train"]["steps"]
@@ -270,13 +273,28 @@ def _start(out, resume, model, opt, ema, run):
     with torch.no_grad():
         for p,mean,running in zip(ema.params, ema.mean, state["running"]): mean.copy_(p); p.copy_(running)
     print(f"{out}: {'finished at' if step == steps else 'going on after'} step {step} of {steps}")
-    return step, Meter(state["meter"]), read_metrics(out, step)
+    history = read_metrics(out, step)
+    write_metrics(out, history)
+    return step, Meter(state["meter"]), history
 
 def _save(out, model, opt, ema, step, meter, run):
     "The averaged weights as the model, and all that is needed to go on."
     with ema.averaged(): # which exchanges them: meanwhile `ema.mean` holds the running weights
         state = dict(run=run, optimizer=opt.state_dict(), running=ema.mean, meter=meter.state())
         save_checkpoint(out, model, step=step, state=state, info=run["info"])
+
+# %% ../nbs/31_train.ipynb #66ce4a5f
+@contextmanager
+def _alone(out):
+    "No other process trains into the same folder meanwhile; the system unlocks it when a process dies."
+    if not out: yield; return
+    Path(out).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(out)/".lock")
+    try: lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another process is training into {out}: wait for it, or give another folder") from None
+    try: yield
+    finally: lock.release()
 
 def _check_finite(step, loss, norm, cfg, out, saved):
     "Raise `ValueError` before the weights are spoilt."
@@ -285,7 +303,20 @@ def _check_finite(step, loss, norm, cfg, out, saved):
     raise ValueError(f"at step {step} the loss is {loss.item():.3g} and the gradient's norm {norm.item():.3g}; {last}: "
                      f"check the data, or train with a lower lr than {cfg.lr} or a longer warm-up than {cfg.warmup}")
 
-# %% ../nbs/31_train.ipynb #d7051b76
+def _due(step, every, cfg): return step == cfg.steps or (every and step % every == 0)
+
+def _bar(loader, model, cfg, done, history):
+    "The loader's batches with a progress bar, and one line at the end, which also stays in an executed notebook."
+    name, began = type(model).__name__, time.perf_counter()
+    with tqdm(loader, total=cfg.steps, initial=done, desc=name) as bar:
+        for batch in bar:
+            yield batch
+            if history: bar.set_postfix(loss=f"{history[-1]['loss']:.4g}", refresh=False)
+    if done < cfg.steps:
+        seconds = time.perf_counter() - began
+        print(f"{name}: {cfg.steps - done} steps in {seconds:.1f} s, loss {history[-1]['loss']:.4g}")
+
+# %% ../nbs/31_train.ipynb #a359c9fa
 def fit(
     model:nn.Module, # with `loss(batch) -> (scalar, dict of logs)`; trained in place
     data, # a dataset: `len(data)`, `data[indices] -> Batch`
@@ -299,15 +330,14 @@ def fit(
     "Train a model, or go on with it, or find it finished."
     model.to(cfg.device_)
     params, opt, ema = list(trainable(model).values()), make_optimizer(model, cfg), EMA(model, cfg.ema_decay)
-    run = run_identity(model, data, cfg, info)
-    done, meter, history = _start(out, resume, model, opt, ema, run)
-    saved, began = done, time.perf_counter() - (history[-1]["seconds"] if history else 0)
-    if out: write_metrics(out, history)
-    sampler = StepSampler(len(data), cfg.batch_size, cfg.steps, cfg.seed, done)
-    loader = DataLoader(data, sampler=sampler, batch_size=None, num_workers=cfg.num_workers)
-    model.train()
-    with borrowed_torch(cfg.num_threads), tqdm(total=cfg.steps, initial=done, desc=type(model).__name__) as bar:
-        for step,batch in enumerate(loader, done + 1):
+    run, hooks = run_identity(model, data, cfg, info), [on_log] if callable(on_log) else on_log
+    with _alone(out), borrowed_torch(cfg.num_threads):
+        done, meter, history = _start(out, resume, model, opt, ema, run)
+        saved, began = done, time.perf_counter() - (history[-1]["seconds"] if history else 0)
+        sampler = StepSampler(len(data), cfg.batch_size, cfg.steps, cfg.seed, done)
+        loader = DataLoader(data, sampler=sampler, batch_size=None, num_workers=cfg.num_workers)
+        model.train()
+        for step,batch in enumerate(_bar(loader, model, cfg, done, history), done + 1):
             torch.manual_seed(step_seed(cfg.seed, step))
             for group in opt.param_groups: group["lr"] = lr_at(step, cfg)
             with autocast(cfg): loss, logs = model.loss(batch.to(cfg.device_))
@@ -318,7 +348,6 @@ def fit(
             opt.step()
             ema.update(step)
             meter.add(dict(logs, loss=loss, grad_norm=norm))
-            bar.update()
             validates = val_data is not None and _due(step, cfg.val_every, cfg)
             if validates or _due(step, cfg.log_every, cfg):
                 row = dict(step=step, **meter.means(), lr=lr_at(step, cfg), seconds=time.perf_counter() - began)
@@ -326,14 +355,11 @@ def fit(
                     with ema.averaged(): row |= evaluate(model, val_data, cfg)
                 meter = Meter()
                 history.append(row)
-                bar.set_postfix(loss=f"{row['loss']:.4g}")
                 if out: append_metrics(out, row)
-                for hook in ([on_log] if callable(on_log) else on_log): hook(row)
+                for hook in hooks: hook(row)
             if out and _due(step, cfg.save_every, cfg):
                 _save(out, model, opt, ema, step, meter, run)
                 saved = step
     ema.swap()
     model.eval()
     return history
-
-def _due(step, every, cfg): return step == cfg.steps or (every and step % every == 0)
