@@ -109,11 +109,21 @@ def fingers(self:Expert,
 def retreat(self:Expert, z:float=CRUISE_Z): # metres
     "Leave the cabinet if the hand is inside, then go up to a height that clears everything."
     x, y, now = self.env.target_pos
-    if now > z - .03: return
-    yaw, tilt = self.env.target_orn[2], -self.env.target_orn[1]
-    if y > 0: self.goto([x, -.08, max(now + .03, .52)], yaw=yaw, tilt=tilt, near=.03, speed=1.)
-    x, y, _ = self.env.target_pos
-    self.goto([x, min(y, -.06), z], yaw=yaw, near=.03, speed=1.)
+    tops = [c[2] + .07 for c in self.others(None) if np.hypot(*(c[:2] - (x, y))) < .07]
+    z = max([z, *tops])
+    if now < z - .03:
+        yaw, tilt = self.env.target_orn[2], -self.env.target_orn[1]
+        if y > 0: self.goto([x, -.08, max(now + .03, .52)], yaw=yaw, tilt=tilt, near=.03)
+        x, y = self.env.target_pos[:2] + self.away()
+        self.goto([x, min(y, -.06), z], yaw=yaw, near=.02, speed=1.)
+    self.yaw = YAW
+
+@patch
+def away(self:Expert)->np.ndarray: # (2,) metres
+    "A little way back from a block that the hand has pushed, lest it be dragged along."
+    near = [self.hand() - self.block(c)[0] for c in COLOURS if "robot" in self.contacts(c)]
+    near = [d[:2]/np.linalg.norm(d[:2]) for d in near if .025 < np.linalg.norm(d[:2]) and abs(d[2]) < .05]
+    return .03*sum(near, np.zeros(2))
 
 # %% ../nbs/15_experts.ipynb #e796f1cd
 @patch
@@ -122,11 +132,12 @@ def hand(self:Expert)->np.ndarray: # (3,) metres
     return np.array(self.info["robot_info"]["tcp_pos"])
 
 @patch
-def block(self:Expert, colour:str)->tuple: # centre (3,), yaw, half edges (3,)
-    "Pose and size of a block."
+def block(self:Expert, colour:str)->tuple: # centre (3,), yaw of its longer level edge, half of that edge and of the other level one
+    "Pose and size of a block, whichever of its sides it lies on."
     block = self.info["scene_info"]["movable_objects"][f"block_{colour}"]
-    yaw = Rotation.from_quat(block["current_orn"]).as_euler("xyz")[2]
-    return np.array(block["current_pos"]), yaw, np.array(BLOCK_HALF[dict(self.env.layout.blocks)[colour]])
+    axes, half = Rotation.from_quat(block["current_orn"]).as_matrix(), BLOCK_HALF[dict(self.env.layout.blocks)[colour]]
+    long, short = sorted(np.argsort(np.abs(axes[2]))[:2], key=lambda i: (-half[i], i)) # the third axis is upright
+    return np.array(block["current_pos"]), np.arctan2(axes[1, long], axes[0, long]), np.array([half[long], half[short]])
 
 @patch
 def contacts(self:Expert, colour:str)->set: # names of bodies, "robot" for the whole arm
@@ -163,7 +174,7 @@ UP_FACE = np.array([0, .5, .866]) # the direction in which the switch moves
 def press_button(self:Expert):
     "Push the button down and let it come up."
     x, y, _ = self.env.body_pos("button_link")
-    self.retreat(.54)
+    self.retreat(.56)
     self.grip = -1.
     self.goto([x, y, .53], near=.012)
     self.goto([x, y, .458], speed=.4, tol=.002)
@@ -247,8 +258,8 @@ def push(self:Expert, colour:str, side:str):
     self.retreat()
     self.grip = -1.
     self.goto([x, y, .52], near=.012)
-    self.goto([x, y, .462], speed=.6)
-    self.goto([x + sign*.19, y, .462], speed=.5)
+    self.goto([x, y, .457], speed=.6) # low, lest the block tips
+    self.goto([x + sign*.19, y, .457], speed=.45)
     self.retreat()
 
 @patch
@@ -260,11 +271,10 @@ def unstack(self:Expert):
 # %% ../nbs/15_experts.ipynb #09a13904
 @patch
 def let_go(self:Expert):
-    "Put a block that is still held down on a free place of the table."
-    colour = self.held()
-    if colour is None: return
-    pos = self.block(colour)[0]
-    if pos[2] > .48: self.put_down(colour, (-.30, .36))
+    "Open the fingers around a block; one that hangs in the air is first put on a free place of the table."
+    near = [c for c in COLOURS if np.linalg.norm(self.block(c)[0] - self.hand()) < .04]
+    if not near or self.info["robot_info"]["gripper_opening_width"] < .02: return # closed beside a block, not around it
+    if self.contacts(near[0]) == {"robot"}: self.put_down(near[0], (-.30, .36))
     self.fingers(1., 5)
 
 @patch
@@ -307,7 +317,7 @@ def stack(self:Expert):
 def push_into_drawer(self:Expert):
     "Push a block over the table's front edge into the open drawer; first bring one before the drawer if none is there."
     drawer = self.env.body_pos("drawer_link")[0]
-    here = [c for c in COLOURS if "base_link" in self.contacts(c)]
+    here = [c for c in COLOURS if self.block(c)[0][1] < .02 and .44 < self.block(c)[0][2] < .49]
     if not here: raise Done
     colour = min(here, key=lambda c: abs(self.block(c)[0][0] - drawer))
     if abs(self.block(colour)[0][0] - drawer) > .15:
@@ -331,8 +341,9 @@ ALONG = np.array([0, np.sin(TILT), -np.cos(TILT)]) # the fingers' direction then
 @patch
 def uncover(self:Expert, x:float): # metres
     "Slide the door away from a place in the cabinet if it stands before it."
-    door = self.env.body_pos("slide_link")[0]
-    if door - .05 < x < door + .33: self.move_slider("right" if x < self.env.layout.plank else "left")
+    door, left = self.env.body_pos("slide_link")[0], self.info["scene_info"]["doors"]["base__slide"]["current_state"]
+    side, rest = ("right", left) if x < self.env.layout.plank else ("left", self.env.layout.slide_range - left)
+    if door - .07 < x < door + .35 and rest > .02: self.move_slider(side)
 
 @patch
 def lift_from_cabinet(self:Expert, colour:str):
