@@ -10,6 +10,7 @@ __all__ = ['Window', 'Frames', 'fake_frames', 'check_frames', 'Rows', 'concat_fr
 import hashlib
 import json
 import os
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -303,14 +304,16 @@ def cache_rows(
     batch_size:int=256, # rows of a chunk
     n_workers:int=1, # threads; 1 leaves torch's own threading as it is
     dtype=np.float16, # of the file
+    save_every:float=5., # seconds between two records of what is done
 )->np.ndarray: # (n,...) read-only memmap
     "The rows that `compute` gives, from a file: made when missing, finished when half made, made again when stale."
+    if n < 1: raise ValueError(f"no rows to compute for {path}: n is {n}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     identity = json.loads(json.dumps(dict(identity=identity, rows=n, dtype=np.dtype(dtype).name)))
     with FileLock(_beside(path, ".lock")):
         done = _rows_done(path, identity)
-        if done < n: _fill(path, n, done, compute, identity, batch_size, n_workers, dtype)
+        if done < n: _fill(path, n, done, compute, identity, batch_size, n_workers, dtype, save_every)
         if _beside(path, ".part").exists(): os.replace(_beside(path, ".part"), path)
     return np.load(path, mmap_mode="r")
 
@@ -322,9 +325,9 @@ def _rows_done(path, identity):
     try: found = json.loads(journal.read_text())
     except (FileNotFoundError, ValueError): found = {}
     file, why = part if part.exists() else path, None
-    if found.get("identity") != identity: why = "was made from other data or another encoder"
-    elif file.exists() and not _readable(file): why = "is damaged"
-    elif file.exists(): return found["done"]
+    if found and found["identity"] != identity: why = "was made from other data or another encoder"
+    elif found and file.exists() and not _readable(file): why = "is damaged"
+    elif found and file.exists(): return found["done"]
     if why and file.exists(): print(f"{path.name} {why}: making it again")
     for f in (path, part, journal): f.unlink(missing_ok=True)
     return 0
@@ -335,21 +338,31 @@ def _readable(path):
     except (ValueError, EOFError): return False
 
 # %% ../nbs/10_episodes.ipynb #87ef0a55
-def _fill(path, n, done, compute, identity, batch_size, n_workers, dtype):
-    "Compute the rows from `done` on; after each chunk the journal counts it."
-    part, journal, tmp = (_beside(path, s) for s in (".part", ".json", ".json.tmp"))
+def _fill(path, n, done, compute, identity, batch_size, n_workers, dtype, save_every):
+    "Compute the rows from `done` on; every few seconds the journal counts them."
+    part, saved = _beside(path, ".part"), time.monotonic()
     out = np.lib.format.open_memmap(part, mode="r+") if done else None
     ranges = [(lo, min(lo + batch_size, n)) for lo in range(done, n, batch_size)]
     results = _in_threads(compute, ranges, n_workers)
-    with tqdm(total=n, initial=done, desc=path.stem, unit="row") as bar, closing(results):
-        for (lo,hi),x in zip(ranges, results):
-            x = torch.as_tensor(x).detach().float().cpu().numpy()
-            if out is None: out = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=(n, *x.shape[1:]))
-            out[lo:hi] = x
-            out.flush()
-            tmp.write_text(json.dumps(dict(identity=identity, done=hi)))
-            os.replace(tmp, journal)
-            bar.update(hi - lo)
+    try:
+        with tqdm(total=n, initial=done, desc=path.stem, unit="row") as bar, closing(results):
+            for (lo,hi),x in zip(ranges, results):
+                x = torch.as_tensor(x).detach().float().cpu().numpy()
+                if out is None: out = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=(n, *x.shape[1:]))
+                out[lo:hi], done = x, hi
+                if time.monotonic() - saved >= save_every:
+                    _record(path, out, identity, done)
+                    saved = time.monotonic()
+                bar.update(hi - lo)
+    finally:
+        if out is not None: _record(path, out, identity, done)
+
+def _record(path, out, identity, done):
+    "Note that the first `done` rows are on the disk."
+    out.flush()
+    tmp = _beside(path, ".json.tmp")
+    tmp.write_text(json.dumps(dict(identity=identity, done=done)))
+    os.replace(tmp, _beside(path, ".json"))
 
 def _in_threads(f, ranges, n_workers):
     "f(lo, hi) of each range, in order, a few of them ahead."

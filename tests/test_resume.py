@@ -123,7 +123,7 @@ def test_cache_killed(tmp_path, n_workers):
     def counted(lo, hi): again.append(lo); return slow_rows(lo, hi)
     journal = tmp_path/"rows.npy.json"
     def far(): return journal.exists() and '"done": 3' in journal.read_text()
-    args = path, 1000, slow_rows, "rows", 10, n_workers, np.float32
+    args = path, 1000, slow_rows, "rows", 10, n_workers, np.float32, .05
     assert not kill_when(cache_rows, args, far)
     assert not path.exists()
     rows = cache_rows(path, 1000, counted, "rows", 10, n_workers, np.float32)
