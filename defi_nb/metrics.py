@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARM_DIMS', 'PROTOCOL', 'action_error', 'psnr', 'ssim', 'chain_rates', 'wilson', 'mean_interval', 'task_table',
            'check_row', 'write_whole', 'write_row', 'read_row', 'EvalResult', 'markdown_table', 'ResultTable',
-           'task_markdown', 'show_rates', 'Comparison', 'compare']
+           'task_markdown', 'show_rates', 'Comparison', 'compare', 'seed_interval']
 
 # %% ../nbs/32_metrics.ipynb #4d45bf0f
 import json
@@ -28,7 +28,7 @@ ARM_DIMS = ("x", "y", "z", "roll", "pitch", "yaw") # of an action, before the gr
 def action_error(
     predicted:torch.Tensor, # (...,A) actions in about [-1, 1]
     target:torch.Tensor, # (...,A) what was done
-)->dict: # mean absolute error of each of `ARM_DIMS` and of all six ("arm"), action units; "gripper": share of right signs
+)->dict: # mean absolute error of each of `ARM_DIMS` and of all ("arm"), action units; "gripper": share of right signs
     "How far predicted actions are from the recorded ones."
     if predicted.shape != target.shape or predicted.shape[-1] != len(ARM_DIMS) + 1:
         raise ValueError(f"actions of shapes {tuple(predicted.shape)} and {tuple(target.shape)} can't be compared: "
@@ -77,7 +77,8 @@ def chain_rates(
     "Success rates of 1..L tasks in a row."
     solved = np.asarray(solved)
     if solved.size == 0 or solved.min() < 0 or solved.max() > length:
-        raise ValueError(f"counts {solved[:10].tolist()}: there must be at least one chain, and each count must lie in 0..{length}")
+        raise ValueError(f"counts {solved[:10].tolist()}: there must be at least one chain, "
+                         f"and each count must lie in 0..{length}")
     return (solved[:, None] >= np.arange(1, length + 1)).mean(0)
 
 def wilson(
@@ -103,12 +104,14 @@ def mean_interval(
     return float(np.quantile(low, (1 - level)/2)), float(np.quantile(high, (1 + level)/2))
 
 # %% ../nbs/32_metrics.ipynb #5f081036
-PROTOCOL = {"environment": "simulator or benchmark", "scene": "of the environment", "renderer": "that draws the pictures",
-            "static_size": "static picture, pixels", "gripper_size": "gripper picture, pixels",
-            "image_size": "both as the policy sees them, pixels", "sequences": "where the chains come from",
-            "digest": "sha256 of the chains and their initial states", "chains": "number of them", "length": "tasks in a chain",
-            "tasks": "that occur in them", "steps": "control steps a task may take", "chunk": "actions predicted at once",
-            "execute": "of them executed before the next prediction", "group": "chains in one batch", "seed": "of the policy's noise"}
+PROTOCOL = {
+    "environment": "simulator or benchmark", "scene": "of the environment", "renderer": "that draws the pictures",
+    "static_size": "static picture, pixels", "gripper_size": "gripper picture, pixels",
+    "image_size": "both as the policy sees them, pixels", "sequences": "where the chains come from",
+    "digest": "sha256 of the chains and their initial states", "chains": "number of them",
+    "length": "tasks in a chain", "tasks": "that occur in them", "steps": "control steps a task may take",
+    "chunk": "actions predicted at once", "execute": "of them executed before the next prediction",
+    "group": "chains in one batch", "seed": "of the policy's noise"}
 
 def task_table(
     chains, # n tuples of task names
@@ -131,17 +134,19 @@ def check_row(
     "Raise `ValueError` naming what is wrong if the numbers of a row contradict each other."
     rates, average, solved = row["rates"], row["average_length"], row.get("solved")
     if any(not 0 <= b <= a for a, b in pairwise([1, *rates])):
-        raise ValueError(f"rates {rates} must lie in [0, 1] and may not rise: a chain that solved two tasks also solved one")
+        raise ValueError(f"rates {rates} must lie in [0, 1] and may not rise: a chain that solved two also solved one")
     if not abs(sum(rates) - average) <= tolerance:
-        raise ValueError(f"average length {average} is not the sum of its rates, {sum(rates):.6g}: one of them comes from another run")
+        raise ValueError(f"average length {average} is not the sum of its rates, {sum(rates):.6g}: "
+                         "one of them comes from another run")
     if missing := [k for k in PROTOCOL if k not in row["protocol"]]:
-        raise ValueError(f"the protocol lacks {', '.join(missing)}: a result is of use only with the whole protocol beside it")
+        raise ValueError(f"the protocol lacks {', '.join(missing)}: a number is of use only with its whole protocol")
     if solved is not None:
         if not np.allclose(chain_rates(solved, len(rates)), rates) or len(solved) != row["protocol"]["chains"]:
             raise ValueError(f"rates {rates} do not follow from the {len(solved)} counts beside them")
         tried, done = (sum(t[k] for t in row["tasks"].values()) for k in ("attempts", "successes"))
         if done != sum(solved) or tried != sum(min(c + 1, len(rates)) for c in solved):
-            raise ValueError(f"the task table has {done} successes in {tried} attempts, but the chains solved {sum(solved)} tasks")
+            raise ValueError(f"the task table has {done} successes in {tried} attempts, "
+                             f"but the chains solved {sum(solved)} tasks")
     return row
 
 # %% ../nbs/32_metrics.ipynb #b2e37f4e
@@ -168,9 +173,11 @@ def read_row(
     path, # of the JSON file
 )->dict: # the checked row
     "Read a row and check it."
-    if not Path(path).is_file(): raise FileNotFoundError(f"there is no result at {path}: run the evaluation that writes it")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no result at {path}: run the evaluation that writes it")
     try: return check_row(json.loads(Path(path).read_text()))
-    except (ValueError, KeyError, TypeError) as error: raise ValueError(f"{path} is not a believable result: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a believable result: {error}") from error
 
 # %% ../nbs/32_metrics.ipynb #8327f1c1
 @dataclass
@@ -201,7 +208,8 @@ class EvalResult:
         "Everything as JSON types, with the intervals, checked."
         n, counted = len(self.solved), {f.name: getattr(self, f.name) for f in fields(self)}
         return check_row({**counted, "rates": self.rates.tolist(), "average_length": self.average_length,
-                          "rate_intervals": [wilson(round(r*n), n) for r in self.rates], "average_length_interval": self.interval})
+                          "rate_intervals": [wilson(round(r*n), n) for r in self.rates],
+                          "average_length_interval": self.interval})
 
     def save(self, path): return write_row(self.row(), path) # path of the JSON file
 
@@ -221,7 +229,9 @@ def markdown_table(
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 def _said(value): # a value of the protocol
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)[:12] if len(str(value)) == 64 else str(value)
+    "A value as it is shown: lists with commas, digests shortened."
+    if isinstance(value, (list, tuple)): return ", ".join(map(str, value))
+    return str(value)[:12] if len(str(value)) == 64 else str(value)
 
 @dataclass
 class ResultTable:
@@ -235,23 +245,29 @@ class ResultTable:
     def _row(self, result):
         n, (low, high) = len(result.solved), result.interval
         percent = [f"{100*r:.0f} ({100*a:.0f}–{100*b:.0f})" for r in result.rates for a, b in [wilson(round(r*n), n)]]
-        return [result.policy, *percent, f"**{result.average_length:.2f}** ({low:.2f}–{high:.2f})", f"{100*result.task_success:.0f}",
-                n, *(_said(result.protocol[k]) for k in self.differing() if k != "chains")]
+        return [result.policy, *percent, f"**{result.average_length:.2f}** ({low:.2f}–{high:.2f})",
+                f"{100*result.task_success:.0f}", n, *(_said(result.protocol[k]) for k in self._shown())]
+
+    def _shown(self): return [k for k in self.differing() if k != "chains"] # which has its column anyway
 
     def _repr_markdown_(self):
-        length, differing = self.results[0].protocol["length"], [k for k in self.differing() if k != "chains"]
-        header = ["policy", *(f"{i} in a row, %" for i in range(1, length + 1)), f"average length of {length}", "mean of tasks, %", "chains",
-                  *differing]
-        shared = "; ".join(f"{k} {_said(v)}" for k, v in self.results[0].protocol.items() if k not in differing and k in PROTOCOL)
-        return markdown_table(header, map(self._row, self.results)) + f"\n\n95 % intervals in brackets. Protocol: {shared}."
+        protocol, differing = self.results[0].protocol, self.differing()
+        rates = [f"{i} in a row, %" for i in range(1, protocol["length"] + 1)]
+        header = ["policy", *rates, f"average length of {len(rates)}", "mean of tasks, %", "chains", *self._shown()]
+        shared = "; ".join(f"{k} {_said(protocol[k])}" for k in PROTOCOL if k not in differing)
+        table = markdown_table(header, map(self._row, self.results))
+        return f"{table}\n\n95 % intervals in brackets. Protocol: {shared}."
 
 # %% ../nbs/32_metrics.ipynb #6a83c8db
 def task_markdown(
     result:EvalResult, # of an evaluation
 )->str: # markdown
     "Success of each task, with Wilson's interval; a task is only tried when those before it in its chain were solved."
-    rows = [[task, t["attempts"], t["successes"], f"{100*t['successes']/t['attempts']:.0f} ({100*low:.0f}–{100*high:.0f})"]
-            for task, t in result.tasks.items() for low, high in [wilson(t["successes"], t["attempts"])]]
+    rows = []
+    for task, t in result.tasks.items():
+        low, high = wilson(t["successes"], t["attempts"])
+        share = f"{100*t['successes']/t['attempts']:.0f} ({100*low:.0f}–{100*high:.0f})"
+        rows.append([task, t["attempts"], t["successes"], share])
     return markdown_table(["task", "attempts", "successes", "success, %"], rows)
 
 @patch
@@ -270,7 +286,8 @@ def show_rates(
     for i, r in enumerate(results):
         rates, n, at = 100*r.rates, len(r.solved), np.arange(1, len(r.rates) + 1) + .06*(i - (len(results) - 1)/2)
         ends = 100*np.array([wilson(round(p*n/100), n) for p in rates])
-        ax.errorbar(at, rates, np.abs(ends.T - rates), marker="o", capsize=2, lw=1.2, label=f"{r.policy} ({r.average_length:.2f})")
+        ax.errorbar(at, rates, np.abs(ends.T - rates), marker="o", capsize=2, lw=1.2,
+                    label=f"{r.policy} ({r.average_length:.2f})")
     ax.set(xlabel="tasks solved in a row", ylabel="chains, %", ylim=(-3, 103), xticks=range(1, len(rates) + 1))
     ax.legend(frameon=False, fontsize=8, title="average length", title_fontsize=8)
     return ax
@@ -300,7 +317,19 @@ def compare(
     a, b = ({k: v for k, v in json.loads(json.dumps(r.protocol)).items() if k not in varying} for r in (first, second))
     if unequal := sorted(k for k in a | b if a.get(k) != b.get(k)):
         k = unequal[0]
-        raise ValueError(f"{first.policy} and {second.policy} differ in {', '.join(unequal)} ({k}: {a.get(k)} and {b.get(k)}): "
-                         "evaluate both by one protocol, or name the fields in `varying` if they are what you compare")
+        raise ValueError(f"{first.policy} and {second.policy} differ in {', '.join(unequal)} ({k}: {a.get(k)} and "
+                         f"{b.get(k)}): evaluate both by one protocol, or name in `varying` what is meant to differ")
     gap, length = np.subtract(first.solved, second.solved), first.protocol["length"]
     return Comparison(first.policy, second.policy, float(gap.mean()), mean_interval(gap, (-length, length)), len(gap))
+
+# %% ../nbs/32_metrics.ipynb #7b36f3d0
+def seed_interval(
+    results, # of trainings that differ in their seed only, at least two
+    level:float=.95, # confidence
+)->tuple: # mean average length, low, high
+    "Mean over trainings of the average length, with Student's interval, within the possible range."
+    averages, length = [r.average_length for r in results], results[0].protocol["length"]
+    if len(averages) < 2: raise ValueError("one training has no interval over seeds: give at least two results")
+    mean, error = np.mean(averages), stats.sem(averages)
+    reach = error*stats.t.ppf((1 + level)/2, len(averages) - 1)
+    return float(mean), float(max(mean - reach, 0)), float(min(mean + reach, length))
