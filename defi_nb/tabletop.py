@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TIMESTEP', 'TABLE_Z', 'DRAWER_RANGE', 'BUTTON_RANGE', 'SWITCH_RANGE', 'FINGER_RANGE', 'ROBOT_BASE', 'HOME_QPOS',
-           'BLOCK_HALF', 'LINKS', 'WALNUT', 'BEECH', 'TEAK', 'OAK', 'CHERRY', 'HONEY', 'SMOKED', 'LAYOUTS', 'ARM',
-           'GAINS', 'TORQUES', 'TCP_OFFSET', 'TILT', 'FACE', 'BLOCK_RGBA', 'Layout', 'layout_of', 'places',
-           'make_scene_obs', 'element', 'box', 'rod', 'inertial', 'wood_png', 'robot', 'base_link', 'drawer',
+           'BLOCK_HALF', 'DOORS', 'LINKS', 'WALNUT', 'BEECH', 'TEAK', 'OAK', 'CHERRY', 'HONEY', 'SMOKED', 'LAYOUTS',
+           'ARM', 'GAINS', 'TORQUES', 'TCP_OFFSET', 'TILT', 'FACE', 'LIGHT_RGBA', 'BLOCK_RGBA', 'Layout', 'layout_of',
+           'places', 'make_scene_obs', 'element', 'box', 'rod', 'inertial', 'wood_png', 'robot', 'base_link', 'drawer',
            'sliding_door', 'switch', 'button', 'plank', 'block', 'static_camera', 'build']
 
 # %% ../nbs/13_tabletop.ipynb #c907af85
@@ -27,6 +27,7 @@ FINGER_RANGE = .04 # metres of each finger; the opening is twice this
 ROBOT_BASE = (-.34, -.46, .24) # the arm's first frame
 HOME_QPOS = (-1.21779206, 1.03987646, 2.11978261, -2.34205014, -.87015947, 1.64119353, .55344866) # radians
 BLOCK_HALF = {"small": (.02, .02, .02), "middle": (.028, .02, .02), "big": (.04, .02, .02)} # half edges, metres
+DOORS = ("base__slide", "base__drawer") # joints
 LINKS = ("base_link", "plank_link", "drawer_link", "slide_link", "switch_link", "button_link") # of the table
 
 # %% ../nbs/13_tabletop.ipynb #7a1222a8
@@ -331,6 +332,7 @@ def button(
     return element("body", joint, inertial(.1, .03), disc, name="button_link", pos=(layout.button, -.12, .46), gravcomp=1)
 
 # %% ../nbs/13_tabletop.ipynb #794bde06
+LIGHT_RGBA = {"bulb": (1., 1., .1, 1.), "led": (.1, 1., .1, 1.)} # when lit
 BLOCK_RGBA = {"red": (.9, .03, .03, 1), "blue": (.04, .06, .9, 1), "pink": (.95, .05, .9, 1)}
 
 def plank(
