@@ -36,17 +36,18 @@ class Expert:
     ):
         self.env, self.speed, self.limit, self.overrun = env, speed, limit, overrun
         self.disturb, self.on_step = disturb or (lambda action: action), on_step
-        self.obs, self.info = env.get_obs(), env.get_info()
+        self.obs, self.info, self.task = env.get_obs(), env.get_info(), None
+        self.steps, self.success, self.yaw, self.grip = 0, 0, YAW, float(env.gripper_action)
 
     def run(self,
         task:str, # one of CALVIN's 34
     )->tuple: # success (bool), steps until success or until it gave up
         "Try a task from the present state."
-        self.task, self.steps, self.success = task, 0, 0
-        self.start, self.yaw, self.grip = self.info, YAW, float(self.env.gripper_action)
+        self.task, self.steps, self.success, self.start, self.yaw = task, 0, 0, self.info, YAW
+        self.grip = float(self.env.gripper_action)
         try:
             if task not in NEEDS_BLOCK: self.let_go()
-            for attempt in range(3): self.attempt(task, attempt)
+            for _ in range(3): self.attempt(task)
         except Done: pass
         return self.success > 0, self.success or self.steps
 
@@ -59,71 +60,28 @@ class Expert:
         if self.on_step: self.on_step(self.obs, action)
         self.obs, _, _, self.info = self.env.step(self.disturb(action))
         self.steps += 1
-        if not self.success and solved(self.task, self.start, self.info): self.success = self.steps
+        if self.task and not self.success and solved(self.task, self.start, self.info): self.success = self.steps
         if self.steps >= (self.success + self.overrun if self.success else self.limit): raise Done
 
-# %% ../nbs/15_experts.ipynb #eb0d23e1
-def wrap(
-    angle, # radians
-): # the same in [-pi, pi)
-    "An angle without its full turns."
-    return (angle + np.pi)%(2*np.pi) - np.pi
-
+# %% ../nbs/15_experts.ipynb #929390c9
 @patch
-def goto(self:Expert,
-    pos, # (3,) metres
-    yaw:float|None=None, # radians; as before if None
-    tilt:float=0., # radians that the fingers lean forward
-    speed:float|None=None, # as a part of the greatest
-    near:float|None=None, # metres at which the point counts as passed; None to arrive there
-    tol:float=.008, # metres by which the arm may lag at arrival
-    steps:int=90, # after which it is given up
-):
-    "Move the hand in a straight line."
-    self.yaw = self.yaw if yaw is None else yaw
-    pos, orn, speed, waited = np.array(pos, float), np.array([np.pi, -tilt, self.yaw]), speed or self.speed, 0
-    line = pos - self.env.target_pos
-    line /= max(np.linalg.norm(line), 1e-9)
-    for _ in range(steps):
-        move, turn = pos - self.env.target_pos, wrap(orn - self.env.target_orn)
-        if np.abs(move).max() < (near or 1e-3) and (near or np.abs(turn).max() < .02):
-            waited += 1
-            if near or waited > 4 or np.linalg.norm(self.hand() - pos) < tol: return
-        along, reach = line*(line@move), ROTATION_UNIT*max(speed, .7)
-        onward = along*min(1, POSITION_UNIT*speed/max(np.abs(along).max(), 1e-9))
-        self.act(onward + move - along, np.clip(turn, -reach, reach)) # back to the line at once, along it in time
-
-@patch
-def fingers(self:Expert,
-    value:float, # 1 opens, -1 closes
-    steps:int=12, # to wait at most
-):
-    "Open or close the gripper in place and wait until the fingers stop."
-    self.grip, width = value, np.inf
-    for i in range(steps):
-        last, width = width, self.info["robot_info"]["gripper_opening_width"]
-        if i > 2 and abs(width - last) < 1e-3: return
-        self.act()
-
-@patch
-def retreat(self:Expert, z:float=CRUISE_Z): # metres
-    "Leave the cabinet if the hand is inside, then go up to a height that clears everything."
-    x, y, now = self.env.target_pos
-    tops = [c[2] + .07 for c in self.others(None) if np.hypot(*(c[:2] - (x, y))) < .07]
-    z = max([z, *tops])
-    if now < z - .03:
-        yaw, tilt = self.env.target_orn[2], -self.env.target_orn[1]
-        if y > 0: self.goto([x, -.08, max(now + .03, .52)], yaw=yaw, tilt=tilt, near=.03)
-        x, y = self.env.target_pos[:2] + self.away()
-        self.goto([x, min(y, -.06), z], yaw=yaw, near=.02, speed=1.)
-    self.yaw = YAW
-
-@patch
-def away(self:Expert)->np.ndarray: # (2,) metres
-    "A little way back from a block that the hand has pushed, lest it be dragged along."
-    near = [self.hand() - self.block(c)[0] for c in COLOURS if "robot" in self.contacts(c)]
-    near = [d[:2]/np.linalg.norm(d[:2]) for d in near if .025 < np.linalg.norm(d[:2]) and abs(d[2]) < .05]
-    return .03*sum(near, np.zeros(2))
+def attempt(self:Expert, task:str): # one of CALVIN's 34
+    "Run the motion of a task once."
+    match task.split("_"):
+        case ["turn", _, "led"]: self.press_button()
+        case ["turn", state, "lightbulb"]: self.move_switch(state == "on")
+        case ["open" | "close" as verb, "drawer"]: self.move_drawer(verb == "open")
+        case ["move", "slider", side]: self.move_slider(side)
+        case ["lift", colour, _, "slider"]: self.lift_from_cabinet(colour)
+        case ["lift", colour, _, _]: self.lift(colour)
+        case ["rotate", colour, _, side]: self.rotate(colour, side)
+        case ["push", "into", "drawer"]: self.push_into_drawer()
+        case ["push", colour, _, side]: self.push(colour, side)
+        case ["place", "in", "drawer"]: self.place_in_drawer()
+        case ["place", "in", "slider"]: self.place_in_cabinet()
+        case ["stack", "block"]: self.stack()
+        case ["unstack", "block"]: self.unstack()
+        case _: raise ValueError(f"there is no task {task!r}: choose from defi_nb.calvin.TASKS")
 
 # %% ../nbs/15_experts.ipynb #e796f1cd
 @patch
@@ -149,6 +107,7 @@ def held(self:Expert)->str|None: # its colour
     "The block in the gripper, if any."
     return next((c for c in COLOURS if "robot" in self.contacts(c) and np.linalg.norm(self.block(c)[0] - self.hand()) < .06), None)
 
+# %% ../nbs/15_experts.ipynb #260cbb66
 @patch
 def others(self:Expert, colour:str|None)->np.ndarray: # (2 or 3, 3) metres
     "Centres of the other blocks."
@@ -166,6 +125,67 @@ def grasp_yaw(self:Expert, colour:str)->float: # radians
         gap = np.linalg.norm((tips[:, None] - self.others(colour))*[1, 1, .5], axis=-1).min()
         return min(gap, .045) - .004*abs(yaw - YAW)
     return max(yaws[np.abs(yaws - YAW) < 1.8], key=clearance)
+
+# %% ../nbs/15_experts.ipynb #eb0d23e1
+def wrap(
+    angle, # radians
+): # the same in [-pi, pi)
+    "An angle without its full turns."
+    return (angle + np.pi)%(2*np.pi) - np.pi
+
+@patch
+def goto(self:Expert,
+    pos, # (3,) metres
+    yaw:float|None=None, # radians; as before if None
+    tilt:float=0., # radians that the fingers lean forward
+    speed:float|None=None, # as a part of the greatest
+    near:float|None=None, # metres at which the point counts as passed; None to arrive there
+    tol:float=.008, # metres by which the arm may lag at arrival
+    steps:int=90, # after which it is given up
+):
+    "Move the hand in a straight line."
+    self.yaw = self.yaw if yaw is None else yaw
+    pos, orn, speed, waited = np.array(pos, float), np.array([np.pi, -tilt, self.yaw]), speed or self.speed, 0
+    line = (pos - self.env.target_pos)/max(np.linalg.norm(pos - self.env.target_pos), 1e-9)
+    for _ in range(steps):
+        move, turn = pos - self.env.target_pos, wrap(orn - self.env.target_orn)
+        if np.abs(move).max() < (near or 1e-3) and (near or np.abs(turn).max() < .02):
+            waited += 1
+            if near or waited > 4 or np.linalg.norm(self.hand() - pos) < tol: return
+        along, reach = line*(line@move), ROTATION_UNIT*max(speed, .7)
+        onward = along*min(1, POSITION_UNIT*speed/max(np.abs(along).max(), 1e-9))
+        self.act(onward + move - along, np.clip(turn, -reach, reach)) # back to the line at once, along it in time
+
+# %% ../nbs/15_experts.ipynb #f7b5e6f9
+@patch
+def fingers(self:Expert,
+    value:float, # 1 opens, -1 closes
+    steps:int=12, # to wait at most
+):
+    "Open or close the gripper in place and wait until the fingers stop."
+    self.grip, width = value, np.inf
+    for i in range(steps):
+        last, width = width, self.info["robot_info"]["gripper_opening_width"]
+        if i > 2 and abs(width - last) < 1e-3: return
+        self.act()
+
+@patch
+def away(self:Expert)->np.ndarray: # (2,) metres
+    "A little way back from a block that the hand has pushed, lest it be dragged along."
+    near = [self.hand() - self.block(c)[0] for c in COLOURS if "robot" in self.contacts(c)]
+    return .03*sum((d[:2]/np.hypot(*d[:2]) for d in near if .025 < np.hypot(*d[:2]) and abs(d[2]) < .05), np.zeros(2))
+
+@patch
+def retreat(self:Expert, z:float=CRUISE_Z): # metres
+    "Leave the cabinet if the hand is inside, then go up to a height that clears everything."
+    x, y, now = self.env.target_pos
+    z = max([z, *(c[2] + .07 for c in self.others(self.held()) if np.hypot(*(c[:2] - (x, y))) < .07)]) # a stack may be higher
+    if now < z - .03:
+        _, tilt, yaw = self.env.target_orn
+        if y > 0: self.goto([x, -.08, max(now + .03, .52)], yaw=yaw, tilt=-tilt, near=.03)
+        x, y = self.env.target_pos[:2] + self.away()
+        self.goto([x, min(y, -.06), z], yaw=yaw, near=.02, speed=1.)
+    self.yaw = YAW
 
 # %% ../nbs/15_experts.ipynb #fae49c21
 UP_FACE = np.array([0, .5, .866]) # the direction in which the switch moves
@@ -232,28 +252,45 @@ def grasp(self:Expert, colour:str, lower:float=.003): # metres below the block's
     self.goto([x, y, z - lower], yaw=yaw, speed=.5, tol=.006)
     self.fingers(-1.)
 
+# %% ../nbs/15_experts.ipynb #3eef31ee
+@patch
+def let_go(self:Expert):
+    "Open the fingers around a block; one that hangs in the air is first put on a free place of the table."
+    near = [c for c in COLOURS if np.linalg.norm(self.block(c)[0] - self.hand()) < .04]
+    if not near or self.info["robot_info"]["gripper_opening_width"] < .02: return # closed beside a block, not around it
+    if self.contacts(near[0]) == {"robot"}: self.put_down(near[0], (-.30, .36))
+    self.fingers(1., 5)
+
+@patch
+def put_down(self:Expert, colour:str, xs:tuple): # least and greatest x, metres
+    "Bring the held block to the freest place of the table, the nearest of the free ones."
+    pos, avoid = self.block(colour)[0], np.vstack([self.others(colour), self.env.body_pos("button_link")])
+    places = [(x, y) for x in np.arange(*xs, .05) for y in (-.12, -.07)]
+    x, y = max(places, key=lambda p: (min(np.hypot(*(avoid[:, :2] - p).T).min(), .13), -np.hypot(*(pos[:2] - p))))
+    tilt = self.level(colour)
+    self.retreat()
+    self.goto([x, y, CRUISE_Z], tilt=tilt)
+    self.goto([x, y, self.env.target_pos[2] + .462 - self.block(colour)[0][2]], tilt=tilt, speed=.5)
+
+# %% ../nbs/15_experts.ipynb #d0a4d044
 @patch
 def lift(self:Expert, colour:str):
     "Grasp from above and raise."
     self.grasp(colour)
-    x, y, z = self.env.target_pos
-    self.goto([x, y, z + .14], near=.01)
-    self.goto([x, min(y, -.06), CRUISE_Z], near=.01)
+    self.goto(self.env.target_pos + [0, 0, .18], near=.01)
 
 @patch
 def rotate(self:Expert, colour:str, side:str):
     "Grasp, turn a little further than the 60 degrees that are asked for, let go."
     self.grasp(colour)
-    turned = self.yaw + (-1.35 if side == "right" else 1.35)
-    self.goto(self.env.target_pos, yaw=turned, speed=.8)
+    self.goto(self.env.target_pos, yaw=self.yaw + (-1.35 if side == "right" else 1.35), speed=.8)
     self.fingers(1., 6)
     self.retreat()
 
 @patch
 def push(self:Expert, colour:str, side:str):
     "Push a block sideways with closed fingers."
-    pos, yaw, half = self.block(colour)
-    sign = 1 if side == "right" else -1
+    (pos, yaw, half), sign = self.block(colour), 1 if side == "right" else -1
     x, y, _ = pos - [sign*(abs(np.cos(yaw))*half[0] + abs(np.sin(yaw))*half[1] + .04), 0, 0]
     self.retreat()
     self.grip = -1.
@@ -270,23 +307,12 @@ def unstack(self:Expert):
 
 # %% ../nbs/15_experts.ipynb #09a13904
 @patch
-def let_go(self:Expert):
-    "Open the fingers around a block; one that hangs in the air is first put on a free place of the table."
-    near = [c for c in COLOURS if np.linalg.norm(self.block(c)[0] - self.hand()) < .04]
-    if not near or self.info["robot_info"]["gripper_opening_width"] < .02: return # closed beside a block, not around it
-    if self.contacts(near[0]) == {"robot"}: self.put_down(near[0], (-.30, .36))
-    self.fingers(1., 5)
-
-@patch
-def put_down(self:Expert, colour:str, xs:tuple): # least and greatest x, metres
-    "Bring the held block to the freest place of the table within xs, nearest among the free ones."
-    pos, avoid = self.block(colour)[0], np.vstack([self.others(colour), self.env.body_pos("button_link")])
-    places = [(x, y) for x in np.arange(*xs, .05) for y in (-.12, -.07)]
-    gap = lambda p: np.hypot(*(avoid[:, :2] - p).T).min()
-    x, y = max(places, key=lambda p: (min(gap(p), .13), -np.hypot(*(pos[:2] - p))))
-    self.retreat()
-    self.goto([x, y, CRUISE_Z], yaw=YAW, near=.02)
-    self.goto([x, y, self.env.target_pos[2] + .462 - self.block(colour)[0][2]], speed=.5)
+def level(self:Expert, colour:str)->float: # radians
+    "The hand's tilt at which a held block lies level; what was grasped in the cabinet hangs askew in an upright hand."
+    quat = self.info["scene_info"]["movable_objects"][f"block_{colour}"]["current_orn"]
+    _, y, z = max(Rotation.from_quat(quat).as_matrix().T, key=lambda axis: abs(axis[2]))
+    tilt = (np.arctan(y/z) - self.env.target_orn[1])%(np.pi/2)
+    return tilt if tilt < 1.2 else tilt - np.pi/2
 
 @patch
 def place_in_drawer(self:Expert):
@@ -304,15 +330,16 @@ def stack(self:Expert):
     held = self.held()
     below = [c for c in COLOURS if c != held and "base_link" in self.contacts(c)]
     if not held or not below: raise Done
-    pos = self.block(below[0])[0]
+    pos, tilt = self.block(below[0])[0], self.level(held)
     self.retreat()
-    self.goto([pos[0], pos[1], CRUISE_Z], yaw=YAW)
+    self.goto([pos[0], pos[1], CRUISE_Z], tilt=tilt)
     x, y, z = pos + [0, 0, .04] - self.block(held)[0] + self.hand()
-    self.goto([x, y, z + .03], tol=.004)
-    self.goto([x, y, z + .002], speed=.25, tol=.003)
+    self.goto([x, y, z + .03], tilt=tilt, tol=.004)
+    self.goto([x, y, z + .002], tilt=tilt, speed=.25, tol=.003)
     self.fingers(1.)
-    self.goto([x, y, z + .12], speed=.4)
+    self.goto([x, y, z + .12], tilt=tilt, speed=.4)
 
+# %% ../nbs/15_experts.ipynb #b753b6d9
 @patch
 def push_into_drawer(self:Expert):
     "Push a block over the table's front edge into the open drawer; first bring one before the drawer if none is there."
@@ -373,35 +400,11 @@ def place_in_cabinet(self:Expert):
 @patch
 def free_spot(self:Expert)->float: # metres
     "x in the cabinet's open half that is farthest from the door, the walls and the blocks there."
-    left, right = self.env.layout.plank - .26, self.env.layout.plank + .26
-    door = self.env.body_pos("slide_link")[0]
+    left, right, door = self.env.layout.plank - .26, self.env.layout.plank + .26, self.env.body_pos("slide_link")[0]
     low, high = (left, door) if door - left > right - (door + .28) else (door + .28, right)
     inside = [x for x, y, z in self.others(self.held()) if y > .02 and z < .6]
     taken = np.array([low - .01, high + .01, *inside])
     return max(np.linspace(low + .06, high - .06, 13), key=lambda x: np.abs(taken - x).min())
-
-# %% ../nbs/15_experts.ipynb #dcb042d0
-@patch
-def attempt(self:Expert,
-    task:str, # one of CALVIN's 34
-    number:int=0, # of earlier attempts
-):
-    "Run the motion of a task once."
-    match task.split("_"):
-        case ["turn", _, "led"]: self.press_button()
-        case ["turn", state, "lightbulb"]: self.move_switch(state == "on")
-        case [verb, "drawer"]: self.move_drawer(verb == "open")
-        case ["move", "slider", side]: self.move_slider(side)
-        case ["lift", colour, _, "slider"]: self.lift_from_cabinet(colour)
-        case ["lift", colour, _, _]: self.lift(colour)
-        case ["rotate", colour, _, side]: self.rotate(colour, side)
-        case ["push", "into", "drawer"]: self.push_into_drawer()
-        case ["push", colour, _, side]: self.push(colour, side)
-        case ["place", "in", "drawer"]: self.place_in_drawer()
-        case ["place", "in", "slider"]: self.place_in_cabinet()
-        case ["stack", "block"]: self.stack()
-        case ["unstack", "block"]: self.unstack()
-        case _: raise ValueError(f"there is no task {task!r}: choose from defi_nb.calvin.TASKS")
 
 # %% ../nbs/15_experts.ipynb #a8bd308d
 def start_of(
