@@ -126,6 +126,15 @@ def grasp_yaw(self:Expert, colour:str)->float: # radians
         return min(gap, .045) - .004*abs(yaw - YAW)
     return max(yaws[np.abs(yaws - YAW) < 1.8], key=clearance)
 
+# %% ../nbs/15_experts.ipynb #6bff6ce4
+@patch
+def level(self:Expert, colour:str)->float: # radians
+    "The hand's tilt at which a held block lies level; what was grasped in the cabinet hangs askew in an upright hand."
+    quat = self.info["scene_info"]["movable_objects"][f"block_{colour}"]["current_orn"]
+    _, y, z = max(Rotation.from_quat(quat).as_matrix().T, key=lambda axis: abs(axis[2]))
+    tilt = (np.arctan(y/z) - self.env.target_orn[1])%(np.pi/2)
+    return tilt if tilt < 1.2 else tilt - np.pi/2
+
 # %% ../nbs/15_experts.ipynb #eb0d23e1
 def wrap(
     angle, # radians
@@ -306,14 +315,6 @@ def unstack(self:Expert):
     self.goto(self.env.target_pos + [0, 0, .12], speed=.5)
 
 # %% ../nbs/15_experts.ipynb #09a13904
-@patch
-def level(self:Expert, colour:str)->float: # radians
-    "The hand's tilt at which a held block lies level; what was grasped in the cabinet hangs askew in an upright hand."
-    quat = self.info["scene_info"]["movable_objects"][f"block_{colour}"]["current_orn"]
-    _, y, z = max(Rotation.from_quat(quat).as_matrix().T, key=lambda axis: abs(axis[2]))
-    tilt = (np.arctan(y/z) - self.env.target_orn[1])%(np.pi/2)
-    return tilt if tilt < 1.2 else tilt - np.pi/2
-
 @patch
 def place_in_drawer(self:Expert):
     "Lower the held block into the open drawer and let go."
