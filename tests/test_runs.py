@@ -1,0 +1,57 @@
+"""The run notebooks with small parameters, in a scratch project, so that nothing of the user's is used or touched.
+
+`SMALL` has an entry for each run notebook, in the order in which they build on one another; a new notebook without one fails.
+"""
+import shutil
+
+import pytest
+from conftest import ROOT, RUNS, command, last_line
+
+SMALL = {} # run notebook -> its parameters at a size that takes seconds
+
+WRONG = [ # run notebook, parameters, what the one-line error must say
+    ("train_coupled", {"data_fraq": 0.1}, "unknown parameter 'data_fraq': did you mean 'data_frac'?"),
+    ("train_coupled", {"data_frac": 0}, "data_frac"),
+    ("train_coupled", {"data_frac": 2}, "data_frac"),
+    ("train_coupled", {"data_frac": "half"}, "parameter data_frac is 'half', which is not of type float"),
+]
+
+
+def arguments(params): return [part for name, value in params.items() for part in ("-p", name, value)]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    "The project without its package, data, checkpoints and runs."
+    scratch = tmp_path_factory.mktemp("project")
+    shutil.copy(ROOT/"settings.ini", scratch)
+    (scratch/"nbs").mkdir()
+    for path in RUNS: shutil.copy(path, scratch/"nbs")
+    return scratch
+
+
+def test_every_run_notebook_has_a_small_size():
+    assert sorted(SMALL) == [p.stem for p in RUNS]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_run(project, name):
+    done = command("defi-nb", "run", name, "--out", f"runs/{name}", *arguments(SMALL[name]), cwd=project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (project/"runs"/name/"metrics.json").exists() and (project/"runs"/name/f"{name}.html").exists()
+
+
+@pytest.mark.skipif("train_coupled" not in SMALL, reason="nothing to run yet")
+@pytest.mark.parametrize("form", [["runs/executed.ipynb"], []], ids=["two paths", "one path"])
+def test_papermill_itself(project, form):
+    given = arguments(SMALL["train_coupled"] | {"data_frac": 0.5})
+    done = command("papermill", "nbs/train_coupled.ipynb", *form, *given, cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert form or done.stdout.startswith("{")
+
+
+@pytest.mark.parametrize("name,params,said", WRONG)
+def test_wrong_input(project, name, params, said):
+    if name not in SMALL: pytest.skip("no such run notebook yet")
+    done = command("defi-nb", "run", name, *arguments(SMALL[name] | params), cwd=project)
+    assert done.returncode in (1, 2) and said in last_line(done.stderr), done.stderr
