@@ -27,8 +27,8 @@ class AdapterConfig:
     goal_dim:int = 64 # width of the goal (CLIP's pooled text)
     goal_hidden:int = 128 # width inside the goal's network
     video_dim:int = 64 # width of the video tokens
-    latent_dim:int = 96 # width of the latent actions; 0 if there are none
-    drops:tuple = (0., .05, 0.) # dropout of attention weights, residuals and feed-forward
+    latent_dim:int = 64 # width of the latent actions; 0 if there are none
+    drops:tuple = (0., 0., 0.) # dropout of attention weights, residuals and feed-forward
     cross_attn:str = "full" # "full", or "causal": action i sees context tokens 0..i, as released
     adaln_offset:float = 1. # modulation scales by `adaln_offset` + s; released 0
     pos_embed:str = "learned" # "learned" position of the actions, or "none", as released

@@ -21,7 +21,7 @@ from .vq import VectorQuantizer, code_usage, perplexity
 class GIDMConfig:
     "Size and behaviour of a `GIDM`."
     in_dim:int = 384 # width of the features that come in (DINO's, grouped)
-    dim:int = 96 # width D
+    dim:int = 64 # width D
     enc_blocks:int = 2 # space-time blocks of the encoder
     dec_blocks:int = 2 # blocks of the decoder; 0 is a GIDM that only encodes
     heads:int = 4 # must divide `dim`

@@ -7,7 +7,7 @@ __all__ = ['present_latent', 'goal_embedding', 'PolicyConfig', 'check_policy_con
            'PlainPolicy']
 
 # %% ../nbs/24_policy.ipynb #c9d7b1bf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,8 @@ def goal_embedding(
 class PolicyConfig:
     "Size and behaviour of a `CoupledPolicy`."
     spec:DataSpec = DataSpec() # picture size, predicted frames, those that GIDM reads, chunk
-    feature_dim:int = 384 # width of GFDM's features
+    frames:tuple = (0, 2) # which of the predicted frames the policy reads, those of GIDM among them
+    feature_dim:int = 192 # width of GFDM's features
     project_hidden:int = 96 # width inside the network from GFDM's features to GIDM's input
     former_dim:int = 64 # width of the Video Former's tokens
     former_depth:int = 2 # its layers
@@ -58,8 +59,7 @@ class PolicyConfig:
 
     @classmethod
     def paper(cls):
-        from dataclasses import replace
-        return cls(DataSpec.paper(), feature_dim=2560, project_hidden=768, former_dim=384, former_depth=6, former_queries=14, former_heads=8, former_head_dim=64,
+        return cls(DataSpec.paper(), tuple(range(16)), feature_dim=2560, project_hidden=768, former_dim=384, former_depth=6, former_queries=14, former_heads=8, former_head_dim=64,
                    former_hidden=768, gidm=replace(GIDMConfig.paper(), dec_blocks=0), adapter=AdapterConfig.paper())
 
 def check_policy_config(
@@ -69,6 +69,8 @@ def check_policy_config(
     pairs = {"adapter.video_dim, former_dim": (cfg.adapter.video_dim, cfg.former_dim), "adapter.latent_dim, gidm.dim": (cfg.adapter.latent_dim, cfg.gidm.dim),
              "adapter.chunk, spec.chunk": (cfg.adapter.chunk, cfg.spec.chunk), "gidm.dec_blocks, 0": (cfg.gidm.dec_blocks, 0)}
     if wrong := [f"{names} are {a}, {b}" for names, (a, b) in pairs.items() if a != b]: raise ValueError("these must be equal: " + "; ".join(wrong))
+    if not set(cfg.spec.gidm_frames) <= set(cfg.frames) <= set(range(cfg.spec.frames)):
+        raise ValueError(f"frames {cfg.frames} must be among GFDM's {cfg.spec.frames} and have GIDM's {cfg.spec.gidm_frames} among them")
     return cfg
 
 # %% ../nbs/24_policy.ipynb #2889bae9
@@ -85,7 +87,7 @@ class CoupledPolicy(nn.Module):
         self.project = nn.Sequential(nn.Linear(cfg.feature_dim, cfg.project_hidden), nn.GELU(), nn.Linear(cfg.project_hidden, cfg.gidm.in_dim))
         self.time_pos_emb = nn.Parameter(.02*torch.randn(2, 1, cfg.gidm.in_dim))
         self.gidm = GIDM(cfg.gidm)
-        self.video_former = VideoFormer(cfg.feature_dim, cfg.former_dim, cfg.former_depth, cfg.spec.frames, cfg.former_queries, cfg.former_heads,
+        self.video_former = VideoFormer(cfg.feature_dim, cfg.former_dim, cfg.former_depth, len(cfg.frames), cfg.former_queries, cfg.former_heads,
                                         cfg.former_head_dim, cfg.former_hidden)
         self.adapter = ActionAdapter(cfg.adapter)
 
@@ -108,14 +110,14 @@ class CoupledPolicy(nn.Module):
     def features(self,
         batch:Batch, # with `latent` or `video`, and `text`
     )->Tensor: # (B,V,T,P,D)
-        "GFDM's one-step features of both views, in one pass."
+        "GFDM's one-step features of the frames that the policy reads, of both views in one pass."
         if self.gfdm is None: raise ValueError("this policy was built without a GFDM: pass `gfdm`, or give the batch a `feature`")
         latent = present_latent(batch, self.encoders, self.cfg.spec).to(self.time_pos_emb.device)
         rows = self.gfdm.features(latent.transpose(0, 1).flatten(0, 1), batch.text*len(VIEWS)) # all static rows, then all gripper rows
-        return rows.unflatten(0, (len(VIEWS), -1)).transpose(0, 1)
+        return rows[:, list(self.cfg.frames)].unflatten(0, (len(VIEWS), -1)).transpose(0, 1)
 
     def condition(self,
-        features:Tensor, # (B,V,T,P,D) of GFDM; or (V*B,T,P,D), static rows first
+        features:Tensor, # (B,V,T,P,D) of GFDM, T as in `frames`; or (V*B,T,P,D), static rows first
         text:Tensor, # (B,L,text_dim) T5's token features
         text_mask:Tensor|None, # (B,L) bool, True for real tokens; None if all are
         goal:Tensor, # (B,1,goal_dim) CLIP's pooled text
@@ -126,7 +128,8 @@ class CoupledPolicy(nn.Module):
     def infer(self, features, text, text_mask, goal): # as `condition`; returns context and LatentActions
         "Context, and the latent actions in it."
         if features.ndim == 4: features = features.unflatten(0, (len(VIEWS), -1)).transpose(0, 1)
-        latent = self.gidm.encode(self.project(features[:, 0, list(self.cfg.spec.gidm_frames)]) + self.time_pos_emb, text, text_mask)
+        pair = [self.cfg.frames.index(frame) for frame in self.cfg.spec.gidm_frames]
+        latent = self.gidm.encode(self.project(features[:, 0, pair]) + self.time_pos_emb, text, text_mask)
         video = self.video_former(features.transpose(1, 2).flatten(2, 3))
         return self.adapter.tokens(goal, video, latent.latent_actions), latent
 
@@ -172,7 +175,7 @@ class CoupledPolicy(nn.Module):
 class PlainConfig:
     "Size and behaviour of a `PlainPolicy`."
     spec:DataSpec = DataSpec() # picture size and chunk
-    latent_channels:int = 8 # C of the VAE
+    latent_channels:int = 16 # C of the VAE
     latent_size:int = 8 # height and width of its latents
     group:int = 2 # neighbours per side that become one token
     adapter:AdapterConfig = AdapterConfig(latent_dim=0) # the action adapter, without latent actions
