@@ -36,7 +36,8 @@ def check_tasks(
     for name in names:
         if name not in TASKS:
             close = difflib.get_close_matches(str(name), TASKS, n=3) or TASKS[:3]
-            raise ValueError(f"unknown task {name!r}; did you mean {' or '.join(close)}? All {len(TASKS)} are in defi_nb.calvin.TASKS")
+            raise ValueError(f"unknown task {name!r}; did you mean {' or '.join(close)}? "
+                             f"All {len(TASKS)} are in defi_nb.calvin.TASKS")
     return names
 
 # %% ../nbs/11_calvin.ipynb #ebb27ed6
@@ -77,11 +78,12 @@ def _ways():
     ways["place_in_slider"] = [({b: ("grasped",), "slider": (side,)}, {b: f"slider_{side}", "grasped": 0})
                                for b in blocks for side in ("left", "right")]
     ways["place_in_drawer"] = [({b: ("grasped",), "drawer": ("open",)}, {b: "drawer", "grasped": 0}) for b in blocks]
-    ways["stack_block"] = [({a: ("grasped",), b: ("table",)}, {a: "stacked_top", b: "stacked_bottom", "grasped": 0}) for a, b in pairs]
-    ways["unstack_block"] = [({a: ("stacked_top",), b: ("stacked_bottom",), "grasped": (0,)}, {a: "table", b: "table"}) for a, b in pairs]
+    top, bottom = "stacked_top", "stacked_bottom"
+    ways["stack_block"] = [({a: ("grasped",), b: ("table",)}, {a: top, b: bottom, "grasped": 0}) for a, b in pairs]
+    ways["unstack_block"] = [({a: (top,), b: (bottom,), "grasped": (0,)}, {a: "table", b: "table"}) for a, b in pairs]
     in_cabinet = ("slider_left", "slider_right") # the others must be out of the way
-    ways["push_into_drawer"] = [({a: ("table",), **{b: in_cabinet for b in blocks if b != a}, "drawer": ("open",), "grasped": (0,)},
-                                 {a: "drawer"}) for a in blocks]
+    ready = dict.fromkeys(blocks, in_cabinet) | {"drawer": ("open",), "grasped": (0,)}
+    ways["push_into_drawer"] = [(ready | {a: ("table",)}, {a: "drawer"}) for a in blocks]
     return ways
 
 _WAYS = _ways()
@@ -90,11 +92,12 @@ _WAYS = _ways()
 STATE_KEYS = ("led", "lightbulb", "slider", "drawer", "red_block", "blue_block", "pink_block", "grasped")
 
 def initial_states()->list: # of 192 dictionaries with STATE_KEYS
-    "Every start of a chain: lights, door, drawer, and blocks on the table (one or two) and in the cabinet (at most one a side)."
+    "Every start of a chain; one or two blocks are on the table, the rest in the cabinet, one a side."
     places = [p for p in product(("table", "slider_right", "slider_left"), repeat=3)
               if 1 <= p.count("table") <= 2 and p.count("slider_left") < 2 and p.count("slider_right") < 2]
     return [dict(zip(STATE_KEYS, (led, bulb, slider, drawer, *blocks, 0)))
-            for led, bulb, slider, drawer, blocks in product((0, 1), (0, 1), ("right", "left"), ("closed", "open"), places)]
+            for led, bulb, slider, drawer, blocks
+            in product((0, 1), (0, 1), ("right", "left"), ("closed", "open"), places)]
 
 @lru_cache(maxsize=None)
 def _after(values, task):
@@ -116,7 +119,8 @@ def state_after(
 def _chains_from(values, tasks, length, kinds=frozenset()):
     "All chains of a length that can start from a state, as tuples of names."
     if not length: return [()]
-    return [(task, *rest) for task in tasks if (kind := CATEGORIES[task]) not in kinds and (after := _after(values, task))
+    return [(task, *rest) for task in tasks
+            if (kind := CATEGORIES[task]) not in kinds and (after := _after(values, task))
             for rest in _chains_from(after, tasks, length - 1, kinds | {kind})]
 
 def _official(n, seed, length):
@@ -140,7 +144,8 @@ def _restricted(n, tasks, seed, length):
     "Chains of a few tasks, spread over the starts that allow any."
     starts = [(s, c) for s in initial_states() if (c := _chains_from(tuple(s.values()), tasks, length))]
     if not starts:
-        raise ValueError(f"no chain of {length} can be made of {', '.join(tasks)} ({len({CATEGORIES[t] for t in tasks})} kinds): "
+        kinds = len({CATEGORIES[t] for t in tasks})
+        raise ValueError(f"no chain of {length} can be made of {', '.join(tasks)} ({kinds} kinds): "
                          f"a chain needs {length} tasks of different kinds, see defi_nb.calvin.CATEGORIES")
     order = np.random.default_rng(seed).permutation(len(starts))
     picks = [(starts[order[j % len(order)]], np.random.default_rng((seed, j))) for j in range(n)]
@@ -178,7 +183,7 @@ def fnv1_32(
 
 # %% ../nbs/11_calvin.ipynb #e6d8415a
 ROBOT_START = (.02586889, -.2313129, .5712808, 3.09045411, -.02908596, 1.50013585, .07999963, -1.21779124, 1.03987629,
-               2.11978254, -2.34205014, -.87015899, 1.64119093, .55344928, 1.) # robot_obs: tcp (m, rad), opening (m), joints (rad), gripper
+               2.11978254, -2.34205014, -.87015899, 1.64119093, .55344928, 1.) # as robot_obs: metres and radians
 DRAWER_RANGE = .22 # metres that an open drawer is out
 SWITCH_RANGE = .088 # radians of the lever when the bulb is lit
 MAX_YAW = np.pi/8 # blocks are turned by a right angle, more or less by this
@@ -187,8 +192,8 @@ MAX_YAW = np.pi/8 # blocks are turned by a right angle, more or less by this
 class Start:
     "Where blocks start and how far the door goes, as in CALVIN's scene D."
     blocks:tuple = (("red", "middle"), ("blue", "small"), ("pink", "big")) # (colour, size) in the order of scene_obs
-    table_slots:tuple = ((.0500000896, -.120000177, .459990009), (.229995412, -.11999514, .45999001)) # two places, metres
-    cabinet_slots:tuple = ((-.240851662, .0924044687, .460990009), (.070341633, .0924044687, .460990009)) # left and right, metres
+    table_slots:tuple = ((.0500000896, -.120000177, .459990009), (.229995412, -.11999514, .45999001)) # two, metres
+    cabinet_slots:tuple = ((-.240851662, .0924044687, .460990009), (.070341633, .0924044687, .460990009)) # left, right
     slide_range:float = .28 # metres from the door's right end to its left end
 
 def _spot(slot, home):
@@ -204,7 +209,8 @@ def initial_obs(
     "CALVIN's start of a chain: the arm at home, blocks in their slots with the yaw that the state's hash draws."
     home, layout = Start(), layout or Start()
     table = [_spot(slot, home.table_slots[0]) for slot in layout.table_slots]
-    cabinet = dict(zip(("slider_left", "slider_right"), (_spot(slot, home.cabinet_slots[0]) for slot in layout.cabinet_slots)))
+    cabinet = {f"slider_{side}": _spot(slot, home.cabinet_slots[0])
+               for side, slot in zip(("left", "right"), layout.cabinet_slots)}
     rng = np.random.RandomState(fnv1_32(str({k: state[k] for k in STATE_KEYS}.values())))
     rng.shuffle(table)
     first_free = {"red": 0, "blue": int(state["red_block"] == "table"), "pink": 1}
@@ -219,7 +225,7 @@ def initial_obs(
     return np.array(ROBOT_START), scene
 
 # %% ../nbs/11_calvin.ipynb #708aba22
-LIMITS = dict(turn=60, tilt=30, drift=.1, push=.1, slide=.15, drawer=.12, lift=.05, lift_slider=.03, speed=1.) # of the predicates below
+LIMITS = dict(turn=60, tilt=30, drift=.1, push=.1, slide=.15, drawer=.12, lift=.05, lift_slider=.03, speed=1.)
 
 def _block(info, name): return info["scene_info"]["movable_objects"][name]
 
@@ -229,7 +235,9 @@ def _surfaces(info, name): return _block(info, name)["contacts"] - {"robot"}
 
 def _blocks_under(info, name): return {c for c in _block(info, name)["contacts"] if c.startswith("block_")}
 
-def _slow(info, name): return max(np.abs(_block(info, name)[k]).max() for k in ("current_lin_vel", "current_ang_vel")) < LIMITS["speed"]
+def _slow(info, name):
+    block = _block(info, name)
+    return max(np.abs(block[k]).max() for k in ("current_lin_vel", "current_ang_vel")) < LIMITS["speed"]
 
 def _any_block(rule, start, end): return any(rule(start, end, f"block_{c}") for c in COLOURS)
 
@@ -299,9 +307,10 @@ def _predicates():
             rules[f"lift_{c}_block_{place}"] = partial(_lifted, name=name, height=height, surface=link)
     for word, on in (("on", 1), ("off", 0)):
         rules |= {f"turn_{word}_{light}": partial(_lit, light=light, on=on) for light in ("lightbulb", "led")}
-    for task, joint, sign, limit in (("move_slider_left", "base__slide", 1, "slide"), ("move_slider_right", "base__slide", -1, "slide"),
-                                     ("open_drawer", "base__drawer", 1, "drawer"), ("close_drawer", "base__drawer", -1, "drawer")):
-        rules[task] = partial(_door_moved, joint=joint, distance=sign*LIMITS[limit])
+    doors = {"slide": ("move_slider_left", "move_slider_right"), "drawer": ("open_drawer", "close_drawer")}
+    for door, tasks in doors.items():
+        for task, sign in zip(tasks, (1, -1)):
+            rules[task] = partial(_door_moved, joint=f"base__{door}", distance=sign*LIMITS[door])
     rules |= {f"place_in_{place}": partial(_placed, surface=links[place]) for place in ("slider", "drawer")}
     anyone = (("push_into_drawer", _pushed_into), ("stack_block", _stacked), ("unstack_block", _unstacked))
     return rules | {task: partial(_any_block, rule) for task, rule in anyone}
@@ -329,42 +338,78 @@ def _block_phrases(colour):
     b, say = f"{colour} block", {}
     for side, clock in (("right", "clockwise"), ("left", "counterclockwise")):
         say[f"rotate_{colour}_block_{side}"] = [
-            f"rotate the {b} to the {side}", f"turn the {b} {clock}", f"grip the {b} and twist it to the {side}", f"give the {b} a turn to the {side}",
-            f"spin the {b} {clock} where it stands", f"take hold of the {b} and rotate it {clock}", f"the {b} should be turned to the {side}"]
+            f"rotate the {b} to the {side}", f"turn the {b} {clock}", f"grip the {b} and twist it to the {side}",
+            f"give the {b} a turn to the {side}", f"spin the {b} {clock} where it stands",
+            f"take hold of the {b} and rotate it {clock}", f"the {b} should be turned to the {side}"]
         say[f"push_{colour}_block_{side}"] = [
-            f"push the {b} to the {side}", f"shove the {b} towards the {side}", f"make the {b} slide to the {side}", f"move the {b} {side}wards by pushing it",
-            f"nudge the {b} along the table to the {side}", f"the {b} should be pushed {side}", f"slide the {b} over to the {side}"]
-    places = {"table": ("the table", "the tabletop", "the desk's surface"), "slider": ("the cabinet", "behind the sliding door", "inside the cabinet"),
-              "drawer": ("the drawer", "the open drawer", "inside the drawer")}
-    for place, (a, c, d) in places.items():
+            f"push the {b} to the {side}", f"shove the {b} towards the {side}", f"make the {b} slide to the {side}",
+            f"move the {b} {side}wards by pushing it", f"nudge the {b} along the table to the {side}",
+            f"the {b} should be pushed {side}", f"slide the {b} over to the {side}"]
+    for place, (a, c, d) in {"table": ("the table", "the tabletop", "the desk's surface"),
+                             "slider": ("the cabinet", "behind the sliding door", "inside the cabinet"),
+                             "drawer": ("the drawer", "the open drawer", "inside the drawer")}.items():
         say[f"lift_{colour}_block_{place}"] = [
-            f"lift the {b} from {a}", f"pick the {b} up from {c}", f"grasp the {b} from {d} and raise it", f"take the {b} from {a} and lift it up",
-            f"fetch the {b} from {c}", f"raise the {b} up from {a}", f"grab the {b} from {d}"]
+            f"lift the {b} from {a}", f"pick the {b} up from {c}", f"grasp the {b} from {d} and raise it",
+            f"take the {b} from {a} and lift it up", f"fetch the {b} from {c}", f"raise the {b} up from {a}",
+            f"grab the {b} from {d}"]
+    return say
+
+# %% ../nbs/11_calvin.ipynb #8d5c1581
+def _fixture_phrases():
+    "Sentences for the door, the drawer, the lever and the button."
+    say = {}
+    for side in ("left", "right"):
+        say[f"move_slider_{side}"] = [
+            f"slide the door to the {side}", f"move the sliding door to the {side}", f"push the cabinet door {side}",
+            f"shift the sliding door to its {side} end", f"take the door's handle and slide it {side}",
+            f"drag the door of the cabinet to the {side}", f"the sliding door should go {side}"]
+    say["open_drawer"] = [
+        "open the drawer", "pull the drawer out", "pull the drawer open by its handle",
+        "take the handle and open the drawer", "draw the drawer towards you", "slide the drawer out",
+        "the drawer should be open"]
+    say["close_drawer"] = [
+        "close the drawer", "push the drawer shut", "push the drawer back in", "press the handle and close the drawer",
+        "shut the drawer", "slide the drawer in until it is closed", "the drawer should be shut"]
+    for word, way, look in (("on", "up", "bright"), ("off", "down", "dark")):
+        say[f"turn_{word}_lightbulb"] = [
+            f"turn {word} the light bulb", f"switch the yellow bulb {word}", f"move the lever {way}",
+            f"slide the lever {way} so that the bulb is {look}", f"use the lever to turn the bulb {word}",
+            f"push the lever {way} to switch the lamp {word}", f"make the light bulb {look}"]
+        say[f"turn_{word}_led"] = [
+            f"turn {word} the led", f"press the button to switch the led {word}", f"switch the green light {word}",
+            f"push the button so that the led goes {word}", f"press down the button to turn the green light {word}",
+            f"make the led {look}", f"use the button to turn the led {word}"]
+    return say
+
+# %% ../nbs/11_calvin.ipynb #abd76950
+def _any_block_phrases():
+    "Sentences for the tasks that any block will do for."
+    say = {}
+    spots = ("slider", "cabinet", "behind the sliding door"), ("drawer", "drawer", "down in the drawer")
+    for place, name, inside in spots:
+        say[f"place_in_{place}"] = [
+            f"put the held block into the {name}", f"place the block in the {name}", f"lay the grasped block {inside}",
+            f"let go of the block inside the {name}", f"store the block you hold in the {name}",
+            f"drop the held object in the {name}", f"set down the grasped block in the {name}"]
+    say["push_into_drawer"] = [
+        "push a block into the drawer", "shove the block from the table into the drawer",
+        "make the block fall into the open drawer", "push the block over the edge into the drawer",
+        "sweep the block off the table into the drawer", "slide the block along until it drops in the drawer",
+        "nudge the block into the open drawer"]
+    say["stack_block"] = [
+        "stack the held block on another block", "put the block on top of another one",
+        "place the grasped block on another block", "build a tower of two blocks",
+        "set the block you hold upon another block", "pile one block on the other", "make a stack with the held block"]
+    say["unstack_block"] = [
+        "take the upper block off the lower one", "unstack the blocks", "remove the block on top",
+        "take the tower apart", "pull down the block that stands on another", "knock the top block off the stack",
+        "separate the stacked blocks"]
     return say
 
 def _instructions():
     "Task -> sentences."
-    say = {task: lines for colour in COLOURS for task, lines in _block_phrases(colour).items()}
-    for side in ("left", "right"):
-        say[f"move_slider_{side}"] = [f"slide the door to the {side}", f"move the sliding door to the {side}", f"push the cabinet door {side}", f"shift the sliding door to its {side} end",
-                                      f"take the door's handle and slide it {side}", f"drag the door of the cabinet to the {side}", f"the sliding door should go {side}"]
-    say["open_drawer"] = ["open the drawer", "pull the drawer out", "pull the drawer open by its handle", "take the handle and open the drawer", "draw the drawer towards you", "slide the drawer out", "the drawer should be open"]
-    say["close_drawer"] = ["close the drawer", "push the drawer shut", "push the drawer back in", "press the handle and close the drawer", "shut the drawer", "slide the drawer in until it is closed", "the drawer should be shut"]
-    for word, way in (("on", "up"), ("off", "down")):
-        dark = "bright" if word == "on" else "dark"
-        say[f"turn_{word}_lightbulb"] = [f"turn {word} the light bulb", f"switch the yellow bulb {word}", f"move the lever {way}", f"slide the lever {way} so that the bulb is {dark}",
-                                         f"use the lever to turn the bulb {word}", f"push the lever {way} to switch the lamp {word}", f"make the light bulb {dark}"]
-        say[f"turn_{word}_led"] = [f"turn {word} the led", f"press the button to switch the led {word}", f"switch the green light {word}", f"push the button so that the led goes {word}",
-                                   f"press down the button to turn the green light {word}", f"make the led {dark}", f"use the button to turn the led {word}"]
-    for place, name, way in (("slider", "cabinet", "behind the sliding door"), ("drawer", "drawer", "down in the drawer")):
-        say[f"place_in_{place}"] = [f"put the held block into the {name}", f"place the block in the {name}", f"lay the grasped block {way}", f"let go of the block inside the {name}",
-                                    f"store the block you hold in the {name}", f"drop the held object in the {name}", f"set down the grasped block in the {name}"]
-    say["push_into_drawer"] = ["push a block into the drawer", "shove the block from the table into the drawer", "make the block fall into the open drawer", "push the block over the edge into the drawer",
-                               "sweep the block off the table into the drawer", "slide the block along until it drops in the drawer", "nudge the block into the open drawer"]
-    say["stack_block"] = ["stack the held block on another block", "put the block on top of another one", "place the grasped block on another block", "build a tower of two blocks",
-                          "set the block you hold upon another block", "pile one block on the other", "make a stack with the held block"]
-    say["unstack_block"] = ["take the upper block off the lower one", "unstack the blocks", "remove the block on top", "take the tower apart", "pull down the block that stands on another",
-                            "knock the top block off the stack", "separate the stacked blocks"]
+    say = _fixture_phrases() | _any_block_phrases()
+    for colour in COLOURS: say |= _block_phrases(colour)
     return {task: say[task] for task in TASKS}
 
 INSTRUCTIONS = _instructions() # task -> list of sentences, the first for evaluation

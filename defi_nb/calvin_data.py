@@ -7,7 +7,7 @@ __all__ = ['VECTORS', 'atomic', 'write_npz', 'read_npz', 'load_dict', 'write_seg
            'resize_picture', 'read_calvin']
 
 # %% ../nbs/12_calvin_data.ipynb #9622d117
-import ast, json, os, pickle, warnings, zipfile, zlib
+import ast, hashlib, json, os, pickle, shutil, time, warnings, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,10 +28,10 @@ from .spec import CONTROL_HZ, VIEWS
 def atomic(
     path:Path, # the file to be written
 ): # yields a binary file object
-    "Write a file so that it appears complete or not at all."
+    "Write a file so that it appears complete or not at all; no two processes may write the same file at a time."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    part = path.with_name(f".{path.name}.tmp") # what a killed process left is written over the next time
     try:
         with open(part, "wb") as file: yield file
         os.replace(part, path)
@@ -73,19 +73,21 @@ def read_npz(
     try:
         with zipfile.ZipFile(path) as z: return {k: _from_npy(z.read(f"{k}.npy")) for k in keys}
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: record or download it again") from None
-    except KeyError as e: raise ValueError(f"{path} has no {e.args[0].split(chr(39))[1].removesuffix('.npy')!r}: ask for other keys or record it again") from None
+    except KeyError:
+        raise ValueError(f"{path} lacks one of {', '.join(keys)}: ask for what it has, or record it again") from None
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, SyntaxError) as e:
         raise ValueError(f"{path} is damaged ({e}): record or download it again") from None
 
 # %% ../nbs/12_calvin_data.ipynb #709cf779
 class _PlainUnpickler(pickle.Unpickler):
     "Plain containers and NumPy's arrays, no other classes or functions."
-    known = {("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"), ("numpy", "ndarray"), ("numpy", "dtype")}
+    known = {("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"),
+             ("numpy", "ndarray"), ("numpy", "dtype")}
 
     def find_class(self, module, name):
         package, _, last = module.rpartition(".")
         if package in ("", "numpy.core", "numpy._core") and (last, name) in self.known:
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name) # the old name, in files of NumPy 1
+            return super().find_class(module.replace("numpy.core", "numpy._core"), name) # the old name is NumPy 1's
         raise pickle.UnpicklingError(f"it wants to import {module}.{name}")
 
 def load_dict(
@@ -100,8 +102,9 @@ def load_dict(
             value = _PlainUnpickler(file).load().item()
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: write or download it again") from None
     except (pickle.UnpicklingError, ValueError, EOFError, AttributeError, IndexError, TypeError) as e:
-        raise ValueError(f"{path} is not a plain dictionary ({e}): do not open it, download it again from a source you trust") from None
-    if not isinstance(value, dict): raise ValueError(f"{path} holds a {type(value).__name__}, not a dictionary: write it again")
+        raise ValueError(f"{path} is not a plain dictionary ({e}): download it again from a source you trust") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a dictionary: write it again")
     return value
 
 # %% ../nbs/12_calvin_data.ipynb #4fc71849
@@ -110,21 +113,29 @@ VECTORS = {"actions": 7, "rel_actions": 7, "robot_obs": 15, "scene_obs": 24} # f
 def _stacked(arrays):
     "A segment's arrays, checked, with the vectors in float64 and `actions` filled in."
     arrays = {k: np.asarray(v, np.float64 if k in VECTORS else None) for k, v in arrays.items()}
-    if missing := {"rel_actions", "robot_obs", "scene_obs"} - set(arrays): raise ValueError(f"a segment needs {', '.join(sorted(missing))} too")
-    n = len(arrays["robot_obs"])
+    if missing := {"rel_actions", "robot_obs", "scene_obs"} - set(arrays):
+        raise ValueError(f"a segment needs {', '.join(sorted(missing))} too")
+    robot = arrays["robot_obs"]
     for k, v in arrays.items():
-        shape = (n, VECTORS[k]) if k in VECTORS else (n, *v.shape[1:3], 3) if k.startswith("rgb_") else (n, *v.shape[1:])
-        if v.shape != shape or k.startswith("rgb_") and v.dtype != np.uint8:
-            raise ValueError(f"{k} of a segment has shape {v.shape} and type {v.dtype}; expected {shape}{' uint8' if k.startswith('rgb_') else ''}")
+        is_picture = k.startswith("rgb_")
+        shape = (len(robot), *((VECTORS[k],) if k in VECTORS else v.shape[1:-1] + (3,) if is_picture else v.shape[1:]))
+        if v.shape != shape or is_picture and (v.ndim, v.dtype) != (4, np.uint8):
+            raise ValueError(f"{k} of a segment has shape {v.shape} and type {v.dtype}; "
+                             f"expected {'(N,H,W,3) uint8' if is_picture else shape} for {len(robot)} frames")
     if "actions" not in arrays:
-        robot = arrays["robot_obs"]
-        arrays["actions"] = np.concatenate([np.concatenate([robot[1:, :6], robot[-1:, :6]]), arrays["rel_actions"][:, 6:]], 1)
+        reached = np.concatenate([robot[1:, :6], robot[-1:, :6]])
+        arrays["actions"] = np.concatenate([reached, arrays["rel_actions"][:, 6:]], 1)
     return arrays
+
+# %% ../nbs/12_calvin_data.ipynb #404530d1
+def _sums(x):
+    "What the statistics of all segments need from one."
+    return dict(sum=x.sum(0).tolist(), squares=(x**2).sum(0).tolist(), low=x.min(0).tolist(), high=x.max(0).tolist())
 
 def write_segment(
     folder:Path, # of the split, such as data/play/training
     start:int, # number of its first frame, 0 to 9999999
-    arrays:dict, # rel_actions (N,7), robot_obs (N,15), scene_obs (N,24), rgb_static and rgb_gripper (N,H,W,3) uint8, and others (N,...)
+    arrays:dict, # rel_actions (N,7), robot_obs (N,15), scene_obs (N,24), rgb_... (N,H,W,3) uint8, others (N,...)
     scene:str, # "A" to "D"
     windows:list=(), # of `Window`, in rows of this segment
     level:int=1, # of compression, 0 to 9
@@ -132,15 +143,16 @@ def write_segment(
     "Write the frames of one uninterrupted recording, then the note that it is complete."
     folder, arrays = Path(folder), _stacked(arrays)
     n = len(arrays["robot_obs"])
-    if not 0 < start + n <= 10**7: raise ValueError(f"frames {start} to {start + n - 1}: numbers have seven digits")
+    if not 0 <= start < start + n <= 10**7:
+        raise ValueError(f"a segment of {n} frames from number {start}: give it a frame, and numbers from 0 to 9999999")
     check_tasks(w.task for w in windows)
     for w in windows:
         if not 0 <= w.start <= w.end < n: raise ValueError(f"{w} lies outside the segment's {n} rows")
     for i in range(n): write_npz(folder/f"episode_{start + i:07d}.npz", {k: v[i] for k, v in arrays.items()}, level)
-    sums = {k: dict(sum=arrays[k].sum(0), squares=(arrays[k]**2).sum(0), low=arrays[k].min(0), high=arrays[k].max(0)) for k in VECTORS}
-    note = dict(start=int(start), end=int(start + n - 1), scene=scene, windows=[[w.start + int(start), w.end + int(start), w.task, w.text] for w in windows],
-                sizes={k: list(v.shape[1:]) for k, v in arrays.items() if k.startswith("rgb_")},
-                sums={k: {name: v.tolist() for name, v in s.items()} for k, s in sums.items()})
+    note = dict(start=int(start), end=int(start) + n - 1, scene=scene,
+                windows=[[w.start + int(start), w.end + int(start), w.task, w.text] for w in windows],
+                sizes={k: v.shape[1:] for k, v in arrays.items() if k.startswith("rgb_")},
+                sums={k: _sums(arrays[k]) for k in VECTORS})
     with atomic(folder/"segments"/f"{start:07d}.json") as file: file.write(json.dumps(note).encode())
 
 def finished_segments(
@@ -175,9 +187,10 @@ def _scenes(notes, folder):
     for i, note in enumerate(notes):
         name = f"calvin_scene_{note['scene']}"
         if i and note["start"] <= notes[i - 1]["end"]:
-            raise ValueError(f"{folder}: segments {notes[i - 1]['start']} and {note['start']} overlap; leave more numbers between them and record them again")
+            raise ValueError(f"{folder}: segments {notes[i - 1]['start']} and {note['start']} overlap; "
+                             "leave more numbers between them and record them again")
         if name in spans and next(reversed(spans)) != name:
-            raise ValueError(f"{folder}: the frames of {name} are not in one range of numbers; give each scene a range of its own")
+            raise ValueError(f"{folder}: the frames of {name} are not in one range; give each scene numbers of its own")
         spans[name] = [spans.get(name, [note["start"]])[0], note["end"]]
     return spans
 
@@ -190,10 +203,11 @@ def finish_split(
     if not notes: raise ValueError(f"{folder} has no complete segment: call write_segment first")
     windows = [w for note in notes for w in note["windows"]]
     ids = np.array([[note["start"], note["end"]] for note in notes], np.int64)
-    language = dict(ann=[w[3] for w in windows], task=[w[2] for w in windows], emb=np.zeros((len(windows), 1, 0), np.float32))
-    annotations = dict(language=language, info=dict(episodes=[], indx=[(w[0], w[1]) for w in windows]))
-    arrays = {"scene_info.npy": _scenes(notes, folder), "lang_annotations/auto_lang_ann.npy": annotations,
-              "ep_lens.npy": ids[:, 1] - ids[:, 0] + 1, "ep_start_end_ids.npy": ids}
+    no_embedding = np.zeros((len(windows), 1, 0), np.float32)
+    language = dict(ann=[w[3] for w in windows], task=[w[2] for w in windows], emb=no_embedding)
+    info = dict(episodes=[], indx=[(w[0], w[1]) for w in windows])
+    arrays = {"scene_info.npy": _scenes(notes, folder), "ep_lens.npy": ids[:, 1] - ids[:, 0] + 1,
+              "lang_annotations/auto_lang_ann.npy": dict(language=language, info=info), "ep_start_end_ids.npy": ids}
     for name, text in (("statistics.yaml", _statistics(notes)), (".hydra/merged_config.yaml", _config(notes))):
         with atomic(folder/name) as file: file.write(text.encode())
     for name, value in arrays.items():
@@ -203,24 +217,31 @@ def finish_split(
 def _read_segments(root):
     "Frame numbers (S,2) of the segments, first and last."
     path = root/"ep_start_end_ids.npy"
-    if not root.is_dir(): raise FileNotFoundError(f"{root} does not exist: record some data first, or give CALVIN's folder (the one that holds training/)")
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} does not exist: record some, or give CALVIN's folder (that holds training/)")
     if not path.exists():
-        if (root/"segments").is_dir(): raise FileNotFoundError(f"{path} is missing because the recording was not finished: record the rest, then call finish_split")
-        if next(root.glob("episode_*.npz"), None) is None: raise FileNotFoundError(f"{root} holds no CALVIN frames (episode_0000000.npz ...): record or download some")
-        raise FileNotFoundError(f"{path} is missing: copy it from the dataset; without it one recording cannot be told from the next")
+        if next(root.glob("episode_*.npz"), None) is None:
+            raise FileNotFoundError(f"{root} holds no CALVIN frames (episode_0000000.npz ...): record or download some")
+        unfinished = (root/"segments").is_dir()
+        raise FileNotFoundError(f"{path} is missing: " + (
+            "the recording was not finished; record the rest, then call finish_split" if unfinished
+            else "copy it from the dataset; it tells where each recording begins"))
     ids = np.load(path).astype(np.int64).reshape(-1, 2)
-    if not len(ids) or (ids[:, 1] < ids[:, 0]).any(): raise ValueError(f"{path} lists no frames or ends before a start: write it again")
+    if not len(ids) or (ids[:, 1] < ids[:, 0]).any():
+        raise ValueError(f"{path} lists no frames, or a recording that ends before it starts: write it again")
     return ids[np.argsort(ids[:, 0])]
 
 def _read_windows(root, annotations, scene):
     "Windows in frame numbers, as the annotation file and the scenes have them."
     path = root/annotations/"auto_lang_ann.npy"
-    if not path.exists(): raise FileNotFoundError(f"{path} is missing: name another annotation folder, or read with annotations=None for frames without windows")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: name another annotations folder, or None to read no windows")
     data, info = load_dict(path), root/"scene_info.npy"
     spans = load_dict(info) if info.exists() else {}
     where = lambda n: next((name.removeprefix("calvin_scene_") for name, (a, b) in spans.items() if a <= n <= b), scene)
     try: rows = list(zip(data["info"]["indx"], data["language"]["task"], data["language"]["ann"], strict=True))
-    except (KeyError, TypeError, ValueError) as e: raise ValueError(f"{path} is not in CALVIN's layout ({e!r}): download it again") from None
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} is not in CALVIN's layout ({e!r}): download it again") from None
     try: check_tasks(str(task) for _, task, _ in rows)
     except ValueError as e: raise ValueError(f"{path}: {e}") from None
     return [Window(int(start), int(end), str(task), str(text), where(start)) for (start, end), task, text in rows]
@@ -231,9 +252,11 @@ def _to_rows(windows, segments, root):
     first_row = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     at = [int(np.searchsorted(segments[:, 0], w.start, side="right")) - 1 for w in windows]
     fits = [s >= 0 and w.start <= w.end <= segments[s, 1] for w, s in zip(windows, at)]
-    if not all(fits): warnings.warn(f"{root}: {fits.count(False)} of {len(fits)} annotated windows lie outside the recordings and are left out", stacklevel=3)
+    if not all(fits):
+        warnings.warn(f"{root}: {fits.count(False)} of {len(fits)} annotated windows lie outside the recordings "
+                      "and are left out", stacklevel=3)
     shift = [int(first_row[s] - segments[s, 0]) for s in at]
-    kept = [Window(w.start + d, w.end + d, w.task, w.text, w.scene) for w, d, ok in zip(windows, shift, fits) if ok]
+    kept = [replace(w, start=w.start + d, end=w.end + d) for w, d, ok in zip(windows, shift, fits) if ok]
     return kept, np.stack([first_row, first_row + lengths - 1], 1)
 
 def _covered(ids, segments, windows):
@@ -258,36 +281,66 @@ def resize_picture(
 def _check_frame(path, frame, shapes):
     "Raise if an array of a frame is unlike those of the first frame."
     for key, v in frame.items():
-        wanted = (np.uint8, shapes[key]) if key.startswith("rgb_") else (np.float64, (VECTORS[key],))
-        if v.shape != wanted[1] or v.dtype.kind != np.dtype(wanted[0]).kind:
-            raise ValueError(f"{path}: {key} has shape {v.shape} and type {v.dtype}, the first frame's is {wanted[1]} {np.dtype(wanted[0])}; "
-                             "a recording has frames of one kind: keep the others in a folder of their own")
+        dtype, shape = (np.dtype(np.uint8), shapes[key]) if key in shapes else (np.dtype(float), (VECTORS[key],))
+        if v.shape != shape or v.dtype.kind != dtype.kind:
+            raise ValueError(f"{path}: {key} has shape {v.shape} and type {v.dtype}, the first's is {shape} {dtype};"
+                             " a recording has frames of one kind: keep the others in a folder of their own")
 
-def _fill(rows, path_of, views, shapes, arrays):
+def _fill(rows, path_of, shapes, arrays):
     "Read some frames into the rows of the arrays."
-    keys = ("rel_actions", "robot_obs", "scene_obs", *(f"rgb_{v}" for v in views))
     for row in rows:
-        frame = read_npz(path_of(row), keys)
+        frame = read_npz(path_of(row), tuple(arrays))
         _check_frame(path_of(row), frame, shapes)
-        for key, v in frame.items(): arrays[key][row] = resize_picture(v, arrays[key].shape[1]) if key.startswith("rgb_") else v
+        for key, v in frame.items():
+            arrays[key][row] = resize_picture(v, arrays[key].shape[1]) if key in shapes else v
     return len(rows)
 
-def _allocate(shape, name, store):
-    "Room for pictures, in memory or in a file."
-    if store is None: return np.empty(shape, np.uint8)
-    Path(store).mkdir(parents=True, exist_ok=True)
-    return np.lib.format.open_memmap(Path(store)/f"{name}.npy", "w+", np.uint8, shape)
-
 # %% ../nbs/12_calvin_data.ipynb #bad17ed8
+def _read_frames(path_of, N, views, size, place, n_workers):
+    "Vectors and pictures of N frames, in memory, or in files of a folder."
+    shapes = {k: v.shape for k, v in read_npz(path_of(0), tuple(f"rgb_{v}" for v in views)).items()}
+    arrays = {k: np.empty((N, VECTORS[k]), np.float32) for k in ("rel_actions", "robot_obs", "scene_obs")}
+    for k, shape in shapes.items():
+        if len(shape) != 3 or shape[2] != 3:
+            raise ValueError(f"{path_of(0)}: {k} has shape {shape}; pictures are (H,W,3): leave this view out")
+        shape = (N, *((size, size) if size else shape[:2]), 3)
+        arrays[k] = (np.empty(shape, np.uint8) if place is None
+                     else np.lib.format.open_memmap(place/f"{k}.npy", "w+", np.uint8, shape))
+    fill = partial(_fill, path_of=path_of, shapes=shapes, arrays=arrays)
+    with (ThreadPoolExecutor(n_workers or os.cpu_count()) as pool,
+          tqdm(total=N, desc=f"reading {path_of(0).parent}", unit="frame", delay=5) as bar):
+        for n in pool.map(fill, np.array_split(np.arange(N), N//64 + 1)): bar.update(n)
+    return arrays
+
+# %% ../nbs/12_calvin_data.ipynb #0312aba6
+def _cached(cache, root, ids, views, size, read):
+    "Arrays of earlier calls, or those that `read(folder)` makes now."
+    written = (root/"ep_start_end_ids.npy").stat().st_mtime_ns
+    key = hashlib.sha256(repr((str(root.resolve()), written, views, size)).encode() + ids.tobytes()).hexdigest()[:16]
+    place, part = Path(cache)/key, Path(cache)/f".{key}.{os.getpid()}.tmp"
+    if not place.exists():
+        for old in Path(cache).glob(".*.tmp"): # left by processes that were killed
+            if time.time() - old.stat().st_mtime > 3600*24: shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for k, v in read(part).items():
+            if isinstance(v, np.memmap): v.flush()
+            else: np.save(part/f"{k}.npy", v)
+        try: part.rename(place)
+        except OSError: shutil.rmtree(part) # another process was faster
+    load = lambda path: np.load(path, mmap_mode="r" if path.stem.startswith("rgb_") else None)
+    return {path.stem: load(path) for path in place.glob("*.npy")}
+
+# %% ../nbs/12_calvin_data.ipynb #0f68a2bf
 def read_calvin(
     folder:Path, # that holds training/ and validation/
     split:str="training", # which of them
-    views:tuple=VIEWS, # cameras to be read, of "static", "gripper" and "tactile"; () for none
+    views:tuple=VIEWS, # cameras to be read, of "static" and "gripper"; () for none
     size:int|None=None, # height and width of the pictures, pixels; None: as recorded
     annotations:str|None="lang_annotations", # folder of the instructions; None: no windows
     windows_only:bool=False, # whether to leave out the frames that no window covers
     scene:str="", # of recordings that do not say, such as CALVIN's validation ("D")
-    store:Path|None=None, # folder for the pictures if they are too many for the memory; they are mapped from there
+    cache:Path|None=None, # folder that keeps the unpacked frames for the next time; None: they are unpacked into memory
     n_workers:int|None=None, # threads; None: one a core
 )->Frames: # with video, action (rel_actions), robot_obs, scene_obs, segments and windows
     "Read a split in CALVIN's format, the real one or ours."
@@ -300,13 +353,8 @@ def read_calvin(
         if not windows: raise ValueError(f"{root} has no annotated windows: read it with windows_only=False")
         ids, segments, windows = _covered(ids, segments, windows)
     path_of = lambda row: root/f"episode_{ids[row]:07d}.npz"
-    shapes = {k: v.shape for k, v in read_npz(path_of(0), tuple(f"rgb_{v}" for v in views)).items()}
-    arrays = {k: np.empty((len(ids), VECTORS[k]), np.float32) for k in ("rel_actions", "robot_obs", "scene_obs")}
-    for k, shape in shapes.items():
-        if len(shape) != 3 or shape[2] != 3: raise ValueError(f"{path_of(0)}: {k} has shape {shape}; pictures are (H,W,3): leave this view out")
-        arrays[k] = _allocate((len(ids), *((size, size) if size else shape[:2]), 3), k, store)
-    fill = partial(_fill, path_of=path_of, views=views, shapes=shapes, arrays=arrays)
-    with ThreadPoolExecutor(n_workers or os.cpu_count()) as pool, tqdm(total=len(ids), desc=f"reading {root}", unit="frame", delay=1) as bar:
-        for n in pool.map(fill, np.array_split(np.arange(len(ids)), len(ids)//64 + 1)): bar.update(n)
-    frames = Frames({v: arrays[f"rgb_{v}"] for v in views}, arrays["rel_actions"], arrays["robot_obs"], arrays["scene_obs"], segments, windows)
-    return check_frames(frames, str(root))
+    read = lambda place: _read_frames(path_of, len(ids), views, size, place, n_workers)
+    arrays = read(None) if cache is None else _cached(cache, root, ids, views, size, read)
+    video = {v: arrays[f"rgb_{v}"] for v in views}
+    vectors = (arrays[k] for k in ("rel_actions", "robot_obs", "scene_obs"))
+    return check_frames(Frames(video, *vectors, segments, windows), str(root))
