@@ -231,6 +231,7 @@ def _read_segments(root):
         raise ValueError(f"{path} lists no frames, or a recording that ends before it starts: write it again")
     return ids[np.argsort(ids[:, 0])]
 
+# %% ../nbs/12_calvin_data.ipynb #036bcc93
 def _read_windows(root, annotations, scene):
     "Windows in frame numbers, as the annotation file and the scenes have them."
     path = root/annotations/"auto_lang_ann.npy"
