@@ -59,7 +59,7 @@ def test_two_processes_record_the_same(tmp_path, whole):
 
 def test_goes_on_after_kill(tmp_path, whole):
     folder = tmp_path/"killed"
-    process = subprocess.Popen(command(tmp_path, folder, 2), start_new_session=True)
+    process = subprocess.Popen(command(tmp_path, folder, 2), process_group=0)
     deadline = time.time() + 120
     while not segments(folder) and time.time() < deadline: time.sleep(.02)
     process.send_signal(signal.SIGKILL) # its helpers must notice
