@@ -43,11 +43,13 @@ class VectorQuantizer(nn.Module):
     )->Quantised:
         if z.shape[-1] != self.codebook.embedding_dim:
             raise ValueError(f"latents of width {z.shape[-1]} for codes of width {self.codebook.embedding_dim}")
-        indices = torch.cdist(z.detach().flatten(0, -2).float(), self.codebook.weight.detach().float()).argmin(-1).view(z.shape[:-1])
+        flat = z.detach().flatten(0, -2).float()
+        indices = torch.cdist(flat, self.codebook.weight.detach().float()).argmin(-1).view(z.shape[:-1])
         e = self.codebook(indices)
         codebook_loss, commit_loss = F.mse_loss(e, z.detach()), F.mse_loss(z, e.detach())
-        if self.training and self.restart_below > 0: self.restart_dead(z.detach().flatten(0, -2), indices)
-        return Quantised(z + (e - z).detach(), indices, codebook_loss + self.commitment*commit_loss, codebook_loss, commit_loss)
+        if self.training and self.restart_below > 0: self.restart_dead(flat, indices)
+        loss = codebook_loss + self.commitment*commit_loss
+        return Quantised(z + (e - z).detach(), indices, loss, codebook_loss, commit_loss)
 
     @torch.no_grad()
     def restart_dead(self,
@@ -55,10 +57,11 @@ class VectorQuantizer(nn.Module):
         indices:Tensor, # (B,Q) int64, their codes
     )->None:
         "Count the use, and put codes that are out of use onto latents."
-        n = len(self.usage)
+        n, codes = len(self.usage), self.codebook.weight
         self.usage.lerp_(code_usage(indices, n), 1 - self.usage_decay)
         dead = self.usage < self.restart_below/n
-        self.codebook.weight.copy_(torch.where(dead[:, None], z[torch.randint(len(z), (n,), device=z.device)].to(self.codebook.weight), self.codebook.weight))
+        drawn = z[torch.randint(len(z), (n,), device=z.device)].to(codes)
+        codes.copy_(torch.where(dead[:, None], drawn, codes)) # without asking which: no wait for the device
         self.usage.masked_fill_(dead, 1/n)
 
 # %% ../nbs/04_vq.ipynb #57e087b1
@@ -86,7 +89,7 @@ class LibraryQuantizer(nn.Module):
     ):
         super().__init__()
         from vector_quantize_pytorch import VectorQuantize
-        self.commitment, self.vq = commitment, VectorQuantize(dim, n_codes, commitment_weight=commitment, rotation_trick=False, **options)
+        self.vq = VectorQuantize(dim, n_codes, commitment_weight=commitment, rotation_trick=False, **options)
 
     def forward(self,
         z:Tensor, # (B,Q,D) latents
