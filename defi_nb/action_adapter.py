@@ -32,7 +32,8 @@ class AdapterConfig:
     cross_attn:str = "full" # "full", or "causal": action i sees context tokens 0..i, as released
     adaln_offset:float = 1. # modulation scales by `adaln_offset` + s; released 0
     pos_embed:str = "learned" # "learned" position of the actions, or "none", as released
-    init_std:float = .02 # of all weights of linear layers at the start
+    init_std:float = 0. # of all weights of linear layers at the start; 0: by their fan-in
+    noise_scale:float = 100. # factor on ln(sigma)/4 before its sines; released 1
     sigma_data:float = .5 # standard deviation that the preconditioning assumes of actions
     sigma_low:float = .001 # least noise level in training
     sigma_high:float = 80. # greatest noise level in training and sampling
@@ -45,7 +46,7 @@ class AdapterConfig:
     @classmethod
     def paper(cls):
         return cls(dim=384, enc_blocks=4, dec_blocks=4, heads=8, goal_dim=512, goal_hidden=768, video_dim=384, latent_dim=768, drops=(.3, .1, .05),
-                   cross_attn="causal", adaln_offset=0., pos_embed="none")
+                   cross_attn="causal", adaln_offset=0., pos_embed="none", init_std=.02, noise_scale=1.)
 
 # %% ../nbs/23_action_adapter.ipynb #4f10679e
 class ContextEncoder(nn.Module):
@@ -96,11 +97,14 @@ class ActionAdapter(nn.Module):
         self.encoder, self.decoder = ContextEncoder(cfg), ActionDecoder(cfg)
         self.sigma_emb = sigma_embedding(cfg.dim)
         self.action_emb, self.action_pred = nn.Linear(ACTION_DIM, cfg.dim), nn.Linear(cfg.dim, ACTION_DIM)
-        self.pos_emb = nn.Parameter(cfg.init_std*torch.randn(1, cfg.chunk, cfg.dim)) if cfg.pos_embed == "learned" else None
+        self.pos_emb = nn.Parameter(.02*torch.randn(1, cfg.chunk, cfg.dim)) if cfg.pos_embed == "learned" else None
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=cfg.init_std)
+                nn.init.normal_(module.weight, std=cfg.init_std or module.in_features**-.5)
                 if module.bias is not None: nn.init.zeros_(module.bias)
+        if not cfg.init_std:
+            for block in self.decoder.blocks: nn.init.zeros_(block.adaLN_zero.modulation[1].weight)
+            nn.init.zeros_(self.action_pred.weight)
 
     def tokens(self,
         goal:Tensor, # (B,1,goal_dim) embedding of the instruction
@@ -118,7 +122,7 @@ class ActionAdapter(nn.Module):
     )->Tensor: # (B,K,A) raw output of the network
         "The network F of the preconditioning."
         x = self.action_emb(x) if self.pos_emb is None else self.action_emb(x) + self.pos_emb
-        return self.action_pred(self.decoder(x, memory, self.sigma_emb(c_noise)))
+        return self.action_pred(self.decoder(x, memory, self.sigma_emb(c_noise*self.cfg.noise_scale)))
 
     def loss(self,
         context:Tensor, # (B,M,D) from `tokens`

@@ -295,9 +295,9 @@ class ModulatedBlock(nn.Module):
         c:Tensor, # (B,D) embedding of the noise level
     )->Tensor: # (B,N,D)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_zero(c)
-        x = x + gate1*self.attn(shift1 + self.ln_1(x)*(self.offset + scale1), causal=True)
+        x = x + (self.offset + gate1)*self.attn(shift1 + self.ln_1(x)*(self.offset + scale1), causal=True)
         x = x + self.cross_att(self.ln3(x), context, causal=self.causal_cross)
-        return x + gate2*self.mlp(shift2 + self.ln_2(x)*(self.offset + scale2))
+        return x + (self.offset + gate2)*self.mlp(shift2 + self.ln_2(x)*(self.offset + scale2))
 
 # %% ../nbs/02_layers.ipynb #f86d2da5
 class Sinusoid(nn.Module):
