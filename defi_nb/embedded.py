@@ -50,7 +50,7 @@ def recorded_frames(
     "The embedded default's demonstrations; recorded first where they are missing."
     folder = project_root()/data/f"playtable-{split}"
     record_demonstrations(folder, RecordConfig(scenes=split_scenes(split)[0], tasks=task_list(tasks), per_kind=demos))
-    return read_calvin(folder)
+    return read_calvin(folder, cache=project_root()/data/f"playtable-{split}-unpacked")
 
 def encoded(
     frames, # `episodes.Frames` with pictures
