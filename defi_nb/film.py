@@ -60,7 +60,8 @@ def film_chain(
 )->list: # of (H,W,3) uint8 frames, `CONTROL_HZ/every` a second
     "Play a chain again and film it, with the instructions and what came of them."
     if "actions" not in record:
-        raise ValueError(f"the actions of chain {record['chain']} were not kept: evaluate with keep=({record['chain']},)")
+        raise ValueError(f"the actions of chain {record['chain']} were not kept: "
+                         f"evaluate with keep=({record['chain']},)")
     env = make_env(replace(config, static_size=sizes[0], gripper_size=sizes[1]))
     chain, actions = Chain(record["chain"], sequence, env), np.array(record["actions"])
     camera = _Camera(len(actions), every, max(1, round(pause*CONTROL_HZ/every)))
@@ -68,8 +69,8 @@ def film_chain(
         chain.run(actions[len(chain.actions):], np.inf, camera)
     env.close()
     if (chain.solved, chain.steps) != (record["solved"], record["steps"]):
-        raise ValueError(f"chain {chain.index} took {chain.steps} steps and not {record['steps']}: this environment does "
-                         "not repeat itself, or config and sequence are not those of the record")
+        raise ValueError(f"chain {chain.index} took {chain.steps} steps and not {record['steps']}: this environment "
+                         "does not repeat itself, or config and sequence are not those of the record")
     return camera.frames
 
 # %% ../nbs/34_film.ipynb #b09ec3e6
