@@ -27,7 +27,7 @@ class GFDMConfig:
     latent_size:int = 8 # h and w
     frames:int = 4 # T, the present frame included
     widths:tuple = (32, 32, 64) # channels of each level, finest first; multiples of 32
-    attention:tuple = (True, True, False) # which levels have attention, to space, time and text
+    attention:tuple = (False, True, False) # which levels have attention, to space, time and text
     heads:tuple = (2, 2, 4) # of each level's attention
     layers:int = 1 # residual blocks per level on the way down; one more on the way up
     text_dim:int = 64 # width of CLIP's hidden states
