@@ -80,6 +80,7 @@ def gl_context(
 ):
     "An OpenGL context without a window."
     backend = backend or gl_backend()
+    os.environ.setdefault("LP_NUM_THREADS", "0") # Mesa's software: threads cost more than they give in so small a picture
     try:
         if backend == "egl": from mujoco.egl import GLContext
         elif backend == "osmesa": from mujoco.osmesa import GLContext
@@ -123,8 +124,7 @@ class Cameras:
         return found
 
     @staticmethod
-    def _free(gl, context):
-        "Free both. MuJoCo frees its objects in whichever OpenGL context is current, so it must be this one."
+    def _free(gl, context): # MuJoCo frees its objects in whichever OpenGL context is current, so it must be this one
         with gl.as_current(): context.free()
         gl.free()
 
@@ -161,8 +161,7 @@ def _read(self:Cameras, side, picture, depth):
 @patch
 def _set(self:Cameras, state):
     "Put the model into a snapshot's state."
-    qpos, *lit = state
-    self.data.qpos[:] = qpos
+    self.data.qpos[:], *lit = state
     mujoco.mj_kinematics(self.model, self.data)
     mujoco.mj_camlight(self.model, self.data)
     for light, on in zip(("bulb", "led"), lit):
@@ -208,8 +207,7 @@ class ArmIK:
         outside = (goal < low) | (goal > high)
         if outside.any():
             stop = goal.clip(low, high)[outside] - q[outside]
-            error = error - jacobian[:, outside] @ stop
-            jacobian[:, outside] = 0
+            error, jacobian[:, outside] = error - jacobian[:, outside] @ stop, 0
             goal = q + self._update(jacobian, error, q)
             goal[outside] = q[outside] + stop
         return goal.clip(low, high)
@@ -340,9 +338,11 @@ def step(
         else: self.target_pos, self.target_orn = values[:3], values[3:]
         wanted = self.ik.solve(self.joint_target, self.target_pos, euler_to_matrix(self.target_orn), MAX_JOINT_STEP)
     self._follow((wanted - self.joint_target).clip(-MAX_JOINT_STEP, MAX_JOINT_STEP))
-    self._update_lights()
+    before, self.pressed, self.bulb_on = self.pressed, self._is_pressed(), self.joint("base__switch") > SWITCH_RANGE/2
+    self.led_on ^= self.pressed and not before
     return self.get_obs(), 0., False, self.get_info()
 
+# %% ../nbs/14_playtable.ipynb #cd0dd5f5
 @patch
 def _aim(self:PlayTable, q):
     "Make the tool's pose at these joint angles the target pose."
@@ -365,13 +365,6 @@ def _follow(self:PlayTable, move):
 def _is_pressed(self:PlayTable): return self.joint("base__button") > BUTTON_RANGE/2
 
 @patch
-def _update_lights(self:PlayTable):
-    "The lightbulb follows the switch; the LED toggles each time the button goes down."
-    pressed, self.bulb_on = self._is_pressed(), self.joint("base__switch") > SWITCH_RANGE/2
-    self.led_on ^= pressed and not self.pressed
-    self.pressed = pressed
-
-@patch
 def joint(self:PlayTable, name): # "base__drawer", ...
     "Position of a joint, metres or radians."
     return float(self.data.qpos[self._qpos[name]])
@@ -392,24 +385,24 @@ def get_obs(self:PlayTable)->dict: # rgb_obs, depth_obs: `Pictures`; robot_obs (
 @patch
 def robot_obs(self:PlayTable)->np.ndarray: # (15,)
     "Tool position (3), Euler angles (3), gripper opening, arm joints (7), last gripper action (+1 open, -1 closed)."
-    pos, turn = self.data.site_xpos[self.tcp], self.data.site_xmat[self.tcp]
-    q = self.data.qpos
+    pos, turn, q = self.data.site_xpos[self.tcp], self.data.site_xmat[self.tcp], self.data.qpos
     return np.concatenate([pos, matrix_to_euler(turn), [q[7] + q[8]], q[:7], [self.gripper_action]])
 
 @patch
 def scene_obs(self:PlayTable)->np.ndarray: # (24,)
     "Door, drawer, button, switch, lightbulb, LED, then position and Euler angles of each block in the scene's order."
     fixed = [self.joint(name) for name in (*DOORS, "base__button", "base__switch")] + [self.bulb_on, self.led_on]
-    ids = [self._body[name] for name in self.blocks]
-    return np.concatenate([fixed, *(part for i in ids for part in (self.data.xpos[i], matrix_to_euler(self.data.xmat[i])))])
+    poses = ((self.data.xpos[i], matrix_to_euler(self.data.xmat[i])) for i in (self._body[name] for name in self.blocks))
+    return np.concatenate([fixed, *(part for pose in poses for part in pose)])
 
+# %% ../nbs/14_playtable.ipynb #8e925bf2
 @patch
 def get_info(self:PlayTable)->dict: # {"robot_info": ..., "scene_info": ...}
     "Privileged state for the task rules."
     touching, obs, bulb, led, joint = self._contacts(), self.robot_obs(), int(self.bulb_on), int(self.led_on), self.joint
     return {
-        "robot_info": {"tcp_pos": obs[:3], "tcp_orn": obs[3:6], "gripper_opening_width": float(obs[6]), "arm_joint_states": obs[7:14],
-                       "gripper_action": self.gripper_action, "contacts": touching["robot"]},
+        "robot_info": {"tcp_pos": obs[:3], "tcp_orn": obs[3:6], "gripper_opening_width": float(obs[6]),
+                       "arm_joint_states": obs[7:14], "gripper_action": self.gripper_action, "contacts": touching["robot"]},
         "scene_info": {
             "movable_objects": {name: self._block_info(name, touching[name]) for name in self.blocks},
             "doors": {name: {"current_state": joint(name)} for name in DOORS},
@@ -428,9 +421,8 @@ def _block_info(self:PlayTable, name, contacts):
 def _contacts(self:PlayTable):
     "Names that each thing touches."
     touching = {name: set() for name in ("robot", *self.blocks, "floor", *LINKS)}
-    for a, b in self._owner[self.data.contact.geom].tolist():
-        touching[a].add(b)
-        touching[b].add(a)
+    pairs = self._owner[self.data.contact.geom].tolist()
+    for a, b in (*pairs, *(pair[::-1] for pair in pairs)): touching[a].add(b)
     return touching
 
 @patch
@@ -441,8 +433,8 @@ def _draw(self:PlayTable, state, name):
 
 @patch
 def close(self:PlayTable):
-    "Let go of the cameras; they are freed when no other environment uses them."
-    self.cameras = None
+    "Let go of the cameras."
+    self.cameras = None # they are freed when no other environment uses them
 
 # %% ../nbs/14_playtable.ipynb #5d88de92
 def waving(
