@@ -102,7 +102,8 @@ def plan_chains(
             tasks.append((task, True))
             missing[task] -= 1
             state = state_after(state, task)
-            options = {t: n for t, n in missing.items() if n > 0 and state_after(state, t)}
+            kinds = {CATEGORIES[done] for done, _ in tasks}
+            options = {t: n for t, n in missing.items() if n > 0 and CATEGORIES[t] not in kinds and state_after(state, t)}
             if not options: break
             task = _draw(options, rng)
         plans.append((start, tuple(tasks)))
