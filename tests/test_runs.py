@@ -7,13 +7,29 @@ import shutil
 import pytest
 from conftest import ROOT, RUNS, command, last_line
 
-SMALL = {} # run notebook -> its parameters at a size that takes seconds
+DATA = {"tasks": "open_drawer,close_drawer,turn_on_led,turn_off_led", "demos": 4}
+TRAIN = {"steps": 4, "batch_size": 4}
+EVAL = {"tasks": DATA["tasks"], "chains": 2}
+SMALL = { # run notebook -> its parameters at a size that takes seconds; the first makes the data and the models that the others find
+    "train_coupled": DATA | TRAIN | {"pretrain_steps": 4},
+    "pretrain_gfdm": DATA | TRAIN | {"ckpt": "ckpts/forward"},
+    "pretrain_gidm": DATA | TRAIN | {"ckpt": "ckpts/inverse"},
+    "eval_calvin": EVAL | {"steps": 20, "film": 1},
+    "pipeline": DATA | {"chains": 2, "steps_gfdm": 4, "steps_gidm": 4, "steps_policy": 4, "ckpts": "ckpts/pipeline"},
+    "ablations": DATA | {"chains": 1, "fractions": "1.0", "seeds": 1, "steps": 4, "ckpts": "ckpts/pipeline"},
+}
 
 WRONG = [ # run notebook, parameters, what the one-line error must say
     ("train_coupled", {"data_fraq": 0.1}, "unknown parameter 'data_fraq': did you mean 'data_frac'?"),
     ("train_coupled", {"data_frac": 0}, "data_frac"),
     ("train_coupled", {"data_frac": 2}, "data_frac"),
     ("train_coupled", {"data_frac": "half"}, "parameter data_frac is 'half', which is not of type float"),
+    ("train_coupled", {"tasks": "open_the_door"}, "open_the_door"),
+    ("train_coupled", {"gfdm": "ckpts/none"}, "ckpts/none holds no finished gfdm checkpoint"),
+    ("train_coupled", {"gfdm": "ckpts/inverse"}, "inverse"), # a checkpoint of another kind
+    ("eval_calvin", {"policy": "ckpts/forward"}, "forward"),
+    ("eval_calvin", {"policy": "ckpts/none"}, "ckpts/none holds no finished policy"),
+    ("eval_calvin", {"split": "A_B"}, "no split is called 'A_B'"),
 ]
 
 
