@@ -7,7 +7,7 @@ import shutil
 import pytest
 from conftest import ROOT, RUNS, command, last_line
 
-DATA = {"tasks": "open_drawer,close_drawer,turn_on_led,turn_off_led", "demos": 4}
+DATA = {"tasks": "open_drawer,move_slider_left,turn_on_led,lift_red_block_table,push_pink_block_right", "demos": 5} # of five kinds
 TRAIN = {"steps": 4, "batch_size": 4}
 EVAL = {"tasks": DATA["tasks"], "chains": 2}
 SMALL = { # run notebook -> its parameters at a size that takes seconds; the first makes the data and the models that the others find
