@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .layers import SpaceBlock, SpaceTimeBlock, sincos
@@ -39,7 +40,8 @@ class GIDMConfig:
 
     @classmethod
     def paper(cls):
-        return cls(in_dim=768, dim=768, enc_blocks=12, dec_blocks=12, heads=12, code_dim=128, text_dim=768, restart_below=0.)
+        return cls(in_dim=768, dim=768, enc_blocks=12, dec_blocks=12, heads=12, code_dim=128, text_dim=768,
+                   restart_below=0.)
 
 # %% ../nbs/22_gidm.ipynb #cbecd244
 class Encoder(nn.Module):
@@ -88,7 +90,7 @@ class Decoder(nn.Module):
         for block in self.transformer_blocks: x = block(x, mask)
         return self.out(x[:, Q:Q + P])
 
-# %% ../nbs/22_gidm.ipynb #0f1e889e
+# %% ../nbs/22_gidm.ipynb #661886df
 @dataclass
 class LatentActions:
     "What GIDM infers from two frames."
@@ -107,7 +109,8 @@ class GIDM(nn.Module):
         text_encoder = None, # frozen: list of B strings -> (hidden (B,L,text_dim), mask (B,L)); needed by `loss`
     ):
         super().__init__()
-        if cfg.text_mask not in ("rows", "tiled"): raise ValueError(f"text_mask is {cfg.text_mask!r}; choose 'rows' or 'tiled'")
+        if cfg.text_mask not in ("rows", "tiled"):
+            raise ValueError(f"text_mask is {cfg.text_mask!r}; choose 'rows' or 'tiled'")
         self.cfg, self.text_encoder = cfg, text_encoder
         self.action_latent = nn.Parameter(torch.empty(1, 1, cfg.queries, cfg.in_dim).uniform_(-1, 1))
         self.lang_proj = nn.Linear(cfg.text_dim, cfg.dim)
@@ -126,49 +129,58 @@ class GIDM(nn.Module):
         mask = F.pad(text_mask, (before, 0), value=True)
         return mask.repeat(frames, 1) if self.cfg.text_mask == "tiled" else mask.repeat_interleave(frames, 0)
 
-    def encode(self,
-        features:Tensor, # (B,2,P,in_dim) of the two frames
-        text:Tensor, # (B,L,text_dim) T5's token features
-        text_mask:Tensor|None = None, # (B,L) bool, True for real tokens; None if all are
-    )->LatentActions:
-        "Infer the latent actions."
-        if features.ndim != 4 or features.shape[3] != self.cfg.in_dim:
-            raise ValueError(f"features have shape {tuple(features.shape)}; GIDM takes (B,T,P,{self.cfg.in_dim})")
-        mask = self.token_mask(text_mask, self.cfg.queries + features.shape[2], features.shape[1])
-        emb = self.to_codebook(self.encoder(self.action_latent, features, self.lang_proj(text), mask))
-        q = self.vq(emb)
-        return LatentActions(emb, q.indices, q.z_q, self.action_up(q.z_q), q.loss, q.codebook_loss, q.commit_loss)
+# %% ../nbs/22_gidm.ipynb #726d2711
+@patch
+def encode(self:GIDM,
+    features:Tensor, # (B,2,P,in_dim) of the two frames
+    text:Tensor, # (B,L,text_dim) T5's token features
+    text_mask:Tensor|None = None, # (B,L) bool, True for real tokens; None if all are
+)->LatentActions:
+    "Infer the latent actions."
+    if features.ndim != 4 or features.shape[3] != self.cfg.in_dim:
+        raise ValueError(f"features have shape {tuple(features.shape)}; GIDM takes (B,T,P,{self.cfg.in_dim})")
+    mask = self.token_mask(text_mask, self.cfg.queries + features.shape[2], features.shape[1])
+    emb = self.to_codebook(self.encoder(self.action_latent, features, self.lang_proj(text), mask))
+    q = self.vq(emb)
+    return LatentActions(emb, q.indices, q.z_q, self.action_up(q.z_q), q.loss, q.codebook_loss, q.commit_loss)
 
-    def decode(self,
-        first:Tensor, # (B,P,in_dim) features of the first frame
-        latent_actions:Tensor, # (B,Q,D) from `encode`
-        text:Tensor, # (B,L,text_dim) T5's token features
-        text_mask:Tensor|None = None, # (B,L) bool, True for real tokens
-    )->Tensor: # (B,P,in_dim) predicted features of the second frame
-        "Predict the second frame's features."
-        if not self.cfg.dec_blocks: raise ValueError("this GIDM has no decoder (dec_blocks=0): a policy's GIDM only encodes")
-        mask = self.token_mask(text_mask, latent_actions.shape[1] + first.shape[1])
-        return self.decoder(latent_actions, self.patch_up(first), self.lang_proj(text), mask)
+# %% ../nbs/22_gidm.ipynb #1ccd78b4
+@patch
+def decode(self:GIDM,
+    first:Tensor, # (B,P,in_dim) features of the first frame
+    latent_actions:Tensor, # (B,Q,D) from `encode`
+    text:Tensor, # (B,L,text_dim) T5's token features
+    text_mask:Tensor|None = None, # (B,L) bool, True for real tokens
+)->Tensor: # (B,P,in_dim) predicted features of the second frame
+    "Predict the second frame's features."
+    if not self.cfg.dec_blocks:
+        raise ValueError("this GIDM has no decoder (dec_blocks=0): a policy's GIDM only encodes")
+    mask = self.token_mask(text_mask, latent_actions.shape[1] + first.shape[1])
+    return self.decoder(latent_actions, self.patch_up(first), self.lang_proj(text), mask)
 
-    def reconstruct(self,
-        features:Tensor, # (B,2,P,in_dim) of the two frames
-        text:Tensor, # (B,L,text_dim) T5's token features
-        text_mask:Tensor|None = None, # (B,L) bool, True for real tokens
-    )->tuple: # (B,P,in_dim) prediction of the second frame; LatentActions
-        "Encode a transition and decode it."
-        out = self.encode(features, text, text_mask)
-        return self.decode(features[:, 0], out.latent_actions, text, text_mask), out
+@patch
+def reconstruct(self:GIDM,
+    features:Tensor, # (B,2,P,in_dim) of the two frames
+    text:Tensor, # (B,L,text_dim) T5's token features
+    text_mask:Tensor|None = None, # (B,L) bool, True for real tokens
+)->tuple: # (B,P,in_dim) prediction of the second frame; LatentActions
+    "Encode a transition and decode it."
+    out = self.encode(features, text, text_mask)
+    return self.decode(features[:, 0], out.latent_actions, text, text_mask), out
 
-    def loss(self,
-        batch:Batch, # with `dino` (B,V,2,P,in_dim) and `text`
-    )->tuple: # scalar loss; dict of logs
-        "Feature reconstruction and quantiser loss."
-        if batch.dino is None or batch.dino.shape[2] != 2: raise ValueError("GIDM learns from `dino` features of two frames: give the dataset two offsets and a `dino` array")
-        views = [VIEWS.index(view) for view in self.cfg.views]
-        features = batch.dino[:, views].transpose(0, 1).flatten(0, 1).float()
-        text, mask = (t.to(features.device).repeat(len(views), *[1]*(t.ndim - 1)) for t in self.text_encoder(batch.text))
-        predicted, out = self.reconstruct(features, text, mask)
-        mse, usage = F.mse_loss(predicted, features[:, 1]), code_usage(out.indices, self.cfg.codes)
-        logs = dict(reconstruction=mse.detach(), copy=F.mse_loss(features[:, 0], features[:, 1]), codebook=out.codebook_loss.detach(),
-                    perplexity=perplexity(usage), codes_used=(usage > 0).sum())
-        return mse + out.loss, logs
+# %% ../nbs/22_gidm.ipynb #0f1e889e
+@patch
+def loss(self:GIDM,
+    batch:Batch, # with `dino` (B,V,2,P,in_dim) and `text`
+)->tuple: # scalar loss; dict of logs
+    "Feature reconstruction and quantiser loss."
+    if batch.dino is None or batch.dino.shape[2] != 2:
+        raise ValueError("GIDM learns from `dino` features of two frames: give the dataset two offsets and `dino`")
+    views = [VIEWS.index(view) for view in self.cfg.views]
+    features = batch.dino[:, views].transpose(0, 1).flatten(0, 1).float() # all transitions of a view, then of the next
+    text, mask = (torch.cat([t.to(features.device)]*len(views)) for t in self.text_encoder(batch.text))
+    predicted, out = self.reconstruct(features, text, mask)
+    mse, usage = F.mse_loss(predicted, features[:, 1]), code_usage(out.indices, self.cfg.codes)
+    logs = dict(reconstruction=mse.detach(), copy=F.mse_loss(features[:, 0], features[:, 1]),
+                codebook=out.codebook_loss.detach(), perplexity=perplexity(usage), codes_used=(usage > 0).sum())
+    return mse + out.loss, logs
