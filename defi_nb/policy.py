@@ -10,6 +10,7 @@ __all__ = ['present_latent', 'goal_embedding', 'PolicyConfig', 'check_policy_con
 from dataclasses import dataclass, replace
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .action_adapter import ActionAdapter, AdapterConfig
@@ -26,7 +27,8 @@ def present_latent(
 )->Tensor: # (B,V,C,h,w) float, at the VAE's own scale
     "Latents of the present frame."
     if batch.latent is not None: return batch.latent[:, :, 0].float()
-    if batch.video is None: raise ValueError("the batch has neither `latent` nor `video`: a policy needs to see the present frame")
+    if batch.video is None:
+        raise ValueError("the batch has neither `latent` nor `video`: a policy needs to see the present frame")
     return encoders.vae.encode(check_batch(batch, spec).video[:, :, 0]).float()
 
 def goal_embedding(
@@ -59,18 +61,23 @@ class PolicyConfig:
 
     @classmethod
     def paper(cls):
-        return cls(DataSpec.paper(), tuple(range(16)), feature_dim=2560, project_hidden=768, former_dim=384, former_depth=6, former_queries=14, former_heads=8, former_head_dim=64,
-                   former_hidden=768, gidm=replace(GIDMConfig.paper(), dec_blocks=0), adapter=AdapterConfig.paper())
+        return cls(DataSpec.paper(), tuple(range(16)), feature_dim=2560, project_hidden=768, former_dim=384,
+                   former_depth=6, former_queries=14, former_heads=8, former_head_dim=64, former_hidden=768,
+                   gidm=replace(GIDMConfig.paper(), dec_blocks=0), adapter=AdapterConfig.paper())
 
 def check_policy_config(
     cfg:PolicyConfig, # to be checked
 )->PolicyConfig: # the same
     "Raise `ValueError` naming the widths that do not agree."
-    pairs = {"adapter.video_dim, former_dim": (cfg.adapter.video_dim, cfg.former_dim), "adapter.latent_dim, gidm.dim": (cfg.adapter.latent_dim, cfg.gidm.dim),
-             "adapter.chunk, spec.chunk": (cfg.adapter.chunk, cfg.spec.chunk), "gidm.dec_blocks, 0": (cfg.gidm.dec_blocks, 0)}
-    if wrong := [f"{names} are {a}, {b}" for names, (a, b) in pairs.items() if a != b]: raise ValueError("these must be equal: " + "; ".join(wrong))
+    pairs = {"adapter.video_dim, former_dim": (cfg.adapter.video_dim, cfg.former_dim),
+             "adapter.latent_dim, gidm.dim": (cfg.adapter.latent_dim, cfg.gidm.dim),
+             "adapter.chunk, spec.chunk": (cfg.adapter.chunk, cfg.spec.chunk),
+             "gidm.dec_blocks, 0": (cfg.gidm.dec_blocks, 0)}
+    wrong = [f"{names} are {a}, {b}" for names, (a, b) in pairs.items() if a != b]
+    if wrong: raise ValueError("these must be equal: " + "; ".join(wrong))
     if not set(cfg.spec.gidm_frames) <= set(cfg.frames) <= set(range(cfg.spec.frames)):
-        raise ValueError(f"frames {cfg.frames} must be among GFDM's {cfg.spec.frames} and have GIDM's {cfg.spec.gidm_frames} among them")
+        raise ValueError(f"frames {cfg.frames} must be among GFDM's {cfg.spec.frames} "
+                         f"and have GIDM's {cfg.spec.gidm_frames} among them")
     return cfg
 
 # %% ../nbs/24_policy.ipynb #2889bae9
@@ -79,16 +86,17 @@ class CoupledPolicy(nn.Module):
     def __init__(self,
         cfg:PolicyConfig, # size and behaviour
         encoders, # frozen: `vae`, `clip`, `t5`
-        gfdm:nn.Module|None = None, # forward model with `features(latent (N,C,h,w), text) -> (N,T,P,D)`; None: batches bring `feature`
+        gfdm:nn.Module|None = None, # `features(latent (N,C,h,w), text)` -> (N,T,P,D); None: batches bring them
     ):
         super().__init__()
         self.cfg, self.encoders, self.gfdm = check_policy_config(cfg), encoders, gfdm
         if gfdm is not None: gfdm.requires_grad_(False).eval()
-        self.project = nn.Sequential(nn.Linear(cfg.feature_dim, cfg.project_hidden), nn.GELU(), nn.Linear(cfg.project_hidden, cfg.gidm.in_dim))
+        into, out = nn.Linear(cfg.feature_dim, cfg.project_hidden), nn.Linear(cfg.project_hidden, cfg.gidm.in_dim)
+        self.project = nn.Sequential(into, nn.GELU(), out)
         self.time_pos_emb = nn.Parameter(.02*torch.randn(2, 1, cfg.gidm.in_dim))
         self.gidm = GIDM(cfg.gidm)
-        self.video_former = VideoFormer(cfg.feature_dim, cfg.former_dim, cfg.former_depth, len(cfg.frames), cfg.former_queries, cfg.former_heads,
-                                        cfg.former_head_dim, cfg.former_hidden)
+        self.video_former = VideoFormer(cfg.feature_dim, cfg.former_dim, cfg.former_depth, len(cfg.frames),
+                                        cfg.former_queries, cfg.former_heads, cfg.former_head_dim, cfg.former_hidden)
         self.adapter = ActionAdapter(cfg.adapter)
 
     def train(self, mode=True): # GFDM stays in evaluation mode
@@ -102,73 +110,96 @@ class CoupledPolicy(nn.Module):
         "Take over a pretrained GIDM, without its decoder."
         given, own = gidm.state_dict(), self.gidm.state_dict()
         if wrong := [k for k, v in own.items() if k not in given or given[k].shape != v.shape]:
-            raise ValueError(f"this GIDM does not fit the policy's: {', '.join(wrong[:3])} differ; build both from one GIDMConfig")
+            raise ValueError(f"this GIDM does not fit the policy's: {', '.join(wrong[:3])} differ; "
+                             "build both from one GIDMConfig")
         self.gidm.load_state_dict({k: given[k] for k in own})
         return self
 
-    @torch.no_grad()
-    def features(self,
-        batch:Batch, # with `latent` or `video`, and `text`
-    )->Tensor: # (B,V,T,P,D)
-        "GFDM's one-step features of the frames that the policy reads, of both views in one pass."
-        if self.gfdm is None: raise ValueError("this policy was built without a GFDM: pass `gfdm`, or give the batch a `feature`")
-        latent = present_latent(batch, self.encoders, self.cfg.spec).to(self.time_pos_emb.device)
-        rows = self.gfdm.features(latent.transpose(0, 1).flatten(0, 1), batch.text*len(VIEWS)) # all static rows, then all gripper rows
-        return rows[:, list(self.cfg.frames)].unflatten(0, (len(VIEWS), -1)).transpose(0, 1)
+# %% ../nbs/24_policy.ipynb #6cb199d8
+@patch
+@torch.no_grad()
+def features(self:CoupledPolicy,
+    batch:Batch, # with `latent` or `video`, and `text`
+)->Tensor: # (B,V,T,P,D)
+    "GFDM's one-step features of the frames that the policy reads, of both views in one pass."
+    if self.gfdm is None:
+        raise ValueError("this policy was built without a GFDM: pass `gfdm`, or give the batch a `feature`")
+    latent = present_latent(batch, self.encoders, self.cfg.spec).to(self.time_pos_emb.device)
+    latent = latent.transpose(0, 1).flatten(0, 1) # all static rows, then all gripper rows
+    rows = self.gfdm.features(latent, batch.text*len(VIEWS))
+    return rows[:, list(self.cfg.frames)].unflatten(0, (len(VIEWS), -1)).transpose(0, 1)
 
-    def condition(self,
-        features:Tensor, # (B,V,T,P,D) of GFDM, T as in `frames`; or (V*B,T,P,D), static rows first
-        text:Tensor, # (B,L,text_dim) T5's token features
-        text_mask:Tensor|None, # (B,L) bool, True for real tokens; None if all are
-        goal:Tensor, # (B,1,goal_dim) CLIP's pooled text
-    )->Tensor: # (B,M,adapter.dim) context
-        "Context tokens for the adapter."
-        return self.infer(features, text, text_mask, goal)[0]
+# %% ../nbs/24_policy.ipynb #aa51b8a4
+@patch
+def condition(self:CoupledPolicy,
+    features:Tensor, # (B,V,T,P,D) of GFDM, T as in `frames`; or (V*B,T,P,D), static rows first
+    text:Tensor, # (B,L,text_dim) T5's token features
+    text_mask:Tensor|None, # (B,L) bool, True for real tokens; None if all are
+    goal:Tensor, # (B,1,goal_dim) CLIP's pooled text
+)->Tensor: # (B,M,adapter.dim) context
+    "Context tokens for the adapter."
+    return self.infer(features, text, text_mask, goal)[0]
 
-    def infer(self, features, text, text_mask, goal): # as `condition`; returns context and LatentActions
-        "Context, and the latent actions in it."
-        if features.ndim == 4: features = features.unflatten(0, (len(VIEWS), -1)).transpose(0, 1)
-        pair = [self.cfg.frames.index(frame) for frame in self.cfg.spec.gidm_frames]
-        latent = self.gidm.encode(self.project(features[:, 0, pair]) + self.time_pos_emb, text, text_mask)
-        video = self.video_former(features.transpose(1, 2).flatten(2, 3))
-        return self.adapter.tokens(goal, video, latent.latent_actions), latent
+@patch
+def infer(self:CoupledPolicy,
+    features:Tensor, # (B,V,T,P,D) of GFDM; or (V*B,T,P,D), static rows first
+    text:Tensor, # (B,L,text_dim) T5's token features
+    text_mask:Tensor|None, # (B,L) bool, True for real tokens
+    goal:Tensor, # (B,1,goal_dim) CLIP's pooled text
+)->tuple: # context (B,M,adapter.dim); LatentActions
+    "Context, and the latent actions in it."
+    if features.ndim == 4: features = features.unflatten(0, (len(VIEWS), -1)).transpose(0, 1)
+    if (features.shape[2], features.shape[4]) != (len(self.cfg.frames), self.cfg.feature_dim):
+        raise ValueError(f"features have shape {tuple(features.shape)}; this policy takes (B,V,T,P,D) with "
+                         f"T={len(self.cfg.frames)} and D={self.cfg.feature_dim}")
+    pair = [self.cfg.frames.index(frame) for frame in self.cfg.spec.gidm_frames]
+    latent = self.gidm.encode(self.project(features[:, 0, pair]) + self.time_pos_emb, text, text_mask)
+    video = self.video_former(features.transpose(1, 2).flatten(2, 3))
+    return self.adapter.tokens(goal, video, latent.latent_actions), latent
 
-    def encode_batch(self,
-        batch:Batch, # with `text`, and `feature`, `latent` or `video`
-    )->tuple: # context (B,M,adapter.dim); LatentActions
-        "Everything up to the adapter."
-        device = self.time_pos_emb.device
-        features = self.features(batch) if batch.feature is None else batch.feature
-        text, mask = self.encoders.t5(batch.text)
-        return self.infer(features.to(device).float(), text.to(device), mask.to(device), goal_embedding(batch.text, self.encoders).to(device))
+@patch
+def encode_batch(self:CoupledPolicy,
+    batch:Batch, # with `text`, and `feature`, `latent` or `video`
+)->tuple: # context (B,M,adapter.dim); LatentActions
+    "Everything up to the adapter."
+    device = self.time_pos_emb.device
+    features = self.features(batch) if batch.feature is None else batch.feature
+    text, mask = (t.to(device) for t in self.encoders.t5(batch.text))
+    return self.infer(features.to(device).float(), text, mask, goal_embedding(batch.text, self.encoders).to(device))
 
-    def loss(self,
-        batch:Batch, # with `action`, `text`, and `feature`, `latent` or `video`
-    )->tuple: # scalar loss; dict of logs
-        "Denoising loss of the actions and the quantiser's loss."
-        context, latent = self.encode_batch(batch)
-        action_loss, _ = self.adapter.loss(context, batch.action.to(context.device))
-        usage = code_usage(latent.indices, self.cfg.gidm.codes)
-        return action_loss + self.cfg.vq_weight*latent.loss, dict(action=action_loss.detach(), codebook=latent.codebook_loss.detach(),
-                                                                  perplexity=perplexity(usage), codes_used=(usage > 0).sum())
+# %% ../nbs/24_policy.ipynb #e64b9d67
+@patch
+def loss(self:CoupledPolicy,
+    batch:Batch, # with `action`, `text`, and `feature`, `latent` or `video`
+)->tuple: # scalar loss; dict of logs
+    "Denoising loss of the actions and the quantiser's loss."
+    context, latent = self.encode_batch(batch)
+    action_loss, _ = self.adapter.loss(context, batch.action.to(context.device))
+    usage = code_usage(latent.indices, self.cfg.gidm.codes)
+    logs = dict(action=action_loss.detach(), codebook=latent.codebook_loss.detach(),
+                perplexity=perplexity(usage), codes_used=(usage > 0).sum())
+    return action_loss + self.cfg.vq_weight*latent.loss, logs
 
-    def sample_actions(self,
-        context:Tensor, # (B,M,adapter.dim) from `condition`
-        x_T:Tensor|None = None, # (B,K,A) start, at the scale of the first noise level; None draws it
-        sigmas:Tensor|None = None, # (N+1,) falling noise levels, then 0; None is the configuration's
-        callback = None, # called as callback(i, sigma, x, denoised) before each step
-    )->Tensor: # (B,K,A) actions, not clamped
-        "Actions for a context."
-        first = self.cfg.adapter.sigma_high if sigmas is None else sigmas[0].item()
-        return self.adapter.sample(context, None if x_T is None else x_T/first, sigmas, callback)
+# %% ../nbs/24_policy.ipynb #88cfc4f4
+@patch
+def sample_actions(self:CoupledPolicy,
+    context:Tensor, # (B,M,adapter.dim) from `condition`
+    x_T:Tensor|None = None, # (B,K,A) start, at the scale of the first noise level; None draws it
+    sigmas:Tensor|None = None, # (N+1,) falling noise levels, then 0; None is the configuration's
+    callback = None, # called as callback(i, sigma, x, denoised) before each step
+)->Tensor: # (B,K,A) actions, not clamped
+    "Actions for a context."
+    first = self.cfg.adapter.sigma_high if sigmas is None else sigmas[0].item()
+    return self.adapter.sample(context, None if x_T is None else x_T/first, sigmas, callback)
 
-    @torch.no_grad()
-    def act(self,
-        batch:Batch, # the newest pictures as `video` (B,V,1,3,H,W), and `text`
-        noise:Tensor|None = None, # (B,K,A) standard normal; None draws it
-    )->Tensor: # (B,K,A) actions in [-1, 1]
-        "A chunk of actions for what is seen now."
-        return self.adapter.sample(self.encode_batch(batch)[0], noise).clamp(-1, 1)
+@patch
+@torch.no_grad()
+def act(self:CoupledPolicy,
+    batch:Batch, # the newest pictures as `video` (B,V,1,3,H,W), and `text`
+    noise:Tensor|None = None, # (B,K,A) standard normal; None draws it
+)->Tensor: # (B,K,A) actions in [-1, 1]
+    "A chunk of actions for what is seen now."
+    return self.adapter.sample(self.encode_batch(batch)[0], noise).clamp(-1, 1)
 
 # %% ../nbs/24_policy.ipynb #a0a958a1
 @dataclass(frozen=True)
@@ -191,18 +222,20 @@ class PlainPolicy(nn.Module):
     ):
         super().__init__()
         if cfg.latent_channels != encoders.vae.channels:
-            raise ValueError(f"latent_channels is {cfg.latent_channels}, but this VAE's latents have {encoders.vae.channels}")
+            raise ValueError(f"latent_channels is {cfg.latent_channels}; this VAE has {encoders.vae.channels}")
         self.cfg, self.encoders, self.adapter = cfg, encoders, ActionAdapter(cfg.adapter)
-        self.patch = nn.Linear(cfg.latent_channels*cfg.group**2, cfg.adapter.video_dim)
-        self.place = nn.Parameter(.02*torch.randn(1, len(VIEWS), (cfg.latent_size//cfg.group)**2, cfg.adapter.video_dim))
+        self.patch_up = nn.Linear(cfg.latent_channels*cfg.group**2, cfg.adapter.video_dim)
+        places = (cfg.latent_size//cfg.group)**2
+        self.place = nn.Parameter(.02*torch.randn(1, len(VIEWS), places, cfg.adapter.video_dim))
 
     def encode_batch(self,
         batch:Batch, # with `text`, and `latent` or `video`
     )->Tensor: # (B,M,adapter.dim) context
         "Everything up to the adapter."
-        latent = present_latent(batch, self.encoders, self.cfg.spec).to(self.place.device)*self.encoders.vae.scaling_factor
-        tokens = self.patch(group_tokens(latent.flatten(3).mT, self.cfg.group)) + self.place
-        return self.adapter.tokens(goal_embedding(batch.text, self.encoders).to(latent.device), tokens.flatten(1, 2))
+        device, goal = self.place.device, goal_embedding(batch.text, self.encoders)
+        latent = present_latent(batch, self.encoders, self.cfg.spec).to(device)*self.encoders.vae.scaling_factor
+        tokens = self.patch_up(group_tokens(latent.flatten(3).mT, self.cfg.group)) + self.place
+        return self.adapter.tokens(goal.to(device), tokens.flatten(1, 2))
 
     def loss(self,
         batch:Batch, # with `action`, `text`, and `latent` or `video`
