@@ -70,13 +70,12 @@ def foreseen(
     policy, # `policy.CoupledPolicy`, whose GFDM is frozen
     samples:WindowDataset, # with `latent` of the present frame
     path, # of the file to make
-    n_workers:int=2, # threads
 )->WindowDataset: # the same samples with `feature` instead
     "GFDM's one-step features of every sample, computed once and kept."
     def compute(lo, hi): return policy.features(samples[np.arange(lo, hi)])
     identity = dict(gfdm=weights_digest(policy.gfdm, policy.gfdm.cfg), frames=policy.cfg.frames, data=frames_identity(samples.frames),
                     samples=hashlib.sha256(samples.anchors.tobytes() + repr(samples.windows).encode()).hexdigest()[:16])
-    feature = cache_rows(path, len(samples), compute, identity, batch_size=32, n_workers=n_workers)
+    feature = cache_rows(path, len(samples), compute, identity, batch_size=32) # one thread: GFDM's network is stopped half-way by hooks, which threads would share
     return WindowDataset(samples.frames, samples.windows, chunk=samples.chunk, stride=samples.stride, min_left=samples.min_left,
                          sample_arrays=dict(feature=feature))
 
