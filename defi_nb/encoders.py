@@ -251,6 +251,7 @@ class EncoderSpec:
         return cls("ckpts/stable-video-diffusion-img2vid/vae", "ckpts/dinov2_with_registers_base", "ckpts/openai_clip_vit_base_patch32",
                    "ckpts/t5_base", dino_size=224)
 
+# %% ../nbs/20_encoders.ipynb #40217ffb
 def weights_digest(
     module, # nn.Module
     *settings, # whatever else changes its output
@@ -262,6 +263,7 @@ def weights_digest(
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
+# %% ../nbs/20_encoders.ipynb #f3a21a60
 @dataclass
 class Encoders:
     "The four frozen encoders."

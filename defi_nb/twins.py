@@ -208,6 +208,7 @@ def t5_twin(
     return T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=width//4, d_ff=2*width, num_layers=layers, num_heads=4, dropout_rate=0.,
                                    pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=tokenizer.pad_token_id))
 
+# %% ../nbs/27_twins.ipynb #dafefb4c
 class Paraphrases(nn.Module):
     "Sentences for one task together, for different tasks apart, and every word kept."
     def __init__(self,
