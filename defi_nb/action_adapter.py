@@ -28,6 +28,7 @@ class AdapterConfig:
     goal_hidden:int = 128 # width inside the goal's network
     video_dim:int = 64 # width of the video tokens
     latent_dim:int = 64 # width of the latent actions; 0 if there are none
+    proprio_dim:int = 11 # numbers that describe the robot's own state; 0, as released: it is not told
     drops:tuple = (0., 0., 0.) # dropout of attention weights, residuals and feed-forward
     cross_attn:str = "full" # "full", or "causal": action i sees context tokens 0..i, as released
     adaln_offset:float = 1. # modulation scales by `adaln_offset` + s; released 0
@@ -45,7 +46,7 @@ class AdapterConfig:
 
     @classmethod
     def paper(cls):
-        return cls(dim=384, enc_blocks=4, dec_blocks=4, heads=8, goal_dim=512, goal_hidden=768, video_dim=384, latent_dim=768, drops=(.3, .1, .05),
+        return cls(dim=384, enc_blocks=4, dec_blocks=4, heads=8, goal_dim=512, goal_hidden=768, video_dim=384, latent_dim=768, proprio_dim=0, drops=(.3, .1, .05),
                    cross_attn="causal", adaln_offset=0., pos_embed="none", init_std=.02, noise_scale=1.)
 
 # %% ../nbs/23_action_adapter.ipynb #4f10679e
@@ -94,6 +95,8 @@ class ActionAdapter(nn.Module):
         self.lang_emb = nn.Sequential(nn.Linear(cfg.goal_dim, cfg.goal_hidden), nn.GELU(), nn.Linear(cfg.goal_hidden, cfg.dim))
         self.tok_emb = nn.Linear(cfg.video_dim, cfg.dim)
         self.tok_emb_token = nn.Linear(cfg.latent_dim, cfg.dim) if cfg.latent_dim else None
+        if cfg.proprio_dim:
+            self.proprio_emb = nn.Sequential(nn.Linear(cfg.proprio_dim, cfg.goal_hidden), nn.GELU(), nn.Linear(cfg.goal_hidden, cfg.dim))
         self.encoder, self.decoder = ContextEncoder(cfg), ActionDecoder(cfg)
         self.sigma_emb = sigma_embedding(cfg.dim)
         self.action_emb, self.action_pred = nn.Linear(ACTION_DIM, cfg.dim), nn.Linear(cfg.dim, ACTION_DIM)
@@ -110,10 +113,15 @@ class ActionAdapter(nn.Module):
         goal:Tensor, # (B,1,goal_dim) embedding of the instruction
         video:Tensor, # (B,N,video_dim) what is seen, or foreseen
         latent_actions:Tensor|None = None, # (B,Q,latent_dim) what GIDM infers
-    )->Tensor: # (B,1+N+Q,D) context
+        proprio:Tensor|None = None, # (B,proprio_dim) the robot's own state, where the configuration has it
+    )->Tensor: # (B,1+N+Q,D) context; one more with proprio
         "Context tokens of one width, side by side."
         parts = [self.lang_emb(goal), self.tok_emb(video)]
-        return torch.cat(parts if latent_actions is None else parts + [self.tok_emb_token(latent_actions)], 1)
+        if latent_actions is not None: parts.append(self.tok_emb_token(latent_actions))
+        if self.cfg.proprio_dim:
+            if proprio is None: raise ValueError(f"this adapter is told the robot's state ({self.cfg.proprio_dim} numbers): give `proprio`, or set proprio_dim=0")
+            parts.append(self.proprio_emb(proprio)[:, None])
+        return torch.cat(parts, 1)
 
     def decode(self,
         x:Tensor, # (B,K,A) noisy actions, scaled to unit variance
