@@ -163,7 +163,7 @@ def write_html(
     "A self-contained page of an executed notebook: pictures and videos inside, nothing fetched when it is opened."
     from nbconvert import HTMLExporter
     from traitlets.config import Config
-    config = Config(TagRemovePreprocessor=dict(enabled=True, remove_input_tags={"hide-input"}, remove_cell_tags={"injected-parameters"}),
+    config = Config(TagRemovePreprocessor=dict(enabled=True, remove_input_tags={"hide-input"}),
                     HTMLExporter=dict(exclude_input_prompt=True, exclude_output_prompt=True, preprocessors=["nbconvert.preprocessors.TagRemovePreprocessor"]))
     page, _ = HTMLExporter(config=config).from_filename(str(record))
     page = re.sub(r"<script[^>]*\bsrc=\"http[^>]*>\s*</script>|<link[^>]*\bhref=\"http[^>]*>", "", page) # formulas and widgets would be fetched
