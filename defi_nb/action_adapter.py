@@ -9,9 +9,11 @@ __all__ = ['AdapterConfig', 'ContextEncoder', 'ActionDecoder', 'ActionAdapter']
 from dataclasses import dataclass
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .diffusion import EDM, exponential_sigmas, log_logistic, sample
+from . import diffusion
+from .diffusion import EDM, exponential_sigmas, log_logistic
 from .layers import ContextBlock, ModulatedBlock, sigma_embedding
 from .spec import ACTION_DIM
 
@@ -46,7 +48,8 @@ class AdapterConfig:
 
     @classmethod
     def paper(cls):
-        return cls(dim=384, enc_blocks=4, dec_blocks=4, heads=8, goal_dim=512, goal_hidden=768, video_dim=384, latent_dim=768, proprio_dim=0, drops=(.3, .1, .05),
+        return cls(dim=384, enc_blocks=4, dec_blocks=4, heads=8, goal_dim=512, goal_hidden=768, video_dim=384, latent_dim=768, proprio_dim=0,
+                   drops=(.3, .1, .05),
                    cross_attn="causal", adaln_offset=0., pos_embed="none", init_std=.02, noise_scale=1.)
 
 # %% ../nbs/23_action_adapter.ipynb #4f10679e
@@ -71,7 +74,8 @@ class ActionDecoder(nn.Module):
         cfg:AdapterConfig, # size
     ):
         super().__init__()
-        self.blocks = nn.ModuleList(ModulatedBlock(cfg.dim, cfg.heads, cfg.drops, cfg.cross_attn == "causal", cfg.adaln_offset) for _ in range(cfg.dec_blocks))
+        shape = cfg.dim, cfg.heads, cfg.drops, cfg.cross_attn == "causal", cfg.adaln_offset
+        self.blocks = nn.ModuleList(ModulatedBlock(*shape) for _ in range(cfg.dec_blocks))
         self.ln = nn.LayerNorm(cfg.dim, bias=False)
 
     def forward(self,
@@ -89,14 +93,14 @@ class ActionAdapter(nn.Module):
         cfg:AdapterConfig, # size and behaviour
     ):
         super().__init__()
-        for field, value, choices in (("cross_attn", cfg.cross_attn, ("full", "causal")), ("pos_embed", cfg.pos_embed, ("learned", "none"))):
-            if value not in choices: raise ValueError(f"{field} is {value!r}; choose one of {choices}")
+        for field, choices in dict(cross_attn=("full", "causal"), pos_embed=("learned", "none")).items():
+            if (value := getattr(cfg, field)) not in choices: raise ValueError(f"{field} is {value!r}; choose one of {choices}")
         self.cfg, self.edm = cfg, EDM(cfg.sigma_data)
-        self.lang_emb = nn.Sequential(nn.Linear(cfg.goal_dim, cfg.goal_hidden), nn.GELU(), nn.Linear(cfg.goal_hidden, cfg.dim))
+        two_layers = lambda width: nn.Sequential(nn.Linear(width, cfg.goal_hidden), nn.GELU(), nn.Linear(cfg.goal_hidden, cfg.dim))
+        self.lang_emb = two_layers(cfg.goal_dim)
         self.tok_emb = nn.Linear(cfg.video_dim, cfg.dim)
         self.tok_emb_token = nn.Linear(cfg.latent_dim, cfg.dim) if cfg.latent_dim else None
-        if cfg.proprio_dim:
-            self.proprio_emb = nn.Sequential(nn.Linear(cfg.proprio_dim, cfg.goal_hidden), nn.GELU(), nn.Linear(cfg.goal_hidden, cfg.dim))
+        self.proprio_emb = two_layers(cfg.proprio_dim) if cfg.proprio_dim else None
         self.encoder, self.decoder = ContextEncoder(cfg), ActionDecoder(cfg)
         self.sigma_emb = sigma_embedding(cfg.dim)
         self.action_emb, self.action_pred = nn.Linear(ACTION_DIM, cfg.dim), nn.Linear(cfg.dim, ACTION_DIM)
@@ -119,41 +123,50 @@ class ActionAdapter(nn.Module):
         parts = [self.lang_emb(goal), self.tok_emb(video)]
         if latent_actions is not None: parts.append(self.tok_emb_token(latent_actions))
         if self.cfg.proprio_dim:
-            if proprio is None: raise ValueError(f"this adapter is told the robot's state ({self.cfg.proprio_dim} numbers): give `proprio`, or set proprio_dim=0")
+            if proprio is None:
+                raise ValueError(f"this adapter is told the robot's state ({self.cfg.proprio_dim} numbers): "
+                                 "give `proprio`, or set proprio_dim=0")
             parts.append(self.proprio_emb(proprio)[:, None])
         return torch.cat(parts, 1)
 
-    def decode(self,
-        x:Tensor, # (B,K,A) noisy actions, scaled to unit variance
-        c_noise:Tensor, # (B,) ln(sigma)/4
-        memory:Tensor, # (B,M,D) encoded context
-    )->Tensor: # (B,K,A) raw output of the network
-        "The network F of the preconditioning."
-        x = self.action_emb(x) if self.pos_emb is None else self.action_emb(x) + self.pos_emb
-        return self.action_pred(self.decoder(x, memory, self.sigma_emb(c_noise*self.cfg.noise_scale)))
+# %% ../nbs/23_action_adapter.ipynb #75ce51e2
+@patch
+def decode(self:ActionAdapter,
+    x:Tensor, # (B,K,A) noisy actions, scaled to unit variance
+    c_noise:Tensor, # (B,) ln(sigma)/4
+    memory:Tensor, # (B,M,D) encoded context
+)->Tensor: # (B,K,A) raw output of the network
+    "The network F of the preconditioning."
+    x = self.action_emb(x) if self.pos_emb is None else self.action_emb(x) + self.pos_emb
+    return self.action_pred(self.decoder(x, memory, self.sigma_emb(c_noise*self.cfg.noise_scale)))
 
-    def loss(self,
-        context:Tensor, # (B,M,D) from `tokens`
-        action:Tensor, # (B,K,A) clean actions in [-1, 1]
-        sigma:Tensor|None = None, # (B,) noise level; None draws one
-        noise:Tensor|None = None, # (B,K,A) standard normal; None draws it
-    )->tuple: # scalar loss; (B,K,A) raw output of the network
-        "Weighted error of the denoised actions."
-        cfg, memory = self.cfg, self.encoder(context)
-        sigma = log_logistic(len(action), low=cfg.sigma_low, high=cfg.sigma_high).to(action) if sigma is None else sigma
-        noise = torch.randn_like(action) if noise is None else noise
-        return self.edm.loss(lambda x, c_noise: self.decode(x, c_noise, memory), action, sigma, noise)
+@patch
+def loss(self:ActionAdapter,
+    context:Tensor, # (B,M,D) from `tokens`
+    action:Tensor, # (B,K,A) clean actions in [-1, 1]
+    sigma:Tensor|None = None, # (B,) noise level; None draws one
+    noise:Tensor|None = None, # (B,K,A) standard normal; None draws it
+)->tuple: # scalar loss; (B,K,A) raw output of the network
+    "Weighted error of the denoised actions."
+    cfg, memory = self.cfg, self.encoder(context)
+    sigma = log_logistic(len(action), low=cfg.sigma_low, high=cfg.sigma_high).to(action) if sigma is None else sigma
+    noise = torch.randn_like(action) if noise is None else noise
+    return self.edm.loss(lambda x, c_noise: self.decode(x, c_noise, memory), action, sigma, noise)
 
-    @torch.no_grad()
-    def sample(self,
-        context:Tensor, # (B,M,D) from `tokens`
-        noise:Tensor|None = None, # (B,K,A) standard normal; None draws it
-        sigmas:Tensor|None = None, # (N+1,) falling noise levels, then 0; None is the configuration's
-        callback = None, # called as callback(i, sigma, x, denoised) before each step
-    )->Tensor: # (B,K,A) actions
-        "A chunk of actions for each context."
-        cfg, memory = self.cfg, self.encoder(context)
-        sigmas = exponential_sigmas(cfg.steps, cfg.sample_low, cfg.sigma_high) if sigmas is None else sigmas
-        noise = torch.randn(len(context), cfg.chunk, ACTION_DIM, device=context.device) if noise is None else noise
-        network = lambda x, c_noise: self.decode(x, c_noise, memory)
-        return sample(lambda x, sigma: self.edm.denoise(network, x, sigma), noise*sigmas[0].to(noise), sigmas.to(noise), callback)
+# %% ../nbs/23_action_adapter.ipynb #6398e728
+@patch
+@torch.no_grad()
+def sample(self:ActionAdapter,
+    context:Tensor, # (B,M,D) from `tokens`
+    noise:Tensor|None = None, # (B,K,A) standard normal; None draws it
+    sigmas:Tensor|None = None, # (N+1,) falling noise levels, then 0; None is the configuration's
+    callback = None, # called as callback(i, sigma, x, denoised) before each step
+)->Tensor: # (B,K,A) actions
+    "A chunk of actions for each context."
+    cfg, memory = self.cfg, self.encoder(context)
+    sigmas = exponential_sigmas(cfg.steps, cfg.sample_low, cfg.sigma_high) if sigmas is None else sigmas
+    noise = torch.randn(len(context), cfg.chunk, ACTION_DIM, device=context.device) if noise is None else noise
+    network = lambda x, c_noise: self.decode(x, c_noise, memory)
+    return diffusion.sample(lambda x, sigma: self.edm.denoise(network, x, sigma), noise*sigmas[0].to(noise), sigmas.to(noise), callback)
+
+

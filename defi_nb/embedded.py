@@ -64,7 +64,8 @@ def encoded(
     folder = project_root()/data/f"playtable-{split}-encoded"
     encode = dict(latent=encoders.vae.encode, dino=encoders.dino)
     name = dict(latent="vae", dino="dino")
-    return {f: encode_frames(frames, encode[f], folder/f"{f}.npy", encoders.identity()[name[f]], n_workers=n_workers) for f in fields}
+    identity = encoders.identity()
+    return {f: encode_frames(frames, encode[f], folder/f"{f}.npy", identity[name[f]], n_workers=n_workers) for f in fields}
 
 def foreseen(
     policy, # `policy.CoupledPolicy`, whose GFDM is frozen
