@@ -488,6 +488,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'defi_nb.policy.goal_embedding': ('policy.html#goal_embedding', 'defi_nb/policy.py'),
                                 'defi_nb.policy.hand_state': ('policy.html#hand_state', 'defi_nb/policy.py'),
                                 'defi_nb.policy.present_latent': ('policy.html#present_latent', 'defi_nb/policy.py')},
+            'defi_nb.progress': {'defi_nb.progress.progress_bar': ('progress.html#progress_bar', 'defi_nb/progress.py')},
             'defi_nb.recorder': { 'defi_nb.recorder.Chain': ('recorder.html#chain', 'defi_nb/recorder.py'),
                                   'defi_nb.recorder.Disturbance': ('recorder.html#disturbance', 'defi_nb/recorder.py'),
                                   'defi_nb.recorder.Disturbance.__call__': ('recorder.html#disturbance.__call__', 'defi_nb/recorder.py'),

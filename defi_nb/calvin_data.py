@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
+from .progress import progress_bar
 
 from .calvin import check_tasks
 from .episodes import Frames, Window, check_frames
@@ -309,7 +309,7 @@ def _read_frames(path_of, N, views, size, place, n_workers):
                      else np.lib.format.open_memmap(place/f"{k}.npy", "w+", np.uint8, shape))
     fill = partial(_fill, path_of=path_of, shapes=shapes, arrays=arrays)
     with (ThreadPoolExecutor(n_workers or os.cpu_count()) as pool,
-          tqdm(total=N, desc=f"reading {path_of(0).parent}", unit="frame", delay=5) as bar):
+          progress_bar(total=N, desc=f"reading {path_of(0).parent}", unit="frame", delay=5) as bar):
         for n in pool.map(fill, np.array_split(np.arange(N), N//64 + 1)): bar.update(n)
     return arrays
 

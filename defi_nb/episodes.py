@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from filelock import FileLock
-from tqdm.auto import tqdm
+from .progress import progress_bar
 
 from .spec import ACTION_DIM, VIEWS, Batch, DataSpec
 
@@ -345,7 +345,7 @@ def _fill(path, n, done, compute, identity, batch_size, n_workers, dtype, save_e
     ranges = [(lo, min(lo + batch_size, n)) for lo in range(done, n, batch_size)]
     results = _in_threads(compute, ranges, n_workers)
     try:
-        with tqdm(total=n, initial=done, desc=path.stem, unit="row") as bar, closing(results):
+        with progress_bar(total=n, initial=done, desc=path.stem, unit="row") as bar, closing(results):
             for (lo,hi),x in zip(ranges, results):
                 x = torch.as_tensor(x).detach().float().cpu().numpy()
                 if out is None: out = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=(n, *x.shape[1:]))

@@ -16,7 +16,7 @@ from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
+from .progress import progress_bar
 
 from .calvin import CATEGORIES, INSTRUCTIONS, check_tasks, state_after
 from .calvin_data import atomic, finish_split, finished_segments, write_segment
@@ -227,7 +227,7 @@ def record_demonstrations(
     made, starts = finished_segments(root), {scene: [] for scene in config.scenes}
     print(f"{root}: recording {total} demonstrations of {len(config.tasks)} tasks in scene {', '.join(config.scenes)}"
           + (f"; {len(made)} chains are there already" if made else ""))
-    with tqdm(total=total, desc=f"recording {split}", unit="task") as bar:
+    with progress_bar(total=total, desc=f"recording {split}", unit="task") as bar:
         for turn in range(ROUNDS):
             chains = [c for scene in config.scenes for c in _chains(config, scene, missing[scene], len(starts[scene]), turn)]
             bar.update(_counts(made, [c.start for c in chains if c.start in made]).total())

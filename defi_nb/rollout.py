@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
+from .progress import progress_bar
 
 from . import __version__
 from .calvin import INSTRUCTIONS, check_tasks, get_sequences, initial_obs, solved
@@ -499,7 +499,7 @@ def evaluate(
     groups = [(i//config.group, numbered[i:i + config.group]) for i in range(0, len(numbered), config.group)]
     todo, setup = [g for g in groups if g[0] not in journal.groups], (policy, config, make_env, play, tuple(keep))
     played = len(journal.records())
-    with tqdm(total=len(numbered), initial=played, desc=name, unit="chain", disable=not progress) as bar:
+    with progress_bar(total=len(numbered), initial=played, desc=name, unit="chain", disable=not progress) as bar:
         def on_group(row):
             journal.add(row)
             average = np.mean([r["solved"] for r in journal.records()]) # of whole groups: chains that end early failed

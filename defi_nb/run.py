@@ -205,6 +205,7 @@ def execute(
         print(f"{name}: running, in {folder}", flush=True)
         if "out" in params: params["out"] = str(folder)
         quiet = ["--IPKernelApp.log_level=50"] # the kernel's remarks on its own transport
+        os.environ.setdefault("DEFI_NB_PROGRESS", "10") # seconds; see `progress`: lines for the terminal, not widgets
         try: execute_notebook(source, record, params, cwd=root, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=quiet)
         except PapermillExecutionError as e:
             reason = e.evalue.strip().splitlines() or [""]

@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
+from .progress import progress_bar
 
 from .checkpoint import (differing_fields, has_checkpoint, load_checkpoint, load_state, plain_config,
                                 save_checkpoint)
@@ -308,7 +308,7 @@ def _due(step, every, cfg): return step == cfg.steps or (every and step % every 
 def _bar(loader, model, cfg, done, history):
     "The loader's batches with a progress bar, and one line at the end, which also stays in an executed notebook."
     name, began = type(model).__name__, time.perf_counter()
-    with tqdm(loader, total=cfg.steps, initial=done, desc=name) as bar:
+    with progress_bar(loader, total=cfg.steps, initial=done, desc=name) as bar:
         for batch in bar:
             yield batch
             if history: bar.set_postfix(loss=f"{history[-1]['loss']:.4g}", refresh=False)
