@@ -51,7 +51,8 @@ class RecordConfig:
     def __post_init__(self):
         object.__setattr__(self, "tasks", check_tasks(self.tasks)) # a list from a file or a notebook's parameter
         for scene in self.scenes: layout_of(scene)
-        if self.per_kind < len(self.tasks): raise ValueError(f"per_kind is {self.per_kind}: ask for at least {len(self.tasks)}, so that every task gets one")
+        most = max(Counter(CATEGORIES[t] for t in self.tasks).values(), default=1)
+        if self.per_kind < most: raise ValueError(f"per_kind is {self.per_kind}: ask for at least {most}, so that every task gets one")
         if not 0 <= self.noise < 1 or not 0 <= self.memory < 1:
             raise ValueError(f"noise is {self.noise} and memory {self.memory}: both must be at least 0 and less than 1")
 
