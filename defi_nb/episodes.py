@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from filelock import FileLock
 from .progress import progress_bar
 
-from .spec import ACTION_DIM, VIEWS, Batch, DataSpec
+from .spec import ACTION_DIM, VIEWS, Batch
 
 # %% ../nbs/10_episodes.ipynb #dde92d38
 @dataclass(frozen=True)

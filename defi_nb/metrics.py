@@ -10,7 +10,7 @@ __all__ = ['ARM_DIMS', 'PROTOCOL', 'action_error', 'psnr', 'ssim', 'chain_rates'
 # %% ../nbs/32_metrics.ipynb #4d45bf0f
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 
