@@ -7,6 +7,7 @@ __all__ = ['GFDMConfig', 'fit_encoders', 'build_unet', 'GFDM', 'clips', 'one_ste
 
 # %% ../nbs/21_gfdm.ipynb #b9b1e015
 from dataclasses import dataclass, replace
+from threading import get_ident
 
 import torch
 import torch.nn.functional as F
@@ -173,8 +174,9 @@ def run_until(
     modules:list, # modules of it, in the order in which they are computed
 )->list: # what each of them returned
     "Run a network only as far as its last wanted module."
-    outputs, handles = [], []
+    outputs, handles, thread = [], [], get_ident()
     def record(module, args, output):
+        if get_ident() != thread: return # another thread runs the same network and has hooks of its own
         outputs.append(output)
         if module is modules[-1]: raise _Reached
     try:
