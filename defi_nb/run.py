@@ -245,7 +245,7 @@ def run_notebooks(
 
 # %% ../nbs/50_run.ipynb #17c79842
 def _print_list():
-    for name, path in run_notebooks_of(project_root()).items(): print(f"{name:<16}{describe(path)}")
+    for name, path in run_notebooks_of(project_root()).items(): print(f"{name:<18} {describe(path)}")
 
 def _print_params(name):
     for n, p in read_parameters(find_notebook(name)).items(): print(f"{n}: {p['type']} = {p['default']!r}  # {p['help']}")
