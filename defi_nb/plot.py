@@ -135,7 +135,8 @@ def show_curves(
     ax = new_axes(4.5, 2.5) if ax is None else ax
     for label, (at, values) in lines.items():
         n = min(smooth, len(values))
-        ax.plot(at[n - 1:], np.convolve(values, np.ones(n)/n, "valid"), label=label) # the mean of an entry and those before it
+        mean = np.convolve(values, np.ones(n)/n, "valid") # of an entry and those before it
+        ax.plot(at[n - 1:], mean, marker="o" if len(mean) == 1 else None, alpha=.8, label=label)
     ax.set(xlabel=x, ylabel=", ".join(keys), yscale="log" if log else "linear")
     if ax.get_legend_handles_labels()[1]: ax.legend(fontsize=7)
     ax.grid(alpha=.3)

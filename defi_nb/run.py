@@ -167,6 +167,7 @@ def write_html(
                     HTMLExporter=dict(exclude_input_prompt=True, exclude_output_prompt=True, preprocessors=["nbconvert.preprocessors.TagRemovePreprocessor"]))
     page, _ = HTMLExporter(config=config).from_filename(str(record))
     page = re.sub(r"<script[^>]*\bsrc=\"http[^>]*>\s*</script>|<link[^>]*\bhref=\"http[^>]*>", "", page) # formulas and widgets would be fetched
+    page = re.sub(r"<ul>\s*<li>skip_exec: true</li>\s*</ul>", "", page) # a note to nbdev, not to the reader
     path = record.with_suffix(".html")
     path.write_text(page, encoding="utf-8")
     return path
