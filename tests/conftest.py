@@ -1,11 +1,15 @@
 "What the tests share: the project's root, its commands, and a small project to run things in."
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+
+# a shell that starts this in the background lets it ignore Ctrl-C, and children would inherit that
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
