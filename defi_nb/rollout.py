@@ -380,7 +380,6 @@ def _watch_parent():
 
 def _serve(pipe, payload):
     "Play the groups that come through a pipe, in a process of its own."
-    os.environ.setdefault("LP_NUM_THREADS", "0") # Mesa's software drawing on this thread: our processes fill the cores
     threading.Thread(target=_watch_parent, daemon=True).start()
     try:
         player = _Player(*pickle.loads(payload))
