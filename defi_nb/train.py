@@ -34,8 +34,10 @@ class TrainConfig:
     lr:float = 2e-3 # highest learning rate
     betas:tuple = (.9, .95) # AdamW's decay rates of the two moments
     weight_decay:float = .05 # AdamW's, on matrices and kernels only
+    lr_start:float = 0. # learning rate before the first step, as a share of `lr`
     warmup:int = 50 # steps of linear warm-up
-    schedule:str = "cosine" # after it: "cosine" down to `lr_end`, or "constant"
+    hold:int = 0 # steps at `lr` between warm-up and cosine
+    schedule:str = "cosine" # after them: "cosine" down to `lr_end`, or "constant"
     lr_end:float = .05 # last learning rate of the cosine, as a share of `lr`
     grad_clip:float = 1. # largest norm of the gradient
     ema_decay:float = 0. # of the averaged weights; 0: no averaging
@@ -54,6 +56,8 @@ class TrainConfig:
             if (v := getattr(self, name)) not in known: raise ValueError(f"{name} is {v!r}; it is one of {known}")
         for name in ("steps", "batch_size", "log_every", "save_every"):
             if getattr(self, name) < 1: raise ValueError(f"{name} is {getattr(self, name)}; it is at least 1")
+        if self.schedule == "cosine" and self.warmup + self.hold > max(self.steps, self.warmup):
+            raise ValueError(f"warmup {self.warmup} and hold {self.hold} are more than the {self.steps} steps: shorten the hold or train longer")
         if not 0 <= self.ema_decay < 1: raise ValueError(f"ema_decay is {self.ema_decay}; it is at least 0 and below 1")
 
     @property
@@ -65,11 +69,12 @@ def lr_at(
     step:int, # 1 is the first
     cfg:TrainConfig, # lr, warm-up and schedule
 )->float: # the learning rate of this step
-    "Linear warm-up, then the schedule."
-    warm = min(1., step/max(cfg.warmup, 1))
-    if cfg.schedule == "constant": return cfg.lr*warm
-    done = max(0, step - cfg.warmup)/max(1, cfg.steps - cfg.warmup)
-    return cfg.lr*warm*(cfg.lr_end + (1 - cfg.lr_end)*.5*(1 + math.cos(math.pi*done)))
+    "Linear warm-up, a plateau, then the schedule."
+    if step < cfg.warmup: return cfg.lr*(cfg.lr_start + (1 - cfg.lr_start)*step/cfg.warmup)
+    if cfg.schedule == "constant": return cfg.lr
+    level = cfg.warmup + cfg.hold
+    done = max(0, step - level)/max(1, cfg.steps - level)
+    return cfg.lr*(cfg.lr_end + (1 - cfg.lr_end)*.5*(1 + math.cos(math.pi*done)))
 
 # %% ../nbs/31_train.ipynb #1f2a6efa
 def trainable(
