@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from filelock import FileLock
-from .progress import progress_bar
 
+from .files import write_whole
+from .progress import progress_bar
 from .spec import ACTION_DIM, VIEWS, Batch
 
 # %% ../nbs/10_episodes.ipynb #dde92d38
@@ -360,9 +361,7 @@ def _fill(path, n, done, compute, identity, batch_size, n_workers, dtype, save_e
 def _record(path, out, identity, done):
     "Note that the first `done` rows are on the disk."
     out.flush()
-    tmp = _beside(path, ".json.tmp")
-    tmp.write_text(json.dumps(dict(identity=identity, done=done)))
-    os.replace(tmp, _beside(path, ".json"))
+    write_whole(_beside(path, ".json"), json.dumps(dict(identity=identity, done=done)))
 
 def _in_threads(f, ranges, n_workers):
     "f(lo, hi) of each range, in order, a few of them ahead."

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['ARM_DIMS', 'PROTOCOL', 'action_error', 'psnr', 'ssim', 'chain_rates', 'wilson', 'mean_interval', 'task_table',
-           'check_row', 'write_whole', 'write_row', 'read_row', 'EvalResult', 'markdown_table', 'ResultTable',
-           'task_markdown', 'show_rates', 'Comparison', 'compare', 'seed_interval']
+           'check_row', 'write_row', 'read_row', 'EvalResult', 'markdown_table', 'ResultTable', 'task_markdown',
+           'show_rates', 'Comparison', 'compare', 'seed_interval']
 
 # %% ../nbs/32_metrics.ipynb #4d45bf0f
 import json
-import os
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +20,7 @@ from fastcore.basics import patch
 from scipy import stats
 
 from . import __version__
+from .files import write_whole
 
 # %% ../nbs/32_metrics.ipynb #c013225f
 ARM_DIMS = ("x", "y", "z", "roll", "pitch", "yaw") # of an action, before the gripper
@@ -150,18 +150,6 @@ def check_row(
     return row
 
 # %% ../nbs/32_metrics.ipynb #b2e37f4e
-def write_whole(
-    path, # of the file; its folder is made
-    text:str, # its new content
-)->Path: # the same path
-    "Write a file in one go: whoever reads it, or kills the writer, finds the old or the new content, never half of it."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    partial.write_text(text)
-    os.replace(partial, path)
-    return path
-
 def write_row(
     row:dict, # of a result
     path, # of the JSON file

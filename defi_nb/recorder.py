@@ -19,9 +19,10 @@ import numpy as np
 from .progress import progress_bar
 
 from .calvin import CATEGORIES, INSTRUCTIONS, check_tasks, state_after
-from .calvin_data import atomic, finish_split, finished_segments, write_segment
+from .calvin_data import finish_split, finished_segments, write_segment
 from .episodes import Window
 from .experts import Expert, start_for, start_of
+from .files import atomic
 from .playtable import PlayTable
 from .spec import VIEWS
 from .tabletop import layout_of
