@@ -9,7 +9,6 @@ __all__ = ['FREE', 'TrainConfig', 'lr_at', 'trainable', 'make_optimizer', 'EMA',
 # %% ../nbs/31_train.ipynb #c77f92aa
 import json
 import math
-import os
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +19,11 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 from torch.utils.data import DataLoader
-from .progress import progress_bar
 
 from .checkpoint import (differing_fields, has_checkpoint, load_checkpoint, load_state, plain_config,
                                 save_checkpoint)
+from .files import write_whole
+from .progress import progress_bar
 
 # %% ../nbs/31_train.ipynb #b8256b3b
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TrainConfig:
     hold:int = 0 # steps at `lr` between warm-up and cosine
     schedule:str = "cosine" # after them: "cosine" down to `lr_end`, or "constant"
     lr_end:float = .05 # last learning rate of the cosine, as a share of `lr`
-    grad_clip:float = 1. # largest norm of the gradient
+    grad_clip:float = 1. # largest norm of the gradient; 0: not clipped
     ema_decay:float = 0. # of the averaged weights; 0: no averaging
     seed:int = 0 # of sample order and noise; 0 or more
     precision:str = "auto" # "float32", "bf16" (autocast), or "auto": bf16 on a GPU that has it
@@ -59,6 +59,16 @@ class TrainConfig:
         if self.schedule == "cosine" and self.warmup + self.hold > max(self.steps, self.warmup):
             raise ValueError(f"warmup {self.warmup} and hold {self.hold} are more than the {self.steps} steps: shorten the hold or train longer")
         if not 0 <= self.ema_decay < 1: raise ValueError(f"ema_decay is {self.ema_decay}; it is at least 0 and below 1")
+
+    @classmethod
+    def paper(cls, stage): # "gfdm", "gidm" or "policy"
+        "What the release of DeFI trains a stage with."
+        constant = dict(warmup=0, schedule="constant", log_every=100, save_every=1000)
+        stages = dict(gfdm=dict(steps=100_000, batch_size=48, lr=5e-6, betas=(.9, .999), weight_decay=0.),
+                      gidm=dict(steps=100_000, batch_size=512, lr=1e-4, betas=(.9, .999), weight_decay=.01, grad_clip=.1),
+                      policy=dict(steps=37_300, batch_size=224, lr=1e-4, betas=(.9, .9), weight_decay=.05, grad_clip=0.))
+        if stage not in stages: raise ValueError(f"stage is {stage!r}; it is one of {', '.join(stages)}")
+        return cls(**constant, **stages[stage])
 
     @property
     def device_(self): # a `torch.device`
@@ -242,10 +252,7 @@ def write_metrics(
     rows:list, # of dicts
 ):
     "Write the record anew, at once."
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    tmp = Path(folder)/"metrics.jsonl.tmp"
-    tmp.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    os.replace(tmp, tmp.with_suffix(""))
+    write_whole(Path(folder)/"metrics.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
 
 # %% ../nbs/31_train.ipynb #29260488
 FREE = "precision", "device", "num_threads", "num_workers", "log_every", "save_every", "val_every", "val_batches"
@@ -348,7 +355,7 @@ def fit(
             with autocast(cfg): loss, logs = model.loss(batch.to(cfg.device_))
             opt.zero_grad()
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip)
+            norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
             _check_finite(step, loss, norm, cfg, out, saved)
             opt.step()
             ema.update(step)

@@ -56,6 +56,8 @@ def test_library_notebook(path):
     assert re.match(r"# .+\n+> .+", source(cells(path, "markdown")[0])), "opens with `# Title` and `> one line`"
     code = [source(c) for c in cells(path, "code")]
     assert sum(s.startswith("#| default_exp ") for s in code) == 1
+    widgets = "widgets" in json.loads(path.read_text())["metadata"] or any("vnd.jupyter.widget" in mime for c in cells(path, "code") for o in c["outputs"] for mime in o.get("data", {}))
+    assert not widgets, "progress bars stored as dead widgets: execute it with DEFI_NB_PROGRESS=60 in the environment"
     assert len(json.dumps([c["outputs"] for c in cells(path, "code")])) < 500_000, "outputs of more than 500 KB"
     order = {p.stem.split("_", 1)[1]: int(p.stem.split("_")[0]) for p in LIBRARY}
     me = int(path.stem.split("_")[0])
