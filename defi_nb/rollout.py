@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EvalConfig', 'sequences_digest', 'protocol_of', 'obs_to_batch', 'chain_noise', 'predict', 'NoOpPolicy',
            'RandomPolicy', 'Chain', 'play_policy', 'play_expert', 'Journal', 'read_records', 'playtable_env',
-           'weights_digest', 'evaluate', 'task_sequences']
+           'evaluate', 'task_sequences']
 
 # %% ../nbs/33_rollout.ipynb #22f255fa
 import hashlib
@@ -30,7 +30,9 @@ from .progress import progress_bar
 from . import __version__
 from .calvin import INSTRUCTIONS, check_tasks, get_sequences, initial_obs, solved
 from .checkpoint import differing_fields
-from .metrics import EvalResult, task_table, write_whole
+from .encoders import weights_digest
+from .files import write_whole
+from .metrics import EvalResult, task_table
 from .spec import ACTION_DIM, VIEWS, Batch
 
 # %% ../nbs/33_rollout.ipynb #e57f1b74
@@ -443,17 +445,6 @@ def _receive(pipe, process):
     return kind, value
 
 # %% ../nbs/33_rollout.ipynb #48cb8a1f
-def weights_digest(
-    policy, # an `nn.Module`, or anything else
-)->str: # 16 hex digits; empty for what has no weights
-    "What identifies a policy's weights."
-    if not isinstance(policy, torch.nn.Module): return ""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(policy.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
 def _cores():
     "Cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -490,7 +481,7 @@ def evaluate(
         raise ValueError("`checkpoint` is empty: say which weights the policy loads, or a resumed evaluation could mix "
                          "those of two")
     env = make_env(config)
-    header = {"policy": name, "checkpoint": checkpoint or weights_digest(policy), "version": __version__,
+    header = {"policy": name, "checkpoint": checkpoint or (weights_digest(policy) if isinstance(policy, torch.nn.Module) else ""), "version": __version__,
               "protocol": protocol_of(config, sequences, env)}
     env.close()
     journal = Journal(out and Path(out)/"chains.jsonl", header, restart)
