@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
+from .files import write_whole
+
 # %% ../nbs/50_run.ipynb #6a12881e
 def project_root(
     start:str|Path="." # a folder in the project
@@ -111,9 +113,7 @@ def check_injected(
 # %% ../nbs/50_run.ipynb #05f03f8b
 def _write_json(path, content): # whole or not at all
     plain = json.dumps(content, indent=1, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(plain + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, plain + "\n")
     return json.loads(plain)
 
 def write_metrics(
@@ -251,12 +251,18 @@ def _print_list():
 def _print_params(name):
     for n, p in read_parameters(find_notebook(name)).items(): print(f"{n}: {p['type']} = {p['default']!r}  # {p['help']}")
 
+def _ckpts(get, folder): # imported here: the other commands need no torch
+    from defi_nb.ckpts import ckpt_table, ckpt_text, get_base_model
+    ckpts = project_root()/folder
+    for name in get: print(f"{name}: {get_base_model(name, ckpts)}")
+    if not get: print(ckpt_text(ckpt_table(ckpts), folder))
+
 def _stop_with_parent(): # end this process, and with it its kernel, when the pipe from the parent closes
     os.read(0, 1) # not sys.stdin, whose lock would disturb a normal end
     os._exit(1)
 
 def _parser():
-    parser = ArgumentParser(prog="defi-nb", description="List, check and execute run notebooks.")
+    parser = ArgumentParser(prog="defi-nb", description="List, check and execute run notebooks; look after checkpoints.")
     sub = parser.add_subparsers(dest="command", required=True)
     sub.add_parser("list", help="the run notebooks, a line each")
     sub.add_parser("params", help="a run notebook's parameters with their defaults").add_argument("name")
@@ -265,6 +271,9 @@ def _parser():
     run.add_argument("-p", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a parameter; may be repeated")
     run.add_argument("--out", default="", help="the run's folder; without it, a new one: runs/NAME/TIME")
     run.add_argument("--child", action="store_true", help="stop when standard input closes (for runs that start runs)")
+    ckpts = sub.add_parser("ckpts", help="which pretrained weights are needed, which are there, and where to get the others")
+    ckpts.add_argument("--get", nargs="+", default=[], metavar="NAME", help="fetch these from the Hugging Face hub")
+    ckpts.add_argument("--ckpts", default="ckpts", help="folder of checkpoints, relative to the project's root")
     return parser
 
 # %% ../nbs/50_run.ipynb #7e5d6099
@@ -276,6 +285,7 @@ def main(
     try:
         if args.command == "list": _print_list()
         if args.command == "params": _print_params(args.name)
+        if args.command == "ckpts": _ckpts(args.get, args.ckpts)
         if args.command == "run":
             if args.child: threading.Thread(target=_stop_with_parent, daemon=True).start()
             given = dict(args.p) | ({"out": args.out} if args.out else {})
