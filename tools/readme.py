@@ -1,7 +1,8 @@
 """Make README.md from nbs/index.ipynb (or, with --check, say whether it is up to date).
 
-Markdown cells are taken as they are, code cells as Python blocks followed by what they printed. Two lines are filled in:
-`<!-- library -->` by a table of the library notebooks, `<!-- runs -->` by one of the run notebooks.
+Markdown cells are taken as they are, code cells as Python blocks followed by what they printed. Four lines are filled in:
+`<!-- library -->` by a table of the library notebooks, `<!-- runs -->` by one of the run notebooks, `<!-- demo -->` and
+`<!-- ablations -->` by what is measured and kept in results/.
 """
 import json
 import re
@@ -35,6 +36,24 @@ def tables():
     return {"library": table(library, ["notebook", "module", "what it is for"]), "runs": table(runs, ["notebook", "what it does"])}
 
 
+POLICIES = {"coupled": "coupled policy", "plain": "plain: the same adapter on the present frames", "untrained": "coupled network, untrained",
+            "noop": "no-op", "expert": "scripted experts"}
+
+
+def demo():
+    from defi_nb.metrics import EvalResult
+    rows = [("policy", "average length of 5", "1 to 5 in a row, %", "mean of tasks, %"), (":--", "--:", "--:", "--:")]
+    for name, said in POLICIES.items():
+        r = EvalResult.load(ROOT/"results"/"demo"/f"{name}.json")
+        low, high = r.interval
+        rows.append((said, f"**{r.average_length:.2f}** ({low:.2f}–{high:.2f})", ", ".join(f"{100*x:.0f}" for x in r.rates), f"{100*r.task_success:.0f}"))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def results():
+    return {"demo": demo(), "ablations": (ROOT/"results"/"ablations"/"table.md").read_text(encoding="utf-8").strip()}
+
+
 def printed(cell):
     text = "".join("".join(o.get("text") or o.get("data", {}).get("text/plain", "")) for o in cell["outputs"])
     return f"\n\n```\n{text.rstrip()}\n```" if text.strip() else ""
@@ -49,7 +68,7 @@ def block(cell):
 
 def render():
     body = "\n\n".join(filter(None, map(block, load(NBS/"index.ipynb")["cells"])))
-    for name, filled in tables().items(): body = body.replace(f"<!-- {name} -->", filled)
+    for name, filled in (tables() | results()).items(): body = body.replace(f"<!-- {name} -->", filled)
     return body.rstrip() + "\n"
 
 
