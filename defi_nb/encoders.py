@@ -59,6 +59,9 @@ class VAE:
     def fold(self, video): # (N,3,H,W) uint8 -> (N,3*patch**2,H/patch,W/patch) in [-1,1]
         return F.pixel_unshuffle(video.float()/127.5 - 1, self.patch)
 
+    def mode(self, folded): # (N,3*patch**2,H/patch,W/patch) in [-1,1] -> (N,C,h,w) the posterior's mode
+        return self.model.encode(folded.to(self.model.device, self.model.dtype)).latent_dist.mode().float()
+
     def unfold(self, x): # the inverse, rounded to uint8
         return (F.pixel_shuffle(x, self.patch)*127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
@@ -66,8 +69,14 @@ class VAE:
         video:Tensor, # (...,3,H,W) uint8
     )->Tensor: # (...,C,h,w) float32, the posterior's mode, not scaled
         "Latents of pictures."
-        to_latent = lambda part: self.model.encode(self.fold(part.to(self.model.device))).latent_dist.mode().float()
+        to_latent = lambda part: self.mode(self.fold(part.to(self.model.device)))
         return in_batches(to_latent, check_pictures(video, self.downsampling), self.batch)
+
+    def encode_pixels(self,
+        pixels:Tensor, # (...,3,H,W) float in [-1,1]
+    )->Tensor: # (...,C,h,w) float32, the posterior's mode, not scaled
+        "Latents of pictures that somebody has normalised already."
+        return in_batches(lambda part: self.mode(F.pixel_unshuffle(part, self.patch)), pixels, self.batch)
 
     def decode(self,
         latent:Tensor, # (...,C,h,w), not scaled; with frames > 1, (...,T,C,h,w)

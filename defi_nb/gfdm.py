@@ -40,7 +40,9 @@ class GFDMConfig:
     text_dropout:float = .05 # share of clips whose text is replaced by zeros in training
     sigma_mean:float = .7 # of ln sigma in training
     sigma_std:float = 1.6 # of ln sigma in training
-    extract_sigma:float = 700. # noise level at which features are taken, the first of the sampler
+    extract_sigma:float = 700. # first noise level of the schedule along which features are taken
+    extract_step:int = 1 # the step of that schedule whose features are taken; whole steps precede it
+    extract_schedule:int = 20 # steps of that schedule; without effect on the features of step 1
     group:int = 2 # neighbouring cells joined into one token, along each axis
     noise_seed:int = 0 # of the noise that all feature extractions share
 
@@ -81,12 +83,14 @@ class GFDM(nn.Module):
     "Foresees latents of the next frames; gives the features from which a policy acts."
     def __init__(self,
         cfg:GFDMConfig, # size and behaviour
-        clip, # `encoders.ClipTextEncoder`, frozen; no part of this module's weights
+        clip=None, # `encoders.ClipTextEncoder`, frozen; no part of this module's weights; needed where text comes as strings
+        vae=None, # `encoders.VAE`, frozen, likewise; needed where pictures come as pixels
     ):
         super().__init__()
-        if clip.dim != cfg.text_dim: raise ValueError(f"the text encoder gives {clip.dim} numbers a token, the configuration expects {cfg.text_dim}: use fit_encoders")
-        self.cfg, self.clip, self.edm, self.unet = cfg, clip, EDM(1., velocity=True), build_unet(cfg)
-        noise = torch.randn(cfg.frames, cfg.latent_channels, cfg.latent_size, cfg.latent_size, generator=torch.Generator().manual_seed(cfg.noise_seed))
+        if clip is not None and clip.dim != cfg.text_dim: raise ValueError(f"the text encoder gives {clip.dim} numbers a token, the configuration expects {cfg.text_dim}: use fit_encoders")
+        self.cfg, self.clip, self.vae, self.edm, self.unet = cfg, clip, vae, EDM(1., velocity=True), build_unet(cfg)
+        shape, drawn = (cfg.frames, cfg.latent_channels, cfg.latent_size, cfg.latent_size), torch.Generator().manual_seed(cfg.noise_seed)
+        noise = torch.randn(shape, generator=drawn, device="cpu") # even where the weights are on the meta device
         self.register_buffer("noise", noise, persistent=False) # made from the seed, so not stored
 
     def network(self,
@@ -105,6 +109,7 @@ class GFDM(nn.Module):
         views:int=1, # clips of each instruction, next to each other
     )->Tensor: # (B*views,L,D)
         "CLIP's hidden states of instructions, on this module's device."
+        if self.clip is None: raise ValueError(f"this GFDM was built without a text encoder and cannot read {text[:2]}: pass `clip`")
         return self.clip(text).hidden.to(self.noise).repeat_interleave(views, dim=0)
 
 # %% ../nbs/21_gfdm.ipynb #59f6af59
@@ -198,22 +203,70 @@ def to_grid(
 
 # %% ../nbs/21_gfdm.ipynb #0debca1f
 @patch
+def level_maps(self:GFDM,
+    network, # from `network`
+    x:Tensor, # (N,T,C,h,w) noisy latents, scaled to unit variance
+    sigma:Tensor, # scalar, their noise level
+)->list: # of two feature maps (N*T,D,side,side), the coarse one first
+    "What leaves `up_blocks[0]` and `up_blocks[1]`; nothing after them is computed."
+    c_noise = self.edm.scalings(sigma)[3].to(x).expand(len(x))
+    return run_until(lambda: network(x, c_noise), list(self.unet.up_blocks[:2]))
+
+@patch
 @torch.no_grad()
+def feature_maps(self:GFDM,
+    latent:Tensor, # (N,C,h,w) latents of present frames, not scaled
+    text:Tensor, # (N,L,D) CLIP's hidden states
+    noise:Tensor|None=None, # (N,T,C,h,w) standard normal; None takes the fixed one
+    steps:int=20, # of the schedule, at least `extract_step`
+)->list: # of two feature maps (N*T,D,side,side), the coarse one first
+    "What the network thinks in the configured step of a schedule."
+    k, sigmas = self.cfg.extract_step, karras_sigmas(steps, high=self.cfg.extract_sigma)
+    if not 1 <= k <= steps: raise ValueError(f"extract_step is {k} of a schedule of {steps} steps: choose 1 to {steps}, or a longer schedule")
+    network = self.network(latent, text, self.cfg.extract_fps)
+    x = self.noise.expand(len(latent), -1, -1, -1, -1) if noise is None else noise
+    if k > 1: # whole steps, from noise at the scale of the first level
+        x = x/self.edm.scalings(sigmas[0])[2]
+        x = diffusion.sample(lambda x, sigma: self.edm.denoise(network, x, sigma), x, sigmas[:k])
+        x = x*self.edm.scalings(sigmas[k - 1])[2]
+    return self.level_maps(network, x, sigmas[k - 1])
+
+# %% ../nbs/21_gfdm.ipynb #78656646
+@patch
 def features(self:GFDM,
+    pixels:Tensor, # (B,3,H,W) float in [-1,1], present frames
+    text_hidden:Tensor, # (B,L,D) CLIP's hidden states
+    noise:Tensor|None=None, # (B,T,C,h,w) standard normal; None takes the fixed one
+    steps:int=20, # of the schedule, at least `extract_step`
+)->Tensor: # (B,T,D,side,side) both maps on the finer one's grid, joined on channels
+    "Feature maps of the present and the foreseen frames."
+    if self.vae is None: raise ValueError(f"this GFDM was built without a VAE and cannot read pixels of shape {tuple(pixels.shape)}: pass `vae`, or use `tokens`")
+    coarse, fine = self.feature_maps(self.vae.encode_pixels(pixels).to(self.noise), text_hidden.to(self.noise), noise, steps)
+    return torch.cat([F.interpolate(coarse, size=fine.shape[-2:], mode="nearest"), fine], dim=1).unflatten(0, (-1, self.cfg.frames))
+
+@patch
+def to_tokens(self:GFDM,
+    maps:list, # of two feature maps (N*T,D,side,side), the coarse one first
+)->Tensor: # (N,T,P,D)
+    "The maps on the token grid."
+    side = maps[1].shape[-1]//self.cfg.group
+    return torch.cat([to_grid(m, side) for m in maps], dim=-1).unflatten(0, (-1, self.cfg.frames))
+
+@patch
+def tokens(self:GFDM,
     latent:Tensor, # (N,C,h,w) latents of present frames, not scaled
     text:list, # N instructions
     noise:Tensor|None=None, # (N,T,C,h,w) standard normal; None takes the fixed one
 )->Tensor: # (N,T,P,D) feature tokens of the present and the foreseen frames
-    "What the network thinks in its first step, before it has drawn anything."
-    cfg = self.cfg
-    network = self.network(latent, self.encode_text(text), cfg.extract_fps)
-    x = self.noise.expand(len(latent), -1, -1, -1, -1) if noise is None else noise
-    c_noise = self.edm.scalings(torch.tensor(cfg.extract_sigma, device=latent.device))[3]
-    maps = run_until(lambda: network(x, c_noise.expand(len(latent))), list(self.unet.up_blocks[:2]))
-    side = maps[1].shape[-1]//cfg.group
-    return torch.cat([to_grid(m, side) for m in maps], dim=-1).unflatten(0, (-1, cfg.frames))
+    "What the network thinks before it has drawn anything."
+    return self.to_tokens(self.feature_maps(latent, self.encode_text(text), noise, self.cfg.extract_schedule))
 
+# %% ../nbs/21_gfdm.ipynb #dff8a856
 @patch
 def feature_shape(self:GFDM)->tuple: # (T,P,D)
     "The shape of one clip's features."
-    with torch.no_grad(): return tuple(self.features(torch.zeros_like(self.noise[:1]), ["a"]).shape[1:])
+    cfg = self.cfg
+    with torch.device("meta"), torch.no_grad():
+        shadow, x = GFDM(cfg).to("meta"), torch.empty(1, *self.noise.shape)
+        network = shadow.network(x[:, 0], torch.empty(1, 1, cfg.text_dim), cfg.extract_fps)
+        return tuple(shadow.to_tokens(shadow.level_maps(network, x, torch.tensor(cfg.extract_sigma))).shape[1:])

@@ -62,7 +62,7 @@ def test_gfdm_a(case):
     with torch.no_grad(): latent = vae.model.encode(torch.from_numpy(pixels)).latent_dist.mode()
     close(latent[:, :, ::8, ::8].numpy(), expected["image_latents"], 1e-3)
     noise = torch.from_numpy(drawn("gfdm_a.noise", (2, 16, 4, 32, 32)))
-    tokens = gfdm.features(latent, ["one", "two"], noise)
+    tokens = gfdm.tokens(latent, ["one", "two"], noise)
     maps = tokens.mT.unflatten(-1, (16, 16)).numpy() # (N,T,D,h,w)
     assert maps.shape == tuple(expected["feature_shape"])
     close(maps[:, ::3, ::8, ::4, ::4], expected["features"], 1e-3)
