@@ -225,14 +225,19 @@ class BiasedAttention(nn.Module):
         self.query, self.key, self.value = (nn.Linear(dim, dim) for _ in range(3))
         self.c_proj = nn.Linear(dim, dim, bias=False)
 
+    def keys(self,
+        context:Tensor, # (B,M,D) tokens that are seen
+    )->tuple: # keys and values, both (B,h,M,d)
+        "What of the context is looked at."
+        return split_heads(self.key(context), self.heads), split_heads(self.value(context), self.heads)
+
     def forward(self,
         x:Tensor, # (B,N,D) tokens that ask
-        context:Tensor|None = None, # (B,M,D) tokens that are seen; None is `x`
+        keys:tuple|None = None, # keys and values of what is seen, from `keys`; None: of `x`
         causal:bool = False, # token i sees tokens 0..i only
     )->Tensor: # (B,N,D)
-        context = x if context is None else context
-        q, k, v = (split_heads(y, self.heads) for y in (self.query(x), self.key(context), self.value(context)))
-        y = attend(q, k, v, causal=causal, dropout=self.attn_drop if self.training else 0.)
+        q = split_heads(self.query(x), self.heads)
+        y = attend(q, *(self.keys(x) if keys is None else keys), causal=causal, dropout=self.attn_drop if self.training else 0.)
         return F.dropout(self.c_proj(merge_heads(y)), self.resid_drop, self.training)
 
 class BiaslessMLP(nn.Module):
@@ -259,8 +264,10 @@ class ContextBlock(nn.Module):
 
     def forward(self,
         x:Tensor, # (B,N,D) context tokens
-    )->Tensor: # (B,N,D)
-        x = x + self.attn(self.ln_1(x))
+        keep:int|None = None, # tokens to return, the first ones; None is all
+    )->Tensor: # (B,N or keep,D)
+        y = self.ln_1(x)
+        x = x[:, :keep] + self.attn(y[:, :keep], None if keep is None else self.attn.keys(y))
         return x + self.mlp(self.ln_2(x))
 
 # %% ../nbs/02_layers.ipynb #d5f0d083
@@ -289,15 +296,24 @@ class ModulatedBlock(nn.Module):
         self.attn, self.cross_att = (BiasedAttention(dim, heads, *drops[:2]) for _ in range(2))
         self.mlp, self.adaLN_zero = BiaslessMLP(dim, drops[2]), AdaLN(dim)
 
+    def denoise(self,
+        x:Tensor, # (B,N,D) action tokens
+        keys:tuple, # of the context, from `cross_att.keys`
+        modulation:tuple, # of the noise level, from `adaLN_zero`: six of (B or 1,1,D)
+    )->Tensor: # (B,N,D)
+        "The block for a context and a noise level that are known."
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        y = shift1 + self.ln_1(x)*(self.offset + scale1)
+        x = x + (self.offset + gate1)*self.attn(y, causal=True)
+        x = x + self.cross_att(self.ln3(x), keys, causal=self.causal_cross)
+        return x + (self.offset + gate2)*self.mlp(shift2 + self.ln_2(x)*(self.offset + scale2))
+
     def forward(self,
         x:Tensor, # (B,N,D) action tokens
         context:Tensor, # (B,M,D) encoded context
         c:Tensor, # (B,D) embedding of the noise level
     )->Tensor: # (B,N,D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_zero(c)
-        x = x + (self.offset + gate1)*self.attn(shift1 + self.ln_1(x)*(self.offset + scale1), causal=True)
-        x = x + self.cross_att(self.ln3(x), context, causal=self.causal_cross)
-        return x + (self.offset + gate2)*self.mlp(shift2 + self.ln_2(x)*(self.offset + scale2))
+        return self.denoise(x, self.cross_att.keys(context), self.adaLN_zero(c))
 
 # %% ../nbs/02_layers.ipynb #f86d2da5
 class Sinusoid(nn.Module):
