@@ -17,6 +17,7 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "eval_calvin": EVAL | {"steps": 20, "film": 1},
     "pretrain_encoders": {"demos": 12, "vae_steps": 2, "dino_steps": 2, "text_steps": 2, "data": "data/encoders", "assets": "assets"},
     "pipeline": DATA | {"chains": 2, "steps_gfdm": 4, "steps_gidm": 4, "steps_policy": 4, "ckpts": "ckpts/pipeline"},
+    "bench_inference": {"parts": "text,adapter", "repeats": 2},
     "ablations": DATA | {"chains": 1, "fractions": "1.0", "seeds": 1, "steps": 4, "ckpts": "ckpts/pipeline"},
 }
 
