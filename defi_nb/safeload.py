@@ -65,6 +65,7 @@ def _plain_ints(values): # at most as many and as large as a tensor's axes can b
     return type(values) is tuple and len(values) <= 16 and all(type(v) is int and 0 <= v < 2**63 for v in values)
 
 def _storage(parts): # ("storage", Name, key, device, count), as torch.save writes it
+    if type(parts) is not tuple or len(parts) != 5: raise ValueError("a storage is not described as torch does it")
     word, kind, key, _, count = parts
     if word != "storage" or type(kind) is not Name or type(key) is not str or not _plain_ints((count,)): raise ValueError("a storage is not described as torch does it")
     return Stored(key, STORAGES[kind.name], count)
@@ -178,6 +179,8 @@ def interpret(
 
 # %% ../nbs/06_safeload.ipynb #8b57ebd4
 _AGAIN = "download or copy it again" # the remedy for a damaged file
+
+def _line(text): return " ".join(str(text).split())[:300] # what a file says may have line breaks, and be long
 _LARGEST = 8*2**20 # bytes of the pickle; those of the release's largest files would be under 1 MB
 
 def open_archive(
@@ -245,7 +248,7 @@ def _reader(path):
     if start[:4] == b"PK\x03\x04": return _read_archive
     if start[8:9] == b"{": return load_file
     if start.startswith(b"version https://git-lfs"): raise ValueError(f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
-    if start[:1] == b"\x80" or b"././@LongLink" in start: raise ValueError(f"{path} is a bare pickle or an old torch file, which could run code: have its author save it as safetensors")
+    if start[:1] == b"\x80": raise ValueError(f"{path} is a bare pickle or an old torch file, which could run code: have its author save it as safetensors")
     raise ValueError(f"{path} is no checkpoint: give a safetensors file, or a .pt or .ckpt that torch.save wrote")
 
 def read_tensors(
@@ -254,7 +257,7 @@ def read_tensors(
     "The state dict in a checkpoint file; nothing that the file says is executed."
     read = _reader(path := Path(path))
     try: return state_of(read(path))
-    except (SafetensorError, zipfile.BadZipFile, EOFError) as e: raise ValueError(f"{path} is damaged or cut short ({e}): {_AGAIN}") from None
-    except (ValueError, pickle.UnpicklingError) as e: raise ValueError(f"{path} cannot be loaded: {str(e).splitlines()[0]}: {_AGAIN}, from a source you trust") from None
+    except (SafetensorError, zipfile.BadZipFile, EOFError) as e: raise ValueError(f"{path} is damaged or cut short ({_line(e)}): {_AGAIN}") from None
+    except (ValueError, pickle.UnpicklingError) as e: raise ValueError(f"{path} cannot be loaded: {_line(e)}: {_AGAIN}, from a source you trust") from None
     except (AttributeError, IndexError, KeyError, TypeError, OverflowError, RuntimeError, NotImplementedError, MemoryError, struct.error) as e:
         raise ValueError(f"{path} is damaged ({type(e).__name__} at reading): {_AGAIN}") from None
