@@ -108,11 +108,12 @@ def gidm_config(
     tensors:dict, # official name -> tensor
     prefix:str="", # of GIDM's names, "lam." or none
     source:str="the state dict", # where they come from, for the error
+    like:GIDMConfig|None=None, # the behaviour; None: the release's in pretraining
 )->GIDMConfig:
-    "The sizes of a GIDM, read from its tensors; the behaviour is the release's."
+    "The sizes of a GIDM, read from its tensors."
     size = lambda name, axis, axes=2: _size(tensors, prefix + name, axis, axes, source)
     dim = size("encoder.ffn.1.weight", 0)
-    return replace(GIDMConfig.paper(), in_dim=size("action_latent", 3, 4), dim=dim, heads=_heads(dim, 64, "GIDM"), queries=size("action_latent", 2, 4),
+    return replace(like or GIDMConfig.paper(), in_dim=size("action_latent", 3, 4), dim=dim, heads=_heads(dim, 64, "GIDM"), queries=size("action_latent", 2, 4),
                    enc_blocks=_blocks(tensors, f"{prefix}encoder.transformer_blocks."), dec_blocks=_blocks(tensors, f"{prefix}decoder.transformer_blocks."),
                    codes=size("vq.codebook.weight", 0), code_dim=size("vq.codebook.weight", 1), text_dim=size("lang_proj.weight", 1))
 
@@ -177,7 +178,7 @@ def policy_config(
                   feature_dim=size(f"{former}goal_emb.0.weight", 1), former_dim=width, former_depth=_blocks(tensors, f"{former}layers."), former_queries=queries,
                   former_heads=_heads(size(f"{former}layers.0.0.to_q.weight", 0), 64, "the Video Former"), former_hidden=size(f"{former}goal_emb.0.weight", 0))
     if not coupled: return cfg
-    return replace(cfg, project_hidden=size("goal_emb.0.weight", 0), gidm=replace(gidm_config(tensors, "lam.", source), dec_blocks=0))
+    return replace(cfg, project_hidden=size("goal_emb.0.weight", 0), gidm=replace(gidm_config(tensors, "lam.", source, cfg.gidm), dec_blocks=0))
 
 def official_name(
     name:str, # of a policy's parameter, ours
@@ -201,8 +202,8 @@ def load_policy(
     return policy
 
 # %% ../nbs/25_official.ipynb #c52ee6b6
-FREE = {"drops", "init_std", "sigma_low", "sigma_high", "steps", "sample_low", "chunk", "commitment", "restart_below", "views", "text_mask",
-        "vq_weight", "image_size", "frame_stride", "text_tokens"} # fields that a file need not hold: only training and sampling read them
+FREE = {"drops", "init_std", "sigma_low", "sigma_high", "steps", "sample_low", "chunk", "commitment", "restart_below", "views", "text_mask", "texts",
+        "vq_weight", "image_size", "frame_stride", "text_tokens"} # fields that a file need not hold: training, sampling and the data read them
 
 def _differing(here, there, prefix=""):
     "Fields in which two configs differ, as text."
