@@ -14,22 +14,24 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .action_adapter import ActionAdapter, AdapterConfig
-from .gidm import GIDM, GIDMConfig
+from .gidm import GIDM, GIDMConfig, prepare_texts
 from .layers import VideoFormer, group_tokens
 from .spec import VIEWS, Batch, DataSpec, check_batch
-from .vq import code_usage, perplexity
+from .vq import usage_logs
 
 # %% ../nbs/24_policy.ipynb #364a6d7d
 def present_latent(
-    batch:Batch, # with `latent` (B,V,T,C,h,w), or else `video`; frame 0 is the present
-    encoders, # frozen encoders, of which `vae` is used
+    batch:Batch, # with `field` (B,V,T,...), or else `video`; frame 0 is the present
+    encoders, # frozen encoders, of which `vae` or `dino` is used
     spec:DataSpec, # what the pictures must look like
-)->Tensor: # (B,V,C,h,w) float, at the VAE's own scale
+    field:str = "latent", # "latent", or "dino" for DINO's patch tokens
+)->Tensor: # (B,V,C,h,w) float, at the VAE's own scale; or (B,V,P,D)
     "Latents of the present frame."
-    if batch.latent is not None: return batch.latent[:, :, 0].float()
+    if (given := getattr(batch, field)) is not None: return given[:, :, 0].float()
     if batch.video is None:
-        raise ValueError("the batch has neither `latent` nor `video`: a policy needs to see the present frame")
-    return encoders.vae.encode(check_batch(batch, spec).video[:, :, 0]).float()
+        raise ValueError(f"the batch has neither `{field}` nor `video`: a policy needs to see the present frame")
+    encode = dict(latent=lambda x: encoders.vae.encode(x), dino=lambda x: encoders.dino(x))[field]
+    return encode(check_batch(batch, spec).video[:, :, 0]).float()
 
 def goal_embedding(
     texts:list, # B instructions
@@ -73,6 +75,8 @@ class PolicyConfig:
     gidm:GIDMConfig = GIDMConfig(dec_blocks=0) # the inverse model, without decoder
     adapter:AdapterConfig = AdapterConfig() # the action adapter
     vq_weight:float = 1. # of the quantiser's loss beside the action loss
+    train:tuple = ("gidm", "adapter") # what fine-tuning changes: "adapter", and "gidm", "gfdm" or both
+    views:tuple = VIEWS # cameras that it looks through, in the order of axis V
 
     @classmethod
     def tiny(cls): return cls()
@@ -81,7 +85,7 @@ class PolicyConfig:
     def paper(cls):
         return cls(DataSpec.paper(), tuple(range(16)), feature_dim=2560, project_hidden=768, former_dim=384,
                    former_depth=6, former_queries=14, former_heads=8, former_head_dim=64, former_hidden=768,
-                   gidm=replace(GIDMConfig.paper(), dec_blocks=0), adapter=AdapterConfig.paper())
+                   gidm=replace(GIDMConfig.paper(), dec_blocks=0, texts="raw"), adapter=AdapterConfig.paper())
 
 def check_policy_config(
     cfg:PolicyConfig, # to be checked
@@ -96,6 +100,10 @@ def check_policy_config(
     if not set(cfg.spec.gidm_frames) <= set(cfg.frames) <= set(range(cfg.spec.frames)):
         raise ValueError(f"frames {cfg.frames} must be among GFDM's {cfg.spec.frames} "
                          f"and have GIDM's {cfg.spec.gidm_frames} among them")
+    if "adapter" not in cfg.train or not set(cfg.train) <= {"gfdm", "gidm", "adapter"} or len(set(cfg.train)) < len(cfg.train):
+        raise ValueError(f"train is {cfg.train}: it names 'adapter', and 'gidm', 'gfdm' or both where they are trained too")
+    if cfg.views not in (VIEWS, VIEWS[:1], VIEWS[1:]) or cfg.gidm.views[0] not in cfg.views:
+        raise ValueError(f"views are {cfg.views}: they are some of {VIEWS}, in this order, and GIDM's {cfg.gidm.views[0]!r} is among them")
     return cfg
 
 # %% ../nbs/24_policy.ipynb #2889bae9
@@ -104,22 +112,24 @@ class CoupledPolicy(nn.Module):
     def __init__(self,
         cfg:PolicyConfig, # size and behaviour
         encoders, # frozen: `vae`, `clip`, `t5`
-        gfdm:nn.Module|None = None, # `features(latent (N,C,h,w), text)` -> (N,T,P,D); None: batches bring them
+        gfdm:nn.Module|None = None, # `tokens(latent (N,C,h,w), text)` -> (N,T,P,D); None: batches bring them
     ):
         super().__init__()
         self.cfg, self.encoders, self.gfdm = check_policy_config(cfg), encoders, gfdm
-        if gfdm is not None: gfdm.requires_grad_(False).eval()
+        if gfdm is not None: gfdm.requires_grad_("gfdm" in cfg.train).eval()
+        elif "gfdm" in cfg.train: raise ValueError("train names 'gfdm', but this policy was built without one: pass `gfdm`")
         into, out = nn.Linear(cfg.feature_dim, cfg.project_hidden), nn.Linear(cfg.project_hidden, cfg.gidm.in_dim)
         self.project = nn.Sequential(into, nn.GELU(), out)
         self.time_pos_emb = nn.Parameter(.02*torch.randn(2, 1, cfg.gidm.in_dim))
-        self.gidm = GIDM(cfg.gidm)
+        self.gidm = GIDM(cfg.gidm).requires_grad_("gidm" in cfg.train)
         self.video_former = VideoFormer(cfg.feature_dim, cfg.former_dim, cfg.former_depth, len(cfg.frames),
                                         cfg.former_queries, cfg.former_heads, cfg.former_head_dim, cfg.former_hidden)
         self.adapter = ActionAdapter(cfg.adapter)
 
-    def train(self, mode=True): # GFDM stays in evaluation mode
+    def train(self, mode=True): # GFDM stays in evaluation mode, and so does a frozen GIDM
         super().train(mode)
         if self.gfdm is not None: self.gfdm.eval()
+        if "gidm" not in self.cfg.train: self.gidm.eval()
         return self
 
     def start_from(self,
@@ -135,17 +145,18 @@ class CoupledPolicy(nn.Module):
 
 # %% ../nbs/24_policy.ipynb #6cb199d8
 @patch
-@torch.no_grad()
 def features(self:CoupledPolicy,
-    batch:Batch, # with `latent` or `video`, and `text`
+    batch:Batch, # with what GFDM reads (`latent`, unless it says otherwise) or `video`, and `text`
 )->Tensor: # (B,V,T,P,D)
-    "GFDM's one-step features of the frames that the policy reads, of both views in one pass."
+    "GFDM's one-step features of the frames that the policy reads, of all its views in one pass."
     if self.gfdm is None:
         raise ValueError("this policy was built without a GFDM: pass `gfdm`, or give the batch a `feature`")
-    latent = present_latent(batch, self.encoders, self.cfg.spec).to(self.time_pos_emb.device)
-    latent = latent.transpose(0, 1).flatten(0, 1) # all static rows, then all gripper rows
-    rows = self.gfdm.features(latent, batch.text*len(VIEWS))
-    return rows[:, list(self.cfg.frames)].unflatten(0, (len(VIEWS), -1)).transpose(0, 1)
+    views = self.cfg.views
+    seen = present_latent(batch, self.encoders, self.cfg.spec, getattr(self.gfdm, "reads", "latent"))
+    seen = seen[:, [VIEWS.index(v) for v in views]].transpose(0, 1).flatten(0, 1) # all static rows, then all gripper rows
+    with torch.set_grad_enabled(torch.is_grad_enabled() and "gfdm" in self.cfg.train):
+        rows = self.gfdm.tokens(seen.to(self.time_pos_emb.device), batch.text*len(views))
+        return rows[:, list(self.cfg.frames)].unflatten(0, (len(views), -1)).transpose(0, 1)
 
 # %% ../nbs/24_policy.ipynb #aa51b8a4
 @patch
@@ -168,12 +179,13 @@ def infer(self:CoupledPolicy,
     proprio:Tensor|None = None, # (B,11) from `hand_state`, where the adapter takes it
 )->tuple: # context (B,M,adapter.dim); LatentActions
     "Context, and the latent actions in it."
-    if features.ndim == 4: features = features.unflatten(0, (len(VIEWS), -1)).transpose(0, 1)
-    if (features.shape[2], features.shape[4]) != (len(self.cfg.frames), self.cfg.feature_dim):
+    cfg, V, T = self.cfg, len(self.cfg.views), len(self.cfg.frames)
+    if features.ndim == 4: features = features.unflatten(0, (V, -1)).transpose(0, 1)
+    if (features.shape[1], features.shape[2], features.shape[4]) != (V, T, cfg.feature_dim):
         raise ValueError(f"features have shape {tuple(features.shape)}; this policy takes (B,V,T,P,D) with "
-                         f"T={len(self.cfg.frames)} and D={self.cfg.feature_dim}")
-    pair = [self.cfg.frames.index(frame) for frame in self.cfg.spec.gidm_frames]
-    latent = self.gidm.encode(self.project(features[:, 0, pair]) + self.time_pos_emb, text, text_mask)
+                         f"V={V}, T={T} and D={cfg.feature_dim}")
+    view, pair = cfg.views.index(cfg.gidm.views[0]), [cfg.frames.index(frame) for frame in cfg.spec.gidm_frames]
+    latent = self.gidm.encode(self.project(features[:, view, pair]) + self.time_pos_emb, text, text_mask)
     video = self.video_former(features.transpose(1, 2).flatten(2, 3))
     return self.adapter.tokens(goal, video, latent.latent_actions, proprio), latent
 
@@ -183,8 +195,10 @@ def encode_batch(self:CoupledPolicy,
 )->tuple: # context (B,M,adapter.dim); LatentActions
     "Everything up to the adapter."
     device = self.time_pos_emb.device
+    if batch.feature is not None and "gfdm" in self.cfg.train:
+        raise ValueError("the batch brings a `feature`, but this policy trains GFDM, which would not learn from it: give `latent` or `video`")
     features = self.features(batch) if batch.feature is None else batch.feature
-    text, mask = (t.to(device) for t in self.encoders.t5(batch.text))
+    text, mask = (t.to(device) for t in self.encoders.t5(prepare_texts(batch.text, self.cfg.gidm)))
     goal, proprio = goal_embedding(batch.text, self.encoders).to(device), batch_hand_state(batch, self.cfg.adapter, device)
     return self.infer(features.to(device).float(), text, mask, goal, proprio)
 
@@ -196,9 +210,8 @@ def loss(self:CoupledPolicy,
     "Denoising loss of the actions and the quantiser's loss."
     context, latent = self.encode_batch(batch)
     action_loss, _ = self.adapter.loss(context, batch.action.to(context.device))
-    usage = code_usage(latent.indices, self.cfg.gidm.codes)
     logs = dict(action=action_loss.detach(), codebook=latent.codebook_loss.detach(),
-                perplexity=perplexity(usage), codes_used=(usage > 0).sum())
+                **usage_logs(latent.indices, self.cfg.gidm.codes))
     return action_loss + self.cfg.vq_weight*latent.loss, logs
 
 # %% ../nbs/24_policy.ipynb #88cfc4f4
