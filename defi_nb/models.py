@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import differing_fields, has_checkpoint, load_checkpoint, load_state, plain_config, read_config, restore_config
+from .dino_forward import DinoForward, DinoForwardConfig
 from .encoders import load_encoders
 from .gfdm import GFDM, GFDMConfig
 from .gidm import GIDM, GIDMConfig
@@ -19,21 +20,25 @@ from .policy import CoupledPolicy, PlainConfig, PlainPolicy, PolicyConfig
 
 # %% ../nbs/35_models.ipynb #e5733491
 def _build_gfdm(fields, encoders, info): return GFDM(restore_config(GFDMConfig, fields), encoders.clip)
+def _build_dino(fields, encoders, info): return DinoForward(restore_config(DinoForwardConfig, fields), encoders.clip)
 def _build_gidm(fields, encoders, info): return GIDM(restore_config(GIDMConfig, fields), encoders.t5)
 def _build_plain(fields, encoders, info): return PlainPolicy(restore_config(PlainConfig, fields), encoders)
 def _build_coupled(fields, encoders, info):
-    return CoupledPolicy(restore_config(PolicyConfig, fields), encoders, _build_gfdm(info["gfdm"], encoders, info))
+    forward = BUILDERS[info.get("forward", "GFDM")](info["gfdm"], encoders, info)
+    return CoupledPolicy(restore_config(PolicyConfig, fields), encoders, forward)
 
-BUILDERS = dict(GFDM=_build_gfdm, GIDM=_build_gidm, PlainPolicy=_build_plain, CoupledPolicy=_build_coupled) # class name -> how to build it
+BUILDERS = dict(GFDM=_build_gfdm, DinoForward=_build_dino, GIDM=_build_gidm, PlainPolicy=_build_plain, CoupledPolicy=_build_coupled) # class name -> how to build it
 
 def model_info(
-    model, # GFDM, GIDM or a policy
+    model, # a forward model, GIDM or a policy
     encoders, # `Encoders` that it works with
     **more, # what else its weights depend on, JSON values
 )->dict: # for `fit(..., info=...)` and `save_checkpoint(..., info=...)`
     "What a checkpoint must note so that `load_model` can build the model again."
-    gfdm = dict(gfdm=plain_config(model.gfdm.cfg)) if getattr(model, "gfdm", None) is not None else {}
-    return dict(encoders=encoders.identity(), **gfdm, **more)
+    forward = getattr(model, "gfdm", None)
+    noted = {} if forward is None else dict(gfdm=plain_config(forward.cfg))
+    if forward is not None and not isinstance(forward, GFDM): noted["forward"] = type(forward).__name__
+    return dict(encoders=encoders.identity(), **noted, **more)
 
 # %% ../nbs/35_models.ipynb #84b874a6
 def load_model(
@@ -41,6 +46,7 @@ def load_model(
     encoders=None, # `Encoders`; None: those of the tiny preset
     expect:tuple=tuple(BUILDERS), # names of the classes that will do
     trained:bool=True, # False: the same model with random weights, always the same ones, for comparison
+    change:dict|None=None, # fields of its configuration to set otherwise
 ): # the model, in evaluation mode
     "The model that a checkpoint holds."
     about = read_config(folder)
@@ -51,8 +57,8 @@ def load_model(
         raise ValueError(f"{folder} was trained with other encoders (there -> here: {differ}): load those, or train again with these")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = BUILDERS[about["class"]](about["fields"], encoders, about["info"])
-    if trained: load_checkpoint(folder, model)
+        model = BUILDERS[about["class"]](about["fields"] | (change or {}), encoders, about["info"])
+    if trained: load_checkpoint(folder, model, about["fields"]) # compared by its tensors: its fields are the checkpoint's
     return model.eval()
 
 def is_finished(
@@ -62,6 +68,7 @@ def is_finished(
     if not has_checkpoint(folder): return False
     run = load_state(folder).get("run")
     return run is None or read_config(folder)["step"] >= run["train"]["steps"]
+
 def checkpoint_digest(
     folder, # of a checkpoint
 )->str: # 16 hex digits of SHA-256
