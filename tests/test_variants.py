@@ -1,0 +1,97 @@
+"Every row of the paper's tables is taken by the run notebooks, and every variant trains through `fit` and is loaded again."
+from dataclasses import replace
+
+import pytest
+import torch
+
+from defi_nb.checkpoint import load_state
+from defi_nb.embedded import fresh_model, variant_name
+from defi_nb.encoders import load_encoders
+from defi_nb.gidm import ENCODERS
+from defi_nb.models import load_model, model_info
+from defi_nb.paper_tables import ROWS
+from defi_nb.policy import CoupledPolicy, PolicyConfig
+from defi_nb.run import check_parameters
+from defi_nb.spec import DataSpec, fake_batch
+from defi_nb.train import TrainConfig, fit
+from defi_nb.vq import QUANTISERS
+
+SPEC, STEPS = DataSpec.tiny(), 3
+
+
+@pytest.fixture(scope="module")
+def encoders(): return load_encoders("tiny")
+
+
+class Clips:
+    "Noise that holds what a stage reads: a dataset of twelve samples."
+    def __init__(self, encoders, *fields, frames=1):
+        batch = fake_batch(SPEC, 12, frames)
+        encode = dict(latent=encoders.vae.encode, dino=encoders.dino)
+        self.batch = replace(batch, video=None, **{f: encode[f](batch.video) for f in fields})
+
+    def __len__(self): return len(self.batch)
+
+    def __getitem__(self, indices):
+        b, i = self.batch, torch.as_tensor(indices)
+        part = {f: None if (x := getattr(b, f)) is None else x[i] for f in ("latent", "dino", "action", "proprio")}
+        return replace(b, text=[b.text[j] for j in i], **part)
+
+
+def train(model, data, encoders, folder):
+    "The model as trained, and as loaded from its checkpoint."
+    config = TrainConfig(steps=STEPS, batch_size=4, warmup=1, ema_decay=.5, seed=1, device="cpu")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    history = fit(model, data, config, folder, val_data=data, info=model_info(model, encoders))
+    assert history[-1]["step"] == STEPS and all(torch.isfinite(torch.tensor(v)) for v in history[-1].values())
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert load_state(folder)["run"]["train"]["steps"] == STEPS
+    loaded = load_model(folder, encoders)
+    assert type(loaded) is type(model) and loaded.cfg == model.cfg
+    for (name, a), b in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True): assert torch.equal(a, b), name
+    return moved, loaded
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_row_is_taken_by_the_run_notebooks(row):
+    taken = check_parameters("train_coupled", row.parameters())
+    check_parameters("pretrain_gfdm", row.gfdm)
+    check_parameters("pretrain_gidm", row.gidm)
+    assert taken["quantiser"] in QUANTISERS and taken["inverse"] in ENCODERS
+    names = [variant_name(kind, "D_D", **given) for kind, given in (("gfdm", row.gfdm), ("gidm", row.gidm))]
+    assert [name.count("-") > 2 for name in names] == [bool(row.gfdm), bool(row.gidm)] # another model, another folder
+
+
+@pytest.mark.parametrize("fields", [dict(quantiser=q) for q in QUANTISERS] + [dict(inverse=i) for i in ENCODERS if i != "gidm"], ids=lambda f: "-".join(f.values()))
+def test_inverse_model(encoders, tmp_path, fields):
+    data = Clips(encoders, "dino", frames=2)
+    model = fresh_model("gidm", encoders, **fields)
+    _, loaded = train(model, data, encoders, tmp_path)
+    features, (text, mask) = data.batch.dino[:3, 0], encoders.t5(data.batch.text[:3])
+    with torch.no_grad(): a, b = model.encode(features, text, mask), loaded.encode(features, text, mask)
+    assert torch.equal(a.latent_actions, b.latent_actions) and a.latent_actions.shape == (3, 4, 64)
+
+
+@pytest.mark.parametrize("kind", ["svd", "dino"])
+def test_forward_model(encoders, tmp_path, kind):
+    data = Clips(encoders, dict(svd="latent", dino="dino")[kind], frames=SPEC.frames)
+    model = fresh_model("gfdm", encoders, forward=kind)
+    _, loaded = train(model, data, encoders, tmp_path)
+    present = getattr(data.batch, getattr(model, "reads", "latent"))[:2, 0, 0]
+    with torch.no_grad(): assert torch.equal(model.tokens(present, data.batch.text[:2]), loaded.tokens(present, data.batch.text[:2]))
+
+
+@pytest.mark.parametrize("forward", ["svd", "dino"])
+@pytest.mark.parametrize("trained", [("adapter",), ("gidm", "adapter"), ("gfdm", "adapter"), ("gfdm", "gidm", "adapter")], ids="+".join)
+def test_policy_trains_what_it_names(encoders, tmp_path, forward, trained):
+    ahead, behind = fresh_model("gfdm", encoders, forward=forward), fresh_model("gidm", encoders, quantiser="ema")
+    views = ("static",) if forward == "dino" else ("static", "gripper")
+    config = PolicyConfig(feature_dim=ahead.feature_shape()[-1], gidm=replace(behind.cfg, dec_blocks=0), train=trained, views=views)
+    model = CoupledPolicy(config, encoders, ahead).start_from(behind)
+    book = model.gidm.vq.vq.codebook.clone()
+    moved, loaded = train(model, Clips(encoders, getattr(ahead, "reads", "latent")), encoders, tmp_path)
+    own = {"project", "time_pos_emb", "video_former", "adapter"}
+    assert {name.split(".")[0] for name in moved} == own | set(trained) - {"adapter"}
+    assert torch.equal(model.gidm.vq.vq.codebook, book) == ("gidm" not in trained) # a frozen GIDM's running means stand still too
+    batch, noise = fake_batch(SPEC), torch.randn(2, SPEC.chunk, 7)
+    assert torch.equal(model.act(batch, noise), loaded.act(batch, noise))
