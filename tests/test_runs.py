@@ -18,7 +18,8 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "pretrain_encoders": {"demos": 12, "vae_steps": 2, "dino_steps": 2, "text_steps": 2, "data": "data/encoders", "assets": "assets"},
     "pipeline": DATA | {"chains": 2, "steps_gfdm": 4, "steps_gidm": 4, "steps_policy": 4, "ckpts": "ckpts/pipeline"},
     "bench_inference": {"parts": "text,adapter", "repeats": 2},
-    "ablations": DATA | {"chains": 1, "fractions": "1.0", "seeds": 1, "steps": 4, "ckpts": "ckpts/pipeline"},
+    "ablations": DATA | {"rows": "coupled, without GFDM pretraining, plain: no video, MLP inverse model", "chains": 1, "fractions": "1.0", "seeds": 1, "steps": 4,
+                         "pretrain_steps": 4, "ckpts": "ckpts/pipeline"},
 }
 
 WRONG = [ # run notebook, parameters, what the one-line error must say
@@ -29,6 +30,10 @@ WRONG = [ # run notebook, parameters, what the one-line error must say
     ("train_coupled", {"tasks": "open_the_door"}, "open_the_door"),
     ("train_coupled", {"gfdm": "ckpts/none"}, "ckpts/none holds no finished gfdm checkpoint"),
     ("train_coupled", {"gfdm": "ckpts/inverse"}, "inverse"), # a checkpoint of another kind
+    ("train_coupled", {"gidm": "ckpts/inverse", "quantiser": "fsq"}, "give quantiser=vq, or another gidm"),
+    ("train_coupled", {"train": "gidm"}, "it names 'adapter'"),
+    ("pretrain_gidm", {"quantiser": "gumbel"}, "no quantiser is called 'gumbel'"),
+    ("ablations", {"rows": "table2"}, "no row or set of rows is called 'table2'"),
     ("eval_calvin", {"policy": "ckpts/forward"}, "forward"),
     ("eval_calvin", {"policy": "ckpts/none"}, "ckpts/none holds no finished policy"),
     ("eval_calvin", {"split": "A_B"}, "no split is called 'A_B'"),
