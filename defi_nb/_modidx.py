@@ -355,6 +355,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'defi_nb.gfdm': { 'defi_nb.gfdm.GFDM': ('gfdm.html#gfdm', 'defi_nb/gfdm.py'),
                               'defi_nb.gfdm.GFDM.__init__': ('gfdm.html#gfdm.__init__', 'defi_nb/gfdm.py'),
                               'defi_nb.gfdm.GFDM.encode_text': ('gfdm.html#gfdm.encode_text', 'defi_nb/gfdm.py'),
+                              'defi_nb.gfdm.GFDM.extraction_noise': ('gfdm.html#gfdm.extraction_noise', 'defi_nb/gfdm.py'),
                               'defi_nb.gfdm.GFDM.feature_maps': ('gfdm.html#gfdm.feature_maps', 'defi_nb/gfdm.py'),
                               'defi_nb.gfdm.GFDM.feature_shape': ('gfdm.html#gfdm.feature_shape', 'defi_nb/gfdm.py'),
                               'defi_nb.gfdm.GFDM.features': ('gfdm.html#gfdm.features', 'defi_nb/gfdm.py'),

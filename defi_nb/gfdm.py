@@ -46,7 +46,7 @@ class GFDMConfig:
     extract_step:int = 1 # the step of that schedule whose features are taken; whole steps precede it
     extract_schedule:int = 20 # steps of that schedule; without effect on the features of step 1
     group:int = 2 # neighbouring cells joined into one token, along each axis
-    noise_seed:int = 0 # of the noise that all feature extractions share
+    noise_seed:int|None = 0 # of the noise that all feature extractions share; None: fresh noise in each, as released
 
     @classmethod
     def tiny(cls): return cls()
@@ -54,7 +54,7 @@ class GFDMConfig:
     @classmethod
     def paper(cls):
         return cls(latent_channels=4, scaling_factor=.18215, latent_size=32, frames=16, widths=(320, 640, 1280, 1280), attention=(True, True, True, False),
-                   heads=(5, 10, 20, 20), layers=2, text_dim=512, id_dim=256, fps=7., extract_fps=4., group=1)
+                   heads=(5, 10, 20, 20), layers=2, text_dim=512, id_dim=256, fps=7., extract_fps=4., group=1, noise_seed=None)
 
 def fit_encoders(
     cfg:GFDMConfig, # a preset
@@ -91,7 +91,7 @@ class GFDM(nn.Module):
         super().__init__()
         if clip is not None and clip.dim != cfg.text_dim: raise ValueError(f"the text encoder gives {clip.dim} numbers a token, the configuration expects {cfg.text_dim}: use fit_encoders")
         self.cfg, self.clip, self.vae, self.edm, self.unet = cfg, clip, vae, EDM(1., velocity=True), build_unet(cfg)
-        shape, drawn = (cfg.frames, cfg.latent_channels, cfg.latent_size, cfg.latent_size), torch.Generator().manual_seed(cfg.noise_seed)
+        shape, drawn = (cfg.frames, cfg.latent_channels, cfg.latent_size, cfg.latent_size), torch.Generator().manual_seed(cfg.noise_seed or 0)
         noise = torch.randn(shape, generator=drawn, device="cpu") # even where the weights are on the meta device
         self.register_buffer("noise", noise, persistent=False) # made from the seed, so not stored
 
@@ -215,18 +215,25 @@ def level_maps(self:GFDM,
     return run_until(lambda: network(x, c_noise), list(self.unet.up_blocks[:2]))
 
 @patch
-@torch.no_grad()
+def extraction_noise(self:GFDM,
+    n:int, # clips
+)->Tensor: # (N,T,C,h,w) standard normal
+    "The noise that features are extracted with: one for all, or fresh where `noise_seed` is None."
+    if self.cfg.noise_seed is None: return torch.randn(n, *self.noise.shape).to(self.noise)
+    return self.noise.expand(n, -1, -1, -1, -1)
+
+@patch
 def feature_maps(self:GFDM,
     latent:Tensor, # (N,C,h,w) latents of present frames, not scaled
     text:Tensor, # (N,L,D) CLIP's hidden states
-    noise:Tensor|None=None, # (N,T,C,h,w) standard normal; None takes the fixed one
+    noise:Tensor|None=None, # (N,T,C,h,w) standard normal; None: from `extraction_noise`
     steps:int=20, # of the schedule, at least `extract_step`
 )->list: # of two feature maps (N*T,D,side,side), the coarse one first
     "What the network thinks in the configured step of a schedule."
     k, sigmas = self.cfg.extract_step, karras_sigmas(steps, high=self.cfg.extract_sigma)
     if not 1 <= k <= steps: raise ValueError(f"extract_step is {k} of a schedule of {steps} steps: choose 1 to {steps}, or a longer schedule")
     network = self.network(latent, text, self.cfg.extract_fps)
-    x = self.noise.expand(len(latent), -1, -1, -1, -1) if noise is None else noise
+    x = self.extraction_noise(len(latent)) if noise is None else noise
     if x.shape != (shape := (len(latent), *self.noise.shape)): raise ValueError(f"noise has shape {tuple(x.shape)}; these latents take {shape}")
     if k > 1: # whole steps, from noise at the scale of the first level
         x = x/self.edm.scalings(sigmas[0])[2]
@@ -236,10 +243,11 @@ def feature_maps(self:GFDM,
 
 # %% ../nbs/21_gfdm.ipynb #78656646
 @patch
+@torch.no_grad()
 def features(self:GFDM,
     pixels:Tensor, # (B,3,H,W) float in [-1,1], present frames
     text_hidden:Tensor, # (B,L,D) CLIP's hidden states
-    noise:Tensor|None=None, # (B,T,C,h,w) standard normal; None takes the fixed one
+    noise:Tensor|None=None, # (B,T,C,h,w) standard normal; None: from `extraction_noise`
     steps:int=20, # of the schedule, at least `extract_step`
 )->Tensor: # (B,T,D,side,side) both maps on the finer one's grid, joined on channels
     "Feature maps of the present and the foreseen frames."
@@ -259,7 +267,7 @@ def to_tokens(self:GFDM,
 def tokens(self:GFDM,
     latent:Tensor, # (N,C,h,w) latents of present frames, not scaled
     text:list, # N instructions
-    noise:Tensor|None=None, # (N,T,C,h,w) standard normal; None takes the fixed one
+    noise:Tensor|None=None, # (N,T,C,h,w) standard normal; None: from `extraction_noise`
 )->Tensor: # (N,T,P,D) feature tokens of the present and the foreseen frames
     "What the network thinks before it has drawn anything."
     return self.to_tokens(self.feature_maps(latent, self.encode_text(text), noise, self.cfg.extract_schedule))
