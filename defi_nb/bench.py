@@ -151,8 +151,8 @@ def vae_part(
     size:int, # pixels of the square pictures
 )->Part:
     "Two pictures to latents: one after the other, or both at once."
-    video = torch.randint(0, 256, (len(VIEWS), 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    encode = lambda x: vae.mode(vae.fold(x.to(vae.model.device)))
+    video = torch.randint(0, 256, (len(VIEWS), 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(vae.model.device)
+    encode = lambda x: vae.mode(vae.fold(x))
     return Part("VAE", lambda: torch.cat([encode(x) for x in video.split(1)]), lambda: encode(video))
 
 def gfdm_part(
