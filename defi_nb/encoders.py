@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from .files import project_root
 from .layers import group_tokens
 
 # %% ../nbs/20_encoders.ipynb #9fda5aec
@@ -141,12 +142,13 @@ def no_bars():
 TWINS = Path(__file__).parent/"assets"/"tiny" if "__file__" in globals() else Path("../defi_nb/assets/tiny") # the shipped twins
 
 def check_folder(
-    folder, # of one encoder
-)->Path: # the same folder
+    folder, # of one encoder; relative to the working folder or to the project's root
+)->Path: # the folder that was found
     "Raise `FileNotFoundError` that says what belongs there, if it is not an encoder's folder."
     folder = Path(folder)
+    if not folder.is_absolute() and not folder.exists(): folder = project_root()/folder
     if not (folder/"config.json").exists():
-        raise FileNotFoundError(f"no encoder in {folder}: it should hold config.json and safetensors weights as save_pretrained writes them; the tiny twins are made by nbs/pretrain_encoders.ipynb")
+        raise FileNotFoundError(f"no encoder in {folder}: it should hold config.json and safetensors weights as save_pretrained writes them; the public ones come with defi-nb ckpts, the tiny twins with the package")
     return folder
 
 def load_vae(
@@ -171,7 +173,8 @@ def load_vae_encoder(
     batch:int=128, # pictures at a time
 )->VAE:
     "The VAE in a folder without its decoder, which is not read."
-    files, config = weight_files(check_folder(folder)), json.loads((Path(folder)/"config.json").read_text())
+    folder = check_folder(folder)
+    files, config = weight_files(folder), json.loads((folder/"config.json").read_text())
     return VAE(read_weights(vae_encoder(config), files), batch, files)
 
 # %% ../nbs/20_encoders.ipynb #21820760
@@ -273,7 +276,8 @@ def load_clip(
 )->ClipTextEncoder:
     "The CLIP text encoder in a folder."
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
-    with no_bars(): model = CLIPTextModelWithProjection.from_pretrained(check_folder(folder), dtype=torch.float32)
+    folder = check_folder(folder)
+    with no_bars(): model = CLIPTextModelWithProjection.from_pretrained(folder, dtype=torch.float32)
     return ClipTextEncoder(model, CLIPTokenizer.from_pretrained(folder), tokens)
 
 # %% ../nbs/20_encoders.ipynb #1e3a82a6
@@ -307,7 +311,8 @@ def load_t5(
 )->T5TextEncoder:
     "The T5 encoder in a folder."
     from transformers import T5EncoderModel, T5Tokenizer
-    with no_bars(): model = T5EncoderModel.from_pretrained(check_folder(folder), dtype=torch.float32)
+    folder = check_folder(folder)
+    with no_bars(): model = T5EncoderModel.from_pretrained(folder, dtype=torch.float32)
     return T5TextEncoder(model, T5Tokenizer.from_pretrained(folder), tokens)
 
 # %% ../nbs/20_encoders.ipynb #7549e0b2
