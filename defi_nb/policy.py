@@ -248,6 +248,9 @@ class PlainConfig:
     @classmethod
     def tiny(cls): return cls()
 
+    @classmethod
+    def paper(cls): return cls(DataSpec.paper(), latent_channels=4, latent_size=32, adapter=replace(AdapterConfig.paper(), latent_dim=0))
+
 class PlainPolicy(nn.Module):
     "The action adapter on the present frames, without forward and inverse model."
     def __init__(self,
