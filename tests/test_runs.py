@@ -37,6 +37,8 @@ WRONG = [ # run notebook, parameters, what the one-line error must say
     ("eval_calvin", {"policy": "ckpts/forward"}, "forward"),
     ("eval_calvin", {"policy": "ckpts/none"}, "ckpts/none holds no finished policy"),
     ("eval_calvin", {"split": "A_B"}, "no split is called 'A_B'"),
+    ("pretrain_gidm", {"preset": "small"}, "preset is 'small'"),
+    ("pretrain_gfdm", {"preset": "paper"}, "the public ones come with defi-nb ckpts"),
 ]
 
 
@@ -71,6 +73,14 @@ def test_papermill_itself(project, form):
     done = command("papermill", "nbs/train_coupled.ipynb", *form, *given, cwd=project)
     assert done.returncode == 0, done.stderr
     assert form or done.stdout.startswith("{")
+
+
+def test_folder_as_split(project):
+    "A recording in CALVIN's format is read where it lies, through both pretrainings and the policy."
+    given = TRAIN | {"split": "data/playtable-D_D", "tasks": "open_drawer,lift_red_block_table", "pretrain_steps": 4}
+    done = command("defi-nb", "run", "train_coupled", "--out", "runs/folder", *arguments(given), cwd=project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(p.name for p in (project/"ckpts").glob("*-tiny-playtable-D_D")) == [f"{kind}-tiny-playtable-D_D" for kind in ("coupled", "gfdm", "gidm")]
 
 
 @pytest.mark.parametrize("name,params,said", WRONG)
