@@ -163,8 +163,8 @@ def gfdm_part(
     drawn, cfg = torch.Generator().manual_seed(0), gfdm.cfg
     latent = torch.randn(len(VIEWS), *gfdm.noise.shape[1:], generator=drawn).to(gfdm.noise)
     hidden = torch.randn(1, length, cfg.text_dim, generator=drawn).to(gfdm.noise).expand(len(VIEWS), -1, -1)
-    light = share_weights(gfdm)
-    return Part("GFDM", lambda: plain_tokens(gfdm, latent, hidden), lambda: light.to_tokens(light.feature_maps(latent, hidden)))
+    light, noise = share_weights(gfdm), gfdm.noise.expand(len(VIEWS), -1, -1, -1, -1) # both ways see one noise
+    return Part("GFDM", lambda: plain_tokens(gfdm, latent, hidden), lambda: light.to_tokens(light.feature_maps(latent, hidden, noise)))
 
 def text_part(
     encoders, # with `clip` and `t5`
