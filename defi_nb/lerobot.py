@@ -29,9 +29,10 @@ class Clip:
         try:
             self.file = av.open(str(path))
             self.stream = self.file.streams.video[0]
+            self.stream.codec_context.options = {"err_detect": "explode"} # rather no frame than a patched one
+            self.stream.codec_context.thread_count = 1 # workers are processes: more threads only get in each other's way
         except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: download it again, or leave its episodes or view out") from None
-        except (av.error.FFmpegError, IndexError) as e: raise ValueError(f"{path} cannot be opened as a video ({e}): download it again") from None
-        self.stream.codec_context.thread_count = 1 # workers are processes: more threads only get in each other's way
+        except (av.error.FFmpegError, IndexError, AttributeError) as e: raise ValueError(f"{path} cannot be opened as a video ({e}): download it again") from None
 
     def _seek(self, t, tol):
         "The decoder and its first frame, which is not after `t` unless the video begins there."
@@ -57,6 +58,7 @@ def frames(self:Clip,
                 if frame is None or t > frame.time + 1: decoder, frame = self._seek(t, tol)
                 while frame is not None and frame.time < t - tol: frame = next(decoder, None)
                 if frame is None or frame.time > t + tol: break
+                if frame.is_corrupt: raise ValueError(f"{self.path} is damaged at {t:.3f} s: download it again")
                 found[t] = frame.to_ndarray(format="rgb24")
         except av.error.FFmpegError as e: raise ValueError(f"{self.path} is damaged near {t:.3f} s ({e}): download it again") from None
     if missing := sorted(set(map(float, times)) - set(found)):
@@ -177,6 +179,8 @@ def _read_tables(self:LeRobotFolder, keep_unlabelled):
     videos = [k for k in self.view_keys.values() if self.features[k]["dtype"] == "video"]
     try: self.table, self.tasks = _episodes(self.folder, self.info, videos), _tasks(self.folder, self.info)
     except (KeyError, TypeError) as e: raise ValueError(f"{self.folder}/meta is not in LeRobot's layout ({e!r}): download it again") from None
+    for what, found in (("episodes", len(self.table["length"])), ("tasks", len(self.tasks))):
+        if found != (said := self.info.get(f"total_{what}", found)): raise ValueError(f"{self.folder}/meta lists {found} {what}, info.json says {said}: it is damaged or incomplete; download it again")
     labelled = np.array([any(str(t or "").strip() for t in tasks or ()) for tasks in self.table["tasks"]], bool)
     self.kept = np.flatnonzero(labelled | keep_unlabelled)
     self.lengths = np.array(self.table["length"], np.int64)[self.kept]

@@ -139,7 +139,7 @@ def check_scale(
 ):
     "Raise `ValueError` if actions are not finite or do not fit the scale."
     if bad := np.argwhere(~np.isfinite(actions)).tolist():
-        raise ValueError(f"{name}: action {labels[bad[0][1]]!r} of row {bad[0][0]} is {actions[tuple(bad[0])]}: leave this episode out (`select`), or repair it")
+        raise ValueError(f"{name}: action {labels[bad[0][1]]!r} of row {bad[0][0]} is {actions[tuple(bad[0])]}: leave this episode out (`episodes`), or repair it")
     if scale is None:
         if (top := np.abs(actions).max(0, initial=0)).max(initial=0) > 1.001:
             raise ValueError(f"{name}: action {labels[top.argmax()]!r} reaches {top.max():.4g}, so these are the robot's units: give scale=measure_scale(source), and keep it beside the checkpoint")
@@ -156,10 +156,12 @@ def check_scale(
 def measure_scale(
     source, # of demonstrations, as at the top
     how:str="q01_q99", # "q01_q99" or "min_max"
-    episodes:int=2000, # to read at most, spread evenly
+    episodes=None, # their numbers; None: all
+    most:int=2000, # episodes to read, spread evenly
 )->ActionScale: # of this source
     "Measure the bounds of a source's actions."
-    some = np.unique(np.linspace(0, len(source.lengths) - 1, min(episodes, len(source.lengths))).round().astype(int))
+    episodes = np.arange(len(source.lengths)) if episodes is None else np.asarray(episodes)
+    some = episodes[np.unique(np.linspace(0, len(episodes) - 1, min(most, len(episodes))).round().astype(int))]
     parts = []
     for e in progress_bar(some, desc=f"actions of {source.name}", unit="episode", delay=5):
         action = source.vectors(e)[0]
@@ -191,12 +193,13 @@ class RobotSamples:
         min_left:float=0., # seconds that must remain between an anchor and its episode's end
         size:int|None=None, # height and width of the pictures, pixels; None: as recorded
         views:tuple|None=None, # cameras, in the order of axis V; None: all; (): no pictures
+        episodes=None, # numbers of the episodes to sample; None: all
     ):
         self.source, self.chunk, self.scale, self.size = source, chunk, scale, size
         self.views = tuple(source.views if views is None else views)
         self.offsets, self.left = rows_of(times, source.hz), int(rows_of(min_left, source.hz)[0])
         self.stride = max(1, int(rows_of(stride, source.hz)[0]))
-        self.episodes = np.arange(len(source.lengths)) # which are sampled: all, until `select`
+        self.episodes = np.arange(len(source.lengths)) if episodes is None else np.asarray(episodes, np.int64)
         self._count()
         self._check()
 
@@ -262,7 +265,7 @@ def _sample(self:RobotSamples, e, t):
     last, name = int(self.source.lengths[e]) - 1, f"{self.source.name}, episode {e}"
     rows, (action, proprio) = np.minimum(t + self.offsets, last), self.source.vectors(e)
     if proprio is not None and not np.isfinite(proprio[t]).all():
-        raise ValueError(f"{name}: proprio of row {t} is {proprio[t]}: leave this episode out (`select`), or repair it")
+        raise ValueError(f"{name}: proprio of row {t} is {proprio[t]}: leave this episode out (`episodes`), or repair it")
     return dict(text=self.source.texts(e, [t])[0], proprio=None if proprio is None else proprio[t],
                 video=self._video(e, rows) if self.views else None, action=self._actions(action, t, name) if self.chunk else None)
 
