@@ -10,7 +10,7 @@ __all__ = ['FORMATS', 'fake_video', 'read_numbers', 'write_video', 'pack', 'unpa
 import base64, json, os, re, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path

@@ -9,7 +9,6 @@ __all__ = ['MIXTURES', 'IN_OBSERVATION', 'SLOW', 'FAST', 'RLDS', 'TABLE_12', 'GI
 # %% ../nbs/18_mixtures.ipynb #541e8523
 import math
 import zlib
-from collections import Counter
 from dataclasses import dataclass, fields
 
 import numpy as np

@@ -8,7 +8,7 @@ __all__ = ['LATENT_SCALE', 'SUFFIXES', 'scan_latent', 'read_latent', 'Clip', 're
            'label_text', 'template_text', 'read_something', 'narration_text', 'read_ego4d']
 
 # %% ../nbs/17_videos.ipynb #363c7109
-import csv, json, math, os, pickle, re
+import csv, json, math, os, re
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
