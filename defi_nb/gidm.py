@@ -189,7 +189,7 @@ class GIDM(nn.Module):
     )->Tensor|None: # (B*T,before+L) bool
         "Mask of all tokens of each frame: only padding of the text is hidden."
         if text_mask is None: return None
-        mask = F.pad(text_mask, (before, 0), value=True)
+        mask = F.pad(text_mask.bool(), (before, 0), value=True)
         return mask.repeat(frames, 1) if self.cfg.text_mask == "tiled" else mask.repeat_interleave(frames, 0)
 
 # %% ../nbs/22_gidm.ipynb #726d2711
