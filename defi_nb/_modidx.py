@@ -285,6 +285,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'defi_nb.encoders.load_vae': ('encoders.html#load_vae', 'defi_nb/encoders.py'),
                                   'defi_nb.encoders.load_vae_encoder': ('encoders.html#load_vae_encoder', 'defi_nb/encoders.py'),
                                   'defi_nb.encoders.no_bars': ('encoders.html#no_bars', 'defi_nb/encoders.py'),
+                                  'defi_nb.encoders.pictures_at_once': ('encoders.html#pictures_at_once', 'defi_nb/encoders.py'),
                                   'defi_nb.encoders.read_weights': ('encoders.html#read_weights', 'defi_nb/encoders.py'),
                                   'defi_nb.encoders.remember': ('encoders.html#remember', 'defi_nb/encoders.py'),
                                   'defi_nb.encoders.vae_encoder': ('encoders.html#vae_encoder', 'defi_nb/encoders.py'),
