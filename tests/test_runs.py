@@ -37,7 +37,7 @@ WRONG = [ # run notebook, parameters, what the one-line error must say
     ("eval_calvin", {"policy": "ckpts/forward"}, "forward"),
     ("eval_calvin", {"policy": "ckpts/none"}, "ckpts/none holds no finished policy"),
     ("eval_calvin", {"split": "A_B"}, "no split is called 'A_B'"),
-    ("pretrain_gidm", {"preset": "small"}, "preset is 'small'"),
+    ("pretrain_gidm", {"preset": "small"}, "no encoders are called 'small'"),
     ("pretrain_gfdm", {"preset": "paper"}, "the public ones come with defi-nb ckpts"),
 ]
 
