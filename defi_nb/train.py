@@ -9,12 +9,15 @@ __all__ = ['CLOCK', 'FREE', 'Meter', 'evaluate', 'read_metrics', 'append_metrics
 # %% ../nbs/31_train.ipynb #c77f92aa
 import json
 import math
+import os
 import shutil
 import signal
+import socket
 import threading
 import time
 import warnings
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 
@@ -166,13 +169,14 @@ def run_identity(
     return {"class": type(model).__name__, "model": plain_config(getattr(model, "cfg", None)), "parameters": size,
             "train": train, "samples": len(data), "info": plain_config(info)}
 
-def _clean(out, resume, steps):
-    "Before a run begins: drop what an earlier one left if it is not to be resumed, and say how long this one will be."
+def _clean(out, resume, steps, record):
+    "Before a run begins: drop what an earlier one left if it is not to be resumed, and say who runs and how long."
     if not resume:
         for old in [*Path(out).glob("step-*"), Path(out)/"best"]: _drop(old)
         if has_checkpoint(out): (Path(out)/"config.json").unlink() # else it is back after an early crash
     recover(out)
-    write_whole(Path(out)/"run.json", json.dumps(dict(steps=steps)))
+    write_whole(Path(out)/"run.json", json.dumps(dict(steps=steps, pid=os.getpid(), host=socket.gethostname())))
+    if record: write_whole(Path(record)/"training.json", json.dumps(dict(checkpoint=str(Path(out).resolve()))))
 
 def _start(out, model, run):
     "Where to begin: steps done, state and history; the model has the averaged weights if there is a checkpoint."
@@ -297,12 +301,13 @@ def fit(
     on_log=(), # callables that take a logged row, a dict
     val_data=None, # a dataset to validate on
     info:dict|None=None, # what else the result depends on, such as data_frac; JSON values
+    record=None, # the folder of the run that this training is part of, whose live view then finds it
 )->list: # of rows: dicts with step, loss, the model's logs, lr, grad_norm, seconds, val_loss, ...
     "Train a model, or go on with it, or find it finished."
     accelerator, run, hooks = make_accelerator(cfg, out), run_identity(model, data, cfg, info), [on_log] if callable(on_log) else on_log
     main = accelerator.is_main_process
     with _alone(out if main else None), borrowed_torch(cfg.num_threads), _told_to_stop() as stop:
-        if out and main: _clean(out, resume, cfg.steps)
+        if out and main: _clean(out, resume, cfg.steps, record)
         accelerator.wait_for_everyone()
         done, state, history = _start(out, model, run)
         engine, meter, best = Engine(model, cfg, accelerator), Meter(state.get("meter") if main else None), state.get("best", {})
@@ -345,7 +350,7 @@ def fit(
                     history.append(row)
                     if main: _report(out, row, history, hooks, accelerator)
                     pace.restart()
-                stops = engine.any(bool(stop)) if step % 10 == 0 or engine.ranks == 1 else False
+                stops = engine.any(bool(stop)) # all processes stop after the same step
                 if out and (better or stops or _due(step, cfg.save_every, cfg)):
                     _save(out, engine, step, meter, run, best)
                     saved = step
@@ -358,5 +363,4 @@ def fit(
 
 # %% ../nbs/31_train.ipynb #10b9e637
 if __name__ == "__main__" and globals().get("__package__") == "defi_nb": # accelerate launch -m defi_nb.train
-    from defi_nb.launch import main
-    raise SystemExit(main())
+    raise SystemExit(import_module("defi_nb.launch").main()) # the entry point's one look upward

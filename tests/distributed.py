@@ -1,6 +1,6 @@
 """What `test_processes.py` starts several of: train as the JSON in the first argument says, and write what came out.
 
-Not a test by itself; it is started by torchrun or `accelerate launch`, and each process writes OUT/rank<N>.json.
+Not a test by itself; it is started by torchrun, and each process writes OUT/rank<N>.json.
 """
 import hashlib
 import json

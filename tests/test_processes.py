@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import BIN, ENV, ROOT
+from conftest import ENV, ROOT
 from safetensors.torch import load_file
 
 from defi_nb.train import CLOCK
@@ -15,7 +15,6 @@ from defi_nb.train import CLOCK
 SCRIPT = ROOT/"tests/distributed.py"
 CFG = {"steps": 12, "batch_size": 8, "warmup": 2, "lr": 1e-3, "log_every": 1, "save_every": 4, "ema_decay": .9, "val_every": 6}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ACCELERATE = [str(BIN/"accelerate"), "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 def launch(out, launcher, cfg, model="net", fails=False, **job):
@@ -28,7 +27,7 @@ def launch(out, launcher, cfg, model="net", fails=False, **job):
     return done.stderr if fails else [json.loads(p.read_text()) for p in sorted(out.glob("rank*.json"))]
 
 
-def two(out, cfg, launcher=TORCHRUN, **job): return launch(out, launcher, cfg, **job)
+def two(out, cfg, **job): return launch(out, TORCHRUN, cfg, **job)
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +61,6 @@ def test_two_are_as_one(one, tmp_path, batch, changes):
     ranks = two(tmp_path, {"batch_size": batch} | changes)
     assert len(ranks) == 2
     agree(one(batch), tmp_path, ranks)
-
-
-def test_accelerate_launch(one, tmp_path):
-    agree(one(8), tmp_path, two(tmp_path, {}, ACCELERATE))
 
 
 def test_killed_and_resumed_with_two(tmp_path):
