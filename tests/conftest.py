@@ -49,3 +49,35 @@ def toy(tmp_path):
                    "jobs = [('count', {'n': n, 'pause': pause}, folder/name) for name in ('one', 'two')]",
                    "run.write_metrics(folder, {'both': run.run_notebooks(jobs)})")
     return tmp_path
+
+
+TRAIN = '''
+import time
+import torch
+from defi_nb.episodes import WindowDataset, fake_frames
+from defi_nb.recipe import TrainConfig
+from defi_nb.train import fit
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(torch.nn.Linear(15, 32), torch.nn.Dropout(.1), torch.nn.Linear(32, 70))
+    def loss(self, batch):
+        time.sleep(pause)
+        return (self.net(batch.proprio) - batch.action.flatten(1)).square().mean(), {}
+frames = fake_frames({"open_drawer": 3})
+cfg = TrainConfig(steps=steps, batch_size=6, warmup=2, log_every=1, save_every=1000, device="cpu", num_threads=1)
+model = Net()
+history = fit(model, WindowDataset(frames, frames.windows, chunk=10), cfg, run.project_root()/ckpt, record=folder)
+'''
+
+
+@pytest.fixture
+def learn(tmp_path):
+    "A project with one run notebook that trains."
+    (tmp_path/"nbs").mkdir()
+    (tmp_path/"settings.ini").write_text("[DEFAULT]\n")
+    parameters = 'steps: int = 12  # of training\npause: float = 0.0  # seconds a step\nckpt: str = "ckpts/net"  # checkpoint\nout: str = ""  # folder of the run'
+    start = "from defi_nb import run\nparams = run.check_injected(globals())\nfolder = run.run_folder('learn', params)"
+    write_notebook(tmp_path/"nbs/learn.ipynb", "# Learn\n\n> learns", parameters, start, TRAIN, "run.write_metrics(folder, {'loss': history[-1]['loss']})")
+    return tmp_path

@@ -84,10 +84,10 @@ def test_begun_with_one_finished_with_two_sharded(one, tmp_path):
     for k, t in one(8)[1].items(): torch.testing.assert_close(weights[k], t, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("model", ["gfdm", "gidm", "plain"])
-def test_our_stages(tmp_path, model):
+@pytest.mark.parametrize("model,changes", [("gfdm", {}), ("gfdm", {"sharded": True}), ("gidm", {}), ("plain", {})], ids=["gfdm", "gfdm sharded", "gidm", "plain"])
+def test_our_stages(tmp_path, model, changes):
     "No parameter of them is unused, which data parallelism would complain of, and the processes agree on the weights."
-    ranks = two(tmp_path, {"steps": 3, "batch_size": 2, "save_every": 3, "val_every": 0, "val_batches": 1}, model=model)
+    ranks = two(tmp_path, {"steps": 3, "batch_size": 2, "save_every": 3, "val_every": 0, "val_batches": 1} | changes, model=model)
     assert len(ranks) == 2 and ranks[0]["digest"] == ranks[1]["digest"]
 
 

@@ -12,6 +12,7 @@ TRAIN = {"steps": 4, "batch_size": 4}
 EVAL = {"tasks": DATA["tasks"], "chains": 2}
 SMALL = { # run notebook -> its parameters at a size that takes seconds; the first makes the data and the models that the others find
     "train_coupled": DATA | TRAIN | {"pretrain_steps": 4},
+    "monitor": {},
     "pretrain_gfdm": DATA | TRAIN | {"ckpt": "ckpts/forward"},
     "pretrain_gidm": DATA | TRAIN | {"ckpt": "ckpts/inverse"},
     "eval_calvin": EVAL | {"steps": 20, "film": 1},
