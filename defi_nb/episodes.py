@@ -94,7 +94,7 @@ def check_frames(
     for key,shape in expected.items():
         a = getattr(frames, key)
         if a is not None and a.shape != shape: raise ValueError(f"{name}: {key} has shape {a.shape}; expected {shape}")
-    if frames.action is not None and not np.abs(frames.action).max() <= 1.001:
+    if isinstance(frames.action, np.ndarray) and not np.abs(frames.action).max() <= 1.001: # what is read on demand is checked when it is read
         raise ValueError(f"{name}: an action of {np.abs(frames.action).max():.3g}; relative actions lie in [-1, 1]")
     for w in frames.windows:
         if not 0 <= w.start <= w.end < N: raise ValueError(f"{name}: {w} lies outside its {N} rows")
@@ -137,6 +137,7 @@ def concat_frames(
     def join(key, shift=False):
         parts = [getattr(s, key) for s in stores]
         if any(p is None for p in parts): return None
+        if not all(isinstance(p, np.ndarray) for p in parts): return Rows(parts)
         return np.concatenate([p + n if shift else p for p,n in zip(parts, shifts)])
     move = lambda w, n: replace(w, start=w.start+int(n), end=w.end+int(n))
     windows = [move(w, n) for s,n in zip(stores, shifts) for w in s.windows]
@@ -381,10 +382,11 @@ def _in_threads(f, ranges, n_workers):
 def frames_identity(
     frames:Frames, # the store
 )->dict: # sizes and a digest
-    "What a cache of this store depends on: its sizes, all states and actions, and 64 of its pictures."
+    "What a cache of this store depends on: its sizes, all states and actions (of those read on demand, what they say of themselves), and 64 of its pictures."
     digest = hashlib.sha256()
     for a in (frames.action, frames.robot_obs, frames.scene_obs, frames.segments):
-        if a is not None: digest.update(np.ascontiguousarray(a).tobytes())
+        for part in [] if a is None else a.parts if isinstance(a, Rows) else [a]:
+            digest.update(part.identity.encode() if hasattr(part, "identity") else np.ascontiguousarray(part).tobytes())
     some = np.unique(np.linspace(0, max(len(frames) - 1, 0), 64).astype(int))
     for v in frames.video.values(): digest.update(np.ascontiguousarray(v[some]).tobytes())
     views = {k: list(v.shape[1:]) for k,v in frames.video.items()}
