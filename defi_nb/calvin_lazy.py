@@ -15,8 +15,9 @@ import numpy as np
 from fastcore.basics import patch
 
 from .calvin import COLOURS, check_tasks
-from .calvin_data import VECTORS, check_frame, covered_rows, picture_shapes, read_index, read_npz, resize_picture
+from .calvin_data import VECTORS, check_frame, covered_rows, picture_shapes, read_index, resize_picture
 from .episodes import Frames, Window, check_frames, take_fraction
+from .npz import read_npz
 from .progress import progress_bar
 from .spec import VIEWS
 
@@ -135,12 +136,11 @@ def keep(self:VectorPack,
     if self.path is None: self.table[rows] = words
     if self.path is None or not len(rows): return
     try:
-        file = os.open(self.path, os.O_WRONLY)
-        try:
+        with open(self.path, "r+b", buffering=0) as file:
             for run in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows) != 1) + 1): # neighbours in one write
-                os.pwrite(file, words[run].tobytes(), int(rows[run[0]])*words[0].nbytes)
-        finally: os.close(file)
-    except OSError as e: warnings.warn(f"{self.path} cannot be written ({e.strerror}): vectors are read from the frames each time; make room, or give another cache")
+                file.seek(int(rows[run[0]])*words[0].nbytes)
+                file.write(words[run].tobytes())
+    except OSError as e: warnings.warn(f"{self.path} cannot be written ({e.strerror}): vectors are read from the frames each time; make room, or give another cache", stacklevel=2)
 
 def pack_vectors(
     frames:Frames, # from `open_calvin`
