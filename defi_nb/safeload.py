@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['STORAGES', 'PLAIN', 'INERT', 'ARRAYS', 'PACKAGES', 'check_name', 'Name', 'Inert', 'Made', 'Stored', 'interpret',
-           'plain_tree', 'open_archive', 'map_tensor', 'state_of', 'read_tensors']
+           'plain_tree', 'open_archive', 'map_tensor', 'state_of', 'read_tensors', 'read_tensor']
 
 # %% ../nbs/06_safeload.ipynb #14fd1b9c
 import math, mmap, pickle, pickletools, re, struct, zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -292,11 +293,14 @@ def state_of(
         raise ValueError(f"it holds no state dict: {', '.join(wrong[:3])} is no tensor")
     return tree
 
+def _mapped(path):
+    with open(path, "rb") as file: return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
 def _read_archive(path):
     "The state dict of a torch archive: by torch where it holds nothing else, else by our own machine."
     code, storages = open_archive(path)
     tree, names = interpret(code)
-    with open(path, "rb") as file: memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    memory = _mapped(path)
     tensors = {name: map_tensor(stored, storages, memory) for name, stored in state_of(tree).items()}
     claimed = sum(t.numel()*t.itemsize for t in tensors.values())
     if claimed > 2*len(memory): raise ValueError(f"its tensors claim {claimed} bytes of a file of {len(memory)}") # a tied one counts twice
@@ -311,16 +315,32 @@ def _reader(path):
     if start[:4] == b"PK\x03\x04": return _read_archive
     if start[8:9] == b"{": return load_file
     if start.startswith(b"version https://git-lfs"): raise ValueError(f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
-    if start[:1] == b"\x80": raise ValueError(f"{path} is a bare pickle or an old torch file, which could run code: have its author save it as safetensors")
+    if start[:1] == b"\x80": raise ValueError(f"{path} is a bare pickle or an old torch file, which could run code: have its author save it as safetensors, or again with torch 1.6 or later")
     raise ValueError(f"{path} is no checkpoint: give a safetensors file, or a .pt or .ckpt that torch.save wrote")
+
+@contextmanager
+def _refusing(path):
+    "What goes wrong inside is a `ValueError` of one line that names the file."
+    try: yield
+    except (SafetensorError, zipfile.BadZipFile, EOFError) as e: raise ValueError(f"{path} is damaged or cut short ({_line(e)}): {_AGAIN}") from None
+    except (ValueError, pickle.UnpicklingError) as e: raise ValueError(f"{path} cannot be loaded: {_line(e)}: {_AGAIN}, from a source you trust") from None
+    except (AttributeError, IndexError, KeyError, TypeError, OverflowError, RuntimeError, NotImplementedError, MemoryError, struct.error) as e:
+        raise ValueError(f"{path} is damaged ({type(e).__name__} at reading): {_AGAIN}") from None
 
 def read_tensors(
     path, # of a safetensors file, or of a .pt or .ckpt that torch.save wrote
 )->dict: # parameter's name -> tensor, on the CPU, mapped from the file
     "The state dict in a checkpoint file; nothing that the file says is executed."
     read = _reader(path := Path(path))
-    try: return state_of(read(path))
-    except (SafetensorError, zipfile.BadZipFile, EOFError) as e: raise ValueError(f"{path} is damaged or cut short ({_line(e)}): {_AGAIN}") from None
-    except (ValueError, pickle.UnpicklingError) as e: raise ValueError(f"{path} cannot be loaded: {_line(e)}: {_AGAIN}, from a source you trust") from None
-    except (AttributeError, IndexError, KeyError, TypeError, OverflowError, RuntimeError, NotImplementedError, MemoryError, struct.error) as e:
-        raise ValueError(f"{path} is damaged ({type(e).__name__} at reading): {_AGAIN}") from None
+    with _refusing(path): return state_of(read(path))
+
+def read_tensor(
+    path, # of a `.pt` file that torch.save wrote
+)->torch.Tensor: # mapped from the file: what is not used is not read
+    "The tensor that a file holds, and nothing else; nothing that the file says is executed."
+    if _reader(path := Path(path)) is not _read_archive: raise ValueError(f"{path} is a safetensors file, which holds tensors by name: use read_tensors")
+    with _refusing(path):
+        code, storages = open_archive(path)
+        tree, _ = interpret(code)
+        if type(tree) is not Stored: raise ValueError(f"it holds {'a ' + type(tree).__name__ if type(tree) in (*_SCALARS, list, dict, tuple) else 'something'} and not a plain tensor")
+        return map_tensor(tree, storages, _mapped(path))

@@ -18,23 +18,17 @@ import torch
 
 from .calvin_data import resize_picture
 from .decode import VideoInfo, index_files, read_frames, scan_video
+from .safeload import read_tensor
 from .spec import Batch
 
 # %% ../nbs/17_videos.ipynb #1504ad08
 LATENT_SCALE = .18215 # what Stable Video Diffusion's latents are multiplied by in the release's files
 
 def _load_latent(path):
-    "The tensor in a file, unread as yet where possible."
-    try:
-        try: x = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError: x = torch.load(path, map_location="cpu", weights_only=True) # the format of torch < 1.6
-    except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: compute or download it again") from None
-    except Exception as e: # whatever a file of other bytes, or a pickle that wants more than tensors, sets off
-        raise ValueError(f"{path} is not a plain tensor ({type(e).__name__}) and was not opened further: "
-                         "compute it again, or get it from a source you trust") from None
-    if not isinstance(x, torch.Tensor) or x.ndim != 4 or not x.is_floating_point() or len(x) == 0:
-        what = f"shape {tuple(x.shape)} and type {x.dtype}" if isinstance(x, torch.Tensor) else f"type {type(x).__name__}"
-        raise ValueError(f"{path} holds something of {what}; latents are a (N,C,h,w) float tensor: compute it again")
+    "The tensor in a file, unread as yet."
+    x = read_tensor(path)
+    if x.ndim != 4 or not x.is_floating_point() or len(x) == 0:
+        raise ValueError(f"{path} holds something of shape {tuple(x.shape)} and type {x.dtype}; latents are a (N,C,h,w) float tensor: compute it again")
     return x
 
 def scan_latent(
