@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'fake_video', 'read_numbers', 'write_video', 'pack', 'unpack', 'VideoInfo', 'scan_video', 'read_frames',
-           'index_files']
+           'OpenVideo', 'index_files']
 
 # %% ../nbs/08_decode.ipynb #c633084a
 import base64, json, os, re, time, zlib
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 
 import av
 import numpy as np
@@ -107,19 +108,32 @@ class VideoInfo:
         return (pts - pts[0])*float(Fraction(self.tick))
 
 # %% ../nbs/08_decode.ipynb #81b32e0e
+def _open(path): # the container and its video stream
+    file = av.open(str(path), options=dict(format_whitelist=FORMATS))
+    stream = file.streams.best("video")
+    if stream is None:
+        file.close()
+        raise ValueError(f"{path} holds no video: give a file with pictures")
+    if stream.codec_context is None: # a cut file may have lost what says how its pictures are coded
+        file.close()
+        raise ValueError(f"{path} can't be read as a video (its codec is unknown): download it again, or leave it out")
+    stream.codec_context.thread_count = 1 # data loaders have processes for that
+    return file, stream
+
 @contextmanager
-def _opened(path): # yields the container and its video stream
-    "An open video; what goes wrong inside is a `ValueError` of one line that names the file."
-    try:
-        with av.open(str(path), options=dict(format_whitelist=FORMATS)) as file:
-            stream = file.streams.best("video")
-            if stream is None: raise ValueError(f"{path} holds no video: give a file with pictures")
-            stream.codec_context.thread_count = 1 # data loaders have processes for that
-            yield file, stream
+def _named(path):
+    "What goes wrong inside is a `ValueError` of one line that names the file."
+    try: yield
     except av.error.FileNotFoundError: raise FileNotFoundError(f"{path} is missing: download it again") from None
     except (av.FFmpegError, OSError) as e:
         reason = getattr(e, "strerror", None) or e
         raise ValueError(f"{path} can't be read as a video ({reason}): download it again, or leave it out") from None
+
+@contextmanager
+def _opened(path): # yields the container and its video stream
+    with _named(path):
+        file, stream = _open(path)
+        with file: yield file, stream
 
 def _packets(path):
     "Time stamps of a file's frames and of its key frames, and the stream's description, without decoding."
@@ -234,6 +248,42 @@ def read_frames(
         raise ValueError(f"{path} has frames 0 to {len(info) - 1}; {np.asarray(rows).tolist()} were asked for")
     frames = _torchcodec() and _torchcodec_frames(path, wanted, info) or _pyav_frames(path, wanted, info)
     return np.stack([change(f) if change else f for f in frames])[place]
+
+# %% ../nbs/08_decode.ipynb #8ce7fe1e
+class OpenVideo:
+    "A video file that stays open, for frames at given times."
+    def __init__(self,
+        path, # of the file
+    ):
+        self.path, self.lock = path, Lock()
+        with _named(path): self.file, self.stream = _open(path)
+        self.stream.codec_context.options = {"err_detect": "explode"} # rather no frame than a patched one
+
+    def _seek(self, t, tol):
+        "The decoder and its first frame, which is not after `t` unless the video begins there."
+        back = 0.
+        while True:
+            decoder = _seek(self.file, self.stream, max(0, (t - back)/self.stream.time_base))
+            frame = next(decoder, None)
+            if back > t or frame is not None and frame.time <= t + tol: return decoder, frame
+            back = 2*back + .5
+
+    def at(self,
+        times, # (T,) seconds by the file's own time stamps, in any order
+        tol:float, # how far a frame may be from its time, seconds; half a frame
+    )->list: # T arrays (H,W,3) uint8, RGB
+        "The frames at these times; raise `ValueError` if one is not there or the file is damaged."
+        found, decoder, frame = {}, None, None
+        with self.lock, _named(self.path):
+            for t in sorted(set(map(float, times))):
+                if frame is None or t > frame.time + 1: decoder, frame = self._seek(t, tol)
+                while frame is not None and frame.time < t - tol: frame = next(decoder, None)
+                if frame is None or frame.time > t + tol: break
+                found[t] = _picture(frame, self.path)
+        if missing := sorted(set(map(float, times)) - set(found)):
+            reached = "its end was met first" if frame is None else f"the next one is at {frame.time:.3f} s"
+            raise ValueError(f"{self.path} has no frame at {missing[0]:.3f} s ({reached}): it is cut short or does not belong to these episodes; download it again")
+        return [found[float(t)] for t in times]
 
 # %% ../nbs/08_decode.ipynb #fb688fd1
 def _known(cache):

@@ -12,7 +12,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from defi_nb.lerobot import Clip, LeRobotFolder, stored_scale
+from defi_nb.decode import OpenVideo
+from defi_nb.lerobot import LeRobotFolder, stored_scale
 from defi_nb.robots import RobotSamples, measure_scale
 
 FIXTURES = Path(__file__).parent/"fixtures"
@@ -114,11 +115,11 @@ def test_a_cut_video_gives_true_frames_or_none(tmp_path, codec): # decoders woul
         stream.width, stream.height, stream.pix_fmt = 80, 80, "yuv420p"
         for i in range(20): file.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(texture, 5*i, 1))))
         file.mux(stream.encode(None))
-    data, truth, seen = path.read_bytes(), Clip(path).frames(np.arange(20)/30, .01), []
+    data, truth, seen = path.read_bytes(), OpenVideo(path).at(np.arange(20)/30, .01), []
     for cut in rng.integers(2000, len(data), 12):
         (tmp_path/f"{cut}.mp4").write_bytes(data[:cut])
         for i in range(20):
-            try: seen.append((Clip(tmp_path/f"{cut}.mp4").frames([i/30], .01)[0] == truth[i]).all())
+            try: seen.append((OpenVideo(tmp_path/f"{cut}.mp4").at([i/30], .01)[0] == truth[i]).all())
             except ValueError: seen.append(None)
     assert False not in seen and True in seen and None in seen
 
@@ -206,7 +207,7 @@ def test_broken_tables(broken):
 
 
 def test_a_clip_goes_on_after_an_error(toy):
-    clip = Clip(mp4s(toy)[0])
-    good = clip.frames([0, .1], .05)
-    with pytest.raises(ValueError): clip.frames([99.], .05)
-    assert all((a == b).all() for a,b in zip(good, clip.frames([0, .1], .05)))
+    clip = OpenVideo(mp4s(toy)[0])
+    good = clip.at([0, .1], .05)
+    with pytest.raises(ValueError): clip.at([99.], .05)
+    assert all((a == b).all() for a,b in zip(good, clip.at([0, .1], .05)))
