@@ -273,14 +273,23 @@ def picture_shapes(
         if len(shape) != 3 or shape[2] != 3: raise ValueError(f"{path}: {k} has shape {shape}; pictures are (H,W,3): leave this view out")
     return shapes
 
+def _room(path, shape):
+    "A mapped file of pictures whose place on the disk is taken: on a full one, writing to a map would end the process."
+    size = int(np.prod(shape)) + 128
+    try:
+        out = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+        with open(path, "r+b") as file:
+            if hasattr(os, "posix_fallocate"): os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as e: raise OSError(e.errno, f"{path} needs {size/1e6:.1f} MB ({e.strerror}): make room, or give another cache") from None
+    return out
+
 def _read_frames(path_of, N, views, size, place, n_workers):
     "Vectors and pictures of N frames, in memory, or in files of a folder."
     shapes = picture_shapes(path_of(0), views)
     arrays = {k: np.empty((N, VECTORS[k]), np.float32) for k in ("rel_actions", "robot_obs", "scene_obs")}
     for k, shape in shapes.items():
         shape = (N, *((size, size) if size else shape[:2]), 3)
-        arrays[k] = (np.empty(shape, np.uint8) if place is None
-                     else np.lib.format.open_memmap(place/f"{k}.npy", "w+", np.uint8, shape))
+        arrays[k] = np.empty(shape, np.uint8) if place is None else _room(place/f"{k}.npy", shape)
     fill = partial(_fill, path_of=path_of, shapes=shapes, arrays=arrays)
     with (ThreadPoolExecutor(n_workers or os.cpu_count()) as pool,
           progress_bar(total=N, desc=f"reading {path_of(0).parent}", unit="frame", delay=5) as bar):
@@ -297,10 +306,14 @@ def _cached(cache, root, ids, views, size, read):
         for old in Path(cache).glob(".*.tmp"): # left by processes that were killed
             if time.time() - old.stat().st_mtime > 3600*24: shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        for k, v in read(part).items():
-            if isinstance(v, np.memmap): v.flush()
-            else: np.save(part/f"{k}.npy", v)
+        try:
+            part.mkdir(parents=True)
+            for k, v in read(part).items():
+                if isinstance(v, np.memmap): v.flush()
+                else: np.save(part/f"{k}.npy", v)
+        except BaseException: # nothing half made stays
+            shutil.rmtree(part, ignore_errors=True)
+            raise
         try: part.rename(place)
         except OSError: shutil.rmtree(part) # another process was faster
     load = lambda path: np.load(path, mmap_mode="r" if path.stem.startswith("rgb_") else None)

@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'fake_video', 'read_numbers', 'write_video', 'pack', 'unpa
            'OpenVideo', 'index_files']
 
 # %% ../nbs/08_decode.ipynb #c633084a
-import base64, json, os, re, time, zlib
+import base64, json, os, re, time, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,8 +57,16 @@ def write_video(
     times=None, # (N,) milliseconds of the frames, for a rate that varies; None: even
     **options, # of the encoder, such as g=12, the distance of key frames
 )->Path: # of the file
-    "Write frames into a video file."
+    "Write frames into a video file, which appears complete or not at all."
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    part = Path(path).with_name(f".{Path(path).stem}.tmp{Path(path).suffix}")
+    try:
+        _encode(part, video, hz, codec, times, options)
+        os.replace(part, path)
+    finally: part.unlink(missing_ok=True)
+    return Path(path)
+
+def _encode(path, video, hz, codec, times, options):
     with av.open(str(path), "w") as out:
         stream = out.add_stream(codec, rate=Fraction(hz), options={k: str(v) for k, v in options.items()})
         stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "yuv420p"
@@ -68,7 +76,6 @@ def write_video(
             if times is not None: frame.pts, frame.time_base = int(times[i]), Fraction(1, 1000)
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
-    return Path(path)
 
 # %% ../nbs/08_decode.ipynb #2077b3fb
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts" # a playlist that calls itself .mp4 could name other files
@@ -333,7 +340,9 @@ def _append(cache, rows):
     "Add lines; a torn line before them is ended first. Returns an empty list."
     if rows:
         torn = cache.exists() and cache.stat().st_size and cache.read_bytes()[-1:] != b"\n"
-        with open(cache, "a", encoding="utf-8") as file: file.write("\n"*bool(torn) + "".join(json.dumps(r) + "\n" for r in rows))
+        try:
+            with open(cache, "a", encoding="utf-8") as file: file.write("\n"*bool(torn) + "".join(json.dumps(r) + "\n" for r in rows))
+        except OSError as e: warnings.warn(f"{cache} cannot be written ({e.strerror}), so the next time looks again: make room, or give another cache", stacklevel=2)
     return []
 
 def _scanned(paths, scan, n_workers):
