@@ -246,12 +246,15 @@ def check_frame(
     frame:dict, # what was read of it
     shapes:dict, # name of a picture -> its shape in the first frame
 ):
-    "Raise `ValueError` if an array of a frame is unlike those of the first frame."
+    "Raise `ValueError` if an array of a frame is unlike those of the first frame, or a vector holds what none can."
     for key, v in frame.items():
         dtype, shape = (np.dtype(np.uint8), shapes[key]) if key in shapes else (np.dtype(float), (VECTORS[key],))
         if v.shape != shape or v.dtype.kind != dtype.kind:
             raise ValueError(f"{path}: {key} has shape {v.shape} and type {v.dtype}, the first's is {shape} {dtype};"
                              " a recording has frames of one kind: keep the others in a folder of their own")
+        if key not in shapes and not np.isfinite(v).all(): raise ValueError(f"{path}: {key} holds {v[~np.isfinite(v)][0]}: record or download it again, or leave its segment out")
+    if (most := np.abs(frame.get("rel_actions", 0)).max()) > 1.001:
+        raise ValueError(f"{path}: an action of {most:.3g}; rel_actions lie in [-1, 1]: record or download it again")
 
 def _fill(rows, path_of, shapes, arrays):
     "Read some frames into the rows of the arrays."

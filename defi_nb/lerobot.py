@@ -21,10 +21,11 @@ except ImportError: raise ImportError("LeRobot's data needs pyarrow: pip install
 # %% ../nbs/19_lerobot.ipynb #97f3eb04
 def _read_json(path, lines=False):
     "The value of a JSON file, or the list of values of a JSON-lines file."
-    try: text = path.read_text()
+    try:
+        text = path.read_text()
+        return [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: give the folder that holds meta/, data/ and videos/, downloaded whole") from None
-    try: return [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
-    except ValueError as e: raise ValueError(f"{path} is damaged ({e}): download it again") from None
+    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is damaged ({e}): download it again") from None
 
 def _read_parquet(path, columns, first=0, rows=None, others=False):
     "Some columns and rows of a Parquet file; only the row groups that hold them are read."

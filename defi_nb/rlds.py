@@ -35,7 +35,7 @@ class RLDSKeys:
 def _read_json(path):
     try: return json.loads(path.read_text())
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: give the folder of one version, such as bridge/1.0.0, downloaded whole") from None
-    except ValueError as e: raise ValueError(f"{path} is damaged ({e}): download it again") from None
+    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is damaged ({e}): download it again") from None
 
 def _flat(node, prefix=""):
     "(name, (kind, shape, dtype)) of the features under a node."
@@ -108,7 +108,7 @@ def _kept_lines(path):
     lines = {}
     for text in path.read_text().splitlines() if path.exists() else ():
         try: line = json.loads(text)
-        except ValueError: continue
+        except (ValueError, RecursionError): continue
         if isinstance(line, dict) and {"name", "size", "mtime", "place", "length", "steps", "text"} <= set(line): lines[line["name"]] = line
     return lines
 

@@ -284,7 +284,7 @@ def _table(path):
         if Path(path).suffix == ".csv": return list(csv.DictReader(text.splitlines(keepends=True)))
         return [json.loads(line) for line in text.splitlines() if line.strip()]
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: write it, or take captions from names") from None
-    except (ValueError, csv.Error) as e: raise ValueError(f"{path} can't be read as a table ({e}): save it as UTF-8") from None
+    except (ValueError, RecursionError, csv.Error) as e: raise ValueError(f"{path} can't be read as a table ({e}): save it as UTF-8") from None
 
 def _captions(path, file_column, text_column, on_problem):
     "file name -> caption."
@@ -320,7 +320,7 @@ def read_folder(
 def _scan_annotation(path):
     "What is needed of one annotation."
     try: note = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as e: raise ValueError(f"{path} is not JSON ({e}): download it again, or leave it out") from None
+    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON ({e}): download it again, or leave it out") from None
     try:
         frames = len(note["state"]) if "state" in note else int(note.get("video_length") or 0)
         return dict(text=str((note.get("texts") or [""])[0]), frames=frames, videos=[v["video_path"] for v in note.get("videos", ())],
@@ -368,7 +368,7 @@ def read_annotations(
 def _json(path, what):
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: it holds {what}") from None
-    except ValueError as e: raise ValueError(f"{path} is not JSON ({e}): download it again") from None
+    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON ({e}): download it again") from None
 
 def label_text(row): # an entry of the labels
     "The label as written by hand, or the template filled in where there is none."
