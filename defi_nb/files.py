@@ -6,6 +6,7 @@
 __all__ = ['atomic', 'write_whole', 'project_root']
 
 # %% ../nbs/07_files.ipynb #63e0b2d2
+import errno
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,9 @@ def atomic(
     try:
         with open(part, "wb") as file: yield file
         os.replace(part, path)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
+        raise OSError(e.errno, f"{path} was not written ({e.strerror}): make room, or choose another disk") from None
     finally: part.unlink(missing_ok=True)
 
 def write_whole(
