@@ -313,7 +313,8 @@ def _cached(cache, root, ids, views, size, read):
             part.mkdir(parents=True)
             for k, v in read(part).items():
                 if isinstance(v, np.memmap): v.flush()
-                else: np.save(part/f"{k}.npy", v)
+                else:
+                    with atomic(part/f"{k}.npy") as file: np.save(file, v)
         except BaseException: # nothing half made stays
             shutil.rmtree(part, ignore_errors=True)
             raise

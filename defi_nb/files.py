@@ -24,8 +24,8 @@ def atomic(
         with open(part, "wb") as file: yield file
         os.replace(part, path)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
-        raise OSError(e.errno, f"{path} was not written ({e.strerror}): make room, or choose another disk") from None
+        if e.errno not in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise # NumPy's error has no number, only what it could not write
+        raise OSError(e.errno or errno.ENOSPC, f"{path} was not written ({e.strerror or e}): make room, or choose another disk") from None
     finally: part.unlink(missing_ok=True)
 
 def write_whole(

@@ -359,7 +359,7 @@ def fails(do, *names):
     try: do()
     except Exception as e:
         text, seen = str(e), e
-        while seen is not None and getattr(seen, "errno", None) not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) and "space" not in str(seen) and "large" not in str(seen):
+        while seen is not None and getattr(seen, "errno", None) not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) and not any(w in str(seen) for w in ("space", "large", "the disk has")):
             seen = seen.__cause__ or seen.__context__
         assert seen is not None, f"{case}: an error that does not speak of the disk: {e!r}"
         assert all(n in text for n in names), f"{case}: {text!r} does not name {names}"
