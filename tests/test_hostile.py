@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import struct
 import subprocess
 import sys
 import textwrap
