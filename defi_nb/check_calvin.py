@@ -173,7 +173,7 @@ def _windows(exam, name, path, rows, ids):
 # %% ../nbs/38_check_calvin.ipynb #3c99b07d
 def _first_frame(exam, name, root, ids):
     "key -> (shape, dtype) of the first frame that can be read, after a look at its keys."
-    for a, b in ids:
+    for a in ids[:, 0]:
         path = root/f"episode_{a:07d}.npz"
         try:
             with zipfile.ZipFile(path) as z: keys = {n.removesuffix(".npy") for n in z.namelist()}

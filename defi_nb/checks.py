@@ -16,7 +16,6 @@ import time
 from collections import Counter, deque
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 
 import av
 import numpy as np
@@ -56,7 +55,7 @@ def check_actions(
     "Check an episode's actions and keep them for `judge_actions`."
     x = np.asarray(x, np.float64)
     if not check_vector(exam, name, x, labels, where): return
-    if normalised and (top := np.abs(x).max(initial=0)) > 1.001:
+    if normalised and np.abs(x).max(initial=0) > 1.001:
         at = np.unravel_index(np.abs(x).argmax(), x.shape)
         exam.find("error", f"{name}: action outside [-1, 1]", _place(where, *at, labels), f"{x[at]:.4g}", "at most 1 in size",
                   f"divide metres by {POSITION_UNIT} and radians by {ROTATION_UNIT}, and clip; or read it with a measured scale")
@@ -158,16 +157,16 @@ def check_pictures(
     black, flat = x.max() < 16, max(np.ptp(f, (0, 1)).max() for f in x) < 4
     exam.tally(f"{name}: black pictures", black, where, f"brightness of {x.max()} at most")
     exam.tally(f"{name}: pictures of one colour", flat and not black, where, f"all pixels are {x[0, 0, 0].tolist()}")
-    if moving and len(x) > 1: exam.tally(f"{name}: the same picture throughout", not flat and not np.ptp(x, 0).any(), where, f"{len(x)} pictures, all the same")
+    if moving and len(x) > 1: exam.tally(f"{name}: the same picture throughout", not black and not np.ptp(x, 0).any(), where, f"{len(x)} pictures, all the same")
 
 def judge_pictures(
     exam:Exam, # with pictures looked at
     name:str, # of the things
 ):
     "Judge the pictures of all that was looked at."
-    for what, remedy in {"black pictures": "check the camera, or its key; leave these out", "pictures of one colour": "check how they were written; leave these out",
-                         "the same picture throughout": "the camera stood still: check its recording; leave these out"}.items():
-        exam.judge(f"{name}: {what}", remedy, "a scene that changes", error_from=.5)
+    exam.judge(f"{name}: black pictures", "check the camera, or its key; leave these out", "a scene", error_from=.5)
+    exam.judge(f"{name}: pictures of one colour", "check how they were written; leave these out", "a scene")
+    exam.judge(f"{name}: the same picture throughout", "the camera stood still: check its recording; leave these out", "a scene that changes", error_from=.5)
 
 # %% ../nbs/37_checks.ipynb #8b9d707b
 def container_facts(
@@ -200,7 +199,7 @@ def check_video(
     exam.tally(f"{name}: holes in time", len(steps) and steps.max() > max(1., 5*usual), path, f"{steps.max(initial=0):.1f} s between two frames")
     exam.tally(f"{name}: the frame rate varies", len(steps) and (np.abs(steps - usual) > .3*usual).mean() > .05, path, f"{steps.min(initial=9):.3f} to {steps.max(initial=0):.3f} s between two frames")
     if hz and len(steps): exam.tally(f"{name}: the video has another rate than the rows", abs(usual*hz - 1) > .05, path, f"{1/max(usual, 1e-6):.3g} frames a second for {hz:g} rows a second")
-    facts = container_facts(path)
+    if (facts := exam.attempt(f"{name}: the container can't be read", path, lambda: container_facts(path))) is None: return
     exam.tally(f"{name}: open groups of pictures", facts["open"], path, "frames stored after a key frame and shown before it")
     exam.tally(f"{name}: files that don't say how many frames they have", not facts["counted"], path, "0 by the container")
 
