@@ -63,7 +63,7 @@ def check_clips(
 )->tuple: # (frames of a clip in all its views, on average; views)
     "Look at clips."
     counts, views, latents = [], 1, []
-    for item, (kept, skipped, reads) in exam.each(name, items, lambda item: look_at_clips(exam, clips_of(item)), where=where, share=share):
+    for _, (kept, skipped, reads) in exam.each(name, items, lambda item: look_at_clips(exam, clips_of(item)), where=where, share=share):
         for id, why in skipped.items(): exam.fail(f"{name}: clips that can't be used", id, ValueError(why))
         for clip, view, frames, latent in reads:
             place = clip.videos.get(view, clip.id)

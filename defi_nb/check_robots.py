@@ -227,7 +227,8 @@ def _own_videos(folder, episode):
     "view -> path of an episode's videos."
     inside = folder/"videos"/episode
     if inside.is_dir(): return {p.stem: p for p in sorted(inside.iterdir()) if VIDEO.fullmatch(p.name)}
-    return {"video": p for p in sorted((folder/"videos").glob(f"{escape(episode)}.*")) if VIDEO.fullmatch(p.name)}
+    path = next((p for p in sorted((folder/"videos").glob(f"{escape(episode)}.*")) if VIDEO.fullmatch(p.name)), None)
+    return {} if path is None else {"video": path}
 
 def look_at_own(
     exam:Exam, # that times reading
@@ -284,6 +285,7 @@ def check_own(
         check_episode(exam, "episodes", where, len(x), x, labels, state, {v: frames for v, (_, _, frames) in videos.items()}, rates[-1])
         for video, info, _ in videos.values(): check_video(exam, "video files", video, info)
     if len(labels_of) > 1: exam.find("error", "episodes: other labels", list(labels_of.values())[1], ", ".join(list(labels_of)[1]), ", ".join(next(iter(labels_of))), "give all episodes the same columns, in the same order")
+    rates = [r for r in rates if r > 0]
     if rates and max(rates) > 1.2*min(rates): exam.find("warning", "episodes: rates differ", folder/"actions", f"{min(rates):.3g} to {max(rates):.3g} Hz", "one rate", "resample the rows to one rate: a chunk of actions is a time")
     exam.facts |= {"episodes": describe_lengths(counts or [0], float(np.median(rates)) if rates else 0.), "cameras": ", ".join(views) or "none", "action": ", ".join(next(iter(labels_of), ())) or "none"}
     exam.later += [partial(exam.judge, "episodes: holes in the rows", "cut these episodes in two, or leave them out", "an even rate"), partial(judge_episodes, exam, "episodes", views),

@@ -93,15 +93,15 @@ def _dead(exam, name, x, labels, moving):
     still = np.ptp(x, 0) == 0
     if not still.any(): return
     all_still = still[moving].all() and moving.any()
-    exam.find("error" if all_still else "warning", f"{name}: numbers of the action never change", f"all {len(x):,} rows looked at",
-              ", ".join(f"{labels[i]} = {x[0, i]:.4g}" for i in np.flatnonzero(still)[:8]), "movement",
+    exam.find("error" if all_still else "warning", f"{name}: numbers of the action never change", labels[still.argmax()],
+              ", ".join(f"{labels[i]} = {x[0, i]:.4g}" for i in np.flatnonzero(still)[:8]) + f" in all {len(x):,} rows looked at", "movement",
               "the robot never moves: another key holds its actions" if all_still else "leave these numbers out (`columns`), or find out why", int(still.sum()))
 
 def _limits(exam, name, x, labels, moving, at_limit):
     many = np.array([len(np.unique(c[:1000])) > 10 for c in x.T])
     share = at_limit.mean(0)*(moving & many)
-    if share.max() > .5: exam.find("warning", f"{name}: actions are mostly at their limit", f"all {len(x):,} rows looked at",
-        ", ".join(f"{labels[i]} for {share[i]:.0%} of the time" for i in np.flatnonzero(share > .5)), "less than half of the time", "the unit is too small, or the commands were clipped: check how they were recorded", int((share > .5).sum()))
+    if share.max() > .5: exam.find("warning", f"{name}: actions are mostly at their limit", labels[share.argmax()],
+        ", ".join(f"{labels[i]} for {share[i]:.0%} of the time" for i in np.flatnonzero(share > .5)) + f", in {len(x):,} rows looked at", "less than half of the time", "the unit is too small, or the commands were clipped: check how they were recorded", int((share > .5).sum()))
 
 def _spikes(exam, name, x, labels):
     low, mid, high = np.quantile(x, [.01, .5, .99], 0)
