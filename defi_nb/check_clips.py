@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .checks import check_actions, check_copies, check_disk, check_pictures, check_text, check_vector, check_video, judge_actions, judge_pictures, judge_speed, judge_texts, judge_videos, timed
+from .checks import check_actions, check_copies, check_disk, check_pictures, check_text, check_video, judge_actions, judge_pictures, judge_speed, judge_texts, judge_videos, timed
 from .decode import read_frames
 from .findings import Exam
 from .formats import ego4d_parts, release_splits

@@ -19,7 +19,7 @@ from .check_calvin import check_calvin
 from .check_clips import check_ego4d, check_release, check_something, check_videos
 from .check_robots import check_lerobot, check_own, check_rlds
 from .findings import Exam, Report
-from .formats import NEEDS, calvin_splits, detect_format, rlds_version, walk_names
+from .formats import calvin_splits, detect_format, rlds_version, walk_names
 
 # %% ../nbs/39_doctor.ipynb #269380b3
 CHECKS = dict(calvin=check_calvin, lerobot=check_lerobot, rlds=check_rlds, something=check_something, release=check_release, ego4d=check_ego4d,

@@ -215,7 +215,7 @@ def seen_before(self:Exam,
     if first != str(where): self.find("warning", f"{kind}: {what}", where, f"the same as {first}", "different content", remedy)
 
 # %% ../nbs/36_findings.ipynb #25f11411
-@dataclass
+@dataclass(repr=False)
 class Report:
     "What an examination found."
     folder:str # that was examined
@@ -272,6 +272,9 @@ def __str__(self:Report):
                   f"        found: {f.found}" + (f"; expected {f.expected}" if f.expected else "")]
         if f.remedy: lines.append(f"        do: {f.remedy}")
     return "\n".join(lines)
+
+@patch
+def __repr__(self:Report): return str(self)
 
 @patch
 def _repr_markdown_(self:Report):

@@ -247,12 +247,19 @@ def _ckpts(get, folder): # imported here: the other commands need no torch
     for name in get: print(f"{name}: {get_base_model(name, ckpts)}")
     if not get: print(ckpt_text(ckpt_table(ckpts), folder))
 
+def _doctor(args): # the exit status; imported here: the other commands need no torch
+    from defi_nb.doctor import examine
+    report = examine(args.dataset, args.all, args.seconds, args.format, args.hz)
+    print(report, flush=True)
+    if args.json: report.to_json(args.json)
+    return 130 if report.interrupted else 0 if report.sound else 1
+
 def _stop_with_parent(): # end this process, and with it its kernel, when the pipe from the parent closes
     os.read(0, 1) # not sys.stdin, whose lock would disturb a normal end
     os._exit(1)
 
 def _parser():
-    parser = ArgumentParser(prog="defi-nb", description="List, check and execute run notebooks; look after checkpoints.")
+    parser = ArgumentParser(prog="defi-nb", description="List, check and execute run notebooks; look after checkpoints and datasets.")
     sub = parser.add_subparsers(dest="command", required=True)
     sub.add_parser("list", help="the run notebooks, a line each")
     sub.add_parser("params", help="a run notebook's parameters with their defaults").add_argument("name")
@@ -264,6 +271,13 @@ def _parser():
     ckpts = sub.add_parser("ckpts", help="which pretrained weights are needed, which are there, and where to get the others")
     ckpts.add_argument("--get", nargs="+", default=[], metavar="NAME", help="fetch these from the Hugging Face hub")
     ckpts.add_argument("--ckpts", default="ckpts", help="folder of checkpoints, relative to the project's root")
+    doctor = sub.add_parser("doctor", help="whether a dataset is sound: what is wrong, where, and what to do; exit status 1 where there are errors")
+    doctor.add_argument("dataset", help="its folder")
+    doctor.add_argument("--all", action="store_true", help="look at all of it, not at a sample; Ctrl-C shows what was found until then")
+    doctor.add_argument("--seconds", type=float, default=20., help="that a sample may take, about")
+    doctor.add_argument("--format", default="", help="calvin, lerobot, rlds, something, release, ego4d, own or videos; without it, as names of files tell")
+    doctor.add_argument("--hz", type=float, default=0., help="rows a second, where the files don't say")
+    doctor.add_argument("--json", default="", metavar="FILE", help="also write the report here")
     return parser
 
 # %% ../nbs/50_run.ipynb #7e5d6099
@@ -276,6 +290,7 @@ def main(
         if args.command == "list": _print_list()
         if args.command == "params": _print_params(args.name)
         if args.command == "ckpts": _ckpts(args.get, args.ckpts)
+        if args.command == "doctor": return _doctor(args)
         if args.command == "run":
             if args.child: threading.Thread(target=_stop_with_parent, daemon=True).start()
             given = dict(args.p) | ({"out": args.out} if args.out else {})
