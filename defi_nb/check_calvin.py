@@ -260,7 +260,7 @@ def check_frames_of(
             elif wrong: exam.find("error", f"{name}: an array of the wrong kind", f"{name}/episode_{i:07d}.npz", *wrong, "write or download this frame again; a recording has frames of one kind")
         good = [(i, frame) for i, frame, wrong in read if frame is not None and not wrong]
         if not good: continue
-        judge_run(exam, name, root, good, spans)
+        exam.attempt(f"{name}: a check failed", f"{name}/episode_{good[0][0]:07d}.npz", partial(judge_run, exam, name, root, good, spans))
         exam.seen_before(f"{name}: recordings", b"".join(f[k].tobytes() for _, f in good for k in ("rel_actions", "robot_obs", "scene_obs") if k in f), f"{name}/episode_{good[0][0]:07d}.npz", what="the same frames twice")
         for key in (k for k in kinds if k.startswith("rgb_") and len(firsts.setdefault(k, [])) < 64): firsts[key].append(good[0][1][key])
     for key, pictures in firsts.items():

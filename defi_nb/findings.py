@@ -252,7 +252,7 @@ def report(self:Exam,
     format:str="", # of the dataset
 )->Report:
     "What was found, the worst first."
-    while self.later: self.later.pop(0)()
+    while self.later: self.attempt("a check failed", folder, self.later.pop(0))
     findings = sorted(self.findings.values(), key=lambda f: SEVERITIES.index(f.severity))
     kept, rng, texts = {}, np.random.default_rng(0), sum(self.texts.values(), Counter())
     for labels in dict.fromkeys(labels for _, labels, _ in self.actions):
@@ -292,7 +292,7 @@ COLOURS = dict(error="#b3261e", warning="#8a5a00", note="#4a5a6a") # of the seve
 def _repr_html_(self:Report):
     e = lambda text: html.escape(plain_text(text))
     badge = lambda s, colour: f'<span style="background:{colour};color:#fff;border-radius:3px;padding:1px 6px;white-space:nowrap">{s}</span>'
-    cell = 'style="text-align:left;vertical-align:top;white-space:normal;overflow-wrap:anywhere;padding:3px 8px"'
+    cell = 'style="text-align:left;vertical-align:top;white-space:normal;overflow-wrap:anywhere;min-width:6em;padding:3px 8px"'
     table = lambda header, rows: (f"<table><thead><tr>{''.join(f'<th {cell}>{h}</th>' for h in header)}</tr></thead><tbody>"*bool(header) or "<table><tbody>") + \
         "".join(f"<tr>{''.join(f'<td {cell}>{c}</td>' for c in row)}</tr>" for row in rows) + "</tbody></table>"
     colour = "#1b6e3c" if self.sound else COLOURS["error"]

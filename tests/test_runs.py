@@ -18,6 +18,7 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "eval_calvin": EVAL | {"steps": 20, "film": 1},
     "pretrain_encoders": {"tasks": DATA["tasks"], "demos": 8, "vae_steps": 2, "dino_steps": 2, "text_steps": 2, "data": "data/encoders", "assets": "assets"},
     "pipeline": DATA | {"chains": 2, "steps_gfdm": 4, "steps_gidm": 4, "steps_policy": 4, "ckpts": "ckpts/pipeline"},
+    "doctor": {"seconds": 5},
     "bench_inference": {"parts": "text,adapter", "repeats": 2},
     "ablations": DATA | {"rows": "coupled, without GFDM pretraining, plain: no video, MLP inverse model", "chains": 1, "fractions": "1.0", "seeds": 1, "steps": 4,
                          "pretrain_steps": 4, "ckpts": "ckpts/pipeline"},
