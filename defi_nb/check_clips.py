@@ -109,7 +109,9 @@ def _annotated(exam, name, root, fallback, path):
     there = {v: p for v, p in latents.items() if p.exists()}
     exam.tally(f"{name}: latents that are named but not there", len(there) < len(latents), where, next((str(p) for p in latents.values() if not p.exists()), ""))
     if not note["videos"] and not there: raise ValueError(f"{path} names no video, and its latents are not there: download them, or leave it out")
-    if there and not any(p.exists() for p in videos.values()): videos = {}
+    gone = [str(p) for p in videos.values() if not p.exists()]
+    exam.tally(f"{name}: videos that are named but not there", bool(gone), where, "".join(gone[:1]))
+    if there and gone: videos = {} # latents are enough for GFDM
     return [Clip(path.stem, note["text"], videos, there if len(there) == len(latents) else {}, frames=note["frames"])]
 
 def _annotated_actions(exam, name, paths):
@@ -127,6 +129,11 @@ def _annotated_actions(exam, name, paths):
             exam.find("warning", f"{name}: actions and states of different number", path, f"{len(x)} actions, {len(states)} states", "the same, or one less", "mend the annotation")
     exam.later.append(partial(judge_actions, exam, name))
 
+def _judge_missing_videos(exam, what):
+    bad, n, *_ = exam.tallies.get(what, (0, 0))
+    if bad == n: exam.judge(what, "nothing for GFDM, which needs the latents; GIDM needs the videos", "a file", warn_from=1.) # a set of latents
+    else: exam.judge(what, "download them, or leave these annotations out", "a file", error_from=0.)
+
 def check_release(
     exam:Exam, # that writes down
     folder:Path, # of the dataset, such as data/bridge
@@ -140,6 +147,7 @@ def check_release(
         paths = sorted((folder/annotation/split).glob("*.json"))
         each, views = check_clips(exam, name, paths, partial(_annotated, exam, name, folder, fallback), .6*share, str, longest=WholeClip().longest)
         _annotated_actions(exam, name, paths)
+        exam.later.append(partial(_judge_missing_videos, exam, f"{name}: videos that are named but not there"))
         exam.later.append(partial(exam.judge, f"{name}: latents that are named but not there", "nothing: they are computed before training, from the videos", "a file", warn_from=1.))
         exam.facts[f"{name}: clips"] = f"{len(paths):,}, of {each/views:.0f} frames on average"
         pictures += each*len(paths)
