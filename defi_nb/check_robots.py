@@ -21,9 +21,11 @@ from .decode import read_frames, scan_video
 from .findings import Exam
 from .formats import VIDEO, rlds_version
 from .mixtures import TABLE_12
+from .own import OwnFolder, read_table
 from .rlds import find_shards, index_shard, read_features
 from .robots import decode_picture
 from .tfrecord import decode_example, read_record
+from .videos import text_of_name
 
 # %% ../nbs/38_check_robots.ipynb #039adb99
 def check_episode(
@@ -51,11 +53,12 @@ def judge_episodes(
     exam:Exam, # with episodes looked at
     name:str, # of the episodes
     views:tuple, # names of the cameras
+    needed:bool=False, # whether each must have a sentence
 ):
     "Judge all episodes that were looked at."
     exam.judge(f"{name}: episodes of a few rows", "leave them out: they give few samples, or none", "5 or more")
     judge_actions(exam, name)
-    judge_texts(exam, name, needed=False)
+    judge_texts(exam, name, needed)
     for view in views: judge_pictures(exam, f"{name}, {view}")
 
 def describe_lengths(lengths, hz, unit="rows"): # (E,) rows of the episodes, rows a second (0: unknown)
@@ -203,21 +206,16 @@ def check_rlds(
 # %% ../nbs/38_check_robots.ipynb #b309b220
 def _read_actions(path):
     "labels, (n,A) numbers, (n,P) state or None, (n,) seconds or None of a CSV."
-    with open(path, newline="", encoding="utf-8-sig") as file: rows = [r for r in csv.reader(file) if r]
-    if len(rows) < 2: raise ValueError(f"{path} has {len(rows)} lines: give a header of labels and one row a control step")
-    header = [h.strip() for h in rows[0]]
-    if len(set(header)) < len(header): raise ValueError(f"{path} names a column twice: {header}: give each a label of its own")
-    for i, r in enumerate(rows[1:]):
-        if len(r) != len(header): raise ValueError(f"{path}: row {i} has {len(r)} values for {len(header)} columns: write it again")
-    try: x = np.array(rows[1:], float)
-    except ValueError as e: raise ValueError(f"{path} has a cell that is no number ({e}): write numbers only, nothing else") from None
-    state, moves = [i for i, h in enumerate(header) if h.startswith("state.")], [i for i, h in enumerate(header) if h != "timestamp" and not h.startswith("state.")]
-    return tuple(header[i] for i in moves), x[:, moves], x[:, state] if state else None, x[:, header.index("timestamp")] if "timestamp" in header else None
+    names, x = read_table(path)
+    state, moves = [i for i, h in enumerate(names) if h.startswith("state.")], [i for i, h in enumerate(names) if h != "timestamp" and not h.startswith("state.")]
+    return tuple(names[i] for i in moves), x[:, moves], x[:, state] if state else None, x[:, names.index("timestamp")] if "timestamp" in names else None
 
-def _read_captions(folder):
-    "episode -> text, of captions.csv or captions.jsonl."
-    path = next((p for name in ("captions.csv", "captions.jsonl") if (p := folder/name).exists()), folder/"captions.csv")
-    if not path.exists(): raise ValueError(f"{path} is missing: write it, with columns episode,text")
+def _read_captions(exam, folder, names):
+    "episode -> text, of captions.csv, captions.jsonl, or the names of the files."
+    path = next((p for name in ("captions.csv", "captions.jsonl") if (p := folder/name).exists()), None)
+    if path is None:
+        exam.find("warning", "episodes: no captions", folder/"captions.csv", "missing; the files' names are read as sentences", "episode,text", "write one line for each episode")
+        return {name: text_of_name(name) for name in names}
     text = path.read_text(encoding="utf-8-sig")
     rows = list(csv.DictReader(text.splitlines(keepends=True))) if path.suffix == ".csv" else [json.loads(line) for line in text.splitlines() if line.strip()]
     if bad := [r for r in rows if r.get("episode") is None or r.get("text") is None]: raise ValueError(f"{path} has a row without episode and text, {bad[0]}: name its columns so")
@@ -245,13 +243,17 @@ def look_at_own(
     return *table, videos
 
 # %% ../nbs/38_check_robots.ipynb #fbf5d17b
+def _compare_lengths(exam, where, rows_seconds, video_seconds, hz, found, remedy):
+    "Rows that last longer than their video have no pictures in the end; a video may go on."
+    if rows_seconds > video_seconds + 2/(hz or 1): exam.find("error", "episodes: rows last longer than the video", where, found, f"{video_seconds:.3g} s, as the video", remedy)
+    elif rows_seconds < video_seconds - max(.1*video_seconds, .5): exam.find("warning", "episodes: the video lasts longer than the rows", where, found, f"{video_seconds:.3g} s, as the video", remedy)
+
 def _check_times(exam, where, times, n, videos, hz):
     "Compare an episode's rows with its videos; returns its rate."
     info = next(iter(videos.values()))[1]
     video_seconds = info.times[-1] + (np.median(np.diff(info.times)) if len(info) > 1 else 0.)
     if times is None:
-        if hz and abs(n/hz - video_seconds) > max(.1*video_seconds, .5):
-            exam.find("error", "episodes: rows and video of different length", where, f"{n} rows, {n/hz:.2f} s at {hz:g} Hz", f"{video_seconds:.2f} s, as the video", "correct hz, or add a column timestamp, or pair the files again")
+        if hz: _compare_lengths(exam, where, n/hz, video_seconds, hz, f"{n} rows, {n/hz:.3g} s at {hz:g} Hz", "correct hz, or add a column timestamp, or pair the files again")
         return hz or (n/video_seconds if video_seconds else 0.)
     if not np.isfinite(times).all() or (np.diff(times) <= 0).any():
         at = int(np.argmax(~(np.diff(times, prepend=-math.inf) > 0)))
@@ -259,8 +261,7 @@ def _check_times(exam, where, times, n, videos, hz):
         return 0.
     rate = (n - 1)/(times[-1] - times[0]) if n > 1 else 0.
     span = times[-1] - times[0] + (1/rate if rate else 0.)
-    if abs(span - video_seconds) > max(.1*video_seconds, .5):
-        exam.find("error", "episodes: rows and video of different length", where, f"time stamps over {span:.3g} s", f"{video_seconds:.3g} s, as the video", "write seconds (not milliseconds or frames), or pair the files again")
+    _compare_lengths(exam, where, span, video_seconds, rate, f"time stamps over {span:.3g} s", "write seconds (not milliseconds or frames), or pair the files again")
     if n > 2 and (np.diff(times).max() > 3*np.median(np.diff(times))): exam.tally("episodes: holes in the rows", True, where, f"{np.diff(times).max():.2f} s between two rows")
     return rate
 
@@ -271,7 +272,7 @@ def check_own(
 ):
     "Examine a lab's own folder."
     tables, labels_of, rates = sorted((folder/"actions").glob("*.csv")), {}, []
-    captions = exam.attempt("captions can't be read", folder/"captions.csv", partial(_read_captions, folder)) or {}
+    captions = exam.attempt("captions can't be read", folder/"captions.csv", partial(_read_captions, exam, folder, [p.stem for p in tables])) or {}
     for p in tables: check_text(exam, "episodes", captions.get(p.stem, ""), f"episode {p.stem}")
     names = {p.stem for p in tables}
     for kind, others, remedy in (("captions without actions", sorted(captions.keys() - names), "mend captions.csv"), ("videos without actions", sorted({p.stem for p in (folder/"videos").iterdir()} - names) if (folder/"videos").is_dir() else [], "add their actions, or move them")):
@@ -286,9 +287,12 @@ def check_own(
         for video, info, _ in videos.values(): check_video(exam, "video files", video, info)
     if len(labels_of) > 1: exam.find("error", "episodes: other labels", list(labels_of.values())[1], ", ".join(list(labels_of)[1]), ", ".join(next(iter(labels_of))), "give all episodes the same columns, in the same order")
     rates = [r for r in rates if r > 0]
-    if rates and max(rates) > 1.2*min(rates): exam.find("warning", "episodes: rates differ", folder/"actions", f"{min(rates):.3g} to {max(rates):.3g} Hz", "one rate", "resample the rows to one rate: a chunk of actions is a time")
+    usual = np.median(rates or [1.])
+    if rates and not .8*usual < min(rates) <= max(rates) < 1.25*usual: exam.find("error", "episodes: rates differ", folder/"actions", f"{min(rates):.3g} to {max(rates):.3g} Hz", "one rate", "resample the rows to one rate: a chunk of actions is a time")
+    if not any(f.severity == "error" for f in exam.findings.values()) and (exam.everything or len(tables) <= 300):
+        exam.attempt("the reader refuses the folder", folder, partial(OwnFolder, folder, hz)) # it looks at all files, and has the last word
     exam.facts |= {"episodes": describe_lengths(counts or [0], float(np.median(rates)) if rates else 0.), "cameras": ", ".join(views) or "none", "action": ", ".join(next(iter(labels_of), ())) or "none"}
-    exam.later += [partial(exam.judge, "episodes: holes in the rows", "cut these episodes in two, or leave them out", "an even rate"), partial(judge_episodes, exam, "episodes", views),
+    exam.later += [partial(exam.judge, "episodes: holes in the rows", "cut these episodes in two, or leave them out", "an even rate"), partial(judge_episodes, exam, "episodes", views, True),
                    partial(judge_videos, exam, "video files"), partial(judge_speed, exam, max(len(views), 1))]
     check_copies(exam, "video files", [p for t in tables for p in _own_videos(folder, t.stem).values()])
     check_disk(exam, folder, round(np.mean(counts or [0])*len(tables)*len(views)))
