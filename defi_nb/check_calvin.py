@@ -289,7 +289,7 @@ def check_calvin(
     hz:float=0., # not needed: CALVIN has 30 frames a second
 ):
     "Examine a dataset in CALVIN's format."
-    splits, pictures, views = calvin_splits(folder), 0, 1
+    splits, pictures, views, files = calvin_splits(folder), 0, 1, 0
     for k, (name, root) in enumerate(splits.items()):
         ids = check_present(exam, name, root, check_segments(exam, name, root))
         if ids is None: continue
@@ -306,6 +306,6 @@ def check_calvin(
             exam.seen_before(f"{name}: recordings", digest, f"{name}, frames {segment[0]} to {segment[1]}")
         cameras = {k.removeprefix("rgb_"): shape for k, (shape, _) in kinds.items() if k.startswith("rgb_")}
         exam.facts[f"{name}: cameras"] = ", ".join(f"{v} {'x'.join(map(str, s[:2]))}" for v, s in cameras.items()) or "none"
-        pictures, views = pictures + frames*len(cameras), max(views, len(cameras))
+        pictures, views, files = pictures + frames*len(cameras), max(views, len(cameras)), files + frames
     exam.later.append(partial(judge_speed, exam, views))
-    check_disk(exam, folder, pictures)
+    check_disk(exam, folder, pictures, files)

@@ -265,6 +265,10 @@ def _check_times(exam, where, times, n, videos, hz):
     if n > 2 and (np.diff(times).max() > 3*np.median(np.diff(times))): exam.tally("episodes: holes in the rows", True, where, f"{np.diff(times).max():.2f} s between two rows")
     return rate
 
+def _ask_reader(exam, folder, hz):
+    "The reader looks at all files, and has the last word."
+    if not any(f.severity == "error" for f in exam.findings.values()): exam.attempt("the reader refuses the folder", folder, partial(OwnFolder, folder, hz))
+
 def check_own(
     exam:Exam, # that writes down
     folder:Path, # with videos/, actions/ and captions.csv
@@ -289,10 +293,9 @@ def check_own(
     rates = [r for r in rates if r > 0]
     usual = np.median(rates or [1.])
     if rates and not .8*usual < min(rates) <= max(rates) < 1.25*usual: exam.find("error", "episodes: rates differ", folder/"actions", f"{min(rates):.3g} to {max(rates):.3g} Hz", "one rate", "resample the rows to one rate: a chunk of actions is a time")
-    if not any(f.severity == "error" for f in exam.findings.values()) and (exam.everything or len(tables) <= 300):
-        exam.attempt("the reader refuses the folder", folder, partial(OwnFolder, folder, hz)) # it looks at all files, and has the last word
     exam.facts |= {"episodes": describe_lengths(counts or [0], float(np.median(rates)) if rates else 0.), "cameras": ", ".join(views) or "none", "action": ", ".join(next(iter(labels_of), ())) or "none"}
     exam.later += [partial(exam.judge, "episodes: holes in the rows", "cut these episodes in two, or leave them out", "an even rate"), partial(judge_episodes, exam, "episodes", views, True),
                    partial(judge_videos, exam, "video files"), partial(judge_speed, exam, max(len(views), 1))]
+    if exam.everything or len(tables) <= 300: exam.later.append(partial(_ask_reader, exam, folder, hz))
     check_copies(exam, "video files", [p for t in tables for p in _own_videos(folder, t.stem).values()])
     check_disk(exam, folder, round(np.mean(counts or [0])*len(tables)*len(views)))

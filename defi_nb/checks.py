@@ -282,10 +282,11 @@ def check_disk(
     exam:Exam, # that writes down
     folder, # of the dataset
     pictures:int, # in all views
+    files:int=0, # that there must be, for an estimate where time does not allow to count; 0: unknown
 ):
     "Write down what there is, what is free, and what preparation needs."
-    total, files, whole = folder_bytes(folder, np.inf if exam.everything else max(.1*exam.left(), .2))
-    exam.facts["size"] = f"{'' if whole else 'more than '}{in_bytes(total)} in {files:,} files" + ("" if whole else " counted so far")
+    total, counted, whole = folder_bytes(folder, np.inf if exam.everything else max(.1*exam.left(), .2))
+    exam.facts["size"] = f"{in_bytes(total)} in {counted:,} files" if whole else f"about {in_bytes(total/counted*files)} in {files:,} files, by {counted:,} of them" if files > counted else f"more than {in_bytes(total)}: {counted:,} files counted so far"
     free = shutil.disk_usage(folder).free
     exam.facts["free on its disk"] = in_bytes(free)
     needs = {preset: {what: n*pictures for what, n in each.items()} for preset, each in PREPARED.items()}
