@@ -211,7 +211,7 @@ DAMAGES = [ # set, what is done to it, severity, what the finding must say, and 
     ("release", "copied clip", lambda f: shutil.copy(f/"videos/train/1/rgb.mp4", f/"videos/train/2/rgb.mp4"), "warning", "same content twice", "rgb.mp4"),
     ("release", "latents without their factor", lambda f: latents(f, 1/.18215), "error", "another scale", ".pt"),
     ("release", "latents multiplied twice", lambda f: latents(f, .18215), "error", "another scale", ".pt"),
-    ("release", "bomb for latents", lambda f: pickled(f, "latent_videos/train/1/0.pt"), "error", "not a plain tensor", "1"),
+    ("release", "bomb for latents", lambda f: pickled(f, "latent_videos/train/1/0.pt"), "error", "latent_videos/train/1/0.pt", "1"),
     ("release", "latents of fewer frames", lambda f: torch.save(torch.randn(7, 4, 8, 8)*.7, f/"latent_videos/train/1/0.pt"), "error", "7 and 20 frames", "1"),
     ("own", "truncated mp4", lambda f: cut(f/"videos/ep2.mp4"), "error", "can't be read", "ep2.csv"),
     ("own", "no video", lambda f: (f/"videos/ep2.mp4").unlink(), "error", "no video", "ep2.csv"),
