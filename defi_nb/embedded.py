@@ -22,13 +22,14 @@ from .calvin_data import read_calvin
 from .ckpts import find_base_model
 from .dino_forward import DinoForward, DinoForwardConfig, fit_dino
 from .encoders import weights_digest
-from .episodes import Rows, WindowDataset, cache_rows, concat_frames, encode_frames, frames_identity
+from .episodes import Rows, WindowDataset, concat_frames, frames_identity
 from .gfdm import GFDM, GFDMConfig, fit_encoders
 from .gidm import GIDM, GIDMConfig
 from .models import is_finished, load_model
 from .official import load_gfdm, load_gidm
 from .recorder import LAPTOP_TASKS, RecordConfig, record_demonstrations
 from .run import project_root, run_notebook
+from .shards import encode_frames, shard_rows
 from .spec import VIEWS, DataSpec, preset_of
 
 # %% ../nbs/51_embedded.ipynb #4a7d0ae2
@@ -124,26 +125,26 @@ def encoded(
     data="data", # folder, relative to the project's root
     preset:str="tiny", # of the encoders
     n_workers:int=2, # threads
-)->dict: # field -> (N,V,...) float16 memmap
+)->dict: # field -> `ShardRows` (N,V,...) float16
     "What the frozen encoders make of every picture, each computed once and kept."
     folder = project_root()/data/f"{store_name(split, preset)}-encoded"
     encode = dict(latent=encoders.vae.encode, dino=encoders.dino)
     name = dict(latent="vae", dino="dino")
     identity = encoders.identity()
-    return {f: encode_frames(frames, encode[f], folder/f"{f}.npy", identity[name[f]], n_workers=n_workers) for f in fields}
+    return {f: encode_frames(frames, encode[f], folder/f, identity[name[f]], n_workers=n_workers) for f in fields}
 
 def feature_file(
     policy, # `policy.CoupledPolicy`, whose GFDM is frozen
     part:str, # which samples: a share of the demonstrations, or "held_out"
-)->str: # a file name
+)->str: # the name of shards, without their key
     "Where a policy's GFDM features are kept."
     step, views = getattr(policy.gfdm.cfg, "extract_step", 1), policy.cfg.views
-    return f"feature-{weights_digest(policy.gfdm)}-{part}" + f"-step{step}"*(step != 1) + f"-{'-'.join(views)}"*(views != VIEWS) + ".npy"
+    return f"feature-{weights_digest(policy.gfdm)}-{part}" + f"-step{step}"*(step != 1) + f"-{'-'.join(views)}"*(views != VIEWS)
 
 def feature_bytes(
     policy, # `policy.CoupledPolicy`
     samples:int, # number of samples
-)->int: # of a file in float16
+)->int: # in float16
     "What keeping GFDM's features of all samples takes."
     _, P, D = policy.gfdm.feature_shape()
     return 2*samples*len(policy.cfg.views)*len(policy.cfg.frames)*P*D
@@ -151,14 +152,14 @@ def feature_bytes(
 def foreseen(
     policy, # `policy.CoupledPolicy`, whose GFDM is frozen
     samples:WindowDataset, # with what GFDM reads of the present frame
-    path, # of the file to make
+    path, # of the shards to make, without their key
 )->WindowDataset: # the same samples with `feature` instead
     "GFDM's one-step features of every sample, computed once and kept."
     def compute(lo, hi): return policy.features(samples[np.arange(lo, hi)])
     identity = dict(gfdm=weights_digest(policy.gfdm, policy.gfdm.cfg), frames=policy.cfg.frames, data=frames_identity(samples.frames),
                     samples=hashlib.sha256(samples.anchors.tobytes() + repr(samples.windows).encode()).hexdigest()[:16])
     if policy.cfg.views != VIEWS: identity["views"] = policy.cfg.views
-    feature = cache_rows(path, len(samples), compute, identity, batch_size=32) # one thread: GFDM's network is stopped half-way by hooks, which threads would share
+    feature = shard_rows(path, len(samples), compute, identity, batch_size=32, most_rows=1024) # one thread: GFDM's network is stopped half-way by hooks, which threads would share
     return WindowDataset(samples.frames, samples.windows, chunk=samples.chunk, stride=samples.stride, min_left=samples.min_left,
                          sample_arrays=dict(feature=feature))
 

@@ -4,27 +4,18 @@
 
 # %% auto #0
 __all__ = ['Window', 'Frames', 'fake_frames', 'check_frames', 'Rows', 'concat_frames', 'take_fraction', 'split_windows',
-           'count_tasks', 'show_tasks', 'WindowDataset', 'cache_rows', 'frames_identity', 'encode_frames']
+           'count_tasks', 'show_tasks', 'WindowDataset', 'frames_identity']
 
 # %% ../nbs/10_episodes.ipynb #cea97d89
 import hashlib
-import json
-import os
-import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from fastcore.basics import patch
-from filelock import FileLock
 
-from .files import write_whole
-from .progress import progress_bar
 from .spec import ACTION_DIM, VIEWS, Batch
 
 # %% ../nbs/10_episodes.ipynb #dde92d38
@@ -298,87 +289,6 @@ def select(self:WindowDataset,
     return ds
 
 # %% ../nbs/10_episodes.ipynb #73beb85f
-def cache_rows(
-    path, # of the `.npy` file to make
-    n:int, # number of rows
-    compute, # (lo, hi) -> (hi-lo,...) array or tensor, the rows lo to hi-1; a pure function
-    identity, # what the values depend on; anything `json` can write
-    batch_size:int=256, # rows of a chunk
-    n_workers:int=1, # threads; 1 leaves torch's own threading as it is
-    dtype=np.float16, # of the file
-    save_every:float=5., # seconds between two records of what is done
-)->np.ndarray: # (n,...) read-only memmap
-    "The rows that `compute` gives, from a file: made when missing, finished when half made, made again when stale."
-    if n < 1: raise ValueError(f"no rows to compute for {path}: n is {n}")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    identity = json.loads(json.dumps(dict(identity=identity, rows=n, dtype=np.dtype(dtype).name)))
-    with FileLock(_beside(path, ".lock")):
-        done = _rows_done(path, identity)
-        if done < n: _fill(path, n, done, compute, identity, batch_size, n_workers, dtype, save_every)
-        if _beside(path, ".part").exists(): os.replace(_beside(path, ".part"), path)
-    return np.load(path, mmap_mode="r")
-
-def _beside(path, suffix): return path.with_name(path.name + suffix)
-
-def _rows_done(path, identity):
-    "How many rows of the cache can be used; what cannot is deleted."
-    part, journal = _beside(path, ".part"), _beside(path, ".json")
-    try: found = json.loads(journal.read_text())
-    except (FileNotFoundError, ValueError): found = {}
-    file, why = part if part.exists() else path, None
-    if found and found["identity"] != identity: why = "was made from other data or another encoder"
-    elif found and file.exists() and not _readable(file): why = "is damaged"
-    elif found and file.exists(): return found["done"]
-    if why and file.exists(): print(f"{path.name} {why}: making it again")
-    for f in (path, part, journal): f.unlink(missing_ok=True)
-    return 0
-
-def _readable(path):
-    "Whether a `.npy` file is whole: a full disk or a broken copy may have cut it short."
-    try: return np.load(path, mmap_mode="r") is not None
-    except (ValueError, EOFError): return False
-
-# %% ../nbs/10_episodes.ipynb #87ef0a55
-def _fill(path, n, done, compute, identity, batch_size, n_workers, dtype, save_every):
-    "Compute the rows from `done` on; every few seconds the journal counts them."
-    part, saved = _beside(path, ".part"), time.monotonic()
-    out = np.lib.format.open_memmap(part, mode="r+") if done else None
-    ranges = [(lo, min(lo + batch_size, n)) for lo in range(done, n, batch_size)]
-    results = _in_threads(compute, ranges, n_workers)
-    try:
-        with progress_bar(total=n, initial=done, desc=path.stem, unit="row") as bar, closing(results):
-            for (lo,hi),x in zip(ranges, results):
-                x = torch.as_tensor(x).detach().float().cpu().numpy()
-                if out is None: out = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=(n, *x.shape[1:]))
-                out[lo:hi], done = x, hi
-                if time.monotonic() - saved >= save_every:
-                    _record(path, out, identity, done)
-                    saved = time.monotonic()
-                bar.update(hi - lo)
-    finally:
-        if out is not None: _record(path, out, identity, done)
-
-def _record(path, out, identity, done):
-    "Note that the first `done` rows are on the disk."
-    out.flush()
-    write_whole(_beside(path, ".json"), json.dumps(dict(identity=identity, done=done)))
-
-def _in_threads(f, ranges, n_workers):
-    "f(lo, hi) of each range, in order, a few of them ahead."
-    if n_workers <= 1: yield from (f(*r) for r in ranges); return
-    threads, pool, ahead = torch.get_num_threads(), ThreadPoolExecutor(n_workers), []
-    torch.set_num_threads(1)
-    try:
-        for r in ranges:
-            ahead.append(pool.submit(f, *r))
-            if len(ahead) >= 2*n_workers: yield ahead.pop(0).result()
-        for job in ahead: yield job.result()
-    finally: # also on Ctrl-C: no new chunks, and torch's threading as it was
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
-
-# %% ../nbs/10_episodes.ipynb #b776cbd2
 def frames_identity(
     frames:Frames, # the store
 )->dict: # sizes and a digest
@@ -391,23 +301,3 @@ def frames_identity(
     for v in frames.video.values(): digest.update(np.ascontiguousarray(v[some]).tobytes())
     views = {k: list(v.shape[1:]) for k,v in frames.video.items()}
     return dict(rows=len(frames), views=views, digest=digest.hexdigest()[:16])
-
-def encode_frames(
-    frames:Frames, # the store, with its video
-    encode, # (n,3,H,W) uint8 tensor -> (n,...) tensor; a picture's result must not depend on its batch
-    path, # of the `.npy` file
-    identity, # of the encoder: what its output depends on, such as its name and a digest of its weights
-    batch_size:int=128, # rows encoded at once
-    n_workers:int=1, # threads
-    views:tuple=VIEWS, # cameras, in the order of axis V
-)->np.ndarray: # (N,V,...) float16 memmap
-    "The encodings of every picture, made once."
-    if missing := [v for v in views if v not in frames.video]:
-        raise ValueError(f"the recording has no view {missing}; it has {list(frames.video)}")
-    @torch.inference_mode()
-    def compute(lo, hi):
-        x_nvhwc = np.stack([frames.video[v][lo:hi] for v in views], 1)
-        x = encode(torch.from_numpy(x_nvhwc).flatten(0, 1).permute(0,3,1,2).contiguous())
-        return x.unflatten(0, (hi - lo, len(views)))
-    identity = dict(encoder=identity, data=frames_identity(frames))
-    return cache_rows(path, len(frames), compute, identity, batch_size, n_workers)

@@ -1,19 +1,16 @@
 "Kill processes with SIGKILL in the middle of their work; what they leave must be usable, and resuming must be exact."
 import multiprocessing
-import json
 import os
 import random
 import signal
 import time
 
-import numpy as np
-import pytest
 import torch
 from torch import nn
 
 from defi_nb import checkpoint
 from defi_nb.checkpoint import load_checkpoint, load_state, save_checkpoint
-from defi_nb.episodes import WindowDataset, cache_rows, fake_frames
+from defi_nb.episodes import WindowDataset, fake_frames
 from defi_nb.train import CLOCK, TrainConfig, fit, read_metrics
 
 # A fork server imports torch once and never computes, so its children start fast and inherit no threads.
@@ -110,22 +107,3 @@ def test_save_killed_at_each_call(tmp_path):
         found.append(step)
         if survived: break
     assert survived and found == sorted(found) and {1, 2} == set(found) and len(found) > 8
-
-
-def slow_rows(lo, hi):
-    time.sleep(.02)
-    return np.arange(lo, hi)[:, None]*np.ones(4)
-
-
-@pytest.mark.parametrize("n_workers", [1, 2])
-def test_cache_killed(tmp_path, n_workers):
-    "A cache goes on after the last rows written, and is right."
-    path, again = tmp_path/"rows.npy", []
-    def counted(lo, hi): again.append(lo); return slow_rows(lo, hi)
-    journal = tmp_path/"rows.npy.json"
-    def far(): return journal.exists() and json.loads(journal.read_text())["done"] >= 300
-    args = path, 1000, slow_rows, "rows", 10, n_workers, np.float32, .05
-    assert not kill_when(cache_rows, args, far)
-    assert not path.exists()
-    rows = cache_rows(path, 1000, counted, "rows", 10, n_workers, np.float32)
-    assert (rows == np.arange(1000)[:, None]).all() and 0 < len(again) < 100
