@@ -42,6 +42,7 @@ class AdapterConfig:
     sigma_high:float = 80. # greatest noise level in training and sampling
     steps:int = 10 # network calls per chunk
     sample_low:float = 1. # last noise level of the sampler
+    action_dim:int = ACTION_DIM # numbers of an action, A
 
     @classmethod
     def tiny(cls): return cls()
@@ -113,7 +114,7 @@ class ActionAdapter(nn.Module):
         self.proprio_emb = two_layers(cfg.proprio_dim) if cfg.proprio_dim else None
         self.encoder, self.decoder = ContextEncoder(cfg), ActionDecoder(cfg)
         self.sigma_emb = sigma_embedding(cfg.dim)
-        self.action_emb, self.action_pred = nn.Linear(ACTION_DIM, cfg.dim), nn.Linear(cfg.dim, ACTION_DIM)
+        self.action_emb, self.action_pred = nn.Linear(cfg.action_dim, cfg.dim), nn.Linear(cfg.dim, cfg.action_dim)
         self.pos_emb = nn.Parameter(.02*torch.randn(1, cfg.chunk, cfg.dim)) if cfg.pos_embed == "learned" else None
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -199,7 +200,7 @@ def sample(self:ActionAdapter,
 )->Tensor: # (B,K,A) actions
     "A chunk of actions for each context."
     cfg = self.cfg
-    noise = torch.randn(len(context), cfg.chunk, ACTION_DIM, device=context.device) if noise is None else noise
+    noise = torch.randn(len(context), cfg.chunk, cfg.action_dim, device=context.device) if noise is None else noise
     sigmas = (exponential_sigmas(cfg.steps, cfg.sample_low, cfg.sigma_high) if sigmas is None else sigmas).to(noise)
     prepared = self.prepare(context, sigmas[:-1])
     levels = iter(prepared.modulations) # the sampler takes the noise levels in their order
