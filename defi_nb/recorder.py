@@ -16,6 +16,8 @@ from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
+
 from .progress import progress_bar
 
 from .calvin import CATEGORIES, INSTRUCTIONS, check_tasks, state_after
@@ -219,6 +221,10 @@ def record_demonstrations(
 )->dict: # folder, chains, frames, and windows of each task
     "Record what is missing of a recording, and say what there is."
     root = Path(folder)/split
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(root.with_name(f".{split}.lock")): return _record(root, config, split, n_workers) # another process waits, and finds it recorded
+
+def _record(root, config, split, n_workers):
     _claim(root, config)
     if (root/"ep_start_end_ids.npy").exists():
         found = _summary(root)

@@ -215,7 +215,8 @@ def run_notebook(
     folder, params = project_root()/out, check_parameters(name, params | {"out": str(out)})
     if (metrics := earlier_run(folder, params)) is not None: return metrics
     typed = [arg for n, v in params.items() for arg in ("-p", n, v if isinstance(v, str) else repr(v))]
-    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    env = {n: v for n, v in os.environ.items() if not re.fullmatch("(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|ACCELERATE_.*", n)} # the child is no rank of ours
+    env |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
     command = [sys.executable, "-c", "from defi_nb.run import main; raise SystemExit(main())", "run", name, "--child", *typed]
     with subprocess.Popen(command, cwd=project_root(), env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
         last = deque(maxlen=1)
