@@ -44,10 +44,10 @@ def guess_episode(
     relative, # (A,) bool, which numbers are changes
     mean:np.ndarray, # (A,) of the training data
 )->dict: # name -> (N,A)
-    "Two predictions that see nothing: no motion (of targets: their mean), and the action before the chunk, held."
+    "Two predictions that see nothing: holding still (of targets: their mean), and the action before the chunk, held."
     before = np.maximum(np.arange(len(recorded))//chunk*chunk - 1, 0)
     still = np.where(relative, 0., mean)
-    return {"hold still" if np.all(relative) else "mean action": np.broadcast_to(still, recorded.shape), "last action": recorded[before]}
+    return {"hold still" if np.any(relative) else "mean action": np.broadcast_to(still, recorded.shape), "last action": recorded[before]}
 
 def unit_errors(
     predicted:dict, # name -> list of (N,A) of episodes

@@ -190,7 +190,7 @@ def _unpacked(row, encoder):
 def keep_texts(
     encoder, # `encoders.ClipTextEncoder` or `T5TextEncoder`; from now on it finds them
     texts, # sentences, as the encoder gets them
-    path, # of the shards, without their key
+    path, # of the shards, without their key; sets of sentences lie side by side
     identity, # of the encoder: what its output depends on
     keep_gb:float=20., # most gigabytes to keep; beyond, it goes on as before
     n_workers:int=1, # threads
@@ -203,7 +203,7 @@ def keep_texts(
     if 4*len(texts)*most/1e9 > keep_gb:
         print(f"sentences are encoded as they come; kept, {len(texts)} of them would take {4*len(texts)*most/1e9:.3g} GB")
         return encoder
-    rows = shard_rows(path, len(texts), lambda lo, hi: torch.stack([_packed(compute(t), most) for t in texts[lo:hi]]),
+    rows = shard_rows(f"{path}-{identity_key(texts)[:8]}", len(texts), lambda lo, hi: torch.stack([_packed(compute(t), most) for t in texts[lo:hi]]),
                       dict(encoder=identity, texts=identity_key(texts)), 64, n_workers, np.float32)
     encoder.encode = KeptTexts(compute, texts, rows)
     return encoder

@@ -185,7 +185,7 @@ def _robot_data(piece, field, encoders, spec, stride, data_frac, folder):
     source, (train, held) = piece.data, split_units(piece)
     if not 0 < data_frac <= 1: raise ValueError(f"data_frac is {data_frac}; it is a share of the demonstrations, above 0 and up to 1")
     some = sorted(np.random.default_rng(0).permutation(train)[:max(1, round(data_frac*len(train)))].tolist())
-    scale = measure_scale(source, episodes=some)
+    scale = measure_scale(source, episodes=sorted(some + held))
     encode, identity = dict(latent=(encoders.vae.encode, "vae"), dino=(encoders.dino, "dino"))[field]
     learn, judge = coded_pair(piece, (train, held), (stride/source.hz, 10/source.hz), field, encode, encoders.identity()[identity], folder,
                               chunk=spec.chunk, scale=scale, size=spec.image_size)

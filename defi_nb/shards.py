@@ -116,7 +116,7 @@ def _tell_others(folder, identity):
         except (ValueError, KeyError): there = {}
         differ = [k for k in {**identity, **there} if identity.get(k) != there.get(k)]
         taken = sum(f.stat().st_size for f in other.parent.glob("*.npy"))
-        print(f"{other.parent.name} was made with another {' and '.join(differ)} and is not used ({in_words(taken)}: delete it if you need it no more)")
+        print(f"{other.parent.name} is of another {' and '.join(differ)} and not used here ({in_words(taken)}: delete it if no run needs it any more)")
 
 # %% ../nbs/11_shards.ipynb #d9d151db
 def _sizes(about):
@@ -171,7 +171,8 @@ def _make_shard(folder, i, about, compute, batch_size, n_workers, bar):
             bar.update(b - a)
     try:
         with atomic(_shard(folder, i)) as file:
-            np.lib.format.write_array(file, out)
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(out))
+            file.write(memoryview(out).cast("B")) # not `tofile`, which does not tell a full disk from other errors
             file.flush()
             os.fsync(file.fileno())
     except OSError as e:

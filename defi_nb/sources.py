@@ -272,7 +272,7 @@ def fits_latents(
     "Whether a piece's stored latents are of the encoder's shape."
     clips = piece.data if isinstance(piece.data, list) else []
     paths = [p for c in clips[:1] for p in c.latents.values()]
-    return bool(paths) and all(tuple(scan_latent(p)[1:]) == tuple(shape) for p in paths)
+    return bool(paths) and all(Path(p).exists() and tuple(scan_latent(p)[1:]) == tuple(shape) for p in paths)
 
 def coded_pair(
     piece:Piece, # that is open
