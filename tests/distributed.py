@@ -1,4 +1,4 @@
-"""What `test_processes.py` starts several of: train as the JSON in the first argument says, and write what came out.
+"""What `test_processes.py` starts several of: train as each job of the JSON in the first argument says, and write what came out.
 
 Not a test by itself; it is started by torchrun, and each process writes OUT/rank<N>.json.
 """
@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -49,6 +50,7 @@ class Coded(Net):
 
     def loss(self, batch):
         q = self.vq(self.dropout(self.layers[0](batch.proprio))[:, None])
+        time.sleep(.01*self.training) # long enough to be killed in
         error = (self.out(q.z_q[:, 0]) - batch.action.flatten(1)).square().mean()
         return error + q.loss + 0*self.layers[1](batch.proprio).sum(), {}
 
@@ -71,12 +73,14 @@ def stage(name):
 
 
 def main(job):
+    rank, out = int(os.environ.get("RANK", 0)), Path(job["out"])
+    out.mkdir(parents=True, exist_ok=True)
     if job["model"] in ("gfdm", "gidm", "plain"): model, data = stage(job["model"])
     else:
         frames = fake_frames({"open_drawer": 3})
         model, data = {"net": Net, "coded": Coded}[job["model"]](), WindowDataset(frames, frames.windows, chunk=10)
-    rank, out = int(os.environ.get("RANK", 0)), Path(job["out"])
     def die(row):
+        time.sleep(job.get("pause", 0))
         if row["step"] == job.get("die_at"): os.kill(os.getpid(), signal.SIGKILL)
     cfg = TrainConfig(device="cpu", num_threads=1, **job["cfg"])
     history = fit(model, data, cfg, out/"ckpt", on_log=die, val_data=data, info={})
@@ -84,4 +88,5 @@ def main(job):
     (out/f"rank{rank}.json").write_text(json.dumps({"history": history, "digest": digest}))
 
 
-if __name__ == "__main__": main(json.loads(sys.argv[1]))
+if __name__ == "__main__":
+    for job in json.loads(sys.argv[1]): main(job)

@@ -1,98 +1,120 @@
 "Two processes with gloo: the same losses as one at the same global batch, uneven shares, sharded or not, killed and resumed."
 import json
 import os
-import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import ENV, ROOT
 from safetensors.torch import load_file
 
-from defi_nb.train import CLOCK
+from defi_nb.checkpoint import read_config
+from defi_nb.train import CLOCK, read_metrics
 
-SCRIPT = ROOT/"tests/distributed.py"
+SCRIPT, ALONE = ROOT/"tests/distributed.py", [sys.executable]
 CFG = {"steps": 12, "batch_size": 8, "warmup": 2, "lr": 1e-3, "log_every": 1, "save_every": 4, "ema_decay": .9, "val_every": 6}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def launch(out, launcher, cfg, model="net", fails=False, **job):
-    "What each process ended with; the checkpoint's folder is OUT/ckpt."
-    out.mkdir(exist_ok=True)
-    job = json.dumps({"model": model, "cfg": CFG | cfg, "out": str(out), **job})
-    env = {k: v for k, v in ENV.items() if not k.startswith("ACCELERATE")} | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run([*launcher, str(SCRIPT), job], env=env, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+def environment(): return ENV | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+
+
+def a_job(out, cfg, model="net", **more): return {"model": model, "cfg": CFG | cfg, "out": str(out), **more}
+
+
+def launch(launcher, *jobs, fails=False):
+    "Each job on all processes, one after the other; what each process ended a job with lies in the job's folder."
+    done = subprocess.run([*launcher, str(SCRIPT), json.dumps(jobs)], env=environment(), capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
     assert (done.returncode != 0) == fails, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stderr if fails else [json.loads(p.read_text()) for p in sorted(out.glob("rank*.json"))]
+    return done.stderr
 
 
-def two(out, cfg, **job): return launch(out, TORCHRUN, cfg, **job)
+def ended(out): return [json.loads(p.read_text()) for p in sorted(out.glob("rank*.json"))]
+
+
+SHORT = {"steps": 3, "batch_size": 2, "save_every": 3, "val_every": 0, "val_batches": 1}
+ALIKE = {"even": {}, "uneven parts": {"batch_size": 7, "accumulate": 3}, "sharded uneven parts": {"batch_size": 7, "sharded": True, "accumulate": 2, "recompute": True}}
+STAGES = {"gfdm": {"sharded": True}, "gidm": {}, "plain": {}}
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    "The run of one process at a global batch of n, made once."
-    made = {}
-    def at(n):
-        if n not in made:
-            out = tmp_path_factory.mktemp(f"one{n}")
-            made[n] = launch(out, [sys.executable], {"batch_size": n})[0], load_file(out/"ckpt/model.safetensors"), out
-        return made[n]
-    return at
+def folder(tmp_path_factory):
+    "What two processes made of all jobs that need no kill, and one process of the same."
+    folder = tmp_path_factory.mktemp("processes")
+    launch(ALONE, *[a_job(folder/f"one{n}", {"batch_size": n}) for n in (7, 8)], a_job(folder/"begun", {}, die_at=6), fails=True)
+    launch(TWO, *[a_job(folder/name, cfg) for name, cfg in ALIKE.items()], *[a_job(folder/name, SHORT | cfg, name) for name, cfg in STAGES.items()],
+           a_job(folder/"whole", {"steps": 30}, "coded"), a_job(folder/"begun", {"sharded": True}))
+    return folder
 
 
 def timeless(rows): return [{k: v for k, v in r.items() if k not in CLOCK} for r in rows]
 
 
-def agree(one, out, ranks):
+def agree(folder, one, two):
     "Losses, logs, learning rates, validation and averaged weights as one process has them."
-    alone, weights, _ = one
-    assert len({r["digest"] for r in ranks}) == 1, "the processes ended with different weights"
+    [alone], ranks = ended(folder/one), ended(folder/two)
+    assert len(ranks) == 2 and len({r["digest"] for r in ranks}) == 1, "the processes ended with different weights"
     for rank in ranks:
-        for a, b in zip(timeless(alone["history"]), timeless(rank["history"]), strict=True):
-            assert a == pytest.approx(b, rel=2e-5, abs=1e-6)
-    for k, t in load_file(out/"ckpt/model.safetensors").items(): torch.testing.assert_close(weights[k], t, rtol=1e-4, atol=1e-6)
+        for a, b in zip(timeless(alone["history"]), timeless(rank["history"]), strict=True): assert a == pytest.approx(b, rel=2e-5, abs=1e-6)
+    same_weights(folder/one, folder/two)
 
 
-@pytest.mark.parametrize("batch,changes", [(8, {}), (7, {}), (7, {"accumulate": 3}), (8, {"sharded": True}), (7, {"sharded": True, "accumulate": 2, "recompute": True})],
-                         ids=["even", "uneven", "uneven parts", "sharded", "sharded uneven parts"])
-def test_two_are_as_one(one, tmp_path, batch, changes):
-    ranks = two(tmp_path, {"batch_size": batch} | changes)
-    assert len(ranks) == 2
-    agree(one(batch), tmp_path, ranks)
+def same_weights(one, two):
+    here, there = (load_file(out/"ckpt/model.safetensors") for out in (one, two))
+    for k, t in there.items(): torch.testing.assert_close(here[k], t, rtol=1e-4, atol=1e-6)
 
 
-def test_killed_and_resumed_with_two(tmp_path):
-    "One of two processes dies; the launcher ends the other; started again, they end bit for bit where undisturbed ones end."
-    whole = two(tmp_path/"whole", {}, model="coded")
-    cut = tmp_path/"cut"
-    two(cut, {}, model="coded", die_at=6, fails=True)
-    resumed = two(cut, {}, model="coded")
-    assert {r["digest"] for r in whole + resumed} == {whole[0]["digest"]}
-    assert timeless(whole[0]["history"]) == timeless(resumed[0]["history"])
+@pytest.mark.parametrize("name", ALIKE)
+def test_two_are_as_one(folder, name): agree(folder, f"one{ALIKE[name].get('batch_size', 8)}", name)
 
 
-def test_begun_with_one_finished_with_two_sharded(one, tmp_path):
+def test_begun_with_one_finished_with_two_sharded(folder):
     "A checkpoint has no number of processes in it."
-    launch(tmp_path, [sys.executable], {"batch_size": 8}, die_at=6, fails=True)
-    agree(one(8), tmp_path, two(tmp_path, {"sharded": True}))
-    shutil.rmtree(tmp_path/"ckpt")
-    two(tmp_path, {"sharded": True}, die_at=6, fails=True)
-    launch(tmp_path, [sys.executable], {"batch_size": 8})
-    weights = load_file(tmp_path/"ckpt/model.safetensors")
-    for k, t in one(8)[1].items(): torch.testing.assert_close(weights[k], t, rtol=1e-4, atol=1e-6)
+    assert len(ended(folder/"begun")) == 2 # the one that had begun it was killed at step 6
+    agree(folder, "one8", "begun")
 
 
-@pytest.mark.parametrize("model,changes", [("gfdm", {}), ("gfdm", {"sharded": True}), ("gidm", {}), ("plain", {})], ids=["gfdm", "gfdm sharded", "gidm", "plain"])
-def test_our_stages(tmp_path, model, changes):
+@pytest.mark.parametrize("name", STAGES)
+def test_our_stages(folder, name):
     "No parameter of them is unused, which data parallelism would complain of, and the processes agree on the weights."
-    ranks = two(tmp_path, {"steps": 3, "batch_size": 2, "save_every": 3, "val_every": 0, "val_batches": 1} | changes, model=model)
+    ranks = ended(folder/name)
     assert len(ranks) == 2 and ranks[0]["digest"] == ranks[1]["digest"]
 
 
-def test_what_cannot_be(tmp_path):
-    said = two(tmp_path/"few", {"batch_size": 1}, fails=True)
-    assert "batch_size 1 is less than one sample for each of 2 processes" in said
-    said = two(tmp_path/"codes", {"sharded": True}, model="coded", fails=True)
-    assert "this model has a codebook that restarts dead codes, which a sharded one cannot" in said
+def killed(job):
+    "Two processes and their launcher, killed at once after some logged steps."
+    process = subprocess.Popen([*TWO, str(SCRIPT), json.dumps([job])], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    end, ckpt = time.monotonic() + 120, Path(job["out"])/"ckpt"
+    while len(read_metrics(ckpt)) < 6 and time.monotonic() < end: time.sleep(.002)
+    for child in psutil.Process(process.pid).children(recursive=True): child.kill()
+    process.kill()
+    process.wait()
+    return read_config(ckpt)["step"]
+
+
+def test_killed_and_resumed(folder, tmp_path):
+    "Started again with two, they end bit for bit where undisturbed ones end; finished by one, a sharded run has the weights that one has."
+    sharded = a_job(tmp_path/"sharded", {"sharded": True, "steps": 12}, pause=.05)
+    assert killed(cut := a_job(tmp_path/"cut", {"steps": 30}, "coded")) < 30 and killed(sharded) < 12
+    launch(TWO, cut)
+    whole, resumed = ended(folder/"whole"), ended(tmp_path/"cut")
+    assert {r["digest"] for r in whole + resumed} == {whole[0]["digest"]}
+    assert timeless(whole[0]["history"]) == timeless(resumed[0]["history"])
+    launch(ALONE, sharded)
+    same_weights(folder/"one8", tmp_path/"sharded")
+
+
+@pytest.mark.slow
+def test_one_of_two_dies(folder, tmp_path):
+    "Its launcher ends the other, and started again they end as if nothing had happened."
+    launch(TWO, a_job(tmp_path, {"steps": 30}, "coded", die_at=6), fails=True)
+    launch(TWO, a_job(tmp_path, {"steps": 30}, "coded"))
+    assert ended(folder/"whole")[0]["digest"] == ended(tmp_path)[0]["digest"]
+
+
+def test_a_codebook_is_not_sharded(tmp_path):
+    assert "this model has a codebook that restarts dead codes, which a sharded one cannot" in launch(TWO, a_job(tmp_path, {"sharded": True}, "coded"), fails=True)
