@@ -9,7 +9,7 @@ __all__ = ['CONSTANT', 'RECIPES', 'PRECISIONS', 'TRACKERS', 'TrainConfig', 'lr_a
 # %% ../nbs/29_recipe.ipynb #471c7fa2
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -70,11 +70,18 @@ class TrainConfig:
         if not 0 <= self.ema_decay < 1: raise ValueError(f"ema_decay is {self.ema_decay}; it is at least 0 and below 1")
 
     @classmethod
-    def preset(cls, name, stage, **changes): # "tiny" or "paper"; "gfdm", "gidm" or "policy"; fields, of which those that are 0 are left out
+    def preset(cls,
+        name, # "tiny" or "paper"
+        stage, # "gfdm", "gidm" or "policy"
+        more=None, # dict of further fields, taken as they are
+        **changes, # fields, of which those that are 0 are left out
+    )->"TrainConfig":
         "How a preset's stage is trained."
         if name not in RECIPES: raise ValueError(f"preset is {name!r}; it is one of {', '.join(RECIPES)}")
         if stage not in RECIPES[name]: raise ValueError(f"stage is {stage!r}; it is one of {', '.join(RECIPES[name])}")
-        return cls(**RECIPES[name][stage] | {k: v for k,v in changes.items() if v != 0})
+        if unknown := set(more or {}) - {f.name for f in fields(cls)}:
+            raise ValueError(f"a run has no number {sorted(unknown)[0]!r}; it has {', '.join(f.name for f in fields(cls))}")
+        return cls(**RECIPES[name][stage] | {k: v for k,v in changes.items() if v != 0} | (more or {}))
 
     @property
     def trackers_(self): # names, a tuple
