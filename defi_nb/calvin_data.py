@@ -253,7 +253,7 @@ def check_frame(
             raise ValueError(f"{path}: {key} has shape {v.shape} and type {v.dtype}, the first's is {shape} {dtype};"
                              " a recording has frames of one kind: keep the others in a folder of their own")
         if key not in shapes and not np.isfinite(v).all(): raise ValueError(f"{path}: {key} holds {v[~np.isfinite(v)][0]}: record or download it again, or leave its segment out")
-    if (most := np.abs(frame.get("rel_actions", 0)).max()) > 1.001:
+    if "rel_actions" in frame and (most := np.abs(frame["rel_actions"]).max()) > 1.001:
         raise ValueError(f"{path}: an action of {most:.3g}; rel_actions lie in [-1, 1]: record or download it again")
 
 def _fill(rows, path_of, shapes, arrays):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
+from torch.utils.data import get_worker_info
 
 from .calvin import COLOURS, check_tasks
 from .calvin_data import VECTORS, check_frame, covered_rows, picture_shapes, read_index, resize_picture
@@ -41,7 +42,7 @@ class FrameFiles:
         ids:np.ndarray, # (N,) numbers of the frames
         shapes:dict, # name of a picture -> its shape in the files
         identity:str, # what caches of these frames depend on
-        n_workers:int, # threads
+        n_workers:int|None=None, # threads; None: one a core, 8 at most, and in a process of a data loader one
     ):
         self.root, self.ids, self.shapes, self.identity, self.n_workers = Path(root), ids, shapes, identity, n_workers
 
@@ -55,9 +56,9 @@ class FrameFiles:
                 frame = read_npz(path := self.path(rows[i]), keys)
                 check_frame(path, frame, self.shapes)
                 use(i, frame)
-        if self.n_workers < 2 or len(rows) < 4: return work(range(len(rows)))
-        parts = np.array_split(np.arange(len(rows)), self.n_workers)
-        with ThreadPoolExecutor(self.n_workers) as pool: list(pool.map(work, parts))
+        n = self.n_workers or (1 if get_worker_info() else min(8, os.cpu_count()))
+        if n < 2 or len(rows) < 4: return work(range(len(rows)))
+        with ThreadPoolExecutor(n) as pool: list(pool.map(work, np.array_split(np.arange(len(rows)), n)))
 
 # %% ../nbs/13_calvin_lazy.ipynb #f75d6ce5
 class LazyPictures:
@@ -248,7 +249,7 @@ def open_calvin(
     windows_only:bool=False, # whether to leave out the frames that no window covers
     scene:str="", # of recordings that do not say, such as "D"
     cache:Path|None=None, # folder that keeps the vectors for the next time; None: only in memory
-    n_workers:int|None=None, # threads that read a batch; None: one a core, 8 at most
+    n_workers:int|None=None, # threads that read a batch; None: one a core, 8 at most, and in a process of a data loader one
 )->Frames: # as `read_calvin` gives, but its pictures and vectors are read when they are indexed
     "Open a split in CALVIN's format, of any size, without reading its frames."
     root, ids, segments, windows, letters = read_index(folder, split, annotations, scene)
@@ -258,7 +259,7 @@ def open_calvin(
         if not windows: raise ValueError(f"{root} has no windows: open it with windows_only=False, or with play")
         ids, segments, windows = covered_rows(ids, segments, windows)
     first = root/f"episode_{ids[windows[0].start if windows else 0]:07d}.npz"
-    files = FrameFiles(root, ids, picture_shapes(first, tuple(views)), _identity(root, ids), n_workers or min(8, os.cpu_count()))
+    files = FrameFiles(root, ids, picture_shapes(first, tuple(views)), _identity(root, ids), n_workers)
     pack = VectorPack(files, None if cache is None else Path(cache)/f"vectors-{files.identity}.bin")
     video = {v: LazyPictures(files, f"rgb_{v}", size) for v in views}
     return check_frames(Frames(video, *(LazyVectors(pack, k) for k in _PARTS), segments, windows), str(root))

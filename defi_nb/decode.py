@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from threading import Lock
+from threading import Lock, local
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from filelock import FileLock
 
 from .files import write_whole
@@ -191,12 +192,18 @@ def scan_video(
     key_rows = np.searchsorted(rows, np.unique(keys)) if keys else [0]
     return VideoInfo(first.shape[1], first.shape[0], name, str(Fraction(tick)), turn, pack(rows), pack(key_rows))
 
+_here = local() # a thread's own converter: making one for each frame takes longer than the conversion
+
+def _rgb(frame):
+    if not hasattr(_here, "converter"): _here.converter = VideoReformatter()
+    return _here.converter.reformat(frame, format="rgb24").to_ndarray()
+
 def _turn(frame): return round((frame.rotation or 0)/90) % 4
 
 def _picture(frame, path):
     "(H,W,3) uint8, turned the way the camera was held."
     if frame.is_corrupt: raise ValueError(f"{path} is damaged at {frame.time:.2f} s: download it again, or leave it out")
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), _turn(frame)))
+    return np.ascontiguousarray(np.rot90(_rgb(frame), _turn(frame)))
 
 # %% ../nbs/08_decode.ipynb #ae772249
 def _seek(file, stream, pts):

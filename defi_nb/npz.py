@@ -77,7 +77,8 @@ def _inflated(file, key, flags, method, crc, packed, full, local):
     start = _LOCAL.size + name + extra
     if start + packed > len(data): data, start = _at(file, local + start, packed), 0
     data = data[start:start + packed]
-    if method == 8: data = zlib.decompressobj(-15).decompress(data, full + 1)
+    if method == 8 and 1032*packed < _LARGEST: data = zlib.decompress(data, -15, full or 1) # it can't become more than 1032 times as much
+    elif method == 8: data = zlib.decompressobj(-15).decompress(data, full + 1)
     if mark != b"PK\3\4" or len(data) != full or zlib.crc32(data) != crc: raise ValueError(f"{key} does not fit its checksum")
     return data
 

@@ -19,6 +19,7 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "pretrain_encoders": {"tasks": DATA["tasks"], "demos": 8, "vae_steps": 2, "dino_steps": 2, "text_steps": 2, "data": "data/encoders", "assets": "assets"},
     "pipeline": DATA | {"chains": 2, "steps_gfdm": 4, "steps_gidm": 4, "steps_policy": 4, "ckpts": "ckpts/pipeline"},
     "doctor": {"seconds": 5},
+    "bench_loader": {"windows": 3, "samples": 32, "repeats": 1, "steps": 2},
     "bench_inference": {"parts": "text,adapter", "repeats": 2},
     "ablations": DATA | {"rows": "coupled, without GFDM pretraining, plain: no video, MLP inverse model", "chains": 1, "fractions": "1.0", "seeds": 1, "steps": 4,
                          "pretrain_steps": 4, "ckpts": "ckpts/pipeline"},
