@@ -22,7 +22,7 @@ from .episodes import WindowDataset, split_windows, take_fraction
 from .files import project_root
 from .gidm import GIDMConfig, prepare_texts
 from .own import write_own
-from .prepare import keep_texts
+from .prepare import StepCoded, keep_texts
 from .recorder import RecordConfig, record_demonstrations
 from .robots import ActionScale, measure_scale
 from .shards import identity_key
@@ -67,11 +67,13 @@ def open_pieces(
 def encoders_on(
     encoders, # `encoders.Encoders`
     device, # of the training
-):
-    "The frozen encoders work where training will, and come back: what is kept is read from files."
+): # yields a list for the datasets that are made
+    "The frozen encoders work where training will, and come back, unless a dataset needs them in each step: what is kept is read from files."
     encoders.to(device)
-    try: yield
-    finally: encoders.to("cpu")
+    made = []
+    try: yield made
+    finally:
+        if not any(isinstance(ds, StepCoded) for ds in made): encoders.to("cpu")
 
 def keep_run_texts(
     encoders, # `encoders.Encoders`, that will find them
@@ -106,7 +108,7 @@ def video_data(
     strides, times_of = (2/CONTROL_HZ, 4/CONTROL_HZ), times if callable(times) else lambda piece: times
     encode, identity = dict(latent=(encoders.vae.encode, "vae"), dino=(encoders.dino, "dino"))[field]
     codes = dict(name=field, encode=encode, identity=encoders.identity()[identity], keep_gb=keep_gb)
-    with encoders_on(encoders, cfg.device_):
+    with encoders_on(encoders, cfg.device_) as made:
         if len(names) > 1 and all(map(is_recording, names)): # rows one after the other
             _check_folders(video_splits(split, video), unchecked)
             frames, stored = recorded_video(video_splits(split, video), encoders, field, tasks, demos, data, preset)
@@ -119,7 +121,8 @@ def video_data(
         views, train, held = min(len(p.views) for p in pieces), {}, {}
         for piece in pieces:
             folder = project_root()/data/(f"{piece.name}-encoded" if is_recording(split) else f"{piece.name}-{preset}-encoded")
-            train[piece.name], held[piece.name] = _video_pair(piece, encoders, spec, codes, folder, views, times=times_of(piece), strides=strides)
+            made += (pair := _video_pair(piece, encoders, spec, codes, folder, views, times=times_of(piece), strides=strides))
+            train[piece.name], held[piece.name] = pair
     where = ",".join(names)
     data_val = mix(held, pieces, where, min(4096, sum(map(len, held.values()))), cfg.seed)
     return mix(train, pieces, where, cfg.steps*cfg.batch_size, cfg.seed), data_val, pieces

@@ -9,6 +9,7 @@ __all__ = ['ALIASES', 'NAMED', 'Asked', 'find_named', 'read_where', 'where_name'
 
 # %% ../nbs/39_sources.ipynb #ae02c812
 import math
+import os
 import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -283,7 +284,7 @@ def coded_pair(
     identity, # of the encoder
     folder, # for the shards
     keep_gb:float=1000., # most gigabytes to keep; beyond, pictures are encoded in each step
-    n_workers:int=2, # threads
+    n_workers:int=2, # threads; for clips and demonstrations, which have to be decoded, as many as there are cores, up to 8
     views:int=2, # most cameras
     **kw, # of `piece_samples`: times, chunk, scale, size
 )->list: # of datasets, one for each of the parts
@@ -291,7 +292,7 @@ def coded_pair(
     path = Path(folder)/(name if views >= len(piece.views) else f"{name}-{piece.views[0]}")
     if not isinstance(piece.data, Frames):
         sets = [piece_samples(piece, part, stride=s, views=views, **kw) for part, s in zip(parts, strides)]
-        return encode_samples(sets, encode, name, path, identity, keep_gb, n_workers=n_workers)
+        return encode_samples(sets, encode, name, path, identity, keep_gb, n_workers=max(n_workers, min(8, os.cpu_count())))
     names = piece.views[:views]
     room = 2*len(piece.data)*len(names)*encode(torch.from_numpy(piece.data.video[names[0]][:1]).permute(0, 3, 1, 2)).numel()/1e9
     if room > keep_gb:
