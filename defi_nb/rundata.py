@@ -124,8 +124,8 @@ def video_data(
             made += (pair := _video_pair(piece, encoders, spec, codes, folder, views, times=times_of(piece), strides=strides))
             train[piece.name], held[piece.name] = pair
     where = ",".join(names)
-    data_val = mix(held, pieces, where, min(4096, sum(map(len, held.values()))), cfg.seed)
-    return mix(train, pieces, where, cfg.steps*cfg.batch_size, cfg.seed), data_val, pieces
+    data_val = mix(held, pieces, where, min(4096, sum(map(len, held.values()))), cfg.seed, (field,))
+    return mix(train, pieces, where, cfg.steps*cfg.batch_size, cfg.seed, (field,)), data_val, pieces
 
 def _check_folders(splits, unchecked):
     for split in splits:

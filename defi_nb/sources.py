@@ -294,7 +294,7 @@ def coded_pair(
         sets = [piece_samples(piece, part, stride=s, views=views, **kw) for part, s in zip(parts, strides)]
         return encode_samples(sets, encode, name, path, identity, keep_gb, n_workers=max(n_workers, min(8, os.cpu_count())))
     names = piece.views[:views]
-    room = 2*len(piece.data)*len(names)*encode(torch.from_numpy(piece.data.video[names[0]][:1]).permute(0, 3, 1, 2)).numel()/1e9
+    room = 2*len(piece.data)*len(names)*encode(torch.tensor(np.array(piece.data.video[names[0]][:1])).permute(0, 3, 1, 2)).numel()/1e9
     if room > keep_gb:
         print(f"{piece.name}: pictures are encoded in each step; kept, they would take {room:.3g} GB (keep_gb is {keep_gb:g})")
         return [StepCoded(piece_samples(piece, part, stride=s, views=views, **kw), encode, name) for part, s in zip(parts, strides)]
@@ -308,6 +308,7 @@ def mix(
     where:str, # the text that asked for them
     draws:int, # of a run: its steps times its batch size
     seed:int=0, # of the orders
+    keep:tuple=None, # fields of `Batch` that samples have; None: those that all datasets give
 ): # a dataset: a `Mixture` where there is more than one
     "One dataset of all."
     if len(datasets) == 1: return next(iter(datasets.values()))
@@ -317,7 +318,7 @@ def mix(
     elif where.strip().startswith("table_12"): weights = shares_by_size(weights, sizes)
     else: weights = shares_of(weights)
     print("shares: " + ", ".join(f"{n} {w:.1%} ({sizes[n]} samples)" for n, w in weights.items()))
-    return Mixture(datasets, weights, draws, seed)
+    return Mixture(datasets, weights, draws, seed, keep)
 
 class ShareLog:
     "A hook for `fit`: which share of the samples so far each dataset of a mixture had."
