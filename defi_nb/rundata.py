@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from filelock import FileLock
 
 from .calvin_data import read_calvin
@@ -20,14 +19,14 @@ from .doctor import require_sound
 from .embedded import SPLITS, encoded, is_recording, names_list, recorded_frames, recorded_video, split_folder, store_name, task_list, video_splits
 from .episodes import WindowDataset, split_windows, take_fraction
 from .files import project_root
-from .gidm import GIDMConfig, prepare_texts
+from .gidm import prepare_texts
 from .own import write_own
 from .prepare import StepCoded, keep_texts
 from .recorder import RecordConfig, record_demonstrations
 from .robots import ActionScale, measure_scale
 from .shards import identity_key
-from .sources import Piece, Reading, coded_pair, fits_latents, mix, open_source, piece_samples, read_where, split_units
-from .spec import ACTION_DIM, CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT, VIEWS, DataSpec, preset_of
+from .sources import PLAIN, Piece, Reading, coded_pair, fits_latents, mix, open_source, piece_samples, read_where, split_units
+from .spec import CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT, VIEWS, DataSpec, preset_of
 from .train import TrainConfig
 
 # %% ../nbs/52_rundata.ipynb #2fa7ba31
@@ -99,7 +98,7 @@ def video_data(
     demos:int=200, # of the embedded recordings
     data="data", # folder, relative to the project's root
     preset:str="tiny", # of the pictures and the encoders
-    reading:Reading=Reading(), # what the data do not say
+    reading:Reading=PLAIN, # what the data do not say
     keep_gb:float=1000., # most gigabytes that a dataset's codes may take; beyond, pictures are encoded in each step
     unchecked:bool=False, # whether data with errors is used
 )->tuple: # (samples to learn from, samples held out, list of `Piece`)
@@ -164,7 +163,7 @@ def policy_data(
     demos:int=200, # of the embedded recordings
     data="data", # folder, relative to the project's root
     preset:str="tiny", # of the pictures and the encoders
-    reading:Reading=Reading(), # what the data do not say
+    reading:Reading=PLAIN, # what the data do not say
     unchecked:bool=False, # whether data with errors is used
 )->PolicyData:
     "Samples for the fine-tuning of a policy."
