@@ -9,7 +9,6 @@ __all__ = ['predict_episode', 'replace_stride', 'guess_episode', 'unit_errors', 
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from .robots import RobotSamples
 

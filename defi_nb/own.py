@@ -126,7 +126,7 @@ def _time(self:OwnFolder, seconds, hz):
     self.spread = seconds[0] is None and not hz
     lasting = np.array([e if self.spread else n/hz if s is None else s for s, e, n in zip(seconds, ends, steps)])
     self.hz = round(float(np.median(steps/np.maximum(lasting, 1e-9))), 3) # timestamps are rounded too
-    for name, s, end, n, last in zip(self.episodes, seconds, ends, steps, lasting):
+    for name, end, n, last in zip(self.episodes, ends, steps, lasting):
         if last > end + 2/self.hz: raise ValueError(f"{self.folder}: the actions of {name} last {last:.2f} s, its video {end:.2f} s: they do not belong together, or hz is not {hz or self.hz:g}")
         if n > 4 and not .8 < n/max(last, 1e-9)/self.hz < 1.25: raise ValueError(f"{self.folder}: {name} has {n/max(last, 1e-9):.3g} lines a second, the others {self.hz:.3g}: bring all to one rate")
 

@@ -17,7 +17,7 @@ import torch
 
 from .robots import RobotSamples
 from .shards import ShardRows, identity_key, shard_rows
-from .videos import VideoDataset
+from .videos import BySeconds, VideoDataset, nearest
 
 # %% ../nbs/19_prepare.ipynb #e52159e0
 def places_of(
@@ -33,6 +33,21 @@ def places_of(
 
 def _unit(samples, clip): return str(clip.videos[samples.views[0]])
 
+def _needed(samples): # yields a unit and the rows of it that samples show
+    if isinstance(samples, RobotSamples):
+        for e, n in zip(samples.episodes.tolist(), samples.source.lengths[samples.episodes].tolist()):
+            t = np.arange(0, n - samples.left, samples.stride)
+            if len(t): yield e, np.unique(np.minimum(t[:, None] + samples.offsets, n - 1))
+        return
+    rule, before = samples.sampling, 0
+    for clip, end in zip(samples.clips, samples.ends.tolist()):
+        rows, times = clip.stretch
+        starts, before = np.arange(end - before), end
+        if not len(starts): continue
+        if isinstance(rule, BySeconds): at = nearest(times, (starts[:, None]*rule.stride + np.asarray(rule.offsets, float)).ravel())
+        else: at = np.concatenate([rule.rows(times, k) for k in starts])
+        yield _unit(samples, clip), rows[np.unique(at)]
+
 class PictureTable:
     "All pictures that some datasets show, in one order."
     def __init__(self,
@@ -40,9 +55,7 @@ class PictureTable:
     ):
         self.samples, rows, self.clips = datasets[0], {}, {}
         for ds in datasets:
-            for lo in range(0, len(ds), 4096):
-                units, at = places_of(ds, np.arange(lo, min(lo + 4096, len(ds))))
-                for u, r in zip(units, at): rows.setdefault(u, []).append(r)
+            for unit, needed in _needed(ds): rows.setdefault(unit, []).append(needed)
             if isinstance(ds, VideoDataset): self.clips |= {_unit(ds, c): c for c in ds.clips}
         self.rows = {u: np.unique(np.concatenate(r)) for u, r in sorted(rows.items())}
         self.units, self.ends = list(self.rows), np.cumsum([len(r) for r in self.rows.values()])

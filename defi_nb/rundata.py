@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from filelock import FileLock
 
 from .calvin_data import read_calvin
@@ -20,14 +19,14 @@ from .doctor import require_sound
 from .embedded import SPLITS, encoded, is_recording, names_list, recorded_frames, recorded_video, split_folder, store_name, task_list, video_splits
 from .episodes import WindowDataset, split_windows, take_fraction
 from .files import project_root
-from .gidm import GIDMConfig, prepare_texts
+from .gidm import prepare_texts
 from .own import write_own
-from .prepare import keep_texts
+from .prepare import StepCoded, keep_texts
 from .recorder import RecordConfig, record_demonstrations
 from .robots import ActionScale, measure_scale
 from .shards import identity_key
-from .sources import Piece, Reading, coded_pair, fits_latents, mix, open_source, piece_samples, read_where, split_units
-from .spec import ACTION_DIM, CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT, VIEWS, DataSpec, preset_of
+from .sources import PLAIN, Piece, Reading, coded_pair, fits_latents, mix, open_source, piece_samples, read_where, split_units
+from .spec import CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT, VIEWS, DataSpec, preset_of
 from .train import TrainConfig
 
 # %% ../nbs/52_rundata.ipynb #2fa7ba31
@@ -67,11 +66,13 @@ def open_pieces(
 def encoders_on(
     encoders, # `encoders.Encoders`
     device, # of the training
-):
-    "The frozen encoders work where training will, and come back: what is kept is read from files."
+): # yields a list for the datasets that are made
+    "The frozen encoders work where training will, and come back, unless a dataset needs them in each step: what is kept is read from files."
     encoders.to(device)
-    try: yield
-    finally: encoders.to("cpu")
+    made = []
+    try: yield made
+    finally:
+        if not any(isinstance(ds, StepCoded) for ds in made): encoders.to("cpu")
 
 def keep_run_texts(
     encoders, # `encoders.Encoders`, that will find them
@@ -97,7 +98,7 @@ def video_data(
     demos:int=200, # of the embedded recordings
     data="data", # folder, relative to the project's root
     preset:str="tiny", # of the pictures and the encoders
-    reading:Reading=Reading(), # what the data do not say
+    reading:Reading=PLAIN, # what the data do not say
     keep_gb:float=1000., # most gigabytes that a dataset's codes may take; beyond, pictures are encoded in each step
     unchecked:bool=False, # whether data with errors is used
 )->tuple: # (samples to learn from, samples held out, list of `Piece`)
@@ -106,7 +107,7 @@ def video_data(
     strides, times_of = (2/CONTROL_HZ, 4/CONTROL_HZ), times if callable(times) else lambda piece: times
     encode, identity = dict(latent=(encoders.vae.encode, "vae"), dino=(encoders.dino, "dino"))[field]
     codes = dict(name=field, encode=encode, identity=encoders.identity()[identity], keep_gb=keep_gb)
-    with encoders_on(encoders, cfg.device_):
+    with encoders_on(encoders, cfg.device_) as made:
         if len(names) > 1 and all(map(is_recording, names)): # rows one after the other
             _check_folders(video_splits(split, video), unchecked)
             frames, stored = recorded_video(video_splits(split, video), encoders, field, tasks, demos, data, preset)
@@ -119,10 +120,11 @@ def video_data(
         views, train, held = min(len(p.views) for p in pieces), {}, {}
         for piece in pieces:
             folder = project_root()/data/(f"{piece.name}-encoded" if is_recording(split) else f"{piece.name}-{preset}-encoded")
-            train[piece.name], held[piece.name] = _video_pair(piece, encoders, spec, codes, folder, views, times=times_of(piece), strides=strides)
+            made += (pair := _video_pair(piece, encoders, spec, codes, folder, views, times=times_of(piece), strides=strides))
+            train[piece.name], held[piece.name] = pair
     where = ",".join(names)
-    data_val = mix(held, pieces, where, min(4096, sum(map(len, held.values()))), cfg.seed)
-    return mix(train, pieces, where, cfg.steps*cfg.batch_size, cfg.seed), data_val, pieces
+    data_val = mix(held, pieces, where, min(4096, sum(map(len, held.values()))), cfg.seed, (field,))
+    return mix(train, pieces, where, cfg.steps*cfg.batch_size, cfg.seed, (field,)), data_val, pieces
 
 def _check_folders(splits, unchecked):
     for split in splits:
@@ -161,7 +163,7 @@ def policy_data(
     demos:int=200, # of the embedded recordings
     data="data", # folder, relative to the project's root
     preset:str="tiny", # of the pictures and the encoders
-    reading:Reading=Reading(), # what the data do not say
+    reading:Reading=PLAIN, # what the data do not say
     unchecked:bool=False, # whether data with errors is used
 )->PolicyData:
     "Samples for the fine-tuning of a policy."

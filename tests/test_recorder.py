@@ -57,6 +57,13 @@ def test_two_processes_record_the_same(tmp_path, whole):
     assert contents(tmp_path/"two") == contents(whole)
 
 
+def test_two_recorders_at_once_do_the_work_once(tmp_path, whole):
+    both = [subprocess.Popen(command(tmp_path, tmp_path/"both", 1), stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [p.communicate()[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0] and sorted("using the" in s for s in said) == [False, True]
+    assert contents(tmp_path/"both") == contents(whole)
+
+
 def test_goes_on_after_kill(tmp_path, whole):
     folder = tmp_path/"killed"
     process = subprocess.Popen(command(tmp_path, folder, 2), process_group=0)

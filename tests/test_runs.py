@@ -2,6 +2,7 @@
 
 `SMALL` has an entry for each run notebook, in the order in which they build on one another; a new notebook without one fails.
 """
+import json
 import shutil
 
 import pytest
@@ -21,6 +22,7 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "doctor": {"seconds": 5},
     "bench_loader": {"windows": 3, "samples": 32, "repeats": 1, "steps": 2},
     "bench_inference": {"parts": "text,adapter", "repeats": 2},
+    "own_data": {"demos": 4, "steps": 4, "batch_size": 4},
     "ablations": DATA | {"rows": "coupled, without GFDM pretraining, plain: no video, MLP inverse model", "chains": 1, "fractions": "1.0", "seeds": 1, "steps": 4,
                          "pretrain_steps": 4, "ckpts": "ckpts/pipeline"},
 }
@@ -40,6 +42,11 @@ WRONG = [ # run notebook, parameters, what the one-line error must say
     ("eval_calvin", {"policy": "ckpts/forward"}, "forward"),
     ("eval_calvin", {"policy": "ckpts/none"}, "ckpts/none holds no finished policy"),
     ("eval_calvin", {"split": "A_B"}, "no split is called 'A_B'"),
+    ("pretrain_gfdm", {"split": "data/none"}, "data/none is not there: give the folder of a dataset"),
+    ("pretrain_gfdm", {"split": "D_D*1, data/example_lab"}, "give a weight to each of the datasets, or to none"),
+    ("pretrain_gfdm", {"sampling": "minutes"}, "choose seconds or release"),
+    ("train_coupled", {"split": "data/example_lab", "columns": "knee"}, "no column 'knee'"),
+    ("own_data", {"data": "data/playtable-D_D"}, "actions"),
     ("pretrain_gidm", {"preset": "small"}, "no encoders are called 'small'"),
     ("pretrain_gfdm", {"preset": "paper"}, "the public ones come with defi-nb ckpts"),
 ]
@@ -84,6 +91,17 @@ def test_folder_as_split(project):
     done = command("defi-nb", "run", "train_coupled", "--out", "runs/folder", *arguments(given), cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(p.name for p in (project/"ckpts").glob("*-tiny-playtable-D_D")) == [f"{kind}-tiny-playtable-D_D" for kind in ("coupled", "gfdm", "gidm")]
+
+
+def test_own_data_through_every_stage(project):
+    "A folder of videos and CSV files, which test_run[own_data] has made, from pretraining to the coupled policy; and in a mixture with the simulator's."
+    given = TRAIN | {"split": "data/example_lab", "pretrain_steps": 4}
+    done = command("defi-nb", "run", "train_coupled", "--out", "runs/own_coupled", *arguments(given), cwd=project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((project/"ckpts/coupled-tiny-example_lab/config.json").read_text())["info"]["action_scale"]["labels"][0] == "x_m"
+    done = command("defi-nb", "run", "pretrain_gfdm", "--out", "runs/mixture", *arguments(DATA | TRAIN | {"split": "D_D*1,data/example_lab*3", "ckpt": "ckpts/mixture"}), cwd=project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(json.loads((project/"runs/mixture/metrics.json").read_text())["shares"]) == {"playtable-D_D", "example_lab"}
 
 
 @pytest.mark.parametrize("name,params,said", WRONG)

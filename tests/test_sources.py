@@ -356,3 +356,16 @@ def _timed(f):
     began = time.perf_counter()
     f()
     return time.perf_counter() - began
+
+
+def test_a_child_run_is_no_rank_of_its_parent(toy, monkeypatch):
+    "The notebook that makes a missing checkpoint must not wait for the other processes of the training that misses it."
+    from defi_nb import run
+    monkeypatch.chdir(toy)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"): monkeypatch.setenv(name, "1")
+    class Started(Exception): pass
+    def popen(*args, env, **kw):
+        assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"} & env.keys() and "PATH" in env
+        raise Started
+    monkeypatch.setattr(run.subprocess, "Popen", popen)
+    with pytest.raises(Started): run.run_notebook("count", {}, "runs/count")
