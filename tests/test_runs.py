@@ -85,6 +85,17 @@ def test_papermill_itself(project, form):
     assert form or done.stdout.startswith("{")
 
 
+def test_on_two_processes(project):
+    "The same notebook on two processes at once: one checkpoint, one record."
+    given = arguments(SMALL["train_coupled"] | {"policy": "plain", "ckpt": "ckpts/two", "engine": "{'accumulate': 2, 'keep': 2}"})
+    done = command("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "defi_nb.train", "train_coupled", "--out", "runs/two", *given, cwd=project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "running on 2 processes" in done.stdout and (project/"ckpts/two/model.safetensors").exists()
+    assert (project/"runs/two/metrics.json").exists() and (project/"runs/two/rank1/metrics.json").exists()
+    shown = command("defi-nb", "run", "monitor", "-p", "run", "runs/two", cwd=project)
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+
+
 def test_folder_as_split(project):
     "A recording in CALVIN's format is read where it lies, through both pretrainings and the policy."
     given = TRAIN | {"split": "data/playtable-D_D", "tasks": "open_drawer,lift_red_block_table", "pretrain_steps": 4}
