@@ -998,6 +998,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'defi_nb.prepare.StepCoded.__init__': ('prepare.html#stepcoded.__init__', 'defi_nb/prepare.py'),
                                  'defi_nb.prepare.StepCoded.__len__': ('prepare.html#stepcoded.__len__', 'defi_nb/prepare.py'),
                                  'defi_nb.prepare.StepCoded.select': ('prepare.html#stepcoded.select', 'defi_nb/prepare.py'),
+                                 'defi_nb.prepare._needed': ('prepare.html#_needed', 'defi_nb/prepare.py'),
                                  'defi_nb.prepare._packed': ('prepare.html#_packed', 'defi_nb/prepare.py'),
                                  'defi_nb.prepare._unit': ('prepare.html#_unit', 'defi_nb/prepare.py'),
                                  'defi_nb.prepare._unpacked': ('prepare.html#_unpacked', 'defi_nb/prepare.py'),
