@@ -208,8 +208,9 @@ def open_piece(
         return make(source, source.views)
     skipped = Skipped()
     clips = _list_clips(kind, folder, reading, skipped)
-    stored = latent and bool(clips) and all(c.latents for c in clips)
-    clips = index_clips(clips, video=any(c.videos for c in clips) and not stored, latent=stored, cache=cache, on_problem=skipped)
+    filmed = any(c.videos for c in clips)
+    stored = bool(clips) and all(c.latents for c in clips) and (latent or not filmed)
+    clips = index_clips(clips, video=filmed and not stored, latent=stored, cache=cache, on_problem=skipped)
     if skipped: print(f"{asked.name}: {len(clips)} clips; {skipped}")
     views = choose_cameras(clips[0].latents if stored else clips[0].videos, reading.cameras)
     whole = any(n in str(folder).lower() for n in ("bridge", "sthv2", "ssv2", "rt1", "something")) # by the path, as the release does
