@@ -1249,6 +1249,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'defi_nb.shards._shard': ('shards.html#_shard', 'defi_nb/shards.py'),
                                 'defi_nb.shards._sizes': ('shards.html#_sizes', 'defi_nb/shards.py'),
                                 'defi_nb.shards._tell_others': ('shards.html#_tell_others', 'defi_nb/shards.py'),
+                                'defi_nb.shards._write_manifest': ('shards.html#_write_manifest', 'defi_nb/shards.py'),
                                 'defi_nb.shards.encode_frames': ('shards.html#encode_frames', 'defi_nb/shards.py'),
                                 'defi_nb.shards.identity_key': ('shards.html#identity_key', 'defi_nb/shards.py'),
                                 'defi_nb.shards.in_words': ('shards.html#in_words', 'defi_nb/shards.py'),
