@@ -135,7 +135,11 @@ class StepCoded:
 
     def __getitem__(self, indices): # int, slice, list, integer array or tensor
         batch = self.samples[indices]
-        with torch.no_grad(): return replace(batch, video=None, **{self.field: self.encode(batch.video).float().cpu()})
+        try:
+            with torch.no_grad(): return replace(batch, video=None, **{self.field: self.encode(batch.video).float().cpu()})
+        except RuntimeError as e:
+            if "forked" not in str(e): raise
+            raise ValueError("pictures are encoded on the GPU in each step, which the loader's processes cannot do: train with num_workers=0, or keep the codes on the disk (keep_gb)") from None
 
     def select(self, units): return StepCoded(self.samples.select(units), self.encode, self.field) # those of some windows or episodes
 

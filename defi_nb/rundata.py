@@ -136,6 +136,8 @@ def _video_pair(piece, encoders, spec, codes, folder, views, times, strides):
     if codes["name"] == "latent" and fits_latents(piece, (encoders.vae.channels, side, side)):
         print(f"{piece.name}: its own latents are used")
         return [piece_samples(piece, part, times, s, views=views, latent=True) for part, s in zip(parts, strides)]
+    if isinstance(piece.data, list) and not piece.data[0].info:
+        raise ValueError(f"{piece.name} has latents and no videos, and they are not {codes['name']} of shape {(encoders.vae.channels, side, side)}, which this run reads: add the videos, or take the preset whose latents these are")
     return coded_pair(piece, parts, strides, folder=folder, views=views, times=times, size=spec.image_size, **codes)
 
 # %% ../nbs/52_rundata.ipynb #5152c845

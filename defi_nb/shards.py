@@ -94,19 +94,22 @@ def _as_rows(x, dtype): return torch.as_tensor(x).detach().float().cpu().numpy()
 def _manifest(folder, identity, n, compute, dtype, batch_size, most_rows):
     "What manifest.json says; it is written first where it is missing."
     path = folder/"manifest.json"
-    with _claimed(folder, "manifest", -1):
-        if not path.exists():
-            with torch.random.fork_rng(): shape = _as_rows(compute(0, 1), dtype).shape[1:]
-            row = max(1, int(np.prod(shape))*np.dtype(dtype).itemsize)
-            per = max(1, min(most_rows, SHARD_BYTES//row))
-            if per > batch_size: per -= per % batch_size
-            about = dict(identity=identity, rows=n, shape=shape, dtype=np.dtype(dtype).name, per_shard=per)
-            write_whole(path, json.dumps(about, indent=1))
-            _tell_others(folder, identity)
+    if not path.exists():
+        with _claimed(folder, "manifest", -1): _write_manifest(path, identity, n, compute, dtype, batch_size, most_rows)
     try: about = json.loads(path.read_text())
     except ValueError: raise ValueError(f"{path} is not JSON: delete {folder}, and it is made again") from None
     if about["identity"] != identity: raise ValueError(f"{path} is of other data or another encoder than its folder's name says: delete {folder}, and it is made again")
     return about
+
+def _write_manifest(path, identity, n, compute, dtype, batch_size, most_rows):
+    if path.exists(): return # another process was faster
+    with torch.random.fork_rng(): shape = _as_rows(compute(0, 1), dtype).shape[1:]
+    row = max(1, int(np.prod(shape))*np.dtype(dtype).itemsize)
+    per = max(1, min(most_rows, SHARD_BYTES//row))
+    if per > batch_size: per -= per % batch_size
+    about = dict(identity=identity, rows=n, shape=shape, dtype=np.dtype(dtype).name, per_shard=per)
+    write_whole(path, json.dumps(about, indent=1))
+    _tell_others(path.parent, identity)
 
 def _tell_others(folder, identity):
     "Say which sets of the same name lie beside a new one, and in what they differ."

@@ -20,7 +20,7 @@ import torch
 from .calvin_lazy import open_calvin
 from .episodes import Frames, WindowDataset, split_windows
 from .formats import NEEDS, calvin_splits, detect_format, ego4d_parts, release_splits, rlds_version
-from .lerobot import LeRobotFolder
+from .lerobot import LeRobotFolder, read_info
 from .mixtures import GIDM_WEIGHTS, MIXTURES, TABLE_12, Mixture, count_draws, shares_by_size, shares_of
 from .own import OwnFolder
 from .prepare import StepCoded, encode_samples
@@ -164,11 +164,12 @@ def _open_robot(kind, folder, name, reading, cache):
     "A source of demonstrations."
     relative = () if reading.relative is None else reading.relative
     if kind == "own":
-        cameras = choose_cameras(OwnFolder(folder, reading.hz, cache=cache).views, reading.cameras)
-        return OwnFolder(folder, reading.hz, cameras, reading.columns, relative, cache)
+        source = OwnFolder(folder, reading.hz, (), reading.columns, relative, cache)
+        source.views = choose_cameras(source.views, reading.cameras)
+        return source
     if kind == "lerobot":
-        source = LeRobotFolder(folder)
-        views = {c: source.view_keys[c] for c in choose_cameras(source.view_keys, reading.cameras)}
+        keys = {k.split(".")[-1]: k for k, f in read_info(folder)["features"].items() if f["dtype"] in ("video", "image")}
+        views = {c: keys[c] for c in choose_cameras(keys, reading.cameras)}
         return LeRobotFolder(folder, views, columns=_numbers(reading.columns) or None, relative=_numbers(relative))
     version = rlds_version(folder)
     known = name if version == folder.resolve() or name in TABLE_12 else folder.name
@@ -208,8 +209,9 @@ def open_piece(
         return make(source, source.views)
     skipped = Skipped()
     clips = _list_clips(kind, folder, reading, skipped)
-    stored = latent and bool(clips) and all(c.latents for c in clips)
-    clips = index_clips(clips, video=any(c.videos for c in clips) and not stored, latent=stored, cache=cache, on_problem=skipped)
+    filmed = any(c.videos for c in clips)
+    stored = bool(clips) and all(c.latents for c in clips) and (latent or not filmed)
+    clips = index_clips(clips, video=filmed and not stored, latent=stored, cache=cache, on_problem=skipped)
     if skipped: print(f"{asked.name}: {len(clips)} clips; {skipped}")
     views = choose_cameras(clips[0].latents if stored else clips[0].videos, reading.cameras)
     whole = any(n in str(folder).lower() for n in ("bridge", "sthv2", "ssv2", "rt1", "something")) # by the path, as the release does

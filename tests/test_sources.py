@@ -40,7 +40,7 @@ CFG = TrainConfig(steps=2, batch_size=2, warmup=1, device="cpu", log_every=1)
 CLIP_TIMES = tuple(i*SPEC.frame_stride/CONTROL_HZ for i in range(SPEC.frames))
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["pytest", "defi_nb.shards"])
+processes.set_forkserver_preload(["pytest", "nbformat", "defi_nb.models", "defi_nb.rundata"]) # all that this file imports, once
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +151,24 @@ def test_stored_latents_are_used_where_they_fit(made, encoders, monkeypatch):
     large.identity, large.to = (lambda: dict(vae="full")), (lambda device: large)
     train, _, _ = video_data(str(REAL/"real_clips/bridge"), "", "latent", large, CFG, (0., .2), preset="paper", unchecked=True)
     assert train[[0]].latent.shape == (1, 1, 2, 4, 32, 32) and .3 < train[:4].latent.std()*.18215 < 3
+
+
+def test_latents_without_videos(made, encoders, monkeypatch):
+    "Tiny's own latents in the release's format: read by its rule without seconds, and refused where their rate or their shape does not do."
+    monkeypatch.chdir(made)
+    root = made/"stored"
+    (root/"annotation/train").mkdir(parents=True)
+    for i in range(3):
+        (root/"latent_videos/train"/str(i)).mkdir(parents=True)
+        torch.save(torch.full((20, 16, 8, 8), float(i)), root/f"latent_videos/train/{i}/0.pt")
+        note = dict(texts=["lift the cup"], video_length=20, latent_videos=[dict(latent_video_path=f"latent_videos/train/{i}/0.pt")], videos=[])
+        (root/f"annotation/train/{i}.json").write_text(json.dumps(note))
+    train, _, _ = video_data("stored", "", "latent", encoders, CFG, CLIP_TIMES, reading=Reading(sampling="release"), unchecked=True)
+    batch = train[[0, len(train) - 1]]
+    assert len(train) == 2*10 and batch.latent.shape == (2, 1, SPEC.frames, 16, 8, 8) # every second frame begins a sample
+    with pytest.raises(ValueError, match="rate, hz"): video_data("stored", "", "latent", encoders, CFG, CLIP_TIMES, unchecked=True)
+    assert len(video_data("stored", "", "latent", encoders, CFG, CLIP_TIMES, reading=Reading(hz=10.), unchecked=True)[0]) == 2*20
+    with pytest.raises(ValueError, match="has latents and no videos"): video_data("stored", "", "dino", encoders, CFG, (0., 1.), reading=Reading(hz=10.), unchecked=True)
 
 
 def test_a_mixture_is_resumable_and_its_shares_are_logged(made, encoders, monkeypatch, tmp_path):
