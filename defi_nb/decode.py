@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from threading import Lock, local
+from threading import Lock
 
 import av
 import numpy as np
@@ -192,11 +192,11 @@ def scan_video(
     key_rows = np.searchsorted(rows, np.unique(keys)) if keys else [0]
     return VideoInfo(first.shape[1], first.shape[0], name, str(Fraction(tick)), turn, pack(rows), pack(key_rows))
 
-_here = local() # a thread's own converter: making one for each frame takes longer than the conversion
+@lru_cache(maxsize=1)
+def _one_thread(): # a conversion is over before threads have started for it; older PyAV has none
+    return dict(threads=1) if "threads=" in (VideoReformatter.reformat.__doc__ or "") else {}
 
-def _rgb(frame):
-    if not hasattr(_here, "converter"): _here.converter = VideoReformatter()
-    return _here.converter.reformat(frame, format="rgb24").to_ndarray()
+def _rgb(frame): return frame.to_ndarray(format="rgb24", **_one_thread())
 
 def _turn(frame): return round((frame.rotation or 0)/90) % 4
 
