@@ -102,7 +102,9 @@ def check_scenes(
 )->dict: # letter -> (first, last) frame
     "Check which scene each frame is said to be of."
     path, config = root/"scene_info.npy", root/".hydra"/"merged_config.yaml"
-    told = set(re.findall(r"calvin_scene_([A-D])", config.read_text(errors="replace"))) if config.exists() else set()
+    text = config.read_text(errors="replace") if config.exists() else ""
+    told = set(re.findall(r"calvin_scene_([A-D])", text))
+    if re.search(r"use_nullspace:\s*false", text): exam.find("warning", f"{name}: an old configuration", config, "use_nullspace: false", "use_nullspace: true", "set it to true (it was wrong before February 2022): CALVIN's environment reads this file")
     if not path.exists(): return {}
     try:
         info = load_dict(path)
@@ -261,7 +263,7 @@ def check_frames_of(
         good = [(i, frame) for i, frame, wrong in read if frame is not None and not wrong]
         if not good: continue
         exam.attempt(f"{name}: a check failed", f"{name}/episode_{good[0][0]:07d}.npz", partial(judge_run, exam, name, root, good, spans))
-        exam.seen_before(f"{name}: recordings", b"".join(f[k].tobytes() for _, f in good for k in ("rel_actions", "robot_obs", "scene_obs") if k in f), f"{name}/episode_{good[0][0]:07d}.npz", what="the same frames twice")
+        exam.seen_before("recordings", b"".join(f[k].tobytes() for _, f in good for k in ("rel_actions", "robot_obs", "scene_obs") if k in f), f"{name}/episode_{good[0][0]:07d}.npz", what="the same frames twice")
         for key in (k for k in kinds if k.startswith("rgb_") and len(firsts.setdefault(k, [])) < 64): firsts[key].append(good[0][1][key])
     for key, pictures in firsts.items():
         if len(pictures) > 2: check_pictures(exam, f"{name}, {key}", np.stack(pictures), f"{len(pictures)} places of {name}")
@@ -271,7 +273,8 @@ def check_frames_of(
 def _middle_vectors(root, segment):
     "The state in the middle of a recording, with its length."
     a, b = segment
-    return (b - a, *(v.tobytes() for v in read_npz(root/f"episode_{(a + b)//2:07d}.npz", ("rel_actions", "robot_obs", "scene_obs")).values()))
+    vectors = read_npz(root/f"episode_{(a + b)//2:07d}.npz", ("rel_actions", "robot_obs", "scene_obs"))
+    return b"".join((str(b - a).encode(), *(v.tobytes() for v in vectors.values())))
 
 def _judge_split(exam, name, kinds):
     "What only the sum of all frames shows."
@@ -303,7 +306,7 @@ def check_calvin(
         kinds = check_frames_of(exam, name, root, ids, spans, .7*share)
         exam.later.append(partial(_judge_split, exam, name, kinds))
         for segment, digest in exam.each(f"{name}: recordings", [s for s in ids.tolist()], partial(_middle_vectors, root), share=.3*share, problem="the middle can't be read", where=lambda s, name=name: f"{name}/episode_{(s[0] + s[1])//2:07d}.npz"):
-            exam.seen_before(f"{name}: recordings", digest, f"{name}, frames {segment[0]} to {segment[1]}")
+            exam.seen_before("recordings", digest, f"{name}, frames {segment[0]} to {segment[1]}")
         cameras = {k.removeprefix("rgb_"): shape for k, (shape, _) in kinds.items() if k.startswith("rgb_")}
         exam.facts[f"{name}: cameras"] = ", ".join(f"{v} {'x'.join(map(str, s[:2]))}" for v, s in cameras.items()) or "none"
         pictures, views, files = pictures + frames*len(cameras), max(views, len(cameras)), files + frames

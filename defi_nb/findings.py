@@ -7,6 +7,7 @@ __all__ = ['SEVERITIES', 'COLOURS', 'Finding', 'plain_text', 'sort_of', 'read_er
            'show_action_values', 'show_language']
 
 # %% ../nbs/36_findings.ipynb #7607c8dd
+import hashlib
 import html
 import json
 import re
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from fastcore.basics import patch
@@ -96,6 +98,7 @@ class Exam:
         self.everything, self.seconds, self.n_workers, self.begin = everything, seconds, n_workers, time.monotonic()
         self.findings, self.facts, self.looked, self.tallies, self.digests = {}, {}, {}, {}, {}
         self.lengths, self.actions, self.texts, self.later, self.interrupted = [], [], {}, [], False
+        self.lock = Lock() # looks may be threads
 
     def find(self,
         severity:str, what:str, where, found, expected="", remedy="", # as for `Finding`
@@ -104,10 +107,12 @@ class Exam:
     ):
         "Write a finding down; one of the same kind is counted."
         if severity not in SEVERITIES: raise ValueError(f"severity is {severity!r}: choose one of {', '.join(SEVERITIES)}")
-        if old := self.findings.get((severity, what, kind)):
+        new = Finding(severity, what, *map(plain_text, (where, found, expected, remedy)), places=places)
+        with self.lock:
+            old = self.findings.setdefault((severity, what, kind), new)
+            if old is new: return
             old.places += places
-            if len(old.also) < 1000: old.also.append(plain_text(where))
-        else: self.findings[severity, what, kind] = Finding(severity, what, *map(plain_text, (where, found, expected, remedy)), places=places)
+            if len(old.also) < 1000: old.also.append(new.where)
 
     def fail(self,
         what:str, # kind of thing
@@ -182,10 +187,11 @@ def tally(self:Exam,
     times:int=1, # how many things this is true of
 ):
     "Count how often something is so."
-    row = self.tallies.setdefault(what, [0, 0, "", ""])
-    row[1] += times
-    if bad and not row[0]: row[2:] = plain_text(where), plain_text(found)
-    row[0] += times*bool(bad)
+    with self.lock:
+        row = self.tallies.setdefault(what, [0, 0, "", ""])
+        row[1] += times
+        if bad and not row[0]: row[2:] = plain_text(where), plain_text(found)
+        row[0] += times*bool(bad)
 
 @patch
 def judge(self:Exam,
@@ -205,12 +211,13 @@ def judge(self:Exam,
 @patch
 def seen_before(self:Exam,
     kind:str, # of thing
-    digest, # of its content
+    content, # bytes, or anything with a `repr` of its own
     where, # file, episode
     remedy:str="keep one of them: copies in training and validation make the validation too good",
     what:str="the same content twice", # kind of finding
 ):
     "Write down what has been there already."
+    digest = hashlib.sha256(content if isinstance(content, bytes) else repr(content).encode()).digest()[:16]
     first = self.digests.setdefault((kind, digest), str(where))
     if first != str(where): self.find("warning", f"{kind}: {what}", where, f"the same as {first}", "different content", remedy)
 

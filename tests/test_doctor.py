@@ -198,6 +198,8 @@ DAMAGES = [ # set, what is done to it, severity, what the finding must say, and 
     ("calvin", "recordings overlap", lambda f: np.save(f/"training/ep_start_end_ids.npy", [[0, 23], [20, 23]]), "error", "recordings overlap", "ep_start_end_ids.npy"),
     ("calvin", "other lengths", lambda f: np.save(f/"training/ep_lens.npy", [24, 24]), "warning", "disagree", "ep_lens.npy"),
     ("calvin", "the wrong scene", lambda f: put(f/"training/scene_info.npy", {"calvin_scene_A": [0, 423]}), "warning", "scene is wrong", "scene_info.npy"),
+    ("calvin", "an old configuration", lambda f: (f/"training/.hydra/merged_config.yaml").write_text("robot:\n  use_nullspace: false\n"), "warning", "old configuration", "merged_config.yaml"),
+    ("calvin", "validation in training", lambda f: [shutil.copytree(f/"training", f/"validation"), [shutil.rmtree(f/"validation/lang_annotations")]], "warning", "same content twice", "validation"),
     ("calvin", "a door that slides too far", lambda f: (put(f/"training/scene_info.npy", {"calvin_scene_C": [0, 423]}), every(f, lambda x: x | dict(scene_obs=x["scene_obs"] + .2))), "warning", "slides farther", "episode_"),
     ("release", "truncated mp4", lambda f: cut(f/"videos/train/1/rgb.mp4"), "error", "can't be used", "1"),
     ("release", "no video", lambda f: (f/"videos/train/1/rgb.mp4").unlink(), "error", "not there", "1.json"),
