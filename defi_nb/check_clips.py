@@ -27,7 +27,7 @@ FRAMES = 16 # of a clip that are decoded in a look
 def look_at_clips(
     exam:Exam, # that times reading
     clips:list, # of `Clip`s of the same file
-)->tuple: # (clips that can be used, id -> what is wrong with the others, [(clip, view, frames, latents)])
+)->tuple: # (the clips, those that can be used, id -> what is wrong with the others, [(clip, view, frames, latents)])
     "Open, count and read some clips."
     skipped, kept = Skipped(), []
     here = clips if exam.everything else clips[:2]
@@ -37,7 +37,7 @@ def look_at_clips(
         try: kept += index_clips(some, video=video, latent=any(c.latents for c in some), decode=exam.everything, empty_text=True, n_workers=1, on_problem=skipped)
         except ValueError:
             if not skipped: raise
-    return kept, skipped, [(c, v, _frames(exam, c, v), _latents(c, v)) for c in kept for v in (c.info or c.latents)]
+    return here, kept, skipped, [(c, v, _frames(exam, c, v), _latents(c, v)) for c in kept for v in (c.info or c.latents)]
 
 def _frames(exam, clip, view):
     rows = clip.stretch[0]
@@ -57,14 +57,15 @@ def check_clips(
     items, # a sequence, each of them clips or something that `clips_of` makes clips of
     clips_of=lambda item: item, # item -> list of `Clip` of one file; may raise ValueError
     share:float=.6, # of the time that is left
-    where=lambda item: item[0].id, # item -> its place, for findings
+    where=lambda item: f"clip {item[0].id}", # item -> its place, for findings
     texts:bool=True, # whether to check the sentences of the clips that are looked at
     longest:int=0, # frames above which the release leaves a clip out; 0: no such rule
 )->tuple: # (frames of a clip in all its views, on average; views)
     "Look at clips."
     counts, views, latents = [], 1, []
-    for _, (kept, skipped, reads) in exam.each(name, items, lambda item: look_at_clips(exam, clips_of(item)), where=where, share=share):
-        for id, why in skipped.items(): exam.fail(f"{name}: clips that can't be used", id, ValueError(why))
+    for _, (here, kept, skipped, reads) in exam.each(name, items, lambda item: look_at_clips(exam, clips_of(item)), where=where, share=share):
+        for id, why in skipped.items(): exam.fail(f"{name}: clips that can't be used", f"clip {id}", ValueError(why))
+        for clip in here if texts else (): check_text(exam, name, clip.text, f"clip {clip.id}")
         for clip, view, frames, latent in reads:
             place = clip.videos.get(view, clip.id)
             if frames is not None:
@@ -75,8 +76,7 @@ def check_clips(
             rows, seconds = clip.stretch
             counts, views = [*counts, len(rows)*len(clip.info or clip.latents)], max(views, len(clip.info or clip.latents))
             if not np.isnan(seconds).any(): exam.lengths.append(seconds[-1])
-            if texts: check_text(exam, name, clip.text, clip.id)
-            if longest: exam.tally(f"{name}: longer than {longest} frames", len(rows) > longest, clip.id, f"{len(rows)} frames")
+            if longest: exam.tally(f"{name}: longer than {longest} frames", len(rows) > longest, f"clip {clip.id}", f"{len(rows)} frames")
     for judge in (judge_videos, judge_pictures, judge_texts): exam.later.append(partial(judge, exam, name))
     exam.later.append(lambda: exam.judge(f"{name}: longer than {longest} frames", "nothing here; the release leaves them out, and sampling=WholeClip(longest=...) takes them", f"at most {longest} frames", warn_from=.5))
     judge_latents(exam, name, latents)
@@ -143,7 +143,7 @@ def check_release(
     splits, pictures, views = release_splits(folder), 0., 1
     fallback = "latent_videos_svd" if (folder/"latent_videos_svd").is_dir() else None
     for k, (annotation, split) in enumerate(splits):
-        name, share = f"clips of {annotation}/{split}", 1/(len(splits) - k)
+        name, share = f"{annotation}/{split}", 1/(len(splits) - k)
         paths = sorted((folder/annotation/split).glob("*.json"))
         each, views = check_clips(exam, name, paths, partial(_annotated, exam, name, folder, fallback), .6*share, str, longest=WholeClip().longest)
         _annotated_actions(exam, name, paths)
@@ -165,7 +165,7 @@ def _check_list(exam, name, clips, skipped, share=.6, longest=0):
     for c in clips:
         counts[c.text] += 1
         first.setdefault(c.text, c.id)
-    for text, n in counts.items(): check_text(exam, name, text, first[text], n)
+    for text, n in counts.items(): check_text(exam, name, text, f"clip {first[text]}", n)
     path = lambda c: str(next(iter(c.videos.values())))
     groups = [list(g) for _, g in groupby(sorted(clips, key=path), key=path)]
     check_copies(exam, f"{name}: files", [path(g[0]) for g in groups])
@@ -184,8 +184,8 @@ def check_something(
     pictures = 0.
     for k, split in enumerate(splits):
         skipped = Skipped()
-        clips = exam.attempt(f"clips of {split}: the list can't be read", folder/"labels"/f"{split}.json", partial(read_something, folder, split, on_problem=skipped))
-        if clips is not None: pictures += _check_list(exam, f"clips of {split}", clips, skipped, .6/(len(splits) - k), WholeClip().longest)[0]
+        clips = exam.attempt(f"{split}: the list can't be read", folder/"labels"/f"{split}.json", partial(read_something, folder, split, on_problem=skipped))
+        if clips is not None: pictures += _check_list(exam, f"{split}", clips, skipped, .6/(len(splits) - k), WholeClip().longest)[0]
     exam.later.append(partial(judge_speed, exam))
     check_disk(exam, folder, round(pictures))
 

@@ -11,13 +11,14 @@ import hashlib
 import html
 import json
 import re
+import signal
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 from fastcore.basics import patch
@@ -98,7 +99,7 @@ class Exam:
         self.everything, self.seconds, self.n_workers, self.begin = everything, seconds, n_workers, time.monotonic()
         self.findings, self.facts, self.looked, self.tallies, self.digests = {}, {}, {}, {}, {}
         self.lengths, self.actions, self.texts, self.later, self.interrupted = [], [], {}, [], False
-        self.lock = Lock() # looks may be threads
+        self.lock = threading.Lock() # looks may be threads
 
     def find(self,
         severity:str, what:str, where, found, expected="", remedy="", # as for `Finding`
@@ -152,16 +153,27 @@ def each(self:Exam,
     results = _looks(look, (items[i] for i in order), self.n_workers if self.everything else 1)
     bar = progress_bar(total=len(items), desc=f"looking at {name}", unit="", disable=not self.everything or len(items) < 50)
     try:
-        with bar, closing(results):
+        with _gentle(self), bar, closing(results):
             for item, result, error in results:
                 done += 1
                 bar.update(1)
                 if error is None: yield item, result
                 else: self.fail(f"{name}: {problem}", where(item), error)
-                if not self.everything and time.monotonic() > until: break
-    except KeyboardInterrupt: self.interrupted = True
+                if self.interrupted or not self.everything and time.monotonic() > until: break
     finally: self.looked[name] = (done, len(items))
     if self.interrupted: raise KeyboardInterrupt
+
+@contextmanager
+def _gentle(exam):
+    "The first Ctrl-C only asks to stop: raised in the midst of a bar's update, it would leave its lock to no one, and the threads waiting."
+    def ask(*_):
+        if exam.interrupted: raise KeyboardInterrupt
+        exam.interrupted = True
+    catches = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if catches: signal.signal(signal.SIGINT, ask)
+    try: yield
+    finally:
+        if catches: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def _looks(look, items, n_workers):
     "(item, result, error) of each, in order, some ahead."
@@ -260,7 +272,9 @@ def report(self:Exam,
 )->Report:
     "What was found, the worst first."
     while self.later: self.attempt("a check failed", folder, self.later.pop(0))
-    findings = sorted(self.findings.values(), key=lambda f: SEVERITIES.index(f.severity))
+    inside = lambda text: text.replace(f"{plain_text(folder)}/", "") # paths in it are shorter without it
+    findings = [replace(f, where=inside(f.where), found=inside(f.found), also=[inside(w) for w in f.also]) for f in self.findings.values()]
+    findings.sort(key=lambda f: SEVERITIES.index(f.severity))
     kept, rng, texts = {}, np.random.default_rng(0), sum(self.texts.values(), Counter())
     for labels in dict.fromkeys(labels for _, labels, _ in self.actions):
         x = np.concatenate([a for _, names, a in self.actions if names == labels])
@@ -299,9 +313,9 @@ COLOURS = dict(error="#b3261e", warning="#8a5a00", note="#4a5a6a") # of the seve
 def _repr_html_(self:Report):
     e = lambda text: html.escape(plain_text(text))
     badge = lambda s, colour: f'<span style="background:{colour};color:#fff;border-radius:3px;padding:1px 6px;white-space:nowrap">{s}</span>'
-    cell = 'style="text-align:left;vertical-align:top;white-space:normal;overflow-wrap:anywhere;min-width:6em;padding:3px 8px"'
-    table = lambda header, rows: (f"<table><thead><tr>{''.join(f'<th {cell}>{h}</th>' for h in header)}</tr></thead><tbody>"*bool(header) or "<table><tbody>") + \
-        "".join(f"<tr>{''.join(f'<td {cell}>{c}</td>' for c in row)}</tr>" for row in rows) + "</tbody></table>"
+    style = lambda i: f'style="text-align:left;vertical-align:top;white-space:normal;overflow-wrap:anywhere;padding:3px 8px{";min-width:6em"*(i > 0)}"'
+    line = lambda tag, row: f"<tr>{''.join(f'<{tag} {style(i)}>{c}</{tag}>' for i, c in enumerate(row))}</tr>"
+    table = lambda header, rows: "<table>" + ("<thead>" + line("th", header) + "</thead>" if header else "") + f"<tbody>{''.join(line('td', row) for row in rows)}</tbody></table>"
     colour = "#1b6e3c" if self.sound else COLOURS["error"]
     head = f"<p><b>{e(self.folder)}</b>: {e(self.format or 'no known format')} {badge(e(self.verdict), colour)}<br>looked at in {self.seconds:.1f} s: {e(self.extent)}</p>"
     facts = table([], [[f"<b>{e(k)}</b>", e(v)] for k, v in self.facts.items()])
@@ -329,24 +343,27 @@ def show_lengths(
     "A histogram of the episodes' or clips' seconds."
     ax = new_axes(4, 1.8) if ax is None else ax
     ax.hist(report.lengths, **dict(bins=30, color="tab:blue") | kw)
-    ax.set(xlabel="length, s", ylabel="episodes or clips looked at" if len(report.lengths) else "no lengths were read")
-    ax.yaxis.label.set_size(7)
+    ax.yaxis.get_major_locator().set_params(integer=True)
+    ax.set(xlabel="length, s", ylabel="episodes or clips" if len(report.lengths) else "no lengths were read")
     return ax
 
 def show_action_values(
     report:Report, # with actions
     ax=None, # axes to draw into
 ): # the axes
-    "One line a number of the action: where its values lie, the darker the more; each line is scaled to its largest."
+    "One line a number of the action, from its lowest to its highest value: the darker, the more of them. A red mark is zero."
     labels = list(report.actions)
-    ax = new_axes(5, .26*max(len(labels), 2) + .7) if ax is None else ax
-    every = np.concatenate([np.asarray(x) for x in report.actions.values()]) if labels else np.zeros(1)
-    low, high = np.quantile(every, [.001, .999])
-    edges = np.linspace(min(low, -1e-6), max(high, 1e-6), 81)
-    counts = np.array([np.histogram(np.clip(x, edges[0], edges[-1]), edges)[0] for x in report.actions.values()]).reshape(len(labels), 80)
-    if labels: ax.imshow((counts/counts.max(1, keepdims=True))**.4, aspect="auto", cmap="Blues", extent=(edges[0], edges[-1], len(labels) - .5, -.5), interpolation="nearest")
-    ax.set_yticks(range(len(labels)), [plain_text(n, 24) for n in labels], fontsize=7)
-    ax.set_xlabel("action, as stored" if labels else "no actions were read")
+    ax = new_axes(5, .26*max(len(labels), 2) + .6) if ax is None else ax
+    x = [np.asarray(values) for values in report.actions.values()]
+    low, high = (np.array([how(values) for values in x]) for how in (np.min, np.max))
+    span = np.where(high > low, high - low, 1)
+    counts = np.array([np.histogram((row - a)/s, 80, (0, 1))[0] for row, a, s in zip(x, low, span)]).reshape(-1, 80)
+    if labels: ax.imshow((counts/counts.max(1, keepdims=True))**.4, aspect="auto", cmap="Blues", extent=(0, 1, len(labels) - .5, -.5), interpolation="nearest")
+    zero = -low/span
+    ax.vlines(zero[(zero >= 0) & (zero <= 1)], *(np.flatnonzero((zero >= 0) & (zero <= 1)) + d for d in (-.45, .45)), color="tab:red", lw=1)
+    ax.set_yticks(range(len(labels)), [f"{plain_text(n, 24)}  {a:.3g} to {b:.3g}".replace("$", r"\$") for n, a, b in zip(labels, low, high)], fontsize=8)
+    ax.set_xticks([0, 1], ["lowest", "highest"] if labels else ["", ""])
+    ax.set_xlabel("value of the action, as stored" if labels else "no actions were read")
     return ax
 
 def show_language(
@@ -359,6 +376,7 @@ def show_language(
     ax = new_axes(5, .2*max(len(rows), 2) + .7) if ax is None else ax
     ax.barh([f"{i + 1}  {plain_text(t, 50) or '(empty)'}".replace("$", r"\$") for i, (t, _) in enumerate(rows)], [n for _, n in rows], color="tab:blue")
     ax.invert_yaxis()
-    ax.tick_params(axis="y", labelsize=7)
+    ax.tick_params(axis="y", labelsize=8)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel(f"times met; {len(report.texts):,} different sentences" if rows else "no sentences were read")
     return ax

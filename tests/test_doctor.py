@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import torch
 from conftest import BIN, ENV
 
+from defi_nb import check_calvin
 from defi_nb.calvin_data import finish_split, write_npz, write_segment
 from defi_nb.decode import fake_video, write_video
 from defi_nb.doctor import NOTE, dataset_state, examine, require_sound
@@ -246,7 +248,7 @@ DAMAGES = [ # set, what is done to it, severity, what the finding must say, and 
     ("lerobot_v21", "videos exchanged", lambda f: shutil.copy(sorted(f.rglob("*.mp4"))[1], first(f, "*.mp4")), "error", "fewer frames than rows", ".mp4"),
     ("lerobot_v30", "statistics of other data", lambda f: edit(f/"meta/stats.json", '"max"', '"most"') or edit(f/"meta/stats.json", '"min"', '"max"') or edit(f/"meta/stats.json", '"mean"', '"min"'), "warning", "outside the stored statistics", "meta"),
     ("lerobot_v21", "no tasks", lambda f: (f/"meta/tasks.jsonl").unlink(), "error", "missing", "lerobot"),
-    ("rlds", "missing shard", lambda f: first(f, "*train*00001-of*").unlink(), "error", "shards", "toy_robot"),
+    ("rlds", "missing shard", lambda f: first(f, "*train*00001-of*").unlink(), "error", "shards", "1.0.0"),
     ("rlds", "truncated shard", lambda f: cut(first(f, "*train*00000-of*")), "error", "cut short", "00000-of-00002"),
     ("rlds", "damaged record", lambda f: first(f, "*train*00000-of*").write_bytes(first(f, "*train*00000-of*").read_bytes()[:-30] + b"x"*30), "error", "checksum", "00000-of-00002"),
     ("rlds", "no description", lambda f: (f/"1.0.0/features.json").unlink(), "error", "features.json is missing", "toy_robot"),
@@ -277,6 +279,18 @@ def test_a_sample_keeps_to_its_time_and_is_spread(tmp_path):
     assert all(n == of for n, of in report.looked.values())
 
 
+def test_a_sample_can_be_interrupted(sets, monkeypatch):
+    count, plain = iter(range(100)), check_calvin.check_run
+    def look(*args):
+        if next(count) == 4: signal.raise_signal(signal.SIGINT)
+        return plain(*args)
+    monkeypatch.setattr(check_calvin, "check_run", look)
+    report = examine(sets/"calvin")
+    assert report.interrupted and not report.sound and report.looked["training: runs of 8 frames"] == (5, 15)
+    assert "stopped before the end" in str(report) and report.actions # what was seen until then is there
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_interruption_shows_what_was_found(tmp_path):
     make_videos(tmp_path, clips=3)
     cut(tmp_path/"0.mp4")
@@ -285,10 +299,13 @@ def test_interruption_shows_what_was_found(tmp_path):
     for i in range(150): os.symlink(tmp_path/"z.mp4", tmp_path/f"z{i}.mp4")
     command = [BIN/"defi-nb", "doctor", tmp_path, "--all"]
     with subprocess.Popen(command, env=ENV | {"DEFI_NB_PROGRESS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+        watch = threading.Timer(60, child.kill) # if it hangs
+        watch.start()
         for line in child.stdout:
             if re.match(r"looking at clips: [1-9]", line): break
         child.send_signal(signal.SIGINT)
         rest = child.stdout.read()
+        watch.cancel()
     assert child.returncode == 130 and "stopped before the end" in rest and "0.mp4" in rest, rest
 
 
