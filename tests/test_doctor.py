@@ -72,13 +72,27 @@ def make_videos(folder, clips=4, n=24):
     (folder/"captions.csv").write_text("file_name,text\n" + "".join(f"{i}.mp4,wave hand {i}\n" for i in range(clips)))
 
 
+def make_something(folder, clips=3, n=20):
+    for i in range(clips): write_video(folder/f"20bn-something-something-v2/{i}.webm", fake_video(n, start=30*i), hz=12, codec="libvpx-vp9", g=20)
+    (folder/"labels").mkdir()
+    (folder/"labels/train.json").write_text(json.dumps([dict(id=str(i), label=f"moving cup {i} up", template="Moving [something] up", placeholders=["cup"]) for i in range(clips)]))
+
+
+def make_ego4d(folder, clips=3, n=50):
+    told = {}
+    for i in range(clips):
+        write_video(folder/f"clips/uid{i}.mp4", fake_video(n, start=30*i), hz=10, g=10, bf=0)
+        told[f"uid{i}"] = dict(narration_pass_1=dict(narrations=[dict(timestamp_sec=t, narration_text=f"#C C turns knob {i}{t:.0f}") for t in (1., 3.)]))
+    (folder/"narration.json").write_text(json.dumps(told))
+
+
 def unpacked(name):
     def make(folder):
         with zipfile.ZipFile(FIXTURES/f"{name}.zip") as z: z.extractall(folder)
     return make
 
 
-MAKE = dict(calvin=make_calvin, release=make_release, own=make_own, videos=make_videos, lerobot_v21=unpacked("lerobot_v21"), lerobot_v30=unpacked("lerobot_v30"), rlds=unpacked("rlds"))
+MAKE = dict(calvin=make_calvin, release=make_release, own=make_own, videos=make_videos, something=make_something, ego4d=make_ego4d, lerobot_v21=unpacked("lerobot_v21"), lerobot_v30=unpacked("lerobot_v30"), rlds=unpacked("rlds"))
 FORMAT = dict(lerobot_v21="lerobot", lerobot_v30="lerobot")
 
 
@@ -97,7 +111,7 @@ def folder_of(root, name): return root/name/"toy_robot" if name == "rlds" else r
 def test_no_error_in_sound_sets(sets, name, everything):
     report = examine(folder_of(sets, name), everything, seconds=5, hz=10)
     assert (report.format, report.of("error"), report.sound) == (FORMAT.get(name, name), [], True), str(report)
-    if name in ("calvin", "release", "own", "videos"): assert not report.of("warning"), str(report)
+    if name in ("calvin", "release", "own", "videos", "something", "ego4d"): assert not report.of("warning"), str(report)
     assert report.facts["size"] and report.lengths and all(done == total for done, total in report.looked.values())
 
 
@@ -241,6 +255,13 @@ DAMAGES = [ # set, what is done to it, severity, what the finding must say, and 
     ("videos", "distant key frames", lambda f: write_video(f/"1.mp4", fake_video(150), hz=10, g=250, sc_threshold=0), "warning", "key frames far apart", "1.mp4"),
     ("videos", "uneven rate", lambda f: write_video(f/"1.mp4", fake_video(24), hz=30, times=np.cumsum([40, 300]*12)), "note", "frame rate varies", "1.mp4"),
     ("videos", "hole in time", lambda f: write_video(f/"1.mp4", fake_video(24), hz=30, times=100*np.arange(24) + 5000*(np.arange(24) > 9)), "warning", "holes in time", "1.mp4"),
+    ("something", "missing clip", lambda f: (f/"20bn-something-something-v2/1.webm").unlink(), "error", "missing", "1"),
+    ("something", "truncated clip", lambda f: cut(f/"20bn-something-something-v2/1.webm"), "error", "1.webm", "1"),
+    ("something", "empty label", lambda f: [edit(f/"labels/train.json", old, "") for old in ("moving cup 1 up", "Moving [something] up")], "error", "no sentence", "clip 1"),
+    ("something", "list cut off", lambda f: cut(f/"labels/train.json"), "error", "not JSON", "train.json"),
+    ("ego4d", "narrations of other videos", lambda f: edit(f/"narration.json", "uid1", "uid9"), "error", "no narrations of uid1", "uid1"),
+    ("ego4d", "truncated video", lambda f: cut(f/"clips/uid2.mp4"), "error", "uid2.mp4", "uid2"),
+    ("ego4d", "nothing by the wearer", lambda f: edit(f/"narration.json", "#C C", "#O man"), "error", "no clips", "narration.json"),
     ("lerobot_v21", "wrong fps", lambda f: info(f, fps=20), "error", "has time 0.100 s", "episode"),
     ("lerobot_v30", "wrong fps", lambda f: info(f, fps=20), "error", "another rate", ".mp4"),
     ("lerobot_v30", "missing video", lambda f: first(f, "*.mp4").unlink(), "error", "missing", "episode"),
@@ -277,6 +298,13 @@ def test_a_sample_keeps_to_its_time_and_is_spread(tmp_path):
     assert total == 60 and 1 <= done <= total and slow.seconds < 3
     report = examine(tmp_path, everything=True, seconds=.01)
     assert all(n == of for n, of in report.looked.values())
+
+
+def test_a_check_that_fails_is_a_finding(sets, monkeypatch):
+    def fail(*args, **kw): raise KeyError("surprise")
+    monkeypatch.setattr(check_calvin, "check_windows", fail)
+    report = examine(sets/"calvin")
+    assert [(f.severity, f.found) for f in report.findings] == [("error", "KeyError: 'surprise'")] and "report the failure" in report.findings[0].remedy
 
 
 def test_a_sample_can_be_interrupted(sets, monkeypatch):
