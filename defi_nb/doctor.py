@@ -44,22 +44,24 @@ def examine(
     return exam.report(folder, kind)
 
 # %% ../nbs/39_doctor.ipynb #2d50dd0b
-INDEX = {"calvin": ("*/ep_start_end_ids.npy", "*/scene_info.npy", "*/lang_*/*.npy", "ep_start_end_ids.npy", "lang_*/*.npy"), "lerobot": ("meta/**/*",), "rlds": ("*.json", "*.tfrecord*"),
-         "something": ("labels/*.json",), "release": (), "ego4d": ("**/narration.json", "**/manifest.csv"), "own": ("*.csv", "*.jsonl", "actions/*.csv"), "videos": ("*.csv", "*.jsonl")}
+INDEX = {"calvin": ("ep_start_end_ids.npy", "ep_lens.npy", "scene_info.npy", "lang_annotations/auto_lang_ann.npy"), "lerobot": ("meta/**/*",), "rlds": ("*.json", "*.tfrecord*"), "something": ("labels/*.json",),
+         "release": (), "ego4d": ("**/narration.json", "**/manifest.csv"), "own": ("*.csv", "*.jsonl", "actions/*.csv"), "videos": ("*.csv", "*.jsonl")} # format -> what describes a dataset; of CALVIN, each split
 NOTE = ".doctor.json" # in the dataset's folder
+
+def _describing(folder, format):
+    "Files and folders whose sizes and times tell whether a dataset has changed; a split of CALVIN is too large to be listed."
+    if format == "calvin": return {p for root in calvin_splits(folder).values() for p in (root, *(root/name for name in INDEX[format])) if p.exists()}
+    folders = {p for pattern in ("*", "*/*", "*/*/*") for p in islice(folder.glob(pattern), 300) if p.is_dir()}
+    return folders | {p for pattern in INDEX[format] for p in folder.glob(pattern) if p.is_file()} | set(walk_names(folder, 5000))
 
 def dataset_state(
     folder, # of a dataset
     format:str, # a key of `NEEDS`
 )->str: # hexadecimal
     "A digest of the names, sizes and times of what describes a dataset, found without opening a file."
-    folder = Path(folder)
-    if format == "rlds": folder = rlds_version(folder)
-    few = () if format == "calvin" else islice(walk_names(folder, 5000), 5000)
-    files = {p for pattern in INDEX[format] for p in folder.glob(pattern) if p.is_file()} | set(few)
-    folders = {p.parent for p in files} | {p for pattern in ("*", "*/*", "*/*/*") for p in islice(folder.glob(pattern), 0 if format == "calvin" else 300) if p.is_dir()} | set(calvin_splits(folder).values() if format == "calvin" else ())
+    folder = rlds_version(folder) if format == "rlds" else Path(folder)
     stamp = lambda p: (p.relative_to(folder).as_posix(), p.stat().st_mtime_ns, p.stat().st_size if p.is_file() else 0)
-    rows = sorted(stamp(p) for p in files | folders | {folder} if p.name != NOTE)
+    rows = sorted(stamp(p) for p in {folder, *_describing(folder, format)} if p.name != NOTE and p.exists())
     return hashlib.sha256(json.dumps([format, rows, _package()]).encode()).hexdigest()[:32]
 
 def _package():
