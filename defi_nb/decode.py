@@ -60,15 +60,15 @@ def write_video(
 )->Path: # of the file
     "Write frames into a video file, which appears complete or not at all."
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    part = Path(path).with_name(f".{Path(path).stem}.tmp{Path(path).suffix}")
+    part = Path(path).with_name(f".{Path(path).name}.tmp") # no video by its name, so that nobody takes it for one
     try:
-        _encode(part, video, hz, codec, times, options)
+        _encode(part, Path(path).suffix[1:], video, hz, codec, times, options)
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
     return Path(path)
 
-def _encode(path, video, hz, codec, times, options):
-    with av.open(str(path), "w") as out:
+def _encode(path, suffix, video, hz, codec, times, options):
+    with av.open(str(path), "w", format=dict(mkv="matroska", m4v="mp4", ts="mpegts").get(suffix, suffix)) as out:
         stream = out.add_stream(codec, rate=Fraction(hz), options={k: str(v) for k, v in options.items()})
         stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "yuv420p"
         if times is not None: stream.codec_context.time_base = Fraction(1, 1000)
