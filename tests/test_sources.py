@@ -28,7 +28,7 @@ from defi_nb.policy import CoupledPolicy, PlainConfig, PlainPolicy, PolicyConfig
 from defi_nb.prepare import encode_samples, keep_texts
 from defi_nb.robots import RobotSamples
 from defi_nb.rundata import policy_data, reading_of, video_data
-from defi_nb.shards import ShardRows, shard_rows
+from defi_nb.shards import shard_rows
 from defi_nb.sources import Reading, ShareLog, open_source
 from defi_nb.spec import CONTROL_HZ, DataSpec
 from defi_nb.train import TrainConfig, fit
@@ -356,24 +356,6 @@ def test_sentences_are_kept_bit_for_bit(tmp_path, encoders):
         theirs, ours = plain(texts), kept(texts)
         theirs, ours = (vars(theirs).values(), vars(ours).values()) if name == "clip" else (theirs, ours)
         assert all(torch.equal(a, b) for a, b in zip(theirs, ours))
-
-
-def test_gather_is_as_fast_as_from_one_file(tmp_path):
-    "Random rows of many shards cost what they cost in one file, within a factor that a busy machine explains."
-    rng = np.random.default_rng(0)
-    rows = shard_rows(tmp_path/"rows", 20_000, lambda lo, hi: np.zeros((hi - lo, 2, 512)), dict(of=1), most_rows=256)
-    np.save(tmp_path/"one.npy", np.zeros(rows.shape, np.float16))
-    one, places = np.load(tmp_path/"one.npy", mmap_mode="r"), rng.integers(0, len(rows), (32, 4))
-    def cost(x):
-        x[places]
-        return min(_timed(lambda: x[places]) for _ in range(30))
-    assert isinstance(rows, ShardRows) and cost(rows) < 5*cost(one) + 1e-3
-
-
-def _timed(f):
-    began = time.perf_counter()
-    f()
-    return time.perf_counter() - began
 
 
 def test_a_child_run_is_no_rank_of_its_parent(toy, monkeypatch):
