@@ -240,6 +240,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'defi_nb.checkpoint._write_all': ('checkpoint.html#_write_all', 'defi_nb/checkpoint.py'),
                                     'defi_nb.checkpoint._write_tensors': ('checkpoint.html#_write_tensors', 'defi_nb/checkpoint.py'),
                                     'defi_nb.checkpoint.checksum': ('checkpoint.html#checksum', 'defi_nb/checkpoint.py'),
+                                    'defi_nb.checkpoint.completed': ('checkpoint.html#completed', 'defi_nb/checkpoint.py'),
                                     'defi_nb.checkpoint.differing_fields': ('checkpoint.html#differing_fields', 'defi_nb/checkpoint.py'),
                                     'defi_nb.checkpoint.git_commit': ('checkpoint.html#git_commit', 'defi_nb/checkpoint.py'),
                                     'defi_nb.checkpoint.has_checkpoint': ('checkpoint.html#has_checkpoint', 'defi_nb/checkpoint.py'),

@@ -27,7 +27,7 @@ from .robots import ActionScale, measure_scale
 from .shards import identity_key
 from .sources import PLAIN, Piece, Reading, coded_pair, fits_latents, mix, open_source, piece_samples, read_where, split_units
 from .spec import CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT, VIEWS, DataSpec, preset_of
-from .train import TrainConfig
+from .recipe import TrainConfig
 
 # %% ../nbs/52_rundata.ipynb #2fa7ba31
 def reading_of(

@@ -28,7 +28,7 @@ from .rlds import RLDSFolder, RLDSKeys, read_features
 from .robots import ActionScale, RobotSamples, rows_of
 from .shards import encode_frames
 from .spec import CONTROL_HZ, VIEWS
-from .train import StepSampler
+from .recipe import StepSampler
 from .videos import EveryOther, Skipped, VideoDataset, WholeClip, index_clips, read_annotations, read_ego4d, read_folder, read_something, scan_latent
 
 # %% ../nbs/39_sources.ipynb #dc3b392e

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .checkpoint import (differing_fields, has_checkpoint, link_checkpoint, load_checkpoint, load_state, model_state,
+from .checkpoint import (completed, differing_fields, has_checkpoint, link_checkpoint, load_checkpoint, load_state, model_state,
                                 plain_config, recover, save_checkpoint)
 from .engine import Engine, like, make_accelerator, whole
 from .files import write_whole
@@ -182,7 +182,9 @@ def _start(out, model, run):
     "Where to begin: steps done, state and history; the model has the averaged weights if there is a checkpoint."
     if not out or not has_checkpoint(out): return 0, {}, []
     state = load_state(out)
-    if differ := differing_fields(state.get("run", {}), run):
+    there = state.get("run", {})
+    there = there | dict(model=completed(there.get("model", {}), getattr(model, "cfg", None)))
+    if differ := differing_fields(there, run):
         raise ValueError(f"{out} holds another run (there -> here: {differ}): "
                          "use its settings, give another folder, or train again with resume=False")
     step = load_checkpoint(out, model)["step"]
