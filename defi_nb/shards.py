@@ -63,6 +63,7 @@ class ShardRows:
         return self.parts[i]
 
     def __getitem__(self, rows): # int, slice, or integer array of any shape
+        if isinstance(rows, tuple): raise IndexError(f"index {rows} of {self.folder}: give rows alone, and then the rest, as x[rows][...]")
         rows = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows)
         flat = np.where(rows < 0, rows + len(self), rows).ravel()
         if len(flat) and not 0 <= flat.min() <= flat.max() < len(self): raise IndexError(f"row {flat.max()} of {len(self)} in {self.folder}")

@@ -259,9 +259,10 @@ def _told_to_stop():
     try: yield said
     finally: signal.signal(signal.SIGTERM, before)
 
-def _check_finite(step, loss, norm, cfg, out, saved):
+def _check_finite(step, loss, norm, engine, out, saved):
     "Raise `ValueError` before the weights are spoilt."
-    if torch.isfinite(loss) and (torch.isfinite(norm) or cfg.precision == "fp16"): return # fp16's scaler leaves out such a step
+    if torch.isfinite(loss) and (torch.isfinite(norm) or engine.accelerator.scaler is not None): return # fp16's scaler leaves out such a step
+    cfg = engine.cfg
     last = f"the last checkpoint is of step {saved}, in {out}" if out and saved else "there is no checkpoint yet"
     raise ValueError(f"at step {step} the loss is {loss.item():.3g} and the gradient's norm {norm.item():.3g}; {last}: "
                      f"check the data, or train with a lower lr than {cfg.lr} or a longer warm-up than {cfg.warmup}")
@@ -287,11 +288,11 @@ def _first_look(engine, data):
 
 
 def _report(out, row, history, hooks, accelerator):
-    "Tell everybody a logged row."
+    "Tell everybody a logged row; hooks may add to it."
+    for hook in hooks: hook(row)
     if out: append_metrics(out, row)
     if said := early_warning(history): warnings.warn(f"step {row['step']}: {said}", stacklevel=3)
     accelerator.log({k: v for k,v in row.items() if k != "step"}, step=row["step"])
-    for hook in hooks: hook(row)
 
 # %% ../nbs/31_train.ipynb #f6f13eec
 def fit(
@@ -337,7 +338,7 @@ def fit(
                         engine.backward(loss, share, last)
                     meter.add(dict(logs, loss=loss) | restart_logs(engine.model), share)
                 norm = engine.clip(cfg.grad_clip or math.inf)
-                _check_finite(step, loss, norm, cfg, out, saved)
+                _check_finite(step, loss, norm, engine, out, saved)
                 engine.optimizer.step()
                 engine.ema.update(step)
                 meter.add(dict(grad_norm=norm), 1/engine.ranks)
