@@ -18,12 +18,6 @@ LIBRARY = [*sorted((ROOT/"nbs").glob("[0-9]*.ipynb"))]
 RUNS = [p for p in sorted((ROOT/"nbs").glob("[a-z]*.ipynb")) if p.stem != "index"]
 
 
-def pytest_collection_modifyitems(items):
-    "With several processes the tests of a file stay in one, because they share what is slow to make; notebooks share nothing."
-    for item in items:
-        if item.path.stem != "test_notebooks": item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 def command(*args, cwd=ROOT, timeout=600, **kwargs):
     "Run a command of this environment to its end, with no terminal; returns the finished process."
     return subprocess.run([str(BIN/args[0]), *map(str, args[1:])], cwd=cwd, env=ENV, timeout=timeout, text=True,
