@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['COLOURS', 'TASKS', 'CATEGORIES', 'STATE_KEYS', 'ROBOT_START', 'DRAWER_RANGE', 'SWITCH_RANGE', 'MAX_YAW', 'LIMITS',
            'INSTRUCTIONS', 'check_tasks', 'initial_states', 'state_after', 'get_sequences', 'first_sequences',
-           'fnv1_32', 'Start', 'initial_obs', 'solved', 'solved_tasks']
+           'sequences_digest', 'fnv1_32', 'Start', 'initial_obs', 'solved', 'solved_tasks']
 
 # %% ../nbs/11_calvin.ipynb #fdd4c410
-import difflib, json
+import difflib, hashlib, json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -171,6 +171,13 @@ def first_sequences(
     "The first chains of the official 1000, which is not the same as `get_sequences(n)`."
     if not 1 <= n <= 1000: raise ValueError(f"n is {n}: the official list has 1000 chains")
     return get_sequences()[:n]
+
+def sequences_digest(
+    sequences, # of (initial state: dict, chain of task names)
+)->str: # sha256 of their canonical JSON
+    "What identifies a list of chains."
+    rows = [[dict(state), list(chain)] for state, chain in sequences]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 # %% ../nbs/11_calvin.ipynb #e345e088
 def fnv1_32(
