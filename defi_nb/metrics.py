@@ -351,11 +351,13 @@ class Comparison:
     interval:tuple # 95 %, tasks
     chains:int # that both ran
 
-    def _repr_markdown_(self):
+    def __str__(self):
         low, high = self.interval
         said = "more" if low > 0 else "less" if high < 0 else "not separable from no difference"
-        return (f"{self.first} − {self.second}: **{self.difference:+.2f}** tasks ({low:+.2f} to {high:+.2f}, 95 %, "
+        return (f"{self.first} − {self.second}: {self.difference:+.2f} tasks ({low:+.2f} to {high:+.2f}, 95 %, "
                 f"{self.chains} chains, paired): {said}.")
+
+    def _repr_markdown_(self): return str(self)
 
 def compare(
     first:EvalResult, # a result

@@ -255,6 +255,15 @@ def _doctor(args): # the exit status; imported here: the other commands need no 
     if args.json: report.to_json(args.json)
     return 130 if report.interrupted else 0 if report.sound else 1
 
+def _compare(first, second, varying): # imported here: the other commands need no scipy
+    from defi_nb.metrics import EvalResult, compare, fingerprint, protocol_name
+    paths = [Path(p)/"result.json" if Path(p).is_dir() else Path(p) for p in (first, second)]
+    results = [EvalResult.load(path) for path in paths]
+    said = compare(*results, varying)
+    for path, r in zip(paths, results):
+        print(f"{path}: {r.policy}, average length {r.average_length:.2f} ({r.interval[0]:.2f} to {r.interval[1]:.2f}), {protocol_name(r.protocol)}, fingerprint {fingerprint(r.protocol)}")
+    print(said)
+
 def _stop_with_parent(): # end this process, and with it its kernel, when the pipe from the parent closes
     os.read(0, 1) # not sys.stdin, whose lock would disturb a normal end
     os._exit(1)
@@ -279,6 +288,10 @@ def _parser():
     doctor.add_argument("--format", default="", help="calvin, lerobot, rlds, something, release, ego4d, own or videos; without it, as names of files tell")
     doctor.add_argument("--hz", type=float, default=0., help="rows a second, where the files don't say")
     doctor.add_argument("--json", default="", metavar="FILE", help="also write the report here")
+    compare = sub.add_parser("compare", help="whether two evaluations differ by more than chance")
+    compare.add_argument("first", help="its result.json, or the folder of its run")
+    compare.add_argument("second", help="the other's")
+    compare.add_argument("--varying", nargs="+", default=[], metavar="FIELD", help="fields of the protocol that are meant to differ, such as steps or seed; otherwise all must be equal")
     return parser
 
 # %% ../nbs/50_run.ipynb #7e5d6099
@@ -292,6 +305,7 @@ def main(
         if args.command == "params": _print_params(args.name)
         if args.command == "ckpts": _ckpts(args.get, args.ckpts)
         if args.command == "doctor": return _doctor(args)
+        if args.command == "compare": _compare(args.first, args.second, args.varying)
         if args.command == "run":
             if args.child: threading.Thread(target=_stop_with_parent, daemon=True).start()
             given = dict(args.p) | ({"out": args.out} if args.out else {})

@@ -2,7 +2,7 @@
 import json
 
 import pytest
-from conftest import RUNS, command, last_line
+from conftest import ROOT, RUNS, command, last_line
 
 
 def test_list_and_params():
@@ -47,3 +47,13 @@ def test_what_is_typed_wrong(toy, args, said):
 def test_outside_the_project(tmp_path):
     done = command("defi-nb", "list", cwd=tmp_path)
     assert done.returncode == 2 and "change into the repository first" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_compare():
+    demo = [str(ROOT/"results/demo"/f"{name}.json") for name in ("plain", "untrained")]
+    said = command("defi-nb", "compare", *demo)
+    assert said.returncode == 0 and last_line(said.stdout).endswith("chains, paired): more.")
+    refused = command("defi-nb", "compare", *demo, "--varying", "step")
+    assert refused.returncode == 2 and "a protocol has no field step" in refused.stderr
+    lost = command("defi-nb", "compare", demo[0], "nowhere.json")
+    assert lost.returncode == 2 and "there is no result at nowhere.json" in lost.stderr
