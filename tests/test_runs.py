@@ -21,6 +21,7 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "pipeline": DATA | {"chains": 2, "steps_gfdm": 4, "steps_gidm": 4, "steps_policy": 4, "ckpts": "ckpts/pipeline"},
     "doctor": {"seconds": 5},
     "bench_loader": {"windows": 3, "samples": 32, "repeats": 1, "steps": 2},
+    "bench_evaluation": {"chains": 2, "steps": 10, "group": 2, "workers": "0,1", "look_steps": 10},
     "bench_inference": {"parts": "text,adapter", "repeats": 2},
     "own_data": {"demos": 4, "steps": 4, "batch_size": 4},
     "ablations": DATA | {"rows": "coupled, without GFDM pretraining, plain: no video, MLP inverse model", "chains": 1, "fractions": "1.0", "seeds": 1, "steps": 4,
