@@ -23,6 +23,7 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "bench_loader": {"windows": 3, "samples": 32, "repeats": 1, "steps": 2},
     "bench_evaluation": {"chains": 2, "steps": 10, "group": 2, "workers": "0,1", "look_steps": 10},
     "bench_inference": {"parts": "text,adapter", "repeats": 2},
+    "bench_serve": {"requests": 3, "clients": "2", "seconds": 0.2, "side": 32},
     "own_data": {"demos": 4, "steps": 4, "batch_size": 4},
     "ablations": DATA | {"rows": "coupled, without GFDM pretraining, plain: no video, MLP inverse model", "chains": 1, "fractions": "1.0", "seeds": 1, "steps": 4,
                          "pretrain_steps": 4, "ckpts": "ckpts/pipeline"},
