@@ -1,0 +1,294 @@
+"""The policy server as its users meet it: the stock client, keys, several clients, a server that dies, and 10,000 requests that are wrong.
+
+Everything listens at 127.0.0.1, at ports that were free. `openpi-client` is used where it is installed.
+"""
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from urllib.request import urlopen
+
+import msgpack
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import ENV
+from websockets.exceptions import ConnectionClosed, InvalidHandshake
+from websockets.sync.client import connect
+
+from defi_nb.checkpoint import save_checkpoint
+from defi_nb.encoders import load_encoders
+from defi_nb.models import model_info
+from defi_nb.policy import PlainConfig, PlainPolicy
+from defi_nb.rollout import NoOpPolicy
+from defi_nb.serve import Contract, PolicyServer, serving
+from defi_nb.wire import Client, pack, unpack
+
+CODE = "from defi_nb.serve import main; raise SystemExit(main())"
+
+
+class Looks:
+    "A policy whose actions depend on all it is given, and that takes its time."
+    seconds = 0.
+
+    def act(self, batch, noise):
+        time.sleep(self.seconds)
+        seen = batch.video.float().mean((1, 2, 3, 4, 5))/255 + batch.proprio.mean(1) + torch.tensor([len(t) for t in batch.text])/100
+        return (noise/4 + seen[:, None, None]).tanh()
+
+
+def contract(**changes): return Contract("looks", views=("static", "gripper"), state=15, **changes)
+
+
+def observation(k=0):
+    rng = np.random.default_rng(k)
+    return {"observation/image": rng.integers(0, 256, (20 + k, 30, 3), np.uint8), "observation/wrist_image": rng.integers(0, 256, (16, 16, 3), np.uint8),
+            "observation/state": rng.normal(size=15)/10, "prompt": "push"*k}
+
+
+@contextmanager
+def command(*argv, **env):
+    "A server in a process of its own, and its address."
+    with subprocess.Popen([sys.executable, "-c", CODE, *argv, "--port", "0"], stdout=subprocess.PIPE, text=True, env=ENV | env) as process:
+        try:
+            line = process.stdout.readline()
+            assert " at ws://127.0.0.1:" in line, line
+            yield process, line.split(" at ")[1].split(": ")[0]
+        finally: process.kill()
+
+
+def test_round_trip():
+    with serving(PolicyServer(Looks(), contract())) as url, Client(url) as client:
+        assert client.metadata["cameras"] == {"static": "observation/image", "gripper": "observation/wrist_image"} and client.metadata["state"]["size"] == 15
+        a, b = client.infer(observation(1)), client.infer(observation(1))
+        assert a["actions"].shape == (10, 7) and a["actions"].dtype == np.float32 and np.abs(a["actions"]).max() <= 1
+        assert set(a["actions"][:, -1]) <= {-1, 1} and (a["actions"] != b["actions"]).any()
+
+
+def test_stock_client():
+    client = pytest.importorskip("openpi_client.websocket_client_policy")
+    broker = pytest.importorskip("openpi_client.action_chunk_broker")
+    with serving(PolicyServer(Looks(), contract(), key="secret")) as url:
+        host, port = url.removeprefix("ws://").split(":")
+        policy = client.WebsocketClientPolicy(host, int(port), api_key="secret")
+        assert policy.get_server_metadata()["horizon"] == 10
+        chunk = policy.infer(observation())["actions"]
+        with Client(url, "secret") as ours: np.testing.assert_array_equal(ours.infer(observation())["actions"], chunk)
+        with pytest.raises(RuntimeError, match="the request has no 'observation/image'"): policy.infer({})
+        steps = broker.ActionChunkBroker(policy, action_horizon=5)
+        one = [steps.infer(observation())["actions"] for _ in range(7)]
+        assert {a.shape for a in one} == {(7,)} and policy.infer(observation())["actions"].shape == (10, 7)
+        assert urlopen(f"http://{host}:{port}/healthz").read() == b"OK\n"
+        policy._ws.close()
+
+
+@pytest.mark.parametrize("key,said", [(None, "a key is needed"), ("wrong", "wrong key"), ("", "a key is needed"), ("secret ", "wrong key")])
+def test_key(key, said):
+    with serving(PolicyServer(NoOpPolicy(), Contract("noop"), key="secret")) as url:
+        if key == "secret ": # a client's library strips it; the header must be the key exactly
+            with pytest.raises(InvalidHandshake): connect(url, additional_headers={"Authorization": "Api-Key secretsecret"}).__enter__()
+        else:
+            with pytest.raises(PermissionError, match=said): Client(url, key)
+        with Client(url, "secret") as client: assert client.metadata["policy"] == "noop"
+
+
+def test_key_is_read_from_the_environment_or_a_file(tmp_path):
+    (tmp_path/"key").write_text("filed\n")
+    for argv, env, key in (([], {"DEFI_NB_KEY": "environed"}, "environed"), (["--key-file", str(tmp_path/"key")], {"DEFI_NB_KEY": "environed"}, "filed")):
+        with command("noop", *argv, **env) as (_, url):
+            with pytest.raises(PermissionError): Client(url)
+            with Client(url, key) as client: assert client.infer(observation())["actions"][0].tolist() == [0, 0, 0, 0, 0, 0, 1]
+
+
+def test_web_pages_are_refused():
+    with serving(PolicyServer(NoOpPolicy(), Contract("noop"))) as url, pytest.raises(InvalidHandshake, match="403"): connect(url, origin="http://127.0.0.1").__enter__()
+
+
+def test_too_large():
+    with serving(PolicyServer(Looks(), contract(), max_bytes=20_000)) as url, Client(url) as client:
+        right = client.infer(observation())["actions"]
+        with pytest.raises(ConnectionError, match="1009"): client.infer(observation() | {"more": bytes(30_000)})
+        np.testing.assert_array_equal(client.infer(observation())["actions"], right)
+
+
+def test_port_in_use():
+    with serving(PolicyServer(NoOpPolicy(), Contract("noop"))) as url:
+        done = subprocess.run([sys.executable, "-c", CODE, "noop", "--port", url.split(":")[-1]], capture_output=True, text=True, env=ENV, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("defi-nb: can't listen at 127.0.0.1:") and "choose another --host or --port" in done.stderr
+
+
+@pytest.mark.parametrize("argv,said", [(["noop", "--name", "front=x"], "static, gripper, state, prompt"), (["no/such/folder"], "no/such/folder"), (["noop", "--port", "99999"], "65536"),
+                                       (["noop", "--batch", "0"], "at least 1"), (["noop", "--key-file", "no/such/key"], "no/such/key"), (["noop", "--host", "0.0.0.0"], "it has no key")])
+def test_wrong_arguments(argv, said, capsys):
+    from defi_nb.serve import main
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("defi-nb: ") and said in error and error.count("\n") == 1
+
+
+def test_clients_share_batches_and_get_what_they_get_alone():
+    def ask(url, k):
+        with Client(url) as client: return [client.infer(observation(k) | {"reset": i == 2})["actions"] for i in range(4)]
+    slow = Looks()
+    slow.seconds = .01
+    together = PolicyServer(slow, contract(), window=.1)
+    with serving(together) as url, ThreadPoolExecutor(6) as pool: found = list(pool.map(lambda k: ask(url, k), range(6)))
+    assert max(together.batches) > 1 and sum(n*k for n, k in together.batches.items()) == 24
+    for k in range(6):
+        alone = PolicyServer(Looks(), contract(), batch=1)
+        with serving(alone) as url: np.testing.assert_allclose(found[k], ask(url, k), atol=1e-5)
+        assert set(alone.batches) == {1}
+
+
+def test_server_that_is_killed():
+    with command("noop") as (process, url):
+        client = Client(url, timeout=20)
+        client.infer(observation())
+        os.kill(process.pid, signal.SIGSTOP) # so that it is killed in the middle of a request
+        threading.Timer(.5, process.kill).start()
+        with pytest.raises(ConnectionError, match="closed the connection before it answered"): client.infer(observation())
+        process.wait()
+        with pytest.raises(ConnectionError, match="no policy server answers"): client.infer(observation())
+
+
+def test_sigterm_answers_what_is_computed_and_ends():
+    slow = Looks()
+    slow.seconds = 1.
+    server, found = PolicyServer(slow, contract()), []
+    with serving(server) as url:
+        client = Client(url)
+        asking = threading.Thread(target=lambda: found.append(client.infer(observation())["actions"].shape))
+        asking.start()
+        while not server.busy: time.sleep(.01)
+    asking.join()
+    assert found == [(10, 7)]
+    with command("noop") as (process, url):
+        process.terminate()
+        assert process.wait(20) == 0
+
+
+# 10,000 wrong requests
+
+def mutate(rng, data):
+    "A valid message with some of its bytes changed, cut, repeated or moved."
+    data = bytearray(data)
+    for _ in range(rng.randint(1, 8)):
+        i = rng.randrange(min(len(data), 200) if rng.random() < .7 else len(data)) # mostly where the structure is
+        kind = rng.randrange(4)
+        if kind == 0: data[i] = rng.randrange(256)
+        elif kind == 1 and len(data) > 10: del data[i:i + rng.randint(1, 5)]
+        elif kind == 2: data[i:i] = rng.randbytes(rng.randint(1, 5))
+        else: data[i:i] = data[i:i + rng.randint(1, 40)]
+    return bytes(data)
+
+
+def raw(data=b"\1"*8, dtype="<f4", shape=(2,)): return {b"__ndarray__": True, b"data": data, b"dtype": dtype, b"shape": list(shape)}
+
+
+def wrong_values(rng):
+    "An observation with something wrong in it."
+    dtypes = ["|O", "|V8", "<c8", "<M8[s]", "<U2", "|S8", "f4,f4", "<f2", "", "x"*1000, 7, None, "<f16", "|b1"]
+    shapes = [(2**40,), (-1,), (2,)*40, (0, 2**31 - 1), (1.5,), ("a",), (2**63 - 1, 2**63 - 1), (True,), (), (3,)]
+    values = [np.zeros((0, 0, 3), np.uint8), np.zeros((5, 0, 3), np.uint8), np.zeros((1, 5000, 3), np.uint8), np.zeros((8, 8, 3), np.float32), np.zeros((3, 8, 8), np.uint8), np.zeros((8, 8), np.uint8),
+              np.full(15, np.nan), np.full(15, np.inf), np.full(15, 1e300), np.zeros(14), np.zeros((15, 1)), None, True, -1, 2**63, 1e308, "", "a"*5000, b"", b"\xff"*50, [], {}, [[]]*50, {"a": {"b": {}}},
+              raw(dtype=rng.choice(dtypes)), raw(shape=rng.choice(shapes)), raw(data=rng.choice([b"", "text", 5, None, [1]])), {b"__ndarray__": True}, {b"__npgeneric__": True, b"data": 3e38, b"dtype": "<i2"},
+              msgpack.ExtType(rng.randrange(128), b"x"*rng.randrange(20)), msgpack.Timestamp(1), {"x": rng.random()}]
+    obs = observation(rng.randrange(3))
+    kind = rng.randrange(4)
+    if kind == 0: obs.pop(rng.choice(sorted(obs)))
+    elif kind == 1: obs["noise_key"] = rng.choice([[], [-1], [1.5], [2**64 - 1], ["a"], list(range(9)), {}, "x", [True], np.zeros(3), [[1]]])
+    else: obs[rng.choice(sorted(obs))] = rng.choice(values)
+    return msgpack.packb(obs, default=lambda x: {b"__ndarray__": True, b"data": x.tobytes(), b"dtype": x.dtype.str, b"shape": x.shape})
+
+
+def hostile(rng):
+    "Structures that are cheap to send and dear to read."
+    deep = rng.randint(20, 20_000)
+    if rng.random() < .02: return rng.choice([b"\x90", b"\xc4"])*rng.randint(2**20 + 1, 2**21) # beyond the size limit
+    return rng.choice([b"\x91"*deep + b"\xc0", b"\x81\xa1a"*deep + b"\xc0", b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff\xc0", b"\xc6\xff\xff\xff\xff", b"\xdb\x7f\xff\xff\xff" + b"a"*100,
+                       b"\xdc\xff\xff" + b"\x90"*65535, b"\xc9\xff\xff\xff\xff\x05", b"\xdc\x0f\xff" + (b"\xdc\x0f\xff" + b"\xc0"*4095)*30, b"\x82" + b"\xa1a\xc0"*2, b"\xc1", b"",
+                       b"\x81\xc0\xc0", b"\x81\x01\x01", b"\x81\x90\x01"])
+
+
+def wrong_message(rng):
+    kind = rng.random()
+    if kind < .2: return rng.randbytes(rng.randrange(300))
+    if kind < .5: return mutate(rng, pack(observation(rng.randrange(3))))
+    if kind < .75: return wrong_values(rng)
+    if kind < .9: return hostile(rng)
+    return rng.choice(["", "{}", "a"*rng.randrange(3000), '{"prompt": "x"}', "\0"])
+
+
+def over_websocket(url, rng, n, outcomes):
+    "Send n messages; each must be answered by a text, an answer or a close with a reason, in time."
+    connection = None
+    for _ in range(n):
+        if connection is None:
+            connection = connect(url, compression=None, max_size=None, proxy=None).__enter__()
+            connection.recv(60)
+        data = wrong_message(rng)
+        try:
+            connection.send(data)
+            said = connection.recv(60) # a TimeoutError fails the test
+        except ConnectionClosed as e:
+            assert e.rcvd is not None and e.rcvd.code in (1002, 1003, 1007, 1009), f"closed without a reason after {data[:60]!r}"
+            outcomes.append("closed")
+            connection = None
+            continue
+        if isinstance(said, bytes): # a mutation may leave a message valid, such as a pixel of another colour
+            assert not isinstance(data, str) and np.isfinite(unpack(said)["actions"]).all()
+            outcomes.append("answered")
+        else:
+            assert said and len(said) < 1000 and "Traceback" not in said and 'File "' not in said, said
+            outcomes.append("refused")
+    if connection: connection.close()
+
+
+def over_socket(url, rng, n, outcomes):
+    "Send n times what is no websocket; each must end in a response or the end of the connection, in time."
+    port = int(url.split(":")[-1])
+    upgrade = (f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n"
+               "Sec-WebSocket-Version: 13\r\n{}\r\n").format
+    for _ in range(n):
+        after_upgrade = rng.choice([b"\xff"*20, b"\x82\x7f" + b"\xff"*8, b"\x82\x05hello", b"\x83\x80\0\0\0\0", b"\xf2\x80\0\0\0\0", b"\x89\xfe\x01\x00" + bytes(260), b"\x81\x82\0\0\0\0\xff\xff", b"\x88\x82\0\0\0\0\0\0"])
+        first = rng.choice([rng.randbytes(rng.randint(1, 200)) + b"\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: 5\r\n\r\nhello", b"GET / HTTP/0.9\r\n\r\n", b"GET /" + b"a"*20_000 + b" HTTP/1.1\r\n\r\n",
+                            b"GET / HTTP/1.1\r\n" + b"X: y\r\n"*500 + b"\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+                            upgrade("Authorization: Api-Key wrong\r\n").encode(), upgrade("Origin: http://evil\r\n").encode(), upgrade("Sec-WebSocket-Version: 7\r\n").encode(),
+                            upgrade("Authorization: Api-Key wrong\r\nAuthorization: Basic x\r\n").encode(), upgrade("").encode() + after_upgrade])
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            try:
+                connection.sendall(first)
+                if not first.endswith(after_upgrade): connection.shutdown(socket.SHUT_WR)
+                while connection.recv(65536): pass # until the server ends it; a timeout fails the test
+            except (ConnectionResetError, BrokenPipeError): pass # it ended it before it had read all
+        outcomes.append("ended")
+
+
+def test_ten_thousand_wrong_requests(tmp_path):
+    "None stops the server, none is left without an answer, and afterwards a right request is answered as before."
+    encoders = load_encoders("tiny")
+    policy = PlainPolicy(PlainConfig.tiny(), encoders) # it needs all that a request can bring
+    save_checkpoint(tmp_path, policy, info=model_info(policy, encoders, preset="tiny"))
+    with command(str(tmp_path), "--clients", "40", "--max-mb", "1", "--batch", "1", "--device", "cpu") as (process, url):
+        threading.Thread(target=process.stdout.read, daemon=True).start() # or its words would fill the pipe
+        with Client(url) as client: before = client.infer(observation())["actions"]
+        outcomes, memory = [], psutil.Process(process.pid).memory_info().rss
+        jobs = [(over_websocket, random.Random(k), 2250) for k in range(4)] + [(over_socket, random.Random(k), 250) for k in range(4, 8)]
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            for future in [pool.submit(job, url, rng, n, outcomes) for job, rng, n in jobs]: future.result(timeout=500)
+        with Client(url) as client: np.testing.assert_array_equal(client.infer(observation())["actions"], before)
+        counts = {kind: outcomes.count(kind) for kind in sorted({*outcomes})}
+        assert len(outcomes) == 10_000 and process.poll() is None, counts
+        assert counts["refused"] > 7000 and counts["ended"] == 1000 and counts["closed"] > 5, counts
+        grown = (psutil.Process(process.pid).memory_info().rss - memory)/2**20
+        assert grown < 100, f"{grown:.0f} MiB more than before"
+        process.terminate()
+        assert process.wait(30) == 0
+        print(counts, f"{grown:.1f} MiB more than before")
