@@ -24,7 +24,7 @@ import numpy as np
 from .libero_suites import NO_MOTION, libero_action, libero_instruction, libero_observation
 from .sim_rules import ActionUnits, digest_of, is_over, verdict
 from .simpler import CAMERAS, SimplerAction, maniskill3_id
-from .wire import Client
+from .wire import Client, ServerError
 
 # %% ../nbs/48_sim_worker.ipynb #ecbd25a1
 @dataclass(frozen=True)
@@ -298,7 +298,8 @@ def main():
     voice, lines = _Voice(), _listen()
     try: _work(voice, lines)
     except BaseException as error:
-        voice.say("error", error=f"{type(error).__name__}: {error}", trace=traceback.format_exc())
+        again = not isinstance(error, (ConnectionError, PermissionError, TimeoutError, ServerError, ValueError, ImportError, FileNotFoundError))
+        voice.say("error", error=f"{type(error).__name__}: {error}", trace=traceback.format_exc(), again=again)
         os._exit(1) # no simulator's own clean-up may hang
 
 if __name__ == "__main__": main()
