@@ -224,26 +224,30 @@ def play_episode(
     infer, # infer(request) -> {"actions": (H,7)}
     config:PlayConfig, # how it is played
     report=lambda stage, **more: None, # told what stage the episode is in
-)->dict: # the row: {"success", "steps", "solved_at", "looks", "seconds", "prompt"}
+)->dict: # the row: {"success", "steps", "solved_at", "looks", "prompt", "seconds", and of these "start", "policy" and "simulator"}
     "Play one episode to its end."
-    begin, solved, looks, frames = time.perf_counter(), [], 0, []
+    solved, looks, frames, spent = [], 0, [], {"start": 0., "policy": 0., "simulator": 0.}
+    def timed(part, function, *args):
+        begin = time.perf_counter()
+        try: return function(*args)
+        finally: spent[part] += time.perf_counter() - begin
     report("make")
-    seen, prompt = simulator.start(episode)
+    seen, prompt = timed("start", simulator.start, episode)
     cap, over = episode["make"]["max_episode_steps"], False
     while not over:
         report("ask", steps=len(solved))
         noise = {} if config.seed is None else {"noise_key": [config.seed, episode["number"], 0, looks], "reset": not looks}
-        actions, looks = _ask(infer, seen, prompt, config.send, noise)[:config.execute], looks + 1
+        actions, looks = timed("policy", _ask, infer, seen, prompt, config.send, noise)[:config.execute], looks + 1
         for action in actions:
             if config.record: frames.append(seen["observation/image"])
             report("step", steps=len(solved))
-            seen, prompt, now, ended = simulator.step(action)
+            seen, prompt, now, ended = timed("simulator", simulator.step, action)
             solved.append(now)
             over = ended or is_over(config.mode, solved, cap)
             if over: break
     if config.record: _keep_frames(frames + [seen["observation/image"]], Path(config.record)/f"episode{episode['number']:05d}.npz", prompt)
     return {"success": verdict(config.mode, solved), "steps": len(solved), "solved_at": solved.index(True) + 1 if any(solved) else None,
-            "looks": looks, "seconds": round(time.perf_counter() - begin, 3), "prompt": prompt}
+            "looks": looks, "prompt": prompt, "seconds": round(sum(spent.values()), 3), **{part: round(s, 3) for part, s in spent.items()}}
 
 def _ask(infer, seen, prompt, send, noise):
     "A chunk (k,7) of the policy."
@@ -302,4 +306,4 @@ def main():
         voice.say("error", error=f"{type(error).__name__}: {error}", trace=traceback.format_exc(), again=again)
         os._exit(1) # no simulator's own clean-up may hang
 
-if __name__ == "__main__": main()
+if __name__ == "__main__" and globals().get("__package__") == "defi_nb": main() # python -m defi_nb.sim_worker

@@ -112,7 +112,8 @@ def protocol_of(
     horizon = server.get("horizon") or 1
     if config.execute > horizon: raise ValueError(f"execute is {config.execute}, and the server predicts {horizon} actions at once: execute 1 to {horizon}")
     caps = {e["task"]: e["make"]["max_episode_steps"] for e in episodes}
-    special = {"simpler": {"hold": config.hold}, "libero": {"flip": config.flip}, "replay": {}}[config.benchmark]
+    google = any(e["make"].get("robot", "").startswith("google") for e in episodes)
+    special = ({"hold": config.hold} if google else {}) | ({"flip": config.flip} if config.benchmark == "libero" else {})
     cameras, state = server.get("cameras") or {"static": "observation/image"}, server.get("state")
     return {"benchmark": config.benchmark, "suite": config.suite or USUAL[config.benchmark], "tasks": list(caps), "episodes_of_each": config.episodes or "all",
             "episodes": len(episodes), "digest": digest_of([_without_paths(e) for e in episodes]), "success": check_mode(config.mode or MODES[config.benchmark]), "step_caps": caps,
