@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODES', 'USUAL', 'record_stand_in', 'BenchConfig', 'episodes_of', 'units_of', 'protocol_of', 'EpisodeJournal',
            'Patience', 'play_in_workers', 'mean_of_tasks_interval', 'result_of', 'result_markdown', 'worker_command',
-           'run_benchmark', 'main']
+           'run_benchmark', 'served_policy', 'main']
 
 # %% ../nbs/49_simulators.ipynb #0c5a2dd8
 import json
@@ -389,8 +389,11 @@ def _check(args):
     return 0 if all(f["ok"] for f in findings) else 1
 
 # %% ../nbs/49_simulators.ipynb #447ae220
-def _served(policy, key_file): # a context manager that yields (address, key)
-    "The server of a policy: there already, or for the time."
+def served_policy(
+    policy:str, # address of a server (ws://...); or folder of a checkpoint, noop or random
+    key_file:str="", # whose first line is the server's key; empty: the environment variable DEFI_NB_KEY
+)->tuple: # (a context manager that yields the address, key or None)
+    "A policy's server: one that is there already, or one that runs while its context is open."
     from defi_nb.serve import PolicyServer, contract_of, load_served, read_key, serving
     if policy.startswith(("ws://", "wss://")): return nullcontext(policy), read_key(key_file)
     loaded, digest = load_served(policy)
@@ -400,7 +403,7 @@ def _run(args):
     config = BenchConfig(args.benchmark, args.suite, tuple(args.task), args.episodes, args.mode, args.execute, args.units, args.hold, args.flip, args.seed)
     name, folder = _folder(args)
     read_settings(folder) # an error that says how to make it, before anything is served
-    server, key = _served(args.policy, args.key_file)
+    server, key = served_policy(args.policy, args.key_file)
     with server as url:
         out = args.out or f"runs/bench_{config.suite or USUAL[args.benchmark]}"
         print(f"{name} in {folder}; {url}; {out}", flush=True)

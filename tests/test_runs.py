@@ -24,6 +24,7 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "bench_evaluation": {"chains": 2, "steps": 10, "group": 2, "workers": "0,1", "look_steps": 10},
     "bench_inference": {"parts": "text,adapter", "repeats": 2},
     "bench_serve": {"requests": 3, "clients": "2", "seconds": 0.2, "side": 32},
+    "eval_simulators": {},
     "own_data": {"demos": 4, "steps": 4, "batch_size": 4},
     "ablations": DATA | {"rows": "coupled, without GFDM pretraining, plain: no video, MLP inverse model", "chains": 1, "fractions": "1.0", "seeds": 1, "steps": 4,
                          "pretrain_steps": 4, "ckpts": "ckpts/pipeline"},
@@ -50,6 +51,8 @@ WRONG = [ # run notebook, parameters, what the one-line error must say
     ("train_coupled", {"split": "data/example_lab", "columns": "knee"}, "no column 'knee'"),
     ("own_data", {"data": "data/playtable-D_D"}, "actions"),
     ("pretrain_gidm", {"preset": "small"}, "no encoders are called 'small'"),
+    ("eval_simulators", {"benchmark": "libero"}, "make one with `defi-nb bench setup simpler` or `defi-nb bench setup libero`"),
+    ("eval_simulators", {"benchmark": "gazebo"}, "no benchmark is called 'gazebo': choose simpler, libero"),
     ("pretrain_gfdm", {"preset": "paper"}, "the public ones come with defi-nb ckpts"),
 ]
 

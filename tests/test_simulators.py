@@ -106,7 +106,10 @@ def timeless(result):
     return {k: v for k, v in result.items() if k not in ("seconds", "episodes", "versions")} | {"episodes": [{k: v for k, v in row.items() if k not in clock} for row in result["episodes"]]}
 
 
-def play(url, out, recordings, worker=None, patience=Patience(30, 1.5, 3), config=None, **more):
+PATIENCE = Patience(opening=60, step=1.5, attempts=3)
+
+
+def play(url, out, recordings, worker=None, patience=PATIENCE, config=None, **more):
     return run_benchmark(config or BenchConfig("replay"), url, out, recordings=recordings, worker=worker, patience=patience, progress=False, **more)
 
 
