@@ -79,6 +79,9 @@ class BenchConfig:
     flip:str = "rotate180" # of LIBERO's pictures, see `libero_suites.FLIPS`
     seed:int = 0 # of the policy's noise, where the server can be told
 
+    def __post_init__(self):
+        if self.benchmark not in MODES: raise ValueError(f"no benchmark is called {self.benchmark!r}: choose {', '.join(MODES)}")
+
 MODES = {"simpler": "truncation", "libero": "early_stop", "replay": "accumulate"} # benchmark -> its usual mode
 USUAL = {"simpler": "widowx", "libero": "libero_goal", "replay": "replay"} # benchmark -> its usual suite
 
@@ -88,7 +91,6 @@ def episodes_of(
 )->list: # of episodes
     "The episodes that are to be played, numbered as in the whole suite."
     whole = {"simpler": simpler_episodes, "libero": libero_episodes, "replay": lambda suite: list(recordings)}
-    if config.benchmark not in whole: raise ValueError(f"no benchmark is called {config.benchmark!r}: choose {', '.join(whole)}")
     return first_of_each(whole[config.benchmark](config.suite or USUAL[config.benchmark]), config.episodes, config.tasks)
 
 def units_of(
