@@ -265,12 +265,11 @@ def _other_text(task, sequences, number):
     return INSTRUCTIONS[others[number*7 % len(others)]][0] if others else "do nothing"
 
 def study_failures(
-    policy, # `CoupledPolicy` with a whole forward model; with `informed` and `offsets` given, anything with `act`
+    policy, # `CoupledPolicy` with a whole forward model; or with `informed` and `offsets` anything with `act`
     records:list, # of an evaluation's chains, see `rollout.read_records`
     sequences, # (initial state, task names) of all chains
     config:EvalConfig, # of the evaluation
-    informed=None, # the policy that is shown the future; None: `Informed(policy, sigma)`
-    sigma:float=.5, # noise level of that, see `best_sigma`
+    informed=None, # the policy that is shown the future, see `futures.best_way`; None: `Informed(policy)`
     offsets:tuple|None=None, # control steps after a look of the frames that are shown; None: the policy's own
     failures:int=10, # failed tasks to study, at most
     control:int=10, # solved tasks, at most
@@ -281,9 +280,9 @@ def study_failures(
     progress:bool=True, # show a bar
 )->FailureReport:
     "Say of failed tasks whether the predicted future or the inferred action was at fault."
-    foresees = informed is None
-    informed, offsets = informed or Informed(policy, sigma), offsets or frame_offsets(policy)
-    header = json.loads(json.dumps(dict(about or {}, sigma=sigma, offsets=offsets, failures=failures, control=control, draws=draws, steps=config.steps, execute=config.execute, seed=config.seed)))
+    foresees = isinstance(policy, CoupledPolicy)
+    informed, offsets = informed or Informed(policy), offsets or frame_offsets(policy)
+    header = json.loads(json.dumps(dict(about or {}, shown=getattr(informed, "name", type(informed).__name__), offsets=offsets, failures=failures, control=control, draws=draws, steps=config.steps, execute=config.execute, seed=config.seed)))
     rows = _rows_of(Path(out)/"failures.jsonl", header) if out else []
     done, env = {(r["chain"], r["number"]) for r in rows}, make_env(config)
     todo = [(r, i) for r, i in choose_tasks(records, failures, control, config.seed) if (r["chain"], i) not in done]
