@@ -23,7 +23,8 @@ from defi_nb.env_process import EnvProcess
 from defi_nb.experts import Expert, start_for, start_of
 from defi_nb.playtable import PlayTable, euler_to_quat, waving
 from defi_nb.real_calvin import RealCalvin, calvin_missing, calvin_oracle, calvin_root, real_env, rollout_digest
-from defi_nb.rollout import EvalConfig, RandomPolicy, evaluate, play_expert, playtable_env, read_records
+from defi_nb.evaluation import evaluate, read_records
+from defi_nb.rollout import EvalConfig, RandomPolicy, play_expert, playtable_env
 
 MISSING = calvin_missing()
 needs_calvin = pytest.mark.skipif(bool(MISSING), reason=MISSING)
