@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['rest_action', 'time_reverse', 'draw_reversed', 'reverse_batch', 'InverseDynamicsConfig', 'InverseDynamicsHead',
-           'inverse_dynamics_loss']
+           'inverse_dynamics_loss', 'AuxInverseDynamics']
 
 # %% ../nbs/26_inverse_dynamics.ipynb #bd9107a4
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,3 +124,57 @@ def inverse_dynamics_loss(
     motion = (predicted[..., :-1] - action[..., :-1]).abs().mean()
     gripper = F.binary_cross_entropy_with_logits(predicted[..., -1], (action[..., -1] > 0).to(predicted))
     return motion + gripper_weight*gripper, dict(motion=motion.detach(), gripper=gripper.detach())
+
+# %% ../nbs/26_inverse_dynamics.ipynb #3e242758
+class AuxInverseDynamics:
+    "Inverse dynamics as an auxiliary loss of a policy's vision encoder."
+    def __init__(self,
+        cfg:InverseDynamicsConfig, # sizes and weights
+        tokens, # `vision_tokens.VisionTokens` of the policy, or what has `tower`, `recorded()` and `tokens(**inputs)`
+        views:int=1, # V, cameras that the policy encodes
+        views_first:bool=False, # whether the rows of one pass are all of the first camera, then all of the second; else camera by camera of each sample
+    ):
+        if not any(p.requires_grad for p in tokens.tower.parameters()):
+            raise ValueError(f"every parameter of the {type(tokens.tower).__name__} is frozen, so an auxiliary loss could teach it nothing: train it, or leave the auxiliary loss out")
+        self.cfg, self.tokens, self.views, self.views_first, self.seen = cfg, tokens, views, views_first, None
+        self.head = InverseDynamicsHead(cfg).to(next(tokens.tower.parameters()))
+
+    def parameters(self): # of the head, for a parameter group of the optimiser
+        return self.head.parameters()
+
+    @contextmanager
+    def attached(self):
+        "While this is open, the encoder's passes are listened to."
+        with self.tokens.recorded() as self.seen:
+            try: yield self
+            finally: self.seen = None
+
+    def _by_view(self, passes, B):
+        "(V,B,P,C) tokens of one pass for all cameras, or of one for each."
+        if sum(map(len, passes)) != B*self.views:
+            raise ValueError(f"the encoder saw {sum(map(len, passes))} pictures in {len(passes)} passes, and {B} samples with {self.views} cameras have {B*self.views}: set `views`, and call the policy once before each `loss`")
+        rows, first = torch.cat(passes), self.views_first or len(passes) > 1
+        return rows.unflatten(0, (self.views, B)) if first else rows.unflatten(0, (B, self.views)).transpose(0, 1)
+
+    def loss(self,
+        future:dict|None, # the encoder's inputs for the pictures k steps later, in the order in which the policy encodes the present ones
+        action:Tensor, # (B,k,A) between them
+        valid:Tensor|None=None, # (B,) bool, samples whose future is real; None: all
+        generator:torch.Generator|None=None, # of the reversals
+        rest:Tensor|None=None, # see `time_reverse`
+    )->tuple: # scalar, not yet weighted; logs
+        "The inverse-dynamics loss of the pictures that the policy has just encoded."
+        if self.seen is None: raise ValueError("the auxiliary loss is not attached: compute it, and the policy's loss before it, inside `with aux.attached():`")
+        if future is None: raise ValueError(f"there are no future pictures: sample frames 0 and {self.cfg.chunk} of each window (offsets=(0, {self.cfg.chunk}))")
+        B, passes = len(action), [*self.seen]
+        current = self._by_view(passes, B)
+        rows = self.tokens(**future)
+        later = self._by_view(list(rows.chunk(len(passes))), B)
+        self.seen.clear() # of this step, the future's pass included
+        reverse = draw_reversed(B, self.cfg.p_reverse, generator, valid)
+        losses = []
+        for z, z_later in zip(current, later): # one draw and one target for all cameras
+            now, then, target = reverse_batch(z, z_later, action, reverse, rest)
+            losses.append(inverse_dynamics_loss(self.head(now, then), target, self.cfg.gripper_weight, valid))
+        logs = {f"inverse_{k}": torch.stack([parts[k] for _, parts in losses]).mean() for k in ("motion", "gripper")}
+        return torch.stack([l for l, _ in losses]).mean(), logs

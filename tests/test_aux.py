@@ -1,0 +1,70 @@
+"The auxiliary loss on a vision-language-action model that is not ours: transformers' PI0, tiny, with random weights."
+import pytest
+import torch
+
+from defi_nb.inverse_dynamics import AuxInverseDynamics, InverseDynamicsConfig
+from defi_nb.vision_tokens import VisionTokens
+
+CAMERAS, CHUNK, IMAGE = 2, 4, 63 # the last is the token that stands for a patch
+
+
+@pytest.fixture
+def pi0():
+    from transformers import PaliGemmaConfig, PI0Config, PI0ForConditionalGeneration
+    text = dict(model_type="gemma", vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    vision = dict(model_type="siglip_vision_model", hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14, projection_dim=32)
+    vlm = PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, projection_dim=32)
+    torch.manual_seed(0)
+    return PI0ForConditionalGeneration(PI0Config(vlm_config=vlm, dit_config=dict(text), chunk_size=CHUNK, max_action_dim=7, max_state_dim=8)).eval()
+
+
+@pytest.fixture
+def batch():
+    g = torch.Generator().manual_seed(1)
+    ids = torch.tensor([[IMAGE]*16*CAMERAS + [5, 6, 7]]*3)
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.randn(3, CAMERAS, 3, 56, 56, generator=g),
+                pixel_attention_mask=torch.ones(3, CAMERAS, dtype=torch.bool), state=torch.randn(3, 8, generator=g), actions=torch.randn(3, CHUNK, 7, generator=g),
+                noise=torch.randn(3, CHUNK, 7, generator=g), timestep=torch.rand(3, generator=g))
+
+
+def attach(pi0): return AuxInverseDynamics(InverseDynamicsConfig.tiny(tokens=16, dim=64, chunk=CHUNK), VisionTokens(pi0), views=CAMERAS)
+
+
+def both(pi0, aux, batch):
+    with aux.attached():
+        own = pi0(**batch).loss
+        extra, _ = aux.loss(dict(pixel_values=batch["pixel_values"].flip(0).flatten(0, 1)), batch["actions"], generator=torch.Generator().manual_seed(0))
+    return own, extra
+
+
+def test_it_reaches_the_vision_tower_and_nothing_else(pi0, batch):
+    own, extra = both(pi0, attach(pi0), batch)
+    assert own == pi0(**batch).loss
+    extra.backward()
+    touched = {n for n, p in pi0.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert touched and all(n.startswith("model.vlm.") and "vision_tower" in n for n in touched)
+
+
+def test_attach_train_detach(pi0, batch):
+    keys, before = list(pi0.state_dict()), pi0(**batch).logits
+    aux = attach(pi0)
+    both(pi0, aux, batch)
+    assert torch.equal(pi0(**batch).logits, before) # attached and detached, nothing is different
+    optimizer = torch.optim.Adam([dict(params=pi0.parameters()), dict(params=aux.parameters())], 1e-3)
+    losses = []
+    for _ in range(12):
+        own, extra = both(pi0, aux, batch)
+        optimizer.zero_grad()
+        (own + aux.cfg.weight*extra).backward()
+        optimizer.step()
+        losses.append((own.item(), extra.item()))
+    assert losses[-1][0] < losses[0][0] and losses[-1][1] < losses[0][1]
+    assert list(pi0.state_dict()) == keys and not any(m._forward_hooks or m._forward_pre_hooks for m in pi0.modules())
+    trained = pi0(**batch).logits
+    del aux
+    assert torch.equal(pi0(**batch).logits, trained)
+
+
+def test_a_frozen_tower_is_refused(pi0):
+    pi0.requires_grad_(False)
+    with pytest.raises(ValueError, match="every parameter of the SiglipVisionModel is frozen"): attach(pi0)
