@@ -160,6 +160,7 @@ def _exchange(self:EnvProcess, what, send):
     if kind == "error": raise value
     return value
 
+# %% ../nbs/45_env_process.ipynb #6a03b727
 @patch
 def _last_words(self:EnvProcess, length=500):
     "The end of what the process printed."
