@@ -105,8 +105,9 @@ def _picture(x, name):
     return x
 
 def _vector(x, name, size):
-    try: x = np.asarray(x, np.float32) if not isinstance(x, (str, bytes, dict)) else None
-    except (TypeError, ValueError): x = None
+    with np.errstate(over="ignore"): # what is too large for a float32 is infinite, and refused
+        try: x = np.asarray(x, np.float32) if not isinstance(x, (str, bytes, dict)) else None
+        except (TypeError, ValueError): x = None
     if x is None or x.shape != (size,): raise ValueError(f"{name!r} has {'no numbers' if x is None else f'shape {x.shape}'}; this policy takes ({size},) floats")
     if not np.isfinite(x).all(): raise ValueError(f"{name!r} holds NaN or infinity, at {np.flatnonzero(~np.isfinite(x)).tolist()}")
     return x
@@ -128,7 +129,7 @@ def read_request(
     if missing := [n for n in needed if n not in message]:
         raise ValueError(f"the request has no {', '.join(map(repr, missing))}; this policy takes {', '.join(map(repr, needed))}")
     text = message.get(names["prompt"], contract.prompt)
-    if not isinstance(text, str) or len(text) > MAX_TEXT: raise ValueError(f"{names['prompt']!r} is {text!r:.40}; give a text of at most {MAX_TEXT} letters")
+    if not isinstance(text, str) or not text.strip() or len(text) > MAX_TEXT: raise ValueError(f"{names['prompt']!r} is {text!r:.40}; give a text of 1 to {MAX_TEXT} letters")
     return Request({v: _picture(message[names[v]], names[v]) for v in contract.views}, _vector(message[names["state"]], names["state"], contract.state) if contract.state else None,
                    text, bool(message.get("reset") is True or isinstance(message.get("reset"), np.bool_) and message["reset"]),
                    _noise_key(message["noise_key"]) if message.get("noise_key") is not None else None)

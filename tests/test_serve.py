@@ -50,7 +50,7 @@ def contract(**changes): return Contract("looks", views=("static", "gripper"), s
 def observation(k=0):
     rng = np.random.default_rng(k)
     return {"observation/image": rng.integers(0, 256, (20 + k, 30, 3), np.uint8), "observation/wrist_image": rng.integers(0, 256, (16, 16, 3), np.uint8),
-            "observation/state": rng.normal(size=15)/10, "prompt": "push"*k}
+            "observation/state": rng.normal(size=15)/10, "prompt": "push"*(k + 1)}
 
 
 @contextmanager
