@@ -193,7 +193,7 @@ def _asset_remedy(folder):
     "What brings a simulator's assets."
     return {"maniskill3": f"`{python_of(folder)} -m mani_skill.utils.download_asset bridge_v2_real2sim -y` and `... widowx250s -y` (Hugging Face and GitHub), "
                           "or --assets FOLDER with data/tasks/bridge_v2_real2sim_dataset and data/robots/widowx in it",
-            "simplerenv": "git lfs pull, and git submodule update --init, in the checkout",
+            "simplerenv": "`git submodule update --init --recursive` in the checkout, and see that its large files (data/hab2_bench_assets/stages/*.glb) came along",
             "libero": "LIBERO downloads them from Hugging Face when a task is first opened; without a network give --assets FOLDER, the libero/libero/assets of a checkout of Lifelong-Robot-Learning/LIBERO"}[read_settings(folder)["simulator"]]
 
 def check_environment(

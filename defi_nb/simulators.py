@@ -268,8 +268,11 @@ def mean_of_tasks_interval(
 )->tuple: # low, high
     "Interval of the mean of several tasks' success rates."
     rng = np.random.default_rng(seed)
-    rates = [rng.beta(t["successes"] + .5, t["attempts"] - t["successes"] + .5, draws) for t in tasks.values()]
-    return tuple(float(q) for q in np.quantile(np.mean(rates, 0), [(1 - level)/2, (1 + level)/2]))
+    def end(lower, quantile): # a failure more for the lower end, a success more for the upper: as in `metrics.mean_interval`
+        counts = [(t["successes"] + (not lower), t["attempts"] - t["successes"] + lower) for t in tasks.values()]
+        rates = [rng.beta(s, f, draws) if s and f else np.full(draws, float(s > 0)) for s, f in counts]
+        return float(np.quantile(np.mean(rates, 0), quantile))
+    return end(True, (1 - level)/2), end(False, (1 + level)/2)
 
 def result_of(
     header:dict, # of the journal
