@@ -54,28 +54,36 @@ class Start:
     chain:Chain # in the simulator
     saved:Snapshot # of it
 
-    def again(self):
-        "The chain there, the simulator put back."
+    def again(self,
+        env=None, # an environment of the same kind; None: its own
+    )->Chain:
+        "The chain there, in a simulator that is put back."
         chain = copy.copy(self.chain)
+        chain.env = env or self.chain.env
         chain.obs, chain.steps, chain.actions = restore(chain.env, self.saved), [*self.chain.steps], []
         return chain
 
+def _sample(observations, text, size):
+    "A batch of one sample, whose frames are observations that follow one another."
+    frames = obs_to_batch(observations, [text]*len(observations), size)
+    return Batch([text], video=frames.video.permute(2, 1, 0, 3, 4, 5), proprio=frames.proprio[:1])
+
 def play_task(
     policy, # with `act(batch, noise)`
-    chain:Chain, # at the start of a task
+    chains, # of `Chain`, at the start of the same task, each in an environment of its own
     config:EvalConfig, # how the evaluation was run
-    seed:int, # of the policy's noise
-    future:Callable|None=None, # called at each look, gives the coming observations that the policy is shown; None shows none
-)->bool: # whether it is solved
-    "Play one task."
-    task = chain.solved
-    while chain.solved == task and not chain.failed:
-        seen = [chain.obs, *(future() if future else ())]
-        frames = obs_to_batch(seen, [chain.text]*len(seen), config.image_size)
-        batch = Batch([chain.text], video=frames.video.permute(2, 1, 0, 3, 4, 5), proprio=frames.proprio[:1])
-        noise = chain_noise(seed, chain.index, task, chain.looks, config.chunk)[None]
-        chain.run(predict(policy, batch, noise)[0][:config.execute], config.steps)
-    return chain.solved > task
+    seeds, # of the policy's noise, one a chain
+    futures=None, # one a chain: called at each look, gives the coming observations that the policy is shown; None shows none
+)->list: # whether it is solved, one a chain
+    "Play one task as often as there are chains, side by side."
+    task, live = chains[0].solved, [*range(len(chains))]
+    while live:
+        seen = [_sample([chains[i].obs, *(futures[i]() if futures else ())], chains[i].text, config.image_size) for i in live]
+        batch = Batch([b.text[0] for b in seen], video=torch.cat([b.video for b in seen]), proprio=torch.cat([b.proprio for b in seen]))
+        noise = torch.stack([chain_noise(seeds[i], chains[i].index, task, chains[i].looks, config.chunk) for i in live])
+        for i, actions in zip(live, predict(policy, batch, noise)): chains[i].run(actions[:config.execute], config.steps)
+        live = [i for i in live if chains[i].solved == task and not chains[i].failed]
+    return [chain.solved > task for chain in chains]
 
 # %% ../nbs/49_failures.ipynb #de338fb2
 VERDICTS = {"future": "the predicted future", "action": "the inferred action", "luck": "luck", "none": "not attributable: the expert fails too"}
@@ -95,17 +103,14 @@ def study_task(
     start:Start, # of a task
     config:EvalConfig, # of the evaluation
     offsets:tuple, # control steps after a look of the frames that it is shown
-    draws:int=3, # of noise, for each condition
+    envs, # of the same kind, one for each draw of noise
     wrong=None, # the policy with a misled forward model, to be played too
 )->dict: # "expert": bool; "again", "true", "wrong": a bool a draw
     "Play one task under all conditions."
     expert = Expert(start.again().env, limit=config.steps).run(start.chain.task)[0]
     def play(player, future):
-        wins = []
-        for d in range(draws):
-            chain = start.again()
-            wins.append(play_task(player, chain, config, config.seed + 1 + d, future and future(chain)))
-        return wins
+        chains = [start.again(env) for env in envs]
+        return play_task(player, chains, config, [config.seed + 1 + d for d in range(len(envs))], future and [future(c) for c in chains])
     ahead = lambda chain: ExpertAhead(chain.env, chain.task, offsets, config.execute)
     if not expert: return dict(expert=False, again=[], true=[], wrong=[])
     return dict(expert=True, again=play(policy, None), true=play(informed, ahead), wrong=play(wrong, None) if wrong else [])
@@ -114,10 +119,6 @@ def study_task(
 def _kept(obs):
     "An observation whose pictures are drawn now, not later."
     return {"rgb_obs": {f"rgb_{v}": np.array(obs["rgb_obs"][f"rgb_{v}"]) for v in VIEWS}, "robot_obs": obs["robot_obs"]}
-
-def _video(observations, text, size):
-    "(1,V,T,3,H,W) pictures of observations that follow one another."
-    return obs_to_batch(observations, [text]*len(observations), size).video.permute(2, 1, 0, 3, 4, 5)
 
 def watch(
     policy:CoupledPolicy, # with a whole forward model
@@ -128,6 +129,8 @@ def watch(
     only:int|None=None, # number of the one task that is watched; None: all
     expert:bool=False, # whether an expert's future is compared too; in the embedded simulator only
     steps:int=10, # of the sampler
+    pictures:bool=True, # whether the foreseen frames are drawn as pictures
+    at_once:int=16, # looks whose futures are drawn together
 )->list: # of {"task": number, "look": `Look` with frames, "happened": error, "expert": error, "...copy": of the present frame repeated}
     "Play a chain again and ask at each look what was foreseen; errors are squared ones of the codes."
     env, offsets = make_env(config), frame_offsets(policy)
@@ -140,29 +143,29 @@ def watch(
         task, text = chain.solved, chain.text
         if only in (None, task):
             if expert and look.step == starts[task]: ahead = ExpertAhead(env, chain.task, offsets, config.execute)
-            true = _video(list(map(_kept, ahead())), text, config.image_size) if expert else None
+            true = _sample(ahead(), text, config.image_size).video if expert else None
             rows.append(dict(task=task, text=text, look=look, true=true))
         chain.run(look.actions, np.inf, keep)
     env.close()
-    return [_compare(policy, row, seen, starts[-1], offsets, config.image_size, steps) for row in rows]
+    for row in rows:
+        after = [seen[at] for o in offsets if (at := row["look"].step + o) <= starts[-1]]
+        row["happened"] = seen_codes(policy, _sample([seen[row["look"].step], *after], row["text"], config.image_size).video)
+    parts = [rows[i:i + at_once] for i in range(0, len(rows), at_once)]
+    drawn = [foresee(policy, torch.cat([r["happened"][:, :, 0] for r in part]), [r["text"] for r in part], steps) for part in parts]
+    return [_compare(policy, row, foreseen[None], offsets, pictures) for part, codes in zip(parts, drawn) for row, foreseen in zip(part, codes)]
 
-def _compare(policy, row, seen, end, offsets, size, steps):
+def _compare(policy, row, foreseen, offsets, pictures):
     "What was foreseen at a look, beside what happened and what an expert would have made of it."
-    look, text = row["look"], row["text"]
-    there = [i for i, o in enumerate(offsets, 1) if look.step + o <= end]
-    present, *after = seen_codes(policy, _video([seen[look.step], *(seen[look.step + offsets[i - 1]] for i in there)], text, size)).unbind(2)
-    foreseen = foresee(policy, present, [text], steps).to(present)
-    mse = lambda a, b: float(F.mse_loss(a, b)) if b.shape[2] else None
-    happened = torch.stack(after, 2) if after else present[:, :, None][:, :, :0]
-    found = dict(happened=mse(foreseen[:, :, there], happened), happened_copy=mse(present[:, :, None].expand_as(happened), happened))
+    happened, frames = row["happened"], None
+    still = lambda other: happened[:, :, :1].expand_as(other)
+    mse = lambda a, b: float(F.mse_loss(a.to(b), b)) if b.shape[2] else None
+    found = dict(happened=mse(foreseen[:, :, 1:happened.shape[2]], happened[:, :, 1:]), happened_copy=mse(still(happened[:, :, 1:]), happened[:, :, 1:]))
     if row["true"] is not None:
         true = seen_codes(policy, row["true"])
-        found |= dict(expert=mse(foreseen[:, :, 1:], true), expert_copy=mse(present[:, :, None].expand_as(true), true))
-    frames = None
-    if isinstance(policy.gfdm, GFDM):
-        pictures = policy.encoders.vae.decode(foreseen)[0].permute(0, 1, 3, 4, 2).cpu().numpy()
-        frames = dict(zip(policy.cfg.views, pictures))
-    return dict(task=row["task"], look=replace(look, frames=frames, offsets=(0, *offsets)), **found)
+        found |= dict(expert=mse(foreseen[:, :, 1:], true), expert_copy=mse(still(true), true))
+    if pictures and isinstance(policy.gfdm, GFDM):
+        frames = dict(zip(policy.cfg.views, policy.encoders.vae.decode(foreseen)[0].permute(0, 1, 3, 4, 2).cpu().numpy()))
+    return dict(task=row["task"], look=replace(row["look"], frames=frames, offsets=(0, *offsets)), **found)
 
 def relative_error(
     rows:list, # from `watch`
@@ -284,19 +287,19 @@ def study_failures(
     informed, offsets = informed or Informed(policy), offsets or frame_offsets(policy)
     header = json.loads(json.dumps(dict(about or {}, shown=getattr(informed, "name", type(informed).__name__), offsets=offsets, failures=failures, control=control, draws=draws, steps=config.steps, execute=config.execute, seed=config.seed)))
     rows = _rows_of(Path(out)/"failures.jsonl", header) if out else []
-    done, env = {(r["chain"], r["number"]) for r in rows}, make_env(config)
+    done, envs = {(r["chain"], r["number"]) for r in rows}, [make_env(config) for _ in range(draws)]
     todo = [(r, i) for r, i in choose_tasks(records, failures, control, config.seed) if (r["chain"], i) not in done]
     for record, i in progress_bar(todo, desc="tasks", unit="task", disable=not progress):
-        chain, sequence = replay_to(record, sequences[record["chain"]], i, env), sequences[record["chain"]]
+        chain, sequence = replay_to(record, sequences[record["chain"]], i, envs[0]), sequences[record["chain"]]
         row = dict(chain=record["chain"], number=i, task=chain.task, text=chain.text, solved=i < record["solved"], steps=record["steps"][i])
         other = _other_text(chain.task, sequences, i) if foresees and row["solved"] else None
-        row |= study_task(policy, informed, Start(chain, snapshot(env)), config, offsets, draws, other and misled(policy, [other]))
+        row |= study_task(policy, informed, Start(chain, snapshot(envs[0])), config, offsets, envs, other and misled(policy, [other]))
         row["verdict"] = None if row["solved"] else verdict(row["expert"], row["again"], row["true"])
         if foresees:
-            watched = watch(policy, record, sequence, config, make_env, only=i, expert=True)
+            watched = watch(policy, record, sequence, config, make_env, only=i, expert=True, pictures=False)
             row |= {f"error_{kind}": relative_error(watched, kind) for kind in ("happened", "expert")}
         rows.append(row)
         if out:
             with open(Path(out)/"failures.jsonl", "a") as file: file.write(json.dumps(row) + "\n")
-    env.close()
+    for env in envs: env.close()
     return FailureReport(rows, header)

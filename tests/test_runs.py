@@ -17,7 +17,7 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "pretrain_gfdm": DATA | TRAIN | {"ckpt": "ckpts/forward"},
     "pretrain_gidm": DATA | TRAIN | {"ckpt": "ckpts/inverse"},
     "eval_calvin": EVAL | {"steps": 20, "film": 1},
-    "failures": DATA | {"chains": 1, "steps": 20, "failures": 1, "control": 1, "draws": 1, "samples": 16, "film": 1},
+    "failures": DATA | {"chains": 1, "steps": 20, "failures": 1, "control": 1, "draws": 1, "fitted": 32, "samples": 16, "film": 1},
     "pretrain_encoders": {"tasks": DATA["tasks"], "demos": 8, "vae_steps": 2, "dino_steps": 2, "text_steps": 2, "data": "data/encoders", "assets": "assets"},
     "pipeline": DATA | {"chains": 2, "steps_gfdm": 4, "steps_gidm": 4, "steps_policy": 4, "ckpts": "ckpts/pipeline"},
     "doctor": {"seconds": 5},
