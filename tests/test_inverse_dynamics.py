@@ -9,6 +9,8 @@ from torch import nn
 
 from defi_nb.alignment import feature_distances, partial_spearman, pose_distance, thumbnails
 from defi_nb.inverse_dynamics import InverseDynamicsConfig, InverseDynamicsHead, draw_reversed, inverse_dynamics_loss, reverse_batch, time_reverse
+from defi_nb.latent_actions import code_action_information, codebook_report, decoder_use, reversal_antisymmetry
+from defi_nb.probes import ProbeConfig, ProbeHead, held_out, ridge_probe, train_probe
 
 VECTORS = Path(__file__).resolve().parents[2]/"shared"/"parity"/"inverse_dynamics_vectors.json"
 pytestmark = pytest.mark.skipif(not VECTORS.is_file(), reason="the vectors are not beside the project")
@@ -98,3 +100,43 @@ def test_loss(vectors):
             np.testing.assert_allclose(value.item(), said[name], **close)
     signed = torch.cat([target[..., :6], 2*target[..., 6:] - 1], -1) # CALVIN codes the gripper as -1 and 1
     assert torch.equal(inverse_dynamics_loss(predicted, signed, weight)[0], inverse_dynamics_loss(predicted, target, weight)[0])
+
+
+def test_probe_sizes_and_reporting(vectors):
+    for name, case in vectors["probe_head"].items():
+        if not isinstance(case, dict): continue
+        with torch.device("meta"): head = ProbeHead(ProbeConfig(tokens=case["P"], dim=case["C"], out=case["out"]))
+        assert sum(p.numel() for p in head.parameters()) == case["total"], name
+    case, rng = vectors["probe_reporting"], np.random.default_rng(0)
+    cfg = ProbeConfig(tokens=2, dim=3, out=2, project=4, hidden=4, batch_size=8)
+    result = train_probe(rng.standard_normal((20, 2, 3)), rng.standard_normal((20, 2)), held_out(np.repeat(range(5), 4)), cfg)
+    assert cfg.steps == 1000 and len(result.curve) == case["n_val_evals_1000_steps"]
+    np.testing.assert_allclose(result.val, np.mean([v for _, v in result.curve]), **close)
+    np.testing.assert_allclose(np.mean(case["train_losses"]), case["reported_train"], **close)
+
+
+def test_ridge_probe(vectors):
+    case = vectors["latent_action_metrics"]["linear_probe"]
+    found = ridge_probe(case["Z"], case["A"], np.arange(len(case["Z"])) >= case["train_rows"], case["ridge_lambda"])
+    for value, name in ((found.predicted, "pred_val"), (found.r2, "R2_per_dim"), (found.r2_mean, "R2_mean"), (found.nmse, "NMSE_vs_train_mean")):
+        np.testing.assert_allclose(value, case[name], **close)
+
+
+def test_latent_actions(vectors):
+    suite = vectors["latent_action_metrics"]
+    case, found = suite["codebook"], codebook_report(suite["codebook"]["indices"], suite["codebook"]["K"])
+    for mine, name in (("usage", "usage_fraction"), ("dead", "dead_codes"), ("perplexity", "perplexity"), ("share", "normalised_perplexity"),
+                       ("per_position", "perplexity_per_position"), ("tuples", "joint_unique_tuples"), ("joint", "joint_perplexity")):
+        np.testing.assert_allclose(found[mine], case[name], **close, err_msg=name)
+    case = suite["code_action_mi"]
+    found = code_action_information(case["codes"], case["action_bins"])
+    for mine, name in (("mi", "MI_nats"), ("h_code", "H_code"), ("h_action", "H_action"), ("nmi", "NMI_arithmetic"), ("explained", "action_uncertainty_explained")):
+        np.testing.assert_allclose(found[mine], case[name], **close, err_msg=name)
+    case = suite["reversal"]
+    found = reversal_antisymmetry(case["z_forward"], case["z_reversed_pair"])
+    for mine, name in (("cosines", "cos"), ("cos", "S_PCFC_style_mean_cos"), ("errors", "antisymmetry_error_per_row"), ("error", "antisymmetry_error")):
+        np.testing.assert_allclose(found[mine], case[name], **close, err_msg=name)
+    case = suite["decoder_use"]
+    found = decoder_use(case["e_t"], case["e_tn"], case["rec_true_latent"], case["rec_shuffled_latent"])
+    for mine, name in (("copy", "mse_copy"), ("true", "mse_true"), ("shuffled", "mse_shuffled"), ("skill", "skill_vs_copy"), ("gap", "controllability_gap"), ("psnr", "delta_psnr_db")):
+        np.testing.assert_allclose(found[mine], case[name], **close, err_msg=name)
