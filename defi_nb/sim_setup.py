@@ -140,7 +140,7 @@ MESA = ("install Mesa 25 or newer (Debian 12: `apt install -t bookworm-backports
         "download those packages with `apt-get download`, unpack each with `dpkg -x PACKAGE.deb FOLDER`, and run setup again with --libraries FOLDER")
 REMEDIES = {
     "packages": "run `defi-nb bench setup` again; it completes what is there",
-    "drawing": {"maniskill3": MESA, "simplerenv": MESA + "; on the CPU SAPIEN 2 also needs VK_KHR_external_semaphore_fd, which lavapipe has from Mesa 26 on",
+    "drawing": {"maniskill3": MESA, "simplerenv": MESA + "; on the CPU SAPIEN 2 also needs VK_KHR_external_semaphore_fd, which lavapipe has from Mesa 26 on; with an older one, a Vulkan layer that drops this extension will do",
                 "libero": "install libosmesa6 or libegl1 (or unpack them into a folder, and run setup again with --libraries FOLDER)"},
     "wire": "the environment lacks msgpack or websockets: run `defi-nb bench setup` again"}
 

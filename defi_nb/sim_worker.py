@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from importlib import import_module
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class PlayConfig:
     send:tuple = ("observation/image",) # keys of an observation that the policy is sent, beside the prompt
     seed:int|None = None # of the policy's noise, where the server takes a `noise_key`; None: it draws its own
     timeout:float = 300. # seconds that an answer of the policy may take
-    record:str = "" # folder for the pictures of each episode; empty: none
+    record:str = "" # folder for the pictures that the policy saw, a file for each episode; empty: none
     settings:dict = field(default_factory=dict) # of the simulator's environment
 
     def __post_init__(self):
@@ -58,6 +58,8 @@ class ManiSkill3:
         import gymnasium
         import mani_skill.envs
         import sapien
+        import torch
+        self.draws = "gpu" if torch.cuda.is_available() else "cpu"
         self.gym, self.config, self.env, self.made = gymnasium, config, None, None
         self.versions = {"simulator": f"ManiSkill {mani_skill.__version__}", "sapien": sapien.__version__, "numpy": np.__version__,
                          "renderer": sapien.render.get_device_summary().splitlines()[0].removeprefix("GPU: ")}
@@ -67,7 +69,7 @@ class ManiSkill3:
         if self.made != digest_of(make):
             self.close()
             self.env = self.gym.make(maniskill3_id(make["env_id"]), num_envs=1, obs_mode="rgb+segmentation", sim_backend="physx_cpu",
-                                     render_backend="cpu", control_mode=make["control_mode"], max_episode_steps=make["max_episode_steps"])
+                                     render_backend=self.draws, control_mode=make["control_mode"], max_episode_steps=make["max_episode_steps"])
             self.made = digest_of(make)
         self.action = SimplerAction(make["robot"], ActionUnits(**self.config.units), self.config.hold)
         obs, _ = self.env.reset(seed=0, options={"episode_id": episode["reset"]["obj_init_options"]["episode_id"]})
@@ -78,7 +80,7 @@ class ManiSkill3:
         sent = {"observation/image": _plain(camera), "observation/state": _plain(obs["agent"]["qpos"]).astype(np.float32)}
         return sent, self.env.unwrapped.get_language_instruction()[0]
 
-    def step(self, action):
+    def step(self, action, look):
         obs, _, _, truncated, info = self.env.step(self.action(action))
         return *self._seen(obs), bool(info["success"]), bool(truncated)
 
@@ -117,7 +119,7 @@ class SimplerEnv:
         sent = {"observation/image": _plain(obs["image"][self.camera]["rgb"]), "observation/state": np.asarray(obs["agent"]["qpos"], np.float32)}
         return sent, self.env.unwrapped.get_language_instruction()
 
-    def step(self, action):
+    def step(self, action, look):
         obs, _, solved, truncated, _ = self.env.step(self.action(action))
         return *self._seen(obs), bool(solved), bool(truncated)
 
@@ -163,17 +165,30 @@ class Libero:
             suite = self.benchmark(make["suite"])()
             number = suite.get_task_names().index(make["task"])
             self.env = self.make(bddl_file_name=suite.get_task_bddl_file_path(number), camera_heights=make["size"], camera_widths=make["size"])
-            self.starts, self.made = suite.get_task_init_states(number), digest_of(make)
+            self.starts, self.made, self.size = suite.get_task_init_states(number), digest_of(make), make["size"]
         self.env.seed(0)
         self.env.reset()
+        self._gate() # a reset makes the cameras anew
+        self.drawing = not reset["wait_steps"]
         obs = self.env.set_init_state(self.starts[reset["start"]])
-        for _ in range(reset["wait_steps"]): obs = self.env.step(list(NO_MOTION))[0]
+        for left in reversed(range(reset["wait_steps"])):
+            self.drawing = not left
+            obs = self.env.step(list(NO_MOTION))[0]
         self.prompt = libero_instruction(make["task"])
         return libero_observation(obs, self.config.flip), self.prompt
 
-    def step(self, action):
+    def _gate(self):
+        "Leave the cameras' sampling as it is, but draw only while `drawing`."
+        self.drawing = False # setting a sensor tries it
+        for name in ("agentview_image", "robot0_eye_in_hand_image"):
+            camera = self.env.env._observables[name]._sensor
+            blank = np.zeros((self.size, self.size, 3), np.uint8)
+            self.env.env.modify_observable(name, "sensor", wraps(camera)(lambda cache, camera=camera, blank=blank: camera(cache) if self.drawing else blank))
+
+    def step(self, action, look):
+        self.drawing = look
         obs, _, _, _ = self.env.step(libero_action(action, ActionUnits(**self.config.units)))
-        return libero_observation(obs, self.config.flip), self.prompt, bool(self.env.check_success()), False
+        return libero_observation(obs, self.config.flip) if look else {}, self.prompt, bool(self.env.check_success()), False
 
     def close(self):
         if self.env is not None: self.env.close()
@@ -198,7 +213,7 @@ class Replay:
         at = min(self.at, len(self.frames["image"]) - 1)
         return {f"observation/{name}": self.frames[name][at] for name in ("image", "wrist_image", "state")}, str(self.frames["prompt"])
 
-    def step(self, action):
+    def step(self, action, look):
         if np.shape(action) != (7,): raise ValueError(f"an action of shape {np.shape(action)}: a robot takes 7 numbers")
         self.at += 1
         return *self._seen(), bool(self.frames["solved"][min(self.at, len(self.frames["solved"]) - 1)]), False
@@ -237,15 +252,15 @@ def play_episode(
     while not over:
         report("ask", steps=len(solved))
         noise = {} if config.seed is None else {"noise_key": [config.seed, episode["number"], 0, looks], "reset": not looks}
+        if config.record: frames.append(seen["observation/image"])
         actions, looks = timed("policy", _ask, infer, seen, prompt, config.send, noise)[:config.execute], looks + 1
-        for action in actions:
-            if config.record: frames.append(seen["observation/image"])
+        for left, action in zip(reversed(range(len(actions))), actions):
             report("step", steps=len(solved))
-            seen, prompt, now, ended = timed("simulator", simulator.step, action)
+            seen, prompt, now, ended = timed("simulator", simulator.step, action, not left)
             solved.append(now)
             over = ended or is_over(config.mode, solved, cap)
             if over: break
-    if config.record: _keep_frames(frames + [seen["observation/image"]], Path(config.record)/f"episode{episode['number']:05d}.npz", prompt)
+    if config.record: _keep_frames(frames, Path(config.record)/f"episode{episode['number']:05d}.npz", prompt)
     return {"success": verdict(config.mode, solved), "steps": len(solved), "solved_at": solved.index(True) + 1 if any(solved) else None,
             "looks": looks, "prompt": prompt, "seconds": round(sum(spent.values()), 3), **{part: round(s, 3) for part, s in spent.items()}}
 
@@ -260,7 +275,7 @@ def _ask(infer, seen, prompt, send, noise):
     return actions
 
 def _keep_frames(frames, path, prompt):
-    "An episode's pictures, as a compressed npz."
+    "The pictures that the policy saw, as a compressed npz."
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, image=np.stack(frames), prompt=prompt)
 

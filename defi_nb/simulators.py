@@ -110,7 +110,7 @@ def protocol_of(
     episodes, # of `episodes_of`
     server:dict, # a policy server's metadata
 )->dict: # JSON types
-    "Everything a number depends on but the policy, the simulator's versions aside, which are known when it has started."
+    "Everything a number depends on but the policy, the simulator and its renderer aside, which are known when it has started."
     horizon = server.get("horizon") or 1
     if config.execute > horizon: raise ValueError(f"execute is {config.execute}, and the server predicts {horizon} actions at once: execute 1 to {horizon}")
     caps = {e["task"]: e["make"]["max_episode_steps"] for e in episodes}
@@ -279,11 +279,12 @@ def result_of(
     rows, # finished episodes
 )->dict: # JSON types
     "What is counted, from the rows."
-    rows, protocol = sorted(rows, key=lambda row: row["number"]), header["protocol"]
+    rows, versions = sorted(rows, key=lambda row: row["number"]), header["versions"]
+    protocol = header["protocol"] | {what: versions[what] for what in ("simulator", "renderer")}
     counted = scores(rows)
     for task in counted["tasks"].values(): task["interval"] = wilson(task["successes"], task["attempts"])
     steps = sum(row["steps"] for row in rows)
-    return {**header, "fingerprint": digest_of(protocol), "benchmark": protocol["benchmark"], "suite": protocol["suite"],
+    return {**header, "protocol": protocol, "fingerprint": digest_of(protocol), "benchmark": protocol["benchmark"], "suite": protocol["suite"],
             "stand_in": protocol["benchmark"] == "replay", "complete": len(rows) == protocol["episodes"], **counted,
             "average_interval": mean_of_tasks_interval(counted["tasks"]), "steps": steps, "seconds": round(sum(row["seconds"] for row in rows), 1), "episodes": rows}
 
@@ -323,7 +324,7 @@ def run_benchmark(
     key:str|None=None, # if the server asks for one
     n_workers:int=1, # processes, each with a simulator and a connection of its own
     patience:Patience=Patience(), # with a simulator
-    record:bool=False, # keep each episode's pictures in `out`/frames
+    record:bool=False, # keep the pictures that the policy saw, in `out`/frames
     progress:bool=True, # show a bar
     worker=None, # (command, variables, "module:Class", settings); None: `worker_command`
 )->dict: # the result, which is also in `result.json`
@@ -373,7 +374,7 @@ def _parser():
     run.add_argument("--workers", type=int, default=1, help="simulators side by side (default: %(default)s)")
     run.add_argument("--out", default="", metavar="DIR", help="folder of the result; a started run in it goes on (default: runs/bench_SUITE)")
     run.add_argument("--key-file", default="", metavar="FILE", help="its first line is the server's key; without it, the environment variable DEFI_NB_KEY")
-    run.add_argument("--record", action="store_true", help="keep each episode's pictures")
+    run.add_argument("--record", action="store_true", help="keep the pictures that the policy saw")
     return parser
 
 def _folder(args): # of the environment that is meant
