@@ -2,6 +2,7 @@
 
 Everything listens at 127.0.0.1, at ports that were free. `openpi-client` is used where it is installed.
 """
+import json
 import os
 import random
 import signal
@@ -292,3 +293,93 @@ def test_ten_thousand_wrong_requests(tmp_path):
         process.terminate()
         assert process.wait(30) == 0
         print(counts, f"{grown:.1f} MiB more than before")
+
+
+# the vla-eval harness
+
+BENCHMARK = '''
+"The embedded simulator as a benchmark of vla-eval, in the manner of its CALVIN: two episodes of two subtasks of seven steps."
+import json
+import numpy as np
+from vla_eval.benchmarks.base import StepBenchmark, StepResult
+from vla_eval.specs import GRIPPER_CLOSE_NEG, IMAGE_RGB, LANGUAGE, POSITION_DELTA, ROTATION_EULER
+from defi_nb.playtable import PlayTable
+
+class Embedded(StepBenchmark):
+    render_backends = frozenset({"gpu", "cpu"})
+
+    def __init__(self, out="", send_wrist_image=False):
+        super().__init__()
+        self.out, self.wrist, self.env = out, send_wrist_image, PlayTable("D", static_size=32, gripper_size=32)
+
+    def get_tasks(self): return [{"name": f"chain {i}", "seq_idx": i} for i in range(2)]
+    def get_metadata(self): return {"max_steps": 14}
+    def cleanup(self): self.env.close()
+
+    def reset(self, task):
+        self.steps, self.task = 0, task
+        obs = self.env.reset()
+        self.home = obs["robot_obs"][:3].copy()
+        return obs
+
+    def step(self, action):
+        action, self.steps = np.asarray(action["actions"], float), self.steps + 1
+        with open(self.out, "a") as file: file.write(json.dumps([self.task["seq_idx"], self.steps, action.tolist()]) + "\\n")
+        obs = self.env.step(action/np.array([.02]*3 + [.05]*3 + [1]))[0]
+        return StepResult(obs=obs, reward=0., done=self.steps == 14, info={"success": bool(np.linalg.norm(obs["robot_obs"][:3] - self.home) > .001)})
+
+    def make_obs(self, obs, task):
+        views = ("static", "gripper") if self.wrist else ("static",)
+        seen = {"images": {f"rgb_{v}": np.ascontiguousarray(obs["rgb_obs"][f"rgb_{v}"]) for v in views}, "task_description": "open the drawer" if self.steps < 7 else "close the drawer"}
+        return seen | ({"episode_restart": True} if self.steps == 7 else {})
+
+    def get_step_result(self, result): return {"success": result.info["success"]}
+    def get_action_spec(self): return {"position": POSITION_DELTA, "rotation": ROTATION_EULER, "gripper": GRIPPER_CLOSE_NEG}
+    def get_observation_spec(self): return {"rgb_static": IMAGE_RGB, "language": LANGUAGE}
+'''
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as s: return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_vla_eval_harness(tmp_path, shards):
+    "Its own program plays episodes in the embedded simulator against our model server; shards do not change the actions."
+    pytest.importorskip("vla_eval")
+    from defi_nb.rollout import RandomPolicy
+    from defi_nb.serve import Request, answer, contract_of
+    from defi_nb.vla_eval import harness_actions, task_number
+    (tmp_path/"standin.py").write_text(BENCHMARK)
+    port = free_port()
+    (tmp_path/"eval.yaml").write_text(f"""server: {{url: "ws://127.0.0.1:{port}"}}
+output_dir: "{tmp_path/'results'}"
+benchmarks:
+  - benchmark: "standin:Embedded"
+    episodes_per_task: 1
+    params: {{out: "{tmp_path/'actions.jsonl'}"}}
+""")
+    code = "from defi_nb.vla_eval import main; raise SystemExit(main())"
+    with subprocess.Popen([sys.executable, "-c", code, "random", "--port", str(port), "--execute", "5", "--seed", "3"], stdout=subprocess.PIPE, text=True, env=ENV) as server:
+        try:
+            assert " for vla-eval at ws://127.0.0.1:" in server.stdout.readline()
+            threading.Thread(target=server.stdout.read, daemon=True).start()
+            env = ENV | {"PYTHONPATH": os.pathsep.join([str(tmp_path), ENV.get("PYTHONPATH", "")])}
+            for shard in range(shards):
+                sharded = ["--shard-id", shard, "--num-shards", shards, "--eval-id", "one"] if shards > 1 else []
+                done = subprocess.run([sys.executable, "-m", "vla_eval.cli.main", "run", "--no-docker", "--yes", "--config", tmp_path/"eval.yaml", *map(str, sharded)], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+                assert done.returncode == 0, done.stdout + done.stderr
+        finally: server.kill()
+    rows = [json.loads(line) for line in (tmp_path/"actions.jsonl").read_text().splitlines()]
+    assert len(rows) == 28 and "mismatch" not in (done.stdout + done.stderr).lower()
+    policy = RandomPolicy()
+    contract, seen = contract_of(policy), Request({"static": np.zeros((8, 8, 3), np.uint8)}, None, "x", False, None)
+    for i in range(2):
+        number = task_number({"task": {"name": f"chain {i}", "seq_idx": i, "episode_idx": 0}})
+        looks = [(3, number, 0, 0), (3, number, 0, 1), (3, number, 1, 0), (3, number, 1, 1)] # the subtask begins after 7 of 10 actions
+        chunks = [harness_actions(a, contract) for a in answer(policy, contract, [seen]*4, looks)]
+        expected = np.concatenate([chunks[0][:5], chunks[1][:2], chunks[2][:5], chunks[3][:2]])
+        np.testing.assert_array_equal(np.array([a for episode, _, a in rows if episode == i], np.float32), expected)
+    if shards == 1:
+        found = [json.loads(p.read_text()) for p in (tmp_path/"results").rglob("*.json")]
+        assert any("mean_success" in json.dumps(f) for f in found), found
