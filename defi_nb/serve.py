@@ -183,7 +183,7 @@ class PolicyServer:
     batch:int = 16 # most requests that are computed at once
     window:float = .002 # seconds that a request waits for others to join its batch
     clients:int = 64 # most connections
-    max_bytes:int = MAX_BYTES # of a request
+    max_bytes:int = MAX_BYTES//2 # of a request; two pictures of 1080p are 12 MiB
     log:object = lambda *said: None # called with what happens, in words
     batches:dict = field(default_factory=dict) # rows of a batch -> how often it was computed
 
@@ -364,7 +364,7 @@ def _parser():
     parser.add_argument("--batch", type=int, default=16, help="most requests computed at once; 1: answers do not depend on other clients even in the last digit (default: %(default)s)")
     parser.add_argument("--window", type=float, default=2., metavar="MS", help="milliseconds that a request waits for those of other clients (default: %(default)s)")
     parser.add_argument("--clients", type=int, default=64, help="most connections (default: %(default)s)")
-    parser.add_argument("--max-mb", type=float, default=MAX_BYTES/2**20, metavar="MIB", help="most MiB of a request (default: %(default)g)")
+    parser.add_argument("--max-mb", type=float, default=PolicyServer.max_bytes/2**20, metavar="MIB", help="most MiB of a request (default: %(default)g)")
     return parser
 
 # %% ../nbs/44_serve.ipynb #39075864
