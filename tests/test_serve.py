@@ -148,6 +148,22 @@ def test_clients_share_batches_and_get_what_they_get_alone():
         assert set(alone.batches) == {1}
 
 
+def test_a_chain_over_the_wire_is_the_chain_at_home():
+    from defi_nb.calvin import get_sequences
+    from defi_nb.rollout import Chain, EvalConfig, play_policy, playtable_env
+    config, sequence = EvalConfig.tiny(steps=12, static_size=40), get_sequences(2)[1] # pictures that are resized
+    env = playtable_env(config)
+    home = play_policy(Looks(), [env], [(1, sequence)], config)[0].actions
+    with serving(PolicyServer(Looks(), contract())) as url, Client(url) as client:
+        chain = Chain(1, sequence, env)
+        while not chain.done:
+            obs = {"observation/image": chain.obs["rgb_obs"]["rgb_static"], "observation/wrist_image": chain.obs["rgb_obs"]["rgb_gripper"], "observation/state": chain.obs["robot_obs"],
+                   "prompt": chain.text, "noise_key": [config.seed, chain.index, chain.solved, chain.looks]}
+            chain.run(client.infer(obs)["actions"][:config.execute].astype(float), config.steps)
+    env.close()
+    np.testing.assert_array_equal(chain.actions, home)
+
+
 def test_server_that_is_killed():
     with command("noop") as (process, url):
         client = Client(url, timeout=20)
@@ -232,7 +248,7 @@ def over_websocket(url, rng, n, outcomes):
     connection = None
     for _ in range(n):
         if connection is None:
-            connection = connect(url, compression=None, max_size=None, proxy=None).__enter__()
+            connection = connect(url, compression=None, max_size=None, proxy=None, additional_headers={"Authorization": "Api-Key secret"}).__enter__()
             connection.recv(60)
         data = wrong_message(rng)
         try:
@@ -261,8 +277,8 @@ def over_socket(url, rng, n, outcomes):
         after_upgrade = rng.choice([b"\xff"*20, b"\x82\x7f" + b"\xff"*8, b"\x82\x05hello", b"\x83\x80\0\0\0\0", b"\xf2\x80\0\0\0\0", b"\x89\xfe\x01\x00" + bytes(260), b"\x81\x82\0\0\0\0\xff\xff", b"\x88\x82\0\0\0\0\0\0"])
         first = rng.choice([rng.randbytes(rng.randint(1, 200)) + b"\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: 5\r\n\r\nhello", b"GET / HTTP/0.9\r\n\r\n", b"GET /" + b"a"*20_000 + b" HTTP/1.1\r\n\r\n",
                             b"GET / HTTP/1.1\r\n" + b"X: y\r\n"*500 + b"\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-                            upgrade("Authorization: Api-Key wrong\r\n").encode(), upgrade("Origin: http://evil\r\n").encode(), upgrade("Sec-WebSocket-Version: 7\r\n").encode(),
-                            upgrade("Authorization: Api-Key wrong\r\nAuthorization: Basic x\r\n").encode(), upgrade("").encode() + after_upgrade])
+                            upgrade("Authorization: Api-Key wrong\r\n").encode(), upgrade("Authorization: Api-Key secret\r\nOrigin: http://evil\r\n").encode(), upgrade("Authorization: Api-Key secret\r\nSec-WebSocket-Version: 7\r\n").encode(),
+                            upgrade("Authorization: Api-Key wrong\r\nAuthorization: Basic x\r\n").encode(), upgrade("").encode(), upgrade("Authorization: Api-Key secret\r\n").encode() + after_upgrade])
         with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
             try:
                 connection.sendall(first)
@@ -277,14 +293,14 @@ def test_ten_thousand_wrong_requests(tmp_path):
     encoders = load_encoders("tiny")
     policy = PlainPolicy(PlainConfig.tiny(), encoders) # it needs all that a request can bring
     save_checkpoint(tmp_path, policy, info=model_info(policy, encoders, preset="tiny"))
-    with command(str(tmp_path), "--clients", "40", "--max-mb", "1", "--batch", "1", "--device", "cpu") as (process, url):
+    with command(str(tmp_path), "--clients", "40", "--max-mb", "1", "--batch", "1", "--device", "cpu", DEFI_NB_KEY="secret") as (process, url):
         threading.Thread(target=process.stdout.read, daemon=True).start() # or its words would fill the pipe
-        with Client(url) as client: before = client.infer(observation())["actions"]
+        with Client(url, "secret") as client: before = client.infer(observation())["actions"]
         outcomes, memory = [], psutil.Process(process.pid).memory_info().rss
         jobs = [(over_websocket, random.Random(k), 2250) for k in range(4)] + [(over_socket, random.Random(k), 250) for k in range(4, 8)]
         with ThreadPoolExecutor(len(jobs)) as pool:
             for future in [pool.submit(job, url, rng, n, outcomes) for job, rng, n in jobs]: future.result(timeout=500)
-        with Client(url) as client: np.testing.assert_array_equal(client.infer(observation())["actions"], before)
+        with Client(url, "secret") as client: np.testing.assert_array_equal(client.infer(observation())["actions"], before)
         counts = {kind: outcomes.count(kind) for kind in sorted({*outcomes})}
         assert len(outcomes) == 10_000 and process.poll() is None, counts
         assert counts["refused"] > 7000 and counts["ended"] == 1000 and counts["closed"] > 5, counts
