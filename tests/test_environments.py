@@ -18,13 +18,14 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from defi_nb import real_calvin
+from defi_nb import calvin_checkout, real_calvin
 from defi_nb.calvin import COLOURS, ROBOT_START, TASKS, first_sequences, initial_obs, initial_states, solved_tasks
+from defi_nb.calvin_checkout import calvin_missing, calvin_oracle, calvin_root
 from defi_nb.env_process import EnvProcess
 from defi_nb.evaluation import evaluate, read_records
 from defi_nb.experts import Expert, start_for, start_of
 from defi_nb.playtable import PlayTable, euler_to_quat, waving
-from defi_nb.real_calvin import RealCalvin, calvin_missing, calvin_oracle, calvin_root, real_env, real_env_here, rollout_digest
+from defi_nb.real_calvin import RealCalvin, real_env, real_env_here, rollout_digest
 from defi_nb.rollout import EvalConfig, RandomPolicy, play_expert, playtable_env
 
 MISSING = calvin_missing()
@@ -280,10 +281,12 @@ def compare_oracles():
 
 
 def test_renderer_and_versions(env):
-    if env.kind == "embedded": assert playtable_env(EvalConfig()).renderer.startswith("MuJoCo ")
+    if env.kind == "embedded":
+        embedded = playtable_env(EvalConfig())
+        assert embedded.renderer.startswith("MuJoCo ") and embedded.versions["mujoco"] in embedded.renderer
     else:
         assert env.renderer.startswith("TinyRenderer, PyBullet 3.") and env.renderer == env.versions["renderer"]
-        assert env.versions["calvin_env"] == real_calvin.commit_of(calvin_root()) and len(env.versions["calvin_env source"]) == 16
+        assert env.versions["calvin_env"] == calvin_checkout.commit_of(calvin_root()) and len(env.versions["calvin_env source"]) == 16
         assert all(isinstance(said, str) for said in env.versions.values())
 
 
@@ -304,7 +307,7 @@ def test_one_in_a_process(real):
 @needs_calvin
 def test_an_import_leaves_nothing_behind():
     code = ("import sys, warnings; warnings.simplefilter('error'); hook = sys.excepthook; path = [*sys.path]\n"
-            "from importlib.util import find_spec\nfrom defi_nb.real_calvin import RealCalvin, STAND_INS\nenv = RealCalvin(renderer='tiny')\n"
+            "from importlib.util import find_spec\nfrom defi_nb.calvin_checkout import STAND_INS\nfrom defi_nb.real_calvin import RealCalvin\nenv = RealCalvin(renderer='tiny')\n"
             "from hydra.core.global_hydra import GlobalHydra\nassert not GlobalHydra.instance().is_initialized()\n"
             "assert sys.excepthook is hook and sys.path == path\n"
             "assert all(find_spec(name) for name in STAND_INS if name in sys.modules)")
@@ -343,20 +346,20 @@ def test_a_calvin_env_that_forgets_the_led_is_warned_of(tmp_path, real):
 @needs_calvin
 def test_a_probe_that_fails_leaves_this_process_alive(monkeypatch):
     for name in ("__EGL_VENDOR_LIBRARY_FILENAMES", "__EGL_VENDOR_LIBRARY_DIRS"): monkeypatch.setenv(name, "/nowhere")
-    real_calvin.egl_device.cache_clear()
-    direct = subprocess.run([sys.executable, "-c", real_calvin._PROBE], capture_output=True)
+    calvin_checkout.egl_device.cache_clear()
+    direct = subprocess.run([sys.executable, "-c", calvin_checkout._PROBE], capture_output=True)
     assert direct.returncode != 0 # PyBullet has ended it
-    assert real_calvin.egl_device() == "" and not real_calvin.renderer_of()[0]
-    with pytest.raises(RuntimeError, match="EGL cannot draw here"): real_calvin.renderer_of("egl")
+    assert calvin_checkout.egl_device() == "" and not calvin_checkout.renderer_of()[0]
+    with pytest.raises(RuntimeError, match="EGL cannot draw here"): calvin_checkout.renderer_of("egl")
     with pytest.raises(RuntimeError, match="EGL cannot draw here"): EnvProcess(RealCalvin, "D", 32, 32, None, "egl")
     env = EnvProcess(RealCalvin, "D", 32, 32)
     assert env.renderer.startswith("TinyRenderer")
     env.close()
-    real_calvin.egl_device.cache_clear()
+    calvin_checkout.egl_device.cache_clear()
 
 
 @needs_calvin
-@pytest.mark.skipif(not real_calvin.egl_device(), reason="EGL cannot draw here")
+@pytest.mark.skipif(not calvin_checkout.egl_device(), reason="EGL cannot draw here")
 def test_egl_draws_what_tinyrenderer_draws(real):
     env = EnvProcess(RealCalvin, "D", 64, 48, None, "egl")
     assert env.renderer.startswith("EGL, ")
