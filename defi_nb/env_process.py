@@ -153,7 +153,7 @@ def _exchange(self:EnvProcess, what, send):
         code = self._process.wait()
         words = self._last_words()
         self._end(0)
-        raise RuntimeError(f"the environment's process ended with code {code} at `{what}`{words}") from None
+        raise ConnectionError(f"the environment's process ended with code {code} at `{what}`{words}") from None
     except BaseException:
         self._end(0)
         raise

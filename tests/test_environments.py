@@ -382,14 +382,18 @@ def megabytes(pid):
     return next(int(line.split()[1])/1024 for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
 
 
+def played(out): # what an evaluation wrote of its chains, without the time they took
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in read_records(out)]
+
+
 @needs_calvin
-def test_an_evaluation_is_the_same_from_one_and_two_processes(tmp_path):
+def test_an_evaluation_is_the_same_in_this_process_and_in_two(tmp_path):
     config = EvalConfig(steps=10, execute=10, group=2, static_size=32, gripper_size=32, image_size=32, sequences="first 4 of get_sequences(1000)")
     results = []
-    for n in (1, 2):
+    for n in (0, 2):
         evaluate(RandomPolicy(), first_sequences(4), config, "random", tmp_path/f"{n}", n_workers=n, make_env=partial(real_env, renderer="tiny"),
                  keep=range(4), progress=False)
-        results.append(read_records(tmp_path/f"{n}"))
+        results.append(played(tmp_path/f"{n}"))
     assert results[0] == results[1] and len(results[0]) == 4
 
 
@@ -438,8 +442,36 @@ def test_a_process_ends_with_its_killed_parent(then):
 def test_a_process_that_is_killed_is_named():
     env = EnvProcess(Hanging)
     os.kill(env.pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="ended with code -9 at `get_obs`"): env.get_obs()
+    with pytest.raises(ConnectionError, match="ended with code -9 at `get_obs`"): env.get_obs()
     env.close()
+
+
+class Mortal(PlayTable):
+    "Ends its process at the 15th step, unless that has happened before."
+    def __init__(self, flag, *args):
+        self.flag, self.count = flag, 0
+        super().__init__(*args)
+
+    def step(self, action):
+        self.count += 1
+        if self.count == 15 and not self.flag.exists():
+            self.flag.touch()
+            os._exit(9)
+        return super().step(action)
+
+
+def mortal_env(config, flag): return EnvProcess(Mortal, flag, config.scene, config.static_size, config.gripper_size)
+
+
+def test_an_evaluation_outlives_an_environment(tmp_path):
+    config = EvalConfig(steps=20, execute=10, group=2, static_size=32, gripper_size=32, image_size=32, sequences="first 2 of get_sequences(1000)")
+    records = []
+    for out in ("died", "whole"): # the second time the flag is there
+        evaluate(RandomPolicy(), first_sequences(2), config, "random", tmp_path/out, n_workers=1, keep=range(2), progress=False,
+                 make_env=partial(mortal_env, flag=tmp_path/"flag"))
+        records.append(played(tmp_path/out))
+    assert (tmp_path/"flag").exists() and records[0] == records[1]
+    assert "ended with code 9 at `step`" in (tmp_path/"died/chains.jsonl").read_text() # and it says so
 
 
 # ---- the expert
