@@ -136,7 +136,7 @@ def watch(
     env, offsets = make_env(config), frame_offsets(policy)
     chain, looks = replay_to(record, sequence, 0, env), recorded_looks(record, config.execute)
     starts, seen, rows = np.cumsum([0, *record["steps"]]), {0: _kept(chain.obs)}, []
-    wanted = {l.step + o for l in looks for o in (0, *offsets)}
+    wanted = {l.step + o for l in looks if only is None or starts[only] <= l.step < starts[only + 1] for o in (0, *offsets)}
     def keep(chain, obs, success):
         if (at := len(chain.actions)) in wanted: seen[at] = _kept(obs)
     for look in looks:
