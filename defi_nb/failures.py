@@ -181,7 +181,7 @@ class FailureReport:
     "Why tasks failed."
     rows:list # of tasks, see `study_failures`
     about:dict = field(default_factory=dict) # what was studied, JSON types
-    least:float = .7 # share of its unchanged rate that the control must reach with true futures, for the split to be read
+    least:float = .8 # share of its unchanged rate that the control must reach with true futures, for the split to be read
 
     @property
     def failed(self): return [r for r in self.rows if not r["solved"]]

@@ -244,10 +244,11 @@ def future_losses(
         contexts = [given.encode_batch(make(b))[0] for b in batches]
         return float(np.mean([given.adapter.loss(c, b.action.to(c.device))[0].item() for c, b in zip(contexts, batches)]))
     def own(b): return replace(b, feature=policy.features(b))
-    def rolled(b): return replace(b, feature=policy.features(b).roll(1, 0))
-    def wrong(b): return replace(b, feature=misled(policy, b.text[1:] + b.text[:1]).features(b))
+    def far(b): return np.roll(np.arange(len(b)), len(b)//2).tolist() # samples that follow one another are alike
+    def rolled(b): return replace(b, feature=policy.features(b)[far(b)])
+    def wrong(b): return replace(b, feature=misled(policy, [b.text[i] for i in far(b)]).features(b))
     def shown(way, b): return way.with_features(b, batch_codes(policy, b))
-    def other(way, b): return way.with_features(b, torch.cat([(c := batch_codes(policy, b))[:, :, :1], c[:, :, 1:].roll(1, 0)], 2))
+    def other(way, b): return way.with_features(b, torch.cat([(c := batch_codes(policy, b))[:, :, :1], c[far(b), :, 1:]], 2))
     with torch.random.fork_rng():
         rows = [dict(future="foreseen; wrong: misled", right=loss(own), wrong=loss(wrong)), dict(future="foreseen; wrong: all of another sample", right=loss(own), wrong=loss(rolled))]
         return rows + [dict(future=f"shown, {way.name}", right=loss(partial(shown, way)), wrong=loss(partial(other, way))) for way in ways]
