@@ -43,7 +43,7 @@ def caption_frame(
 class Look:
     "What a policy expected when it looked."
     step:int # actions of the chain that had been executed
-    actions:np.ndarray # (K,7) its chunk, in [-1, 1]
+    actions:np.ndarray # (K,7) its chunk, or as much of it as was kept, in [-1, 1]
     frames:dict|None = None # view -> (T,H,W,3) uint8, foreseen; None where nothing is
     offsets:tuple = () # T, control steps after the look at which they are due
 
@@ -59,7 +59,7 @@ def recorded_looks(
 # %% ../nbs/34_film.ipynb #aefc201b
 LANES = ("x", "y", "z", "roll", "pitch", "yaw", "grip") # of an action
 LANE_COLOURS = ((214, 96, 77), (90, 174, 97), (67, 147, 195))*2 + ((160, 160, 160),)
-INK, PAPER, FAINT = (235, 235, 235), (28, 28, 28), (120, 120, 120)
+INK, PAPER, FAINT = (235, 235, 235), (28, 28, 28), (140, 140, 140)
 
 def _text(draw, where, text, size, fill=INK, anchor="lm"):
     draw.text(where, text, fill=fill, font=ImageFont.load_default(size), anchor=anchor)
@@ -112,7 +112,7 @@ def expectation_frame(
     _text(draw, (side/2, head/2), f"now, {since/CONTROL_HZ:.2f} s on", 13, anchor="mm")
     for column, i in enumerate(due, 1):
         _text(draw, ((column + .5)*side, head/2), f"foreseen for {look.offsets[i]/CONTROL_HZ:.2f} s", 13, INK if since >= look.offsets[i] else FAINT, "mm")
-    _text(draw, (columns*side + chart/2, head/2), f"actions, {len(look.actions)} inferred", 13, anchor="mm")
+    _text(draw, (columns*side + chart/2, head/2), "actions since this look", 13, anchor="mm")
     frame.paste(draw_actions(look.actions, min(since, len(look.actions)), (chart, len(VIEWS)*side)), (columns*side, head))
     _text(draw, (12, frame.height - bar/2), text, 16)
     return np.asarray(frame)
