@@ -92,6 +92,7 @@ def _serve_env(
 # %% ../nbs/45_env_process.ipynb #c5a31e02
 class EnvProcess:
     "An environment in a process of its own; attributes and methods are the environment's."
+    remote = True # so that `rollout.play_policy` steps several of them at the same time
     def __init__(self,
         make_env, # function or class that another process can import; a `functools.partial` of one is fine
         *args, # of `make_env`

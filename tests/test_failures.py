@@ -15,7 +15,8 @@ from defi_nb.failures import relative_error, study_failures, watch
 from defi_nb.film import film_chain
 from defi_nb.gfdm import GFDM, GFDMConfig, fit_encoders
 from defi_nb.policy import CoupledPolicy, PolicyConfig
-from defi_nb.rollout import EvalConfig, RandomPolicy, evaluate, read_records
+from defi_nb.evaluation import evaluate, read_records
+from defi_nb.rollout import EvalConfig, RandomPolicy
 from defi_nb.spec import DataSpec
 
 SEQUENCES = get_sequences(2, tasks=["open_drawer", "close_drawer", "move_slider_left", "move_slider_right"], length=2)
@@ -67,7 +68,7 @@ def policy():
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
     out = tmp_path_factory.mktemp("eval")
-    evaluate(RandomPolicy(), SEQUENCES, CONFIG, "random", out, make_env=toy_env, keep=range(2), n_workers=1, progress=False)
+    evaluate(RandomPolicy(), SEQUENCES, CONFIG, "random", out, make_env=toy_env, keep=range(2), n_workers=0, progress=False)
     return read_records(out)
 
 
@@ -91,7 +92,8 @@ from test_failures import CONFIG, SEQUENCES
 from defi_nb.calvin import get_sequences
 from defi_nb.failures import study_failures
 from defi_nb.playtable import PlayTable
-from defi_nb.rollout import EvalConfig, NoOpPolicy, evaluate, read_records
+from defi_nb.evaluation import evaluate, read_records
+from defi_nb.rollout import EvalConfig, NoOpPolicy
 out = Path({out!r})
 config = EvalConfig(steps={steps}, execute=10, group=2, sequences="3 of one task")
 sequences = get_sequences(3, tasks=["open_drawer", "close_drawer"], length=1)
@@ -102,7 +104,7 @@ class Drawn(PlayTable):
         return np.zeros((64, 64, 3), np.uint8) # no pictures are needed
 make = lambda config: Drawn(config.scene)
 if not (out/"chains.jsonl").exists():
-    evaluate(Blind(), sequences, config, "blind", out, make_env=make, keep=range(3), n_workers=1, progress=False)
+    evaluate(Blind(), sequences, config, "blind", out, make_env=make, keep=range(3), n_workers=0, progress=False)
 report = study_failures(Blind(), read_records(out), sequences, config, Blind(), offsets=(5,), failures=3, control=0, draws=1, make_env=make, out=out/{name!r}, progress=False)
 print([r["verdict"] for r in report.rows])
 """
