@@ -368,6 +368,9 @@ def _parser():
     return parser
 
 # %% ../nbs/44_serve.ipynb #39075864
+def _say(said): # a line, if anyone is left who reads; a server goes on when its terminal or log is gone
+    with suppress(OSError, ValueError): print(said, flush=True)
+
 def _server(args): # what the command line asks for
     if not 0 <= args.port < 2**16 or not 0 < args.max_mb <= 1024 or args.seed < 0: raise ValueError(f"port is {args.port}, max-mb {args.max_mb:g}, seed {args.seed}: give a port below 65536, a limit of at most 1024 MiB, a seed of at least 0")
     key = read_key(args.key_file)
@@ -375,21 +378,21 @@ def _server(args): # what the command line asks for
     names = NAMES | dict(map(_name, args.name))
     policy, digest = load_served(args.policy, args.device)
     changes = dict(checkpoint=digest, names=names, prompt=args.prompt) | ({} if args.hz is None else dict(control_hz=args.hz))
-    return PolicyServer(policy, contract_of(policy, **changes), key, args.seed, args.batch, args.window/1000, args.clients, int(args.max_mb*2**20), log=lambda said: print(said, flush=True))
+    return PolicyServer(policy, contract_of(policy, **changes), key, args.seed, args.batch, args.window/1000, args.clients, int(args.max_mb*2**20), log=_say)
 
 async def _until_stopped(server, host, port):
     "Serve until Ctrl-C or SIGTERM; a second one ends the process at once."
     loop = asyncio.get_running_loop()
     def started(url, stop):
         def first(number):
-            print("stopping", flush=True)
             loop.add_signal_handler(number, os._exit, 130)
             stop()
+            _say("stopping")
         with suppress(NotImplementedError): # Windows has KeyboardInterrupt instead
             for number in (signal.SIGINT, signal.SIGTERM): loop.add_signal_handler(number, first, number)
         c = server.contract
-        print(f"{c.policy}{f' {c.checkpoint}' if c.checkpoint else ''} at {url}: {c.horizon} actions ({', '.join(c.action_labels)}) for {', '.join(c.names[v] for v in c.views)}"
-              f"{', ' + c.names['state'] if c.state else ''}, {c.names['prompt']}; {'with' if server.key else 'without'} key; Ctrl-C ends it", flush=True)
+        _say(f"{c.policy}{f' {c.checkpoint}' if c.checkpoint else ''} at {url}: {c.horizon} actions ({', '.join(c.action_labels)}) for {', '.join(c.names[v] for v in c.views)}"
+              f"{', ' + c.names['state'] if c.state else ''}, {c.names['prompt']}; {'with' if server.key else 'without'} key; Ctrl-C ends it")
     try: await server.run(host, port, started)
     except OSError as e: raise ValueError(f"can't listen at {host}:{port} ({e.strerror or e}): choose another --host or --port") from None
 

@@ -191,6 +191,15 @@ def test_sigterm_answers_what_is_computed_and_ends():
         assert process.wait(20) == 0
 
 
+def test_goes_on_and_ends_when_nobody_reads_what_it_says():
+    with command("noop") as (process, url):
+        process.stdout.close()
+        for _ in range(2):
+            with Client(url) as client: assert client.infer(observation())["actions"].shape == (10, 7)
+        process.terminate()
+        assert process.wait(30) == 0
+
+
 # 10,000 wrong requests
 
 def mutate(rng, data):
