@@ -166,7 +166,7 @@ def fit_translator(
     policy:CoupledPolicy, # with a forward model
     batches, # of demonstrations: `latent` or `dino` (B,V,T,...) of the present and the coming frames, `text`
     sigma:float=.2, # noise level at which a `GFDM` reads the shown frames
-    ridge:float=1., # lambda, in units of the features
+    ridge:float=30., # lambda, squared units of the features; small ones fit demonstrations as well, and what a policy sees when it errs worse
     widest:int=4096, # numbers of a patch in all frames, T*D, beyond which this is refused
 )->Tensor: # (V,P,T*D+1,T'*D)
     "From the features of shown futures to foreseen ones."
