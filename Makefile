@@ -28,7 +28,8 @@ lab: install
 
 install: $(STAMP)
 
-# torch first and alone, at its pin, so that no other package chooses its build
+# torch first and alone, at its pin, so that no other package chooses its build; openpi's client last and alone, for the tests: it asks for
+# an old NumPy, and works with this one
 $(STAMP): constraints.txt settings.ini setup.py pyproject.toml
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
 	  for python in $(CANDIDATES); do "$$python" -c '$(SUITABLE)' 2>/dev/null && found="$$python" && break; done; \
@@ -39,6 +40,7 @@ $(STAMP): constraints.txt settings.ini setup.py pyproject.toml
 	@echo "Installing into $(VENV); this takes some minutes the first time"
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH_FLAGS) torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps openpi-client
 	@touch $@
 
 # runs, data and checkpoints stay: they are results

@@ -1602,6 +1602,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'defi_nb.serve._noise_key': ('serve.html#_noise_key', 'defi_nb/serve.py'),
                                'defi_nb.serve._parser': ('serve.html#_parser', 'defi_nb/serve.py'),
                                'defi_nb.serve._picture': ('serve.html#_picture', 'defi_nb/serve.py'),
+                               'defi_nb.serve._say': ('serve.html#_say', 'defi_nb/serve.py'),
                                'defi_nb.serve._server': ('serve.html#_server', 'defi_nb/serve.py'),
                                'defi_nb.serve._until_stopped': ('serve.html#_until_stopped', 'defi_nb/serve.py'),
                                'defi_nb.serve._vector': ('serve.html#_vector', 'defi_nb/serve.py'),

@@ -271,6 +271,7 @@ def _stop_with_parent(): # end this process, and with it its kernel, when the pi
 
 ELSEWHERE = { # command -> the module whose `main` takes its arguments, and what it is for
     "serve": ("defi_nb.serve", "answer robots and simulators with a policy's actions, over a websocket"),
+    "vla-eval": ("defi_nb.vla_eval", "answer the vla-eval harness, which brings many benchmarks"),
     "bench": ("defi_nb.simulators", "make the environments of SimplerEnv and LIBERO, and evaluate a policy in them")}
 
 def _parser():
