@@ -222,7 +222,7 @@ def conclusion(self:FailureReport)->str:
     again, true, wrong = (self.rate(self.control, c) for c in ("again", "true", "wrong"))
     if again is None: return said + "**No control was played, so the split means nothing yet.**"
     said += f"Of tasks that the policy had solved, it solves {_rate_text(again)} again with other noise and {_rate_text(true)} with true futures. "
-    said += "So showing it the future does little harm, and the split can be read." if self.believable else "**The control is too low: showing it the future does harm by itself, so the split means nothing (\"action\" is not to be believed).**"
+    said += f"That is at least {self.least:.0%} of it, so the split can be read." if self.believable else "**The control is too low: showing it the future does harm by itself, so the split means nothing (\"action\" is not to be believed).**"
     if wrong: said += f" With a misled forward model it solves {_rate_text(wrong)}: " + ("it reads its future." if wrong[2] < again[0] else "**nothing shows that it reads its future, which then can hardly be at fault.**")
     return said
 
