@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import traceback
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -23,6 +22,7 @@ from multiprocessing.connection import Connection, Pipe
 from fastcore.basics import patch
 
 from .playtable import Pictures
+from .processes import portable_error, sendable
 
 # %% ../nbs/45_env_process.ipynb #25bed1fd
 SHELF = 8 # observations of which pictures can still be asked for
@@ -59,17 +59,10 @@ def _end_with_parent():
     fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
     if select.select([0], [], [], 0)[0]: os._exit(1) # it was closed before
 
-def _portable(error):
-    "An error that can be sent, with the traceback of this process as a note."
-    try: pickle.loads(pickle.dumps(error))
-    except Exception: error = RuntimeError(f"{type(error).__name__}: {error}")
-    error.add_note(traceback.format_exc())
-    return error
-
 def _answer(pipe, ask):
     "Send what a request leads to, be it an error."
     try: pipe.send(("value", ask()))
-    except Exception as error: pipe.send(("error", _portable(error)))
+    except Exception as error: pipe.send(("error", portable_error(error)))
 
 def _serve_env(
     number:int, # of the open file that leads to the parent
@@ -99,7 +92,7 @@ class EnvProcess:
         timeout:float=120., # seconds that an answer may take, the making of the environment included
     ):
         self._timeout, self._process = timeout, None
-        payload, (self._pipe, theirs) = _payload(make_env, args), Pipe()
+        payload, (self._pipe, theirs) = sendable((make_env, args), str(make_env)), Pipe()
         self._said = tempfile.TemporaryFile()
         path = os.pathsep.join(p or os.getcwd() for p in sys.path)
         self._process = subprocess.Popen([sys.executable, "-c", f"from defi_nb.env_process import _serve_env; _serve_env({theirs.fileno()})"],
@@ -124,15 +117,6 @@ class EnvProcess:
     def get_obs(self): return self._ask("call", "get_obs")
     def get_info(self): return self._ask("call", "get_info")
     def __del__(self): self._end(0)
-
-def _payload(make_env, args):
-    "What makes the environment, as bytes; refuses what another process cannot import."
-    try: payload = pickle.dumps((make_env, args))
-    except Exception as error:
-        raise ValueError(f"{make_env} can't be sent to another process ({error}): give a function of a module, or a partial of one") from error
-    if b"__main__" in payload:
-        raise ValueError(f"{make_env} is defined in this notebook or script, which another process can't import: move it to a module")
-    return payload
 
 # %% ../nbs/45_env_process.ipynb #bc230ab3
 @patch

@@ -14,7 +14,6 @@ import platform
 import re
 import threading
 import time
-import traceback
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from .checkpoint import differing_fields, git_commit
 from .encoders import weights_digest
 from .files import write_whole
 from .metrics import EvalResult, anytime_interval, task_table
+from .processes import portable_error, sendable
 from .progress import progress_bar
 from .rollout import EvalConfig, play_policy, playtable_env
 
@@ -207,25 +207,7 @@ def _serve(pipe, payload, device):
                 player.play_group(pipe.recv(), lambda record: say("chain", record))
                 say("group", None)
     except (EOFError, KeyboardInterrupt): pass # the parent is gone; or has it too, and says so
-    except Exception as error: say("error", _portable(error))
-
-def _portable(error):
-    "An error that can be sent, with the traceback of this process as a note."
-    try: pickle.loads(pickle.dumps(error))
-    except Exception: error = RuntimeError(f"{type(error).__name__}: {error}")
-    error.add_note(traceback.format_exc())
-    return error
-
-def _payload(setup):
-    "What a process needs, as bytes; refuses what another process cannot import."
-    try: payload = pickle.dumps(setup)
-    except Exception as error:
-        raise ValueError(f"the policy or environment can't be sent to other processes ({error}): "
-                         "n_workers=0 needs no sending") from error
-    if b"__main__" in payload:
-        raise ValueError("the policy or environment is defined in this notebook or script, which other processes "
-                         "can't import: move it to a module, or use n_workers=0")
-    return payload
+    except Exception as error: say("error", portable_error(error))
 
 # %% ../nbs/33_evaluation.ipynb #56eb60e1
 @dataclass
@@ -240,7 +222,7 @@ class _Worker:
 class _Workers:
     "Processes that play groups, each one group at a time."
     def __init__(self, setup, groups, devices, patience, retries, on_event):
-        self.payload, self.todo, self.context = _payload(setup), deque(groups), get_context("spawn")
+        self.payload, self.todo, self.context = sendable(setup, "the policy or environment", "use n_workers=0"), deque(groups), get_context("spawn")
         self.devices, self.patience, self.retries, self.on_event = devices, patience, retries, on_event
         self.live, self.tries = [], Counter()
 
