@@ -180,10 +180,10 @@ def test_killed_again_and_again(whole, tmp_path):
 
 
 def test_a_hung_environment_is_played_again(whole, tmp_path):
-    again = run(tmp_path/"out", n_workers=2, hang=tmp_path/"hung", patience=15, retries=5)
+    again = run(tmp_path/"out", n_workers=2, hang=tmp_path/"hung", patience=25, retries=5)
     assert (tmp_path/"hung").exists() and same(again, whole[0], notes=False)
     assert without_time(read_records(tmp_path/"out")) == whole[1]
-    assert any("made no step for 15 seconds and was killed" in e["event"] for e in again.notes["events"])
+    assert any("made no step for 25 seconds and was killed" in e["event"] for e in again.notes["events"])
 
 
 def test_a_dead_process_is_played_again(whole, tmp_path):
