@@ -18,12 +18,6 @@ LIBRARY = [*sorted((ROOT/"nbs").glob("[0-9]*.ipynb"))]
 RUNS = [p for p in sorted((ROOT/"nbs").glob("[a-z]*.ipynb")) if p.stem != "index"]
 
 
-def pytest_collection_modifyitems(items):
-    "The longest files come first, so that no process is left alone with one in the end (xdist's `--no-loadscope-reorder` keeps this order)."
-    longest = ("test_runs", "test_notebooks", "test_sources")
-    items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
-
-
 def command(*args, cwd=ROOT, timeout=600, **kwargs):
     "Run a command of this environment to its end, with no terminal; returns the finished process."
     return subprocess.run([str(BIN/args[0]), *map(str, args[1:])], cwd=cwd, env=ENV, timeout=timeout, text=True,
