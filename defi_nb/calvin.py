@@ -8,7 +8,7 @@ __all__ = ['COLOURS', 'TASKS', 'CATEGORIES', 'STATE_KEYS', 'ROBOT_START', 'DRAWE
            'sequences_digest', 'fnv1_32', 'Start', 'initial_obs', 'solved', 'solved_tasks']
 
 # %% ../nbs/11_calvin.ipynb #fdd4c410
-import difflib, hashlib, json
+import difflib, json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -17,6 +17,8 @@ from itertools import product
 
 import numpy as np
 from scipy.spatial.transform import Rotation
+
+from .files import json_digest
 
 # %% ../nbs/11_calvin.ipynb #f7c12ebb
 COLOURS = ("red", "blue", "pink")
@@ -176,8 +178,7 @@ def sequences_digest(
     sequences, # of (initial state: dict, chain of task names)
 )->str: # sha256 of their canonical JSON
     "What identifies a list of chains."
-    rows = [[dict(state), list(chain)] for state, chain in sequences]
-    return hashlib.sha256(json.dumps(rows, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return json_digest([[dict(state), list(chain)] for state, chain in sequences])
 
 # %% ../nbs/11_calvin.ipynb #e345e088
 def fnv1_32(

@@ -30,11 +30,11 @@ from . import __version__
 from .calvin import check_tasks, get_sequences, sequences_digest
 from .checkpoint import differing_fields, git_commit
 from .encoders import weights_digest
-from .files import write_whole
+from .files import append_jsonl, read_jsonl, write_jsonl
 from .metrics import EvalResult, anytime_interval, task_table
 from .processes import portable_error, sendable
 from .progress import progress_bar
-from .rollout import EvalConfig, play_policy, playtable_env
+from .rollout import EvalConfig, on_device, play_policy, playtable_env
 
 # %% ../nbs/33_evaluation.ipynb #de862ed3
 def protocol_of(
@@ -69,9 +69,14 @@ def versions_here(
             "commit": git_commit() or "no clone", "device": ", ".join(dict.fromkeys(f"{d}: {n}" for d, n in zip(devices, names)))}
 
 # %% ../nbs/33_evaluation.ipynb #bf5fad63
-def _lines(path): # of a jsonl file
-    "Its whole lines."
-    return [json.loads(line) for line in Path(path).read_text().splitlines(keepends=True) if line.endswith("\n")]
+def _finished(folder): # of an evaluation
+    "What all parts of it have written: the first row of each chain, and the events."
+    rows, events = {}, []
+    for path in sorted(Path(folder).glob("chains*.jsonl")):
+        for row in read_jsonl(path)[1:]:
+            if "event" in row: events.append(row)
+            else: rows.setdefault(row["chain"], row)
+    return rows, events
 
 class Journal:
     "The finished chains of one evaluation, on disk if it has a folder."
@@ -84,17 +89,15 @@ class Journal:
     ):
         self.folder, self.rows, self.events, self.header = folder and Path(folder), {}, [], json.loads(json.dumps(header))
         if not folder: return
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder/("chains.jsonl" if shard[1] == 1 else f"chains.{shard[0]}-of-{shard[1]}.jsonl")
         self._refuse_others(restart)
-        own = _lines(self.path) if self.path.exists() else []
-        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in own or [self.header])) # no torn last line
+        write_jsonl(self.path, read_jsonl(self.path) or [self.header]) # no torn last line
         self.refresh()
 
     def _refuse_others(self, restart):
         "Chains of another evaluation are an error, or put aside."
         for path in sorted(self.folder.glob("chains*.jsonl")):
-            rows = _lines(path)
+            rows = read_jsonl(path)
             if not rows or rows[0] == self.header: continue
             if not restart:
                 raise ValueError(f"{path} holds chains of another evaluation ({differing_fields(rows[0], self.header)}): "
@@ -103,10 +106,9 @@ class Journal:
 
     def refresh(self):
         "Read what is on disk, that of other machines included; the first line of a chain counts."
-        for path in sorted(self.folder.glob("chains*.jsonl")):
-            for row in _lines(path)[1:]:
-                if "event" in row: self.events += [row] if row not in self.events else []
-                else: self.rows.setdefault(row["chain"], row)
+        rows, events = _finished(self.folder)
+        for index, row in rows.items(): self.rows.setdefault(index, row)
+        for event in events: self.events += [event] if event not in self.events else []
 
     def add(self, row): # {"chain": index, "solved": ..., "steps": ..., "seconds": ...}, or {"event": what happened}
         "Keep a finished chain, or word of an event."
@@ -115,22 +117,15 @@ class Journal:
         if known: row = {"event": f"chain {row['chain']} was played again, and solved {row['solved']} and not {known['solved']} in {row['steps']} and not {known['steps']} steps"}
         if "event" in row: self.events.append(row)
         else: self.rows[row["chain"]] = row
-        if not self.folder: return
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        if self.folder: append_jsonl(self.path, row)
 
 def read_records(
     folder, # the `out` of an evaluation
 )->list: # a record per chain, in order
     "What is known of each chain of an evaluation."
-    if not (paths := sorted(Path(folder).glob("chains*.jsonl"))):
+    if not any(Path(folder).glob("chains*.jsonl")):
         raise FileNotFoundError(f"there is no evaluation in {folder}: it has no chains.jsonl")
-    rows = {}
-    for path in paths:
-        for row in _lines(path)[1:]:
-            if "chain" in row: rows.setdefault(row["chain"], row)
+    rows, _ = _finished(folder)
     return [rows[i] for i in sorted(rows)]
 
 # %% ../nbs/33_evaluation.ipynb #a1adc5e4
@@ -152,7 +147,7 @@ class _Player:
     "The policy and the environments of one process."
     def __init__(self, policy, config, make_env, play, keep, device="cpu", beat=lambda: None):
         self.policy = policy() if isinstance(policy, partial) else policy
-        if isinstance(policy, partial) and hasattr(self.policy, "to"): self.policy.to(device)
+        if isinstance(policy, partial): on_device(self.policy, device)
         self.config, self.make_env, self.play, self.keep, self.beat, self.envs = config, make_env, play, keep, beat, []
 
     def play_group(self, group, on_chain):

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from .calvin import INSTRUCTIONS
 from .checkpoint import differing_fields
 from .experts import Expert
-from .files import write_whole
+from .files import append_jsonl, read_jsonl, write_jsonl
 from .film import recorded_looks
 from .futures import ExpertAhead, Informed, Snapshot, foresee, frame_offsets, misled, restore, seen_codes, snapshot
 from .gfdm import GFDM
@@ -242,10 +242,10 @@ def _repr_markdown_(self:FailureReport):
 # %% ../nbs/49_failures.ipynb #200e3cf5
 def _rows_of(path, header):
     "The whole rows of a study on disk; an error if it is another one."
-    lines = [json.loads(l) for l in Path(path).read_text().splitlines(keepends=True) if l.endswith("\n")] if Path(path).is_file() else []
+    lines = read_jsonl(path)
     if lines and lines[0] != header:
         raise ValueError(f"{path} holds another study ({differing_fields(lines[0], header)}): choose another folder, or delete that file")
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in [header, *lines[1:]])) # no torn last line
+    write_jsonl(path, [header, *lines[1:]]) # no torn last line
     return lines[1:]
 
 def choose_tasks(
@@ -299,7 +299,6 @@ def study_failures(
             watched = watch(policy, record, sequence, config, make_env, only=i, expert=True, pictures=False)
             row |= {f"error_{kind}": relative_error(watched, kind) for kind in ("happened", "expert")}
         rows.append(row)
-        if out:
-            with open(Path(out)/"failures.jsonl", "a") as file: file.write(json.dumps(row) + "\n")
+        if out: append_jsonl(Path(out)/"failures.jsonl", row)
     for env in envs: env.close()
     return FailureReport(rows, header)

@@ -8,7 +8,6 @@ __all__ = ['ARM_DIMS', 'PROTOCOL', 'action_error', 'psnr', 'ssim', 'chain_rates'
            'markdown_table', 'ResultTable', 'task_markdown', 'show_rates', 'Comparison', 'compare', 'seed_interval']
 
 # %% ../nbs/32_metrics.ipynb #4d45bf0f
-import hashlib
 import json
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
@@ -22,7 +21,7 @@ from scipy import stats
 
 from . import __version__
 from .calvin import first_sequences, sequences_digest
-from .files import write_whole
+from .files import json_digest, write_whole
 
 # %% ../nbs/32_metrics.ipynb #c013225f
 ARM_DIMS = ("x", "y", "z", "roll", "pitch", "yaw") # of an action, before the gripper
@@ -143,7 +142,7 @@ def fingerprint(
     protocol:dict, # of a result, JSON types
 )->str: # 16 hex digits of SHA-256
     "What two results must share before their numbers can be compared."
-    return hashlib.sha256(json.dumps(protocol, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
+    return json_digest(protocol)[:16]
 
 def protocol_name(
     protocol:dict, # of a result

@@ -33,7 +33,7 @@ from websockets.exceptions import ConnectionClosed
 
 from . import __version__
 from .models import checkpoint_digest, load_to_act
-from .rollout import NoOpPolicy, RandomPolicy, obs_to_batch, predict
+from .rollout import NoOpPolicy, RandomPolicy, obs_to_batch, on_device, predict
 from .spec import ACTION_DIM, CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT, VIEWS, Batch
 from .wire import MAX_BYTES, Client, pack, unpack
 
@@ -339,9 +339,7 @@ def load_served(
     if name in PLAYERS: return PLAYERS[name](), ""
     policy, digest = load_to_act(name), checkpoint_digest(name)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        policy.encoders.to(device)
-        return policy.to(device), digest
+    try: return on_device(policy, device), digest
     except (RuntimeError, AssertionError) as e: raise ValueError(f"the policy can't be brought to device {device!r} ({(str(e).splitlines() or [''])[0]}): choose cpu, or cuda where there is one") from None
 
 def _name(given): # "static=observation/exterior_image_1_left"

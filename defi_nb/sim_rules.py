@@ -4,11 +4,9 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'SUCCESS_MODES', 'quat_to_axis_angle', 'euler_to_axis_angle', 'ActionUnits', 'check_mode', 'is_over',
-           'verdict', 'scores', 'first_of_each', 'digest_of']
+           'verdict', 'scores', 'first_of_each']
 
 # %% ../nbs/46_sim_rules.ipynb #f64bb0fb
-import hashlib
-import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,9 +115,3 @@ def first_of_each(
         raise ValueError(f"no task of this suite is called {', '.join(map(repr, unknown))}: choose {', '.join(known)}")
     if n is not None and n < 1: raise ValueError(f"{n} episodes of each task: at least 1")
     return [e for t in known if not tasks or t in tasks for e in [e for e in episodes if e["task"] == t][:n]]
-
-def digest_of(
-    value, # JSON types
-)->str: # 64 hex digits
-    "SHA-256 of a value's JSON with sorted keys."
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

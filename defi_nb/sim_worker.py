@@ -21,8 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
+from .files import json_digest
 from .libero_suites import NO_MOTION, libero_action, libero_instruction, libero_observation
-from .sim_rules import ActionUnits, digest_of, is_over, verdict
+from .sim_rules import ActionUnits, is_over, verdict
 from .simpler import CAMERAS, SimplerAction, maniskill3_id
 from .wire import Client, ServerError
 
@@ -66,11 +67,11 @@ class ManiSkill3:
 
     def start(self, episode):
         make = episode["make"]
-        if self.made != digest_of(make):
+        if self.made != json_digest(make):
             self.close()
             self.env = self.gym.make(maniskill3_id(make["env_id"]), num_envs=1, obs_mode="rgb+segmentation", sim_backend="physx_cpu",
                                      render_backend=self.draws, control_mode=make["control_mode"], max_episode_steps=make["max_episode_steps"])
-            self.made = digest_of(make)
+            self.made = json_digest(make)
         self.action = SimplerAction(make["robot"], ActionUnits(**self.config.units), self.config.hold)
         obs, _ = self.env.reset(seed=0, options={"episode_id": episode["reset"]["obj_init_options"]["episode_id"]})
         return self._seen(obs)
@@ -103,13 +104,13 @@ class SimplerEnv:
 
     def start(self, episode):
         make = dict(episode["make"])
-        if self.made != digest_of(make):
+        if self.made != json_digest(make):
             self.close()
             if photo := make.pop("rgb_overlay", None):
                 if not (self.photos/photo).is_file(): raise FileNotFoundError(f"{self.photos/photo} is missing: the checkout needs its submodule ManiSkill2_real2sim with its data")
                 make |= {"rgb_overlay_path": str(self.photos/photo), "rgb_overlay_cameras": [CAMERAS[make["robot"]]]}
             self.env = self.gym.make(make.pop("env_id"), obs_mode="rgbd", camera_cfgs={"add_segmentation": True}, **make)
-            self.made = digest_of(episode["make"])
+            self.made = json_digest(episode["make"])
         self.camera = CAMERAS[make["robot"]]
         self.action = SimplerAction(make["robot"], ActionUnits(**self.config.units), self.config.hold)
         options = {part: {k: np.array(v) if isinstance(v, list) else v for k, v in of.items()} for part, of in episode["reset"].items()}
@@ -160,12 +161,12 @@ class Libero:
 
     def start(self, episode):
         make, reset = episode["make"], episode["reset"]
-        if self.made != digest_of(make):
+        if self.made != json_digest(make):
             self.close()
             suite = self.benchmark(make["suite"])()
             number = suite.get_task_names().index(make["task"])
             self.env = self.make(bddl_file_name=suite.get_task_bddl_file_path(number), camera_heights=make["size"], camera_widths=make["size"])
-            self.starts, self.made, self.size = suite.get_task_init_states(number), digest_of(make), make["size"]
+            self.starts, self.made, self.size = suite.get_task_init_states(number), json_digest(make), make["size"]
         self.env.seed(0)
         self.env.reset()
         self._gate() # a reset makes the cameras anew

@@ -25,11 +25,11 @@ import numpy as np
 
 from . import __version__
 from .checkpoint import differing_fields
-from .files import write_whole
+from .files import append_jsonl, json_digest, read_jsonl, write_jsonl, write_whole
 from .libero_suites import FLIPS, STEP_CAPS, libero_episodes
 from .metrics import markdown_table, wilson
 from .progress import progress_bar
-from .sim_rules import SUCCESS_MODES, UNITS, ActionUnits, check_mode, digest_of, first_of_each, scores
+from .sim_rules import SUCCESS_MODES, UNITS, ActionUnits, check_mode, first_of_each, scores
 from .sim_setup import BENCHMARKS, RECIPES, check_environment, environment_of, findings_text, make_environment, python_of, read_settings
 from .sim_worker import SIMULATORS, PlayConfig
 from .simpler import SUITES, simpler_episodes
@@ -118,7 +118,7 @@ def protocol_of(
     special = ({"hold": config.hold} if google else {}) | ({"flip": config.flip} if config.benchmark == "libero" else {})
     cameras, state = server.get("cameras") or {"static": "observation/image"}, server.get("state")
     return {"benchmark": config.benchmark, "suite": config.suite or USUAL[config.benchmark], "tasks": list(caps), "episodes_of_each": config.episodes or "all",
-            "episodes": len(episodes), "digest": digest_of([_without_paths(e) for e in episodes]), "success": check_mode(config.mode or MODES[config.benchmark]), "step_caps": caps,
+            "episodes": len(episodes), "digest": json_digest([_without_paths(e) for e in episodes]), "success": check_mode(config.mode or MODES[config.benchmark]), "step_caps": caps,
             "execute": config.execute or horizon, "chunk": horizon, "units": asdict(units_of(server, config.units)),
             "sent": [*cameras.values(), *([state["name"]] if state else [])], "policy_hz": server.get("control_hz"),
             "seed": config.seed if "noise_key" in (server.get("optional") or {}) else None, **special}
@@ -135,31 +135,25 @@ class EpisodeJournal:
         header:dict, # {"policy", "checkpoint", "version", "protocol"}
     ):
         self.path, self.header, self.rows = Path(path), json.loads(json.dumps(header)), {}
-        text = self.path.read_text() if self.path.is_file() else ""
-        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        if not lines: return
+        if not (lines := read_jsonl(self.path)): return
         there = {k: v for k, v in lines[0].items() if k != "versions"}
         if there != self.header:
             raise ValueError(f"{path} holds episodes of another evaluation ({differing_fields(_flat(there), _flat(self.header))}): choose another folder, or move that one away")
         self.header, self.rows = lines[0], {row["number"]: row for row in lines[1:]}
-        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines)) # no torn last line
+        write_jsonl(self.path, lines) # no torn last line
 
     def begin(self, versions): # of the simulator that has started
         "Write the header, or see that the simulator is the one whose rows are there."
         if "versions" not in self.header:
             self.header["versions"] = versions
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path, json.dumps(self.header) + "\n")
+            write_jsonl(self.path, [self.header])
         elif versions != self.header["versions"]:
             raise ValueError(f"{self.path} holds episodes of another simulator ({differing_fields(self.header['versions'], versions)}): go on with that one, or choose another folder")
 
     def add(self, row): # {"number", ...}
         "Keep a finished episode."
         self.rows[row["number"]] = row
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_jsonl(self.path, row)
 
 def _flat(header): # the protocol's fields beside the others
     return {k: v for k, v in header.items() if k != "protocol"} | header["protocol"]
@@ -284,7 +278,7 @@ def result_of(
     counted = scores(rows)
     for task in counted["tasks"].values(): task["interval"] = wilson(task["successes"], task["attempts"])
     steps = sum(row["steps"] for row in rows)
-    return {**header, "protocol": protocol, "fingerprint": digest_of(protocol), "benchmark": protocol["benchmark"], "suite": protocol["suite"],
+    return {**header, "protocol": protocol, "fingerprint": json_digest(protocol), "benchmark": protocol["benchmark"], "suite": protocol["suite"],
             "stand_in": protocol["benchmark"] == "replay", "complete": len(rows) == protocol["episodes"], **counted,
             "average_interval": mean_of_tasks_interval(counted["tasks"]), "steps": steps, "seconds": round(sum(row["seconds"] for row in rows), 1), "episodes": rows}
 
