@@ -1910,7 +1910,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'defi_nb.twins.clip_twin': ('twins.html#clip_twin', 'defi_nb/twins.py'),
                                'defi_nb.twins.dino_twin': ('twins.html#dino_twin', 'defi_nb/twins.py'),
                                'defi_nb.twins.patch_components': ('twins.html#patch_components', 'defi_nb/twins.py'),
-                               'defi_nb.twins.ridge_r2': ('twins.html#ridge_r2', 'defi_nb/twins.py'),
                                'defi_nb.twins.save_twin': ('twins.html#save_twin', 'defi_nb/twins.py'),
                                'defi_nb.twins.set_scaling': ('twins.html#set_scaling', 'defi_nb/twins.py'),
                                'defi_nb.twins.start_linear': ('twins.html#start_linear', 'defi_nb/twins.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHARACTERS', 'vae_twin', 'VAEObjective', 'patch_components', 'start_linear', 'set_scaling', 'dino_twin',
            'PatchPrediction', 'clip_tokenizer', 't5_tokenizer', 'clip_twin', 't5_twin', 'Paraphrases', 'Sentences',
-           'ridge_r2', 'save_twin']
+           'save_twin']
 
 # %% ../nbs/27_twins.ipynb #fd63c3ee
 import json
@@ -263,20 +263,6 @@ class Sentences:
 
     def __getitem__(self, indices): # (B,) integers -> Batch with B texts
         return Batch(text=[self.lines[i] for i in indices])
-
-# %% ../nbs/27_twins.ipynb #59948dd9
-def ridge_r2(
-    train:tuple, # features (N,...) and targets (N,K)
-    test:tuple, # the same of other episodes
-    penalty:float=.02, # ridge penalty, as a share of the number of training samples
-)->Tensor: # (K,) R2 of each target
-    "How well a linear map reads targets from features."
-    (x, y), (x_test, y_test) = ((torch.as_tensor(a).flatten(1).double(), torch.as_tensor(b).double()) for a, b in (train, test))
-    mean, std, offset = x.mean(0), x.std(0) + 1e-6, y.mean(0)
-    x, x_test = (x - mean)/std, (x_test - mean)/std
-    gram = x.T@x + penalty*len(x)*torch.eye(x.shape[1], dtype=x.dtype)
-    predicted = x_test@torch.linalg.solve(gram, x.T@(y - offset)) + offset
-    return (1 - ((predicted - y_test)**2).sum(0)/((y_test - y_test.mean(0))**2).sum(0)).float()
 
 # %% ../nbs/27_twins.ipynb #7fd79f11
 def save_twin(

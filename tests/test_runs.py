@@ -18,7 +18,7 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "pretrain_gidm": DATA | TRAIN | {"ckpt": "ckpts/inverse"},
     "eval_calvin": EVAL | {"steps": 20, "film": 1},
     "failures": DATA | {"chains": 1, "steps": 20, "failures": 1, "control": 1, "draws": 1, "fitted": 32, "samples": 16, "film": 1},
-    "pretrain_encoders": {"tasks": DATA["tasks"], "demos": 8, "vae_steps": 2, "dino_steps": 2, "text_steps": 2, "data": "data/encoders", "assets": "assets"},
+    "pretrain_encoders": {"tasks": "open_drawer,lift_red_block_table", "demos": 8, "vae_steps": 2, "dino_steps": 2, "text_steps": 2, "data": "data/encoders", "assets": "assets"},
     "pipeline": DATA | {"chains": 2, "steps_gfdm": 4, "steps_gidm": 4, "steps_policy": 4, "ckpts": "ckpts/pipeline"},
     "doctor": {"seconds": 5},
     "bench_loader": {"windows": 3, "samples": 32, "repeats": 1, "steps": 2},
@@ -27,7 +27,7 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "bench_serve": {"requests": 3, "clients": "2", "seconds": 0.2, "side": 32},
     "eval_simulators": {},
     "own_data": {"demos": 4, "steps": 4, "batch_size": 4},
-    "ablations": DATA | {"rows": "coupled, without GFDM pretraining, plain: no video, MLP inverse model", "chains": 1, "fractions": "1.0", "seeds": 1, "steps": 4,
+    "ablations": DATA | {"rows": "without GFDM pretraining, plain: no video, MLP inverse model", "chains": 1, "fractions": "1.0", "seeds": 1, "steps": 4,
                          "pretrain_steps": 4, "ckpts": "ckpts/pipeline"},
 }
 
