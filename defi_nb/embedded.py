@@ -216,9 +216,9 @@ def variant_name(
     **variant, # parameters of the run that makes it, and their values
 )->str: # such as "gidm-tiny-D_D-mlp"; what is the default is not named
     "The folder of a default checkpoint."
-    usual = dict(forward="svd", inverse="gidm", quantiser="vq", video="", extract_step=1, train="gidm,adapter", views=",".join(VIEWS))
-    named = dict(video="video_", extract_step="step", train="train_")
-    of_kind = dict(gfdm=("forward", "video"), gidm=("inverse", "quantiser", "video")).get(kind, tuple(usual))
+    usual = dict(forward="svd", inverse="gidm", quantiser="vq", video="", video_frac=1., extract_step=1, train="gidm,adapter", views=",".join(VIEWS))
+    named = dict(video="video_", video_frac="share", extract_step="step", train="train_")
+    of_kind = dict(gfdm=("forward", "video", "video_frac"), gidm=("inverse", "quantiser", "video", "video_frac")).get(kind, tuple(usual))
     other = [named.get(n, "") + "_".join(names_list(str(variant[n]))) for n in of_kind if n in variant and names_list(str(variant[n])) != names_list(str(usual[n]))]
     return "-".join([kind, preset, where_name(split), *other])
 
