@@ -2,7 +2,7 @@
 import gc
 import os
 import sys
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 
 import pytest
 from conftest import ENV, LIBRARY, ROOT
@@ -27,6 +27,7 @@ def run_notebook(path, said):
     "In the notebook's process: what `nbdev-test` does with one notebook, its output in a file."
     with open(said, "w") as file:
         for stream in (sys.stdout, sys.stderr): os.dup2(file.fileno(), stream.fileno())
+    set_start_method("fork", force=True) # as in a process that was started by hand
     gc.freeze() # what is there already is not looked through again
     sys.stdin = open(os.devnull)
     os.chdir(ROOT/"nbs")
