@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .gfdm import GFDM
-from .maps import Maps, Matrix, frame_names, on_grid, read_adapter, read_former, read_gidm, read_times, read_words, text_words
+from .heatmaps import on_grid
+from .maps import Maps, Matrix, frame_names, read_adapter, read_former, read_gidm, read_times, read_words, text_words
 from .policy import PlainPolicy
 from .recording import record
 from .spec import VIEWS, Batch
