@@ -82,8 +82,8 @@ def show_heat(
     if len(heats) != len(frames): raise ValueError(f"{len(heats)} heat maps for {len(frames)} pictures: give one for each")
     top = max(float(h.max()) for h in heats) if top is None else top
     if ax is None:
-        rows, columns = -(-len(heats)//columns), min(columns, len(heats))
-        grid = plt.subplots(rows, columns, figsize=(columns*size + .9, rows*(size + .25)), dpi=72, layout="constrained", squeeze=False)[1].ravel()
+        rows, columns, (H, W) = -(-len(heats)//columns), min(columns, len(heats)), overlay(next(iter(frames.values())), heats[0]).shape[:2]
+        grid = plt.subplots(rows, columns, figsize=(columns*size + .9, rows*(size*H/W + .4)), dpi=72, layout="constrained", squeeze=False)[1].ravel()
         for spare in grid[len(heats):]: spare.set_axis_off()
         ax = grid[:len(heats)]
     ax = np.atleast_1d(ax)
@@ -94,7 +94,9 @@ def show_heat(
     steps = np.linspace(0, 1, 256)
     mixed = matplotlib.colors.ListedColormap(_mix(steps, np.full(256, 128.), colors, alpha)/255)
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, top or 1), mixed)
-    ax[0].figure.colorbar(scale, ax=list(ax), label=label, fraction=.06, shrink=.9)
+    bar = ax[0].figure.colorbar(scale, ax=list(ax), fraction=.06, shrink=.9)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
     return ax
 
 # %% ../nbs/38_heatmaps.ipynb #f38d7e17

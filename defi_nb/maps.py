@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Maps', 'Matrix', 'frame_names', 'roll_within', 'roll_across', 'gidm_rollout', 'read_gidm', 'former_rollout',
-           'read_former', 'adapter_rollout', 'read_adapter', 'text_words', 'read_words', 'read_times']
+           'read_former', 'adapter_rollout', 'read_adapter', 'text_words', 'read_words', 'read_dino_words',
+           'read_times']
 
 # %% ../nbs/39_maps.ipynb #7c1fb237
 from dataclasses import dataclass
@@ -142,7 +143,6 @@ def read_gidm(
     frames:tuple, # names of the T frames
     view:str = "static", # name of the view
     prefix:str = "", # of the GIDM's path in the recorded model, with its dot
-    reduce = lambda space: space.mean(1), # of (T,h,rows,N) to (T,rows,N), for the rollout
 )->tuple: # Maps; Matrix of frames, None where frames are not apart
     "What latent actions look at."
     if cfg.inverse == "mlp": raise ValueError("this GIDM has inverse='mlp', which has no attention: use `occlusion`, or 'gidm' or 'transformer'")
@@ -154,7 +154,7 @@ def read_gidm(
     if space[0].shape[-1] < Q + seen: raise ValueError(f"the record has {space[0].shape[-1]} keys, fewer than {Q} queries and {seen} patches: give the P of the recorded features")
     to_maps = lambda x: on_grid(x.unflatten(-1, (T, P)) if joint else x)[..., :, None, :, :] # joint: (...,T,1,r,c)
     weights = [to_maps(w[0, :, :Q, Q:Q + seen]) if joint else to_maps(w[:, :, :Q, Q:Q + P].permute(1, 2, 0, 3)) for w in space]
-    R = gidm_rollout([reduce(w) for w in space], [w.mean(1) for w in time])[:Q]
+    R = gidm_rollout([w.mean(1) for w in space], [w.mean(1) for w in time])[:Q]
     R = R[:, Q:Q + seen] if joint else R.unflatten(1, (T, -1))[:, :, Q:Q + P]
     layers, queries = tuple(f"block {i}" for i in range(len(space))), _numbered("latent action", Q)
     maps = Maps("latent action x patch", torch.stack(weights), layers, queries, tuple(frames), (view,), to_maps(R))
@@ -269,6 +269,21 @@ def read_words(
     fine = [F.interpolate(p.flatten(0, 3)[:, None], size=(side, side), mode="nearest-exact")[:, 0].unflatten(0, p.shape[:4]) for p in parts]
     labels = tuple(r.name.removeprefix(f"{prefix}unet.").replace(".transformer_blocks.0", "").removesuffix(".attn2") for r in found)
     return Maps("word x patch", torch.stack(fine), labels, names, tuple(frames), tuple(views))
+
+def read_dino_words(
+    records:Records, # of a `DinoForward`'s pass for V clips, the views of one sample
+    words:tuple, # from `text_words`
+    frames:tuple, # names of the foreseen frames, without the present one
+    views:tuple, # names of the V views
+    prefix:str = "", # of the forward model's path in the recorded model, with its dot
+)->Maps:
+    "Which words patches look at, in a forward model with all tokens in one sequence; the rest of their attention goes to patches."
+    (names, pieces), T = words, len(frames)
+    found = _calls(records, f"{prefix}transformer_blocks.*.spatial_attn", len(views))
+    seen = found[0].shape[-1] - pieces.shape[1] # patches of all foreseen frames
+    if seen <= 0 or seen % T: raise ValueError(f"{found[0].shape[-1]} tokens are not {T} frames of patches and {pieces.shape[1]} text tokens: name the foreseen frames, without the present one")
+    shares = torch.stack([(w[:, :, :seen, seen:] @ pieces.T).unflatten(2, (T, -1)) for w in found]) # (layer,V,h,T,P,words)
+    return Maps("word x patch", on_grid(shares.permute(0, 2, 5, 3, 1, 4)), tuple(f"block {i}" for i in range(len(found))), names, tuple(frames), tuple(views))
 
 def read_times(
     records:Records, # of the forward model's pass for one sample
