@@ -178,11 +178,8 @@ def _outputs(name, output):
     return {f"{name}:{place}": value for place, value in items if isinstance(value, Tensor)}
 
 def _check_open(model, names, activations):
-    "Raise `ValueError` if the model cannot be recorded or a pattern fits none of its modules."
+    "Raise `ValueError` if a pattern fits none of the modules."
     paths = [path for path, _ in model.named_modules()]
-    for path, module in model.named_modules():
-        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
-            raise ValueError(f"{path or type(module).__name__} is compiled, and what runs in it cannot be seen: record the model that was not compiled")
     for pattern in (*names, *activations):
         if not any(fnmatchcase(path, pattern) for path in paths): raise ValueError(f"no module is called {pattern!r}; there is {_near(pattern, paths)}")
 
@@ -220,7 +217,7 @@ def record(
         recorder.handles += [module.register_forward_pre_hook(lambda module, args, path=path: before(path, module)),
                              module.register_forward_hook(lambda module, args, output, path=path: after(path, module, output), always_call=True)]
     try:
-        with recorder: yield recorder.records
+        with torch.compiler.set_stance("force_eager"), recorder: yield recorder.records
     finally:
         for handle in recorder.handles: handle.remove()
     _check_closed(recorder, ran, activations)
