@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORWARD', 'gidm_maps', 'former_maps', 'adapter_matrix', 'word_maps', 'context_names', 'policy_maps', 'still_score',
-           'weighted', 'gidm_gradients', 'gidm_occlusion', 'acting', 'policy_occlusion', 'show_maps', 'show_matrix']
+           'weighted', 'gidm_gradients', 'gidm_occlusion', 'seeing', 'acting', 'policy_occlusion', 'policy_gradients',
+           'show_maps', 'show_matrix']
 
 # %% ../nbs/40_attention.ipynb #bde97d1b
 import torch
@@ -17,7 +18,7 @@ from .gidm import prepare_texts
 from .heatmaps import occlusion, on_grid, show_heat
 from .layers import group_tokens
 from .plot import new_axes
-from .policy import PlainPolicy, batch_hand_state, goal_embedding, present_latent
+from .policy import CoupledPolicy, PlainPolicy, batch_hand_state, goal_embedding, present_latent
 from .recording import Recorded, Records, record
 from .spec import VIEWS, Batch
 
@@ -82,11 +83,11 @@ def context_names(
         seen = [f"{frame} token {q + 1}" for frame in frames for q in range(cfg.former_queries)] + [f"latent action {q + 1}" for q in range(cfg.gidm.queries)]
     return ("goal", *seen, *(["hand"] if cfg.adapter.proprio_dim else []))
 
-def _plain_maps(policy, seen, step):
-    "Maps of a `PlainPolicy`."
-    matrix = read_adapter(seen, context_names(policy), step, "adapter.")
+def _read_plain(policy, records, step):
+    "What a `PlainPolicy` attended to; its context tokens are patches."
+    matrix = read_adapter(records, context_names(policy), step, "adapter.")
     patches = lambda x: on_grid(x[..., 1:1 + policy.place.shape[1]*policy.place.shape[2]].unflatten(-1, (1, len(VIEWS), -1)))
-    return [matrix, Maps("action step x patch", patches(matrix.weights), matrix.layers, matrix.queries, ("present",), VIEWS, patches(matrix.rollout))]
+    return [Maps("action step x patch", patches(matrix.weights), matrix.layers, matrix.queries, ("present",), VIEWS, patches(matrix.rollout)), matrix]
 
 def _through(cfg, matrix, tokens, latent):
     "How much of each action step comes from each patch, through video tokens and latent actions."
@@ -97,7 +98,29 @@ def _through(cfg, matrix, tokens, latent):
     if latent is not None: x[:, pair, view] += torch.einsum("kq,qfrc->kfrc", action, latent.rollout[:, :, 0])
     return Maps("action step x patch", x[None, None], ("rollout",), matrix.queries, frame_names(cfg.frames, cfg.spec.frame_stride), cfg.views, x)
 
+def _read_coupled(policy, records, step):
+    "What a `CoupledPolicy` attended to, behind its forward model."
+    cfg, stride, latent, across = policy.cfg, policy.cfg.spec.frame_stride, None, None
+    former, mixed, tokens = read_former(records, frame_names(cfg.frames, stride), cfg.views, "video_former.")
+    matrix = read_adapter(records, context_names(policy), step, "adapter.")
+    if cfg.gidm.inverse != "mlp": latent, across = read_gidm(records, cfg.gidm, tokens.shape[-1], frame_names(cfg.spec.gidm_frames, stride), cfg.gidm.views[0], "gidm.")
+    return [_through(cfg, matrix, tokens, latent), *filter(None, (matrix, former, mixed, latent, across))]
+
+def _attending(policy):
+    "Patterns of what attends in a policy, without its forward model; and the function that reads it."
+    if isinstance(policy, PlainPolicy): return ["adapter.*"], _read_plain
+    if isinstance(policy, CoupledPolicy): return ["adapter.*", "video_former.*", *(["gidm.*"] if policy.cfg.gidm.inverse != "mlp" else [])], _read_coupled
+    raise ValueError(f"{type(policy).__name__} is not known here: give a CoupledPolicy or a PlainPolicy, or use `record` and the readers of `39_maps`")
+
 FORWARD = {GFDM: ["gfdm.unet.*.attn2", "gfdm.unet.*temporal_transformer_blocks.*.attn1"], DinoForward: ["gfdm.transformer_blocks.*"]} # forward model -> what of it is recorded
+
+def _read_forward(policy, records, text):
+    "What the forward model of a policy attended to."
+    gfdm, views = policy.gfdm, policy.cfg.views
+    frames, words = frame_names(range(gfdm.cfg.frames), policy.cfg.spec.frame_stride), text_words(gfdm.clip.tokenizer, text, gfdm.clip.tokens)
+    if isinstance(gfdm, DinoForward): return [read_dino_words(records, words, frames[1:], views, "gfdm.")]
+    call = gfdm.cfg.extract_step - 1
+    return [read_words(records, words, frames, views, "gfdm.", call), read_times(records, frames, "gfdm.", call)]
 
 def policy_maps(
     policy, # `CoupledPolicy` or `PlainPolicy`
@@ -107,25 +130,11 @@ def policy_maps(
 )->dict: # name -> `Maps` or `Matrix`
     "All that a policy attends to when it acts."
     if len(batch) != 1: raise ValueError(f"the batch holds {len(batch)} samples: maps are made for one at a time")
-    cfg, step = policy.cfg, step % policy.cfg.adapter.steps
-    if isinstance(policy, PlainPolicy):
-        with record(policy, ("adapter.*",)) as seen: policy.act(batch, noise)
-        return {found.name: found for found in _plain_maps(policy, seen, step)}
-    infers, foresees = cfg.gidm.inverse != "mlp", type(policy.gfdm) if batch.feature is None else None
-    names = ["adapter.*", "video_former.*"] + ["gidm.*"]*infers + FORWARD.get(foresees, [])
-    with record(policy, names) as seen: policy.act(batch, noise)
-    frames, stride = frame_names(cfg.frames, cfg.spec.frame_stride), cfg.spec.frame_stride
-    former, mixed, tokens = read_former(seen, frames, cfg.views, "video_former.")
-    matrix, found, latent = read_adapter(seen, context_names(policy), step, "adapter."), [], None
-    if infers:
-        latent, across = read_gidm(seen, cfg.gidm, tokens.shape[-1], frame_names(cfg.spec.gidm_frames, stride), cfg.gidm.views[0], "gidm.")
-        found += [latent] if across is None else [latent, across]
-    if foresees in FORWARD:
-        all_frames, clip = frame_names(range(policy.gfdm.cfg.frames), stride), policy.gfdm.clip
-        words = text_words(clip.tokenizer, batch.text[0], clip.tokens)
-        if foresees is DinoForward: found += [read_dino_words(seen, words, all_frames[1:], cfg.views, "gfdm.")]
-        else: found += [read(seen, *given, "gfdm.", policy.gfdm.cfg.extract_step - 1) for read, given in ((read_words, (words, all_frames, cfg.views)), (read_times, (all_frames,)))]
-    return {m.name: m for m in (_through(cfg, matrix, tokens, latent), matrix, former, mixed, *found)}
+    names, read = _attending(policy)
+    forward = FORWARD.get(type(getattr(policy, "gfdm", None)), []) if batch.feature is None else []
+    with record(policy, names + forward) as seen: policy.act(batch, noise)
+    found = read(policy, seen, step % policy.cfg.adapter.steps) + (_read_forward(policy, seen, batch.text[0]) if forward else [])
+    return {m.name: m for m in found}
 
 # %% ../nbs/40_attention.ipynb #131d68b8
 def still_score(
@@ -148,6 +157,12 @@ def weighted(
         raise ValueError(f"{', '.join(missing[:3])} have no gradient: record with gradients=True, and go backward while the recorder is open")
     return Records([Recorded(r.name, r.call, (r.weights*r.gradient).clamp(min=0), r.axes) for r in records.attention])
 
+def _own_queries(name, found):
+    "Of the maps for each query's score, that of this query."
+    own = [torch.stack([getattr(maps, part).select(axis, q) for q, maps in enumerate(found)], axis) for part, axis in (("weights", 2), ("rollout", 0))]
+    first = found[0]
+    return Maps(name, own[0], first.layers, first.queries, first.frames, first.views, own[1])
+
 def gidm_gradients(
     gidm, # `GIDM`
     features:Tensor, # (1,2,P,in_dim) of the two frames of one sample
@@ -165,8 +180,7 @@ def gidm_gradients(
         for q, s in enumerate(scores := score(x)[0]):
             torch.autograd.grad(s, x, retain_graph=q + 1 < len(scores)) # not `backward`, which would fill the gradients of the weights
             found.append(read_gidm(weighted(seen), gidm.cfg, features.shape[2], frames, view)[0])
-    own = [torch.stack([getattr(maps, part).select(axis, q) for q, maps in enumerate(found)], axis) for part, axis in (("weights", 2), ("rollout", 0))]
-    return Maps("latent action x patch, gradient-weighted", own[0], found[0].layers, found[0].queries, frames, (view,), own[1])
+    return _own_queries("latent action x patch, gradient-weighted", found)
 
 # %% ../nbs/40_attention.ipynb #ed2f6da3
 def gidm_occlusion(
@@ -185,28 +199,32 @@ def gidm_occlusion(
     fall = occlusion(lambda x: -(latent(x) - whole).square().sum(-1), features, baseline, batch).clamp(min=0) # (Q,T,row,column)
     return Maps("latent action x patch, occlusion", fall[None, None, :, :, None].cpu(), ("occlusion",), tuple(f"latent action {q + 1}" for q in range(len(fall))), frames, (view,))
 
+def seeing(
+    policy, # `CoupledPolicy` or `PlainPolicy`
+    batch:Batch, # one sample (B=1), as for `act`
+)->tuple: # features (1,V,T,P,D) that the policy reads, T=1 of a `PlainPolicy`; function of (n,V,T,P,D) to context (n,M,dim)
+    "What a policy sees, and what it makes of it."
+    device, cfg = next(policy.parameters()).device, policy.cfg
+    wide = lambda x, n: None if x is None else x.expand(n, *[-1]*(x.ndim - 1))
+    goal, proprio = goal_embedding(batch.text, policy.encoders).to(device), batch_hand_state(batch, cfg.adapter, device)
+    if isinstance(policy, PlainPolicy):
+        latent = present_latent(batch, policy.encoders, cfg.spec).to(device)*policy.encoders.vae.scaling_factor
+        tokens = lambda x: (policy.patch_up(x[:, :, 0]) + policy.place).flatten(1, 2)
+        return group_tokens(latent.flatten(3).mT, cfg.group)[:, :, None], lambda x: policy.adapter.tokens(wide(goal, len(x)), tokens(x), proprio=wide(proprio, len(x)))
+    text, mask = (t.to(device) for t in policy.encoders.t5(prepare_texts(batch.text, cfg.gidm)))
+    features = (policy.features(batch) if batch.feature is None else batch.feature).to(device).float().detach()
+    return features, lambda x: policy.condition(x, *(wide(given, len(x)) for given in (text, mask, goal, proprio)))
+
 def acting(
     policy, # `CoupledPolicy` or `PlainPolicy`
     batch:Batch, # one sample (B=1), as for `act`
     noise:Tensor, # (1,K,A) standard normal
-)->tuple: # features (1,V,T,P,D) that the policy reads, T=1 of a `PlainPolicy`; function of (n,V,T,P,D) to actions (n,K,A)
-    "A policy as a function of what it sees."
-    device, cfg = next(policy.parameters()).device, policy.cfg
-    goal, proprio = goal_embedding(batch.text, policy.encoders).to(device), batch_hand_state(batch, cfg.adapter, device)
-    noise = noise.to(device)
-    def chunk(make):
-        def act(x):
-            n = len(x)
-            context = make(x, goal.expand(n, -1, -1), None if proprio is None else proprio.expand(n, -1))
-            return policy.adapter.sample(context, noise.expand(n, -1, -1)).clamp(-1, 1)
-        return torch.no_grad()(act)
-    if isinstance(policy, PlainPolicy):
-        latent = present_latent(batch, policy.encoders, cfg.spec).to(device)*policy.encoders.vae.scaling_factor
-        make = lambda x, goal, proprio: policy.adapter.tokens(goal, (policy.patch_up(x[:, :, 0]) + policy.place).flatten(1, 2), proprio=proprio)
-        return group_tokens(latent.flatten(3).mT, cfg.group)[:, :, None], chunk(make)
-    text, mask = (t.to(device) for t in policy.encoders.t5(prepare_texts(batch.text, cfg.gidm)))
-    features = (policy.features(batch) if batch.feature is None else batch.feature).to(device).float().detach()
-    return features, chunk(lambda x, goal, proprio: policy.condition(x, text.expand(len(x), -1, -1), mask.expand(len(x), -1), goal, proprio))
+)->tuple: # features (1,V,T,P,D) as from `seeing`; function of (n,V,T,P,D) to actions (n,K,A) in [-1, 1]
+    "A policy as a function of what it sees, always from the same noise."
+    features, context = seeing(policy, batch)
+    def act(x):
+        with torch.no_grad(): return policy.adapter.sample(context(x), noise.to(x.device).expand(len(x), -1, -1)).clamp(-1, 1)
+    return features, act
 
 def policy_occlusion(
     policy, # `CoupledPolicy` or `PlainPolicy`
@@ -222,6 +240,26 @@ def policy_occlusion(
     frames = ("present",) if plain else frame_names(policy.cfg.frames, policy.cfg.spec.frame_stride)
     return Maps("action step x patch, occlusion", fall.transpose(1, 2)[None, None].cpu(), ("occlusion",), tuple(f"step {k + 1}" for k in range(len(fall))),
                 frames, VIEWS if plain else policy.cfg.views)
+
+# %% ../nbs/40_attention.ipynb #0b523573
+def policy_gradients(
+    policy, # `CoupledPolicy` or `PlainPolicy`
+    batch:Batch, # one sample (B=1), as for `act`
+    noise:Tensor, # (1,K,A) standard normal
+)->Maps: # (layer,head,step,frame,view,row,column), and its rollout
+    "Where looking moved each step's action towards what it became."
+    (names, read), adapter = _attending(policy), policy.adapter
+    features, context = seeing(policy, batch)
+    action, sigma = acting(policy, batch, noise)[1](features)[0], torch.tensor([adapter.cfg.sigma_high], device=features.device)
+    start, x, found = noise.to(features.device).clone().requires_grad_(), features.clone().requires_grad_(), []
+    with torch.enable_grad(), record(policy, names, gradients=True) as seen:
+        memory = adapter.encoder(context(x))
+        foreseen = adapter.edm.denoise(lambda y, c_noise: adapter.decode(y, c_noise, memory), start*sigma, sigma)[0]
+        scores = (foreseen*action).sum(-1)/action.square().sum(-1).clamp(min=1e-12)
+        for k, score in enumerate(scores):
+            torch.autograd.grad(score, (x, start), retain_graph=k + 1 < len(scores)) # `start`, so that the steps' attention to each other is reached too
+            found.append(read(policy, weighted(seen), 0)[0])
+    return _own_queries("action step x patch, gradient-weighted", found)
 
 # %% ../nbs/40_attention.ipynb #9d2a7970
 def show_maps(
@@ -243,7 +281,7 @@ def show_maps(
         for f, v in ((f, v) for f in range(F) for v in range(V)):
             frames[f"{name}\n{maps.frames[f]}, {maps.views[v]}"] = pictures[f % len(pictures), v]
             heats.append(maps.heat(q, layer, head)[f, v])
-    return show_heat(frames, heats, ax, columns=F*V, **dict(label=maps.name) | kw)
+    return show_heat(frames, heats, ax, columns=F*V, **dict(label=f"{maps.name}\nlayer: {layer}, head: {head}") | kw)
 
 def show_matrix(
     matrix:Matrix, # of any kind

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from defi_nb.action_adapter import AdapterConfig
-from defi_nb.attention import policy_maps, policy_occlusion
+from defi_nb.attention import policy_gradients, policy_maps, policy_occlusion
 from defi_nb.dino_forward import DinoForward, DinoForwardConfig, fit_dino
 from defi_nb.encoders import load_encoders
 from defi_nb.gfdm import GFDM, GFDMConfig, fit_encoders, for_features
@@ -148,10 +148,12 @@ def test_maps_leave_the_policy_as_it_was(policy):
     batch, noise = fake_batch(SPEC, 1), torch.randn(1, SPEC.chunk, 7)
     before, weights = policy.act(batch, noise), {k: v.clone() for k, v in policy.state_dict().items()}
     found = policy_maps(policy, batch, noise)
-    hidden = policy_occlusion(policy, batch, noise, at_once=16)
+    hidden, pushed = policy_occlusion(policy, batch, noise, at_once=16), policy_gradients(policy, batch, noise)
     assert torch.equal(policy.act(batch, noise), before) and all(torch.equal(v, weights[k]) for k, v in policy.state_dict().items())
-    assert hidden.weights.max() > 0 and hidden.weights.shape[2:] == found["action step x patch"].weights.shape[2:]
-    assert (hidden.queries, hidden.frames, hidden.views) == tuple(getattr(found["action step x patch"], n) for n in ("queries", "frames", "views"))
+    for maps in (hidden, pushed):
+        assert maps.weights.max() > 0 and maps.weights.shape[2:] == found["action step x patch"].weights.shape[2:]
+        assert (maps.queries, maps.frames, maps.views) == tuple(getattr(found["action step x patch"], n) for n in ("queries", "frames", "views"))
+    assert all(p.grad is None for p in policy.parameters())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
