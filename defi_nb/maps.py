@@ -169,12 +169,13 @@ def former_rollout(
 )->Tensor: # (T,Q,T,V*P) shares of the patches of all frames in each token
     "Where video tokens come from, through all layers."
     T, Q, M = within[0].shape
-    sources = torch.eye(T*M).view(T, M, T*M)
-    R = sources[:, M - Q:] # the queries as they start
+    P, frame, R = M - Q, torch.arange(T), torch.zeros(T, Q, T, M)
+    R[frame, :, frame, P:] = torch.eye(Q) # the queries as they start
     for A, C in zip(within, across):
-        R = (R + A @ torch.cat([sources[:, :M - Q], R], 1))/2
-        R = roll_across(R, C)
-    return R.unflatten(2, (T, M))[..., :M - Q]
+        seen = (A[..., P:] @ R.flatten(2)).view_as(R)
+        seen[frame, :, frame, :P] += A[..., :P]
+        R = roll_across(((R + seen)/2).flatten(2), C).view_as(R)
+    return R[..., :P]
 
 def read_former(
     records:Records, # of one sample's pass
