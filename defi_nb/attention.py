@@ -67,7 +67,7 @@ def word_maps(
     "Which words the patches of each foreseen frame look at, where features are taken."
     with record(gfdm, ("unet.*.attn2",)) as seen: gfdm.tokens(latent, [text]*len(latent))
     words = text_words(gfdm.clip.tokenizer, text, gfdm.clip.tokens)
-    return read_words(seen, words, frame_names(range(gfdm.cfg.frames), stride), views, call=gfdm.cfg.extract_step - 1)
+    return read_words(seen, gfdm.cfg, words, frame_names(range(gfdm.cfg.frames), stride), views, call=gfdm.cfg.extract_step - 1)
 
 # %% ../nbs/40_attention.ipynb #0d7891fd
 def context_names(
@@ -120,7 +120,7 @@ def _read_forward(policy, records, text):
     frames, words = frame_names(range(gfdm.cfg.frames), policy.cfg.spec.frame_stride), text_words(gfdm.clip.tokenizer, text, gfdm.clip.tokens)
     if isinstance(gfdm, DinoForward): return [read_dino_words(records, words, frames[1:], views, "gfdm.")]
     call = gfdm.cfg.extract_step - 1
-    return [read_words(records, words, frames, views, "gfdm.", call), read_times(records, frames, "gfdm.", call)]
+    return [read_words(records, gfdm.cfg, words, frames, views, "gfdm.", call), read_times(records, frames, "gfdm.", call)]
 
 def policy_maps(
     policy, # `CoupledPolicy` or `PlainPolicy`

@@ -248,20 +248,23 @@ def text_words(
 
 def read_words(
     records:Records, # of the forward model's pass for V clips, the views of one sample
+    cfg, # its `GFDMConfig`
     words:tuple, # from `text_words`
-    frames:tuple, # names of the model's T frames
+    frames:tuple, # names of its T frames
     views:tuple, # names of the V views
     prefix:str = "", # of the forward model's path in the recorded model, with its dot
     call:int = 0, # of the network; later ones are later steps of a sampler
     layers:str = "*", # pattern of the blocks to be used, in what comes after "unet."
 )->Maps:
     "Which words patches look at."
-    (names, pieces), V, T = words, len(views), len(frames)
+    (names, pieces), V, T = words, len(views), cfg.frames
+    sides = {-(-cfg.latent_size//2**level) for level in range(len(cfg.widths))} # halves are rounded up
+    if len(frames) != T: raise ValueError(f"{len(frames)} frames are named; this model has {T}")
     pattern = f"{prefix}unet.{layers}.transformer_blocks.*.attn2"
     found, parts = _records(records, pattern, call), []
     for r in found:
         by_patch = r.weights.transpose(1, 2) # (V*T,n,h,L), or (V,T*n,h,L) where the text is shared
-        if by_patch.shape[0] not in (V, V*T) or by_patch.shape[0]*by_patch.shape[1] % (V*T) or by_patch.shape[3] != pieces.shape[1]:
+        if by_patch.shape[0] not in (V, V*T) or by_patch.shape[0]*by_patch.shape[1] not in {V*T*side*side for side in sides} or by_patch.shape[3] != pieces.shape[1]:
             raise ValueError(f"{r.name} attended with the shape {tuple(r.weights.shape)}; that is not {V} views of {T} frames and {pieces.shape[1]} tokens")
         shares = by_patch.reshape(V, T, -1, *by_patch.shape[2:]) @ pieces.T # (V,T,n,h,words)
         parts.append(on_grid(shares.permute(3, 4, 1, 0, 2))) # (h,words,T,V,row,column)
