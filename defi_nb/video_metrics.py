@@ -259,12 +259,12 @@ def show_by_time(
     ax=None, # axes to draw into
 ): # the axes
     "A measure over the time after the present, with 95 % intervals."
-    ax = new_axes(4, 2.6) if ax is None else ax
+    ax = new_axes(5.2, 2.4) if ax is None else ax
     for i, (name, by) in enumerate(scores.frames.items()):
         mid, low, high = np.array([clip_interval(v, groups=scores.groups) for v in by[measure].T]).T
         shift = (i - (len(scores.frames) - 1)/2)*.01*scores.times[-1]
         style = dict(color="k", ls="--") if name == COPY else dict(color=f"C{i}", marker="osv^D<>"[i % 7])
         ax.errorbar(np.array(scores.times) + shift, mid, [mid - low, high - mid], ms=4, lw=1.2, capsize=2, label=name, **style)
     ax.set(xlabel="time after the present, s", ylabel=MEASURES.get(measure, measure))
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
