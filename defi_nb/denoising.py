@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['check_draws', 'future_noise', 'sample_schedules', 'sample_estimates', 'future_steps', 'estimate_steps',
-           'frame_scores', 'show_future_steps', 'MotionSteps', 'motion_steps', 'show_motion_steps', 'many_futures',
-           'spread_map', 'show_spread', 'without_text', 'chunk_steps', 'hand_path', 'executed_path', 'fan_steps',
-           'show_fan', 'show_fan_dimensions', 'futures_film', 'fan_film']
+           'draw_pictures', 'frame_scores', 'show_future_steps', 'MotionSteps', 'motion_steps', 'show_motion_steps',
+           'many_futures', 'spread_map', 'show_spread', 'without_text', 'chunk_steps', 'hand_path', 'executed_path',
+           'fan_steps', 'show_fan', 'show_fan_dimensions', 'futures_film', 'fan_film']
 
 # %% ../nbs/41_denoising.ipynb #21c51b7f
 import copy
@@ -65,12 +65,16 @@ def sample_estimates(
     latent:Tensor, # (B,...,C,h,w) latents of present frames, not scaled
     text:list, # B instructions
     steps:int=20, # of the schedule, S
+    at:tuple|None=None, # steps that are wanted, from 1; None: all
     noise:Tensor|None=None, # (B,...,T,C,h,w) standard normal; None: from `future_noise`
-)->Tensor: # (S,B,...,T,C,h,w) latents, not scaled; the last is the sample
-    "What the network believes at each step of one schedule."
-    noise, seen = future_noise(check_draws(gfdm), latent.shape[:-3]) if noise is None else noise, []
-    gfdm.sample(latent, text, steps, noise, lambda i, sigma, x, denoised: seen.append(denoised/gfdm.cfg.scaling_factor))
-    return torch.stack(seen).unflatten(1, latent.shape[:-3])
+)->dict: # step -> (B,...,T,C,h,w) latents, not scaled; the last step's is the sample
+    "What the network believes at steps of one schedule."
+    wanted, seen = set(at or range(1, steps + 1)), {}
+    if not wanted <= set(range(1, steps + 1)): raise ValueError(f"steps {at} of a schedule of {steps}: choose 1 to {steps}, or a longer schedule")
+    noise = future_noise(check_draws(gfdm), latent.shape[:-3]) if noise is None else noise
+    keep = lambda i, sigma, x, denoised: seen.update({i + 1: denoised}) if i + 1 in wanted else None
+    gfdm.sample(latent, text, steps, noise, keep)
+    return {k: (x/gfdm.cfg.scaling_factor).unflatten(0, latent.shape[:-3]) for k, x in seen.items()}
 
 # %% ../nbs/41_denoising.ipynb #f82f5c8a
 def _decoded(vae, latents):
@@ -100,9 +104,24 @@ def estimate_steps(
     noise:Tensor|None=None, # (V,T,C,h,w) standard normal; None: from `future_noise`
 )->dict: # step -> (V,T,3,H,W) uint8
     "What is believed about one moment's future at some steps of one schedule, as pictures."
-    if not set(at) <= set(range(1, steps + 1)): raise ValueError(f"steps {at} of a schedule of {steps}: choose 1 to {steps}, or a longer schedule")
-    believed = sample_estimates(gfdm, latent[None], [text], steps, None if noise is None else noise[None])
-    return {k: _decoded(vae, believed[k - 1][0]) for k in at}
+    believed = sample_estimates(gfdm, latent[None], [text], steps, at, None if noise is None else noise[None])
+    return {k: _decoded(vae, x[0]) for k, x in believed.items()}
+
+def draw_pictures(
+    draw, # draw(gfdm, latent, text, noise=noise) -> dict of latents, such as `partial(sample_schedules, steps=(1, 10))`
+    gfdm:GFDM, # whole
+    vae, # `encoders.VAE` with its decoder
+    latent:Tensor, # (N,V,C,h,w) latents of present frames, not scaled
+    text:list, # N instructions
+    noise:Tensor, # (N,V,T,C,h,w) standard normal
+    at_once:int=32, # clips
+)->dict: # step -> (N,V,T,3,H,W) uint8
+    "The same for many clips, some at a time."
+    found = {}
+    for i in range(0, len(text), at_once):
+        part = slice(i, i + at_once)
+        for k, x in draw(gfdm, latent[part], text[part], noise=noise[part]).items(): found.setdefault(k, []).append(_decoded(vae, x))
+    return {k: torch.cat(parts) for k, parts in found.items()}
 
 # %% ../nbs/41_denoising.ipynb #abb36976
 def frame_scores(
@@ -294,7 +313,7 @@ def fan_steps(
 
 def _shades(n): # n colours from light to dark that survive grey printing and colour blindness
     import matplotlib.pyplot as plt
-    return plt.get_cmap("viridis_r")(np.linspace(.05, .95, n)) if n > 1 else plt.get_cmap("viridis_r")([.95])
+    return plt.get_cmap("viridis_r")(np.linspace(.15, .95, n)) if n > 1 else plt.get_cmap("viridis_r")([.95])
 
 def show_fan(
     paths:Tensor, # (N,S,K+1,3) metres, from `hand_path` of `chunk_steps`
@@ -344,6 +363,7 @@ def show_fan_dimensions(
     for ax in (axes[0], axes[4]): ax.set_ylabel("action", fontsize=8)
     for ax in axes[3:7]: ax.set_xlabel("time, s", fontsize=8)
     if len(axes) > 7:
+        axes[3].tick_params(labelbottom=True)
         axes[7].set_axis_off()
         axes[7].legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="center")
     return axes[:7]

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COPY', 'MEASURES', 'cosine_distance', 'squared_distance', 'feature_distance', 'motion_energy', 'motion_agreement',
            'frechet_gaussians', 'frechet', 'clip_features', 'Projection', 'fit_projection', 'group_numbers',
-           'clip_interval', 'Frechet', 'frechet_distance', 'VideoScores', 'score_videos', 'said', 'show_by_time']
+           'clip_interval', 'Frechet', 'frechet_distance', 'VideoScores', 'score_videos', 'said', 'show_by_time',
+           'HeldClips', 'held_out_clips']
 
 # %% ../nbs/40_video_metrics.ipynb #95856378
 from dataclasses import dataclass
@@ -16,8 +17,12 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 
+from .episodes import WindowDataset
 from .metrics import markdown_table, psnr, ssim
 from .plot import new_axes
+from .robots import RobotSamples
+from .sources import piece_samples, split_units
+from .spec import Batch
 
 # %% ../nbs/40_video_metrics.ipynb #3a223a45
 def cosine_distance(
@@ -268,3 +273,49 @@ def show_by_time(
     ax.set(xlabel="time after the present, s", ylabel=MEASURES.get(measure, measure))
     ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
+
+# %% ../nbs/40_video_metrics.ipynb #5211057f
+def _located(samples):
+    "Unit of each sample, and whether all its frames lie in it."
+    if isinstance(samples, WindowDataset):
+        which, row = samples.anchors[samples.index].T
+        return which, row + samples.offsets[-1] <= samples.ends[which]
+    if isinstance(samples, RobotSamples):
+        which, row = samples.locate(slice(None))
+        return which, row + samples.offsets[-1] < samples.source.lengths[which]
+    return np.searchsorted(samples.ends, np.arange(len(samples)), side="right"), np.ones(len(samples), bool)
+
+@dataclass
+class HeldClips:
+    "Clips to be predicted."
+    batch:Batch # video (N,V,T,3,H,W) and text
+    groups:np.ndarray # (N,) demonstration of each
+    kinds:list # N, its task, or its text where tasks are not named
+
+    @property
+    def other_texts(self): # N instructions of other tasks
+        "For each clip the instruction of a clip, half of the set further on, that does another task."
+        n, kinds, texts = len(self.kinds), self.kinds, self.batch.text
+        if len(set(kinds)) < 2: raise ValueError(f"all clips do {kinds[0]!r}: there is no instruction of another task among them")
+        return [next(texts[j % n] for j in range(i + n//2, i + n//2 + n) if kinds[j % n] != kinds[i]) for i in range(n)]
+
+def held_out_clips(
+    pieces:list, # of `sources.Piece`
+    times:tuple, # T, seconds after a clip's start of its frames
+    clips:int=128, # of each piece, at most
+    size:int=64, # height and width of the pictures, pixels
+)->HeldClips:
+    "Clips of demonstrations that were held out of training."
+    parts, views = [], min(len(piece.views) for piece in pieces)
+    for p, piece in enumerate(pieces):
+        units = split_units(piece)[1]
+        samples = piece_samples(piece, units, times, times[-1]/2, size=size, views=views)
+        which, inside = _located(samples)
+        if not inside.any(): raise ValueError(f"{piece.name}: no held-out demonstration is as long as a clip, {times[-1]:g} s")
+        i = np.flatnonzero(inside)
+        i = i[np.unique(np.linspace(0, len(i) - 1, min(clips, len(i))).round().astype(int))]
+        batch = samples[i.tolist()]
+        tasks = [getattr(units[w], "task", None) if which[i].max() < len(units) else None for w in which[i]]
+        parts.append((batch.video, batch.text, [f"{p} {w}" for w in which[i]], [task or text for task, text in zip(tasks, batch.text)]))
+    video, text, groups, kinds = zip(*parts)
+    return HeldClips(Batch(sum(map(list, text), []), video=torch.cat(video)), group_numbers(sum(groups, []), sum(map(len, groups))), sum(kinds, []))
