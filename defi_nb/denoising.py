@@ -6,7 +6,7 @@
 __all__ = ['check_draws', 'future_noise', 'sample_schedules', 'sample_estimates', 'future_steps', 'estimate_steps',
            'draw_pictures', 'frame_scores', 'show_future_steps', 'MotionSteps', 'motion_steps', 'show_motion_steps',
            'many_futures', 'spread_map', 'show_spread', 'without_text', 'chunk_steps', 'hand_path', 'executed_path',
-           'fan_steps', 'show_fan', 'show_fan_dimensions', 'futures_film', 'fan_film']
+           'fan_steps', 'fan_cube', 'show_fan', 'show_fan_dimensions', 'futures_film', 'fan_film']
 
 # %% ../nbs/41_denoising.ipynb #21c51b7f
 import copy
@@ -315,12 +315,21 @@ def _shades(n): # n colours from light to dark that survive grey printing and co
     import matplotlib.pyplot as plt
     return plt.get_cmap("viridis_r")(np.linspace(.15, .95, n)) if n > 1 else plt.get_cmap("viridis_r")([.95])
 
+def fan_cube(
+    paths:Tensor, # (N,S,K+1,3) metres, which begin where the hand stands
+    true:Tensor|None=None, # (K+1,3) metres
+)->tuple: # centre (3,) and half-width, cm from where the hand stands
+    "The smallest cube around all paths, with some room."
+    points = 100*(paths.flatten(0, -2) if true is None else torch.cat([paths.flatten(0, -2), true]))
+    low, high = points.amin(0), points.amax(0)
+    return ((low + high)/2 - 100*paths[0, 0, 0]).tolist(), max(.5, .55*float((high - low).max()))
+
 def show_fan(
     paths:Tensor, # (N,S,K+1,3) metres, from `hand_path` of `chunk_steps`
     steps:tuple|None=None, # which are drawn, from 1; None: `fan_steps`
     true:Tensor|None=None, # (K+1,3) metres, what was done
     ax=None, # 3D axes to draw into
-    reach:float|None=None, # half-width of the cube that is shown, cm; None: what the paths need
+    cube:tuple|None=None, # its centre (3,) and half its width, cm from the hand, that are shown; None: what these paths need
 ): # the axes
     "Paths of the hand at several steps of the sampler, in space; centimetres from where it stands."
     import matplotlib.pyplot as plt
@@ -331,11 +340,10 @@ def show_fan(
         for n, path in enumerate(moved[:, k - 1]): ax.plot(*path.T, color=colour, alpha=.75, lw=.9 + .8*(k == steps[-1]), label=f"step {k}" if n == 0 else None)
     if true is not None: ax.plot(*(100*(true - true[:1])).numpy().T, color="C3", ls="--", lw=2, label="done in the demonstration")
     ax.scatter(0, 0, 0, color="k", s=14)
-    shown = moved[:, [k - 1 for k in steps]] if true is None else np.concatenate([moved[:, [k - 1 for k in steps]].reshape(-1, 3), 100*(true - true[:1]).numpy()])
-    reach = max(1., float(np.abs(shown).max())) if reach is None else reach
-    for axis, name in zip("xyz", "xyz"):
-        getattr(ax, f"set_{axis}lim")(-reach, reach)
-        getattr(ax, f"set_{axis}label")(f"{name}, cm", fontsize=8, labelpad=-4)
+    centre, half = fan_cube(paths[:, [k - 1 for k in steps]], true) if cube is None else cube
+    for axis, middle in zip("xyz", centre):
+        getattr(ax, f"set_{axis}lim")(middle - half, middle + half)
+        getattr(ax, f"set_{axis}label")(f"{axis}, cm", fontsize=8, labelpad=-4)
     ax.tick_params(labelsize=7, pad=-2)
     ax.set_box_aspect((1, 1, 1), zoom=.9)
     ax.legend(fontsize=7, loc="upper left")
@@ -394,9 +402,9 @@ def fan_film(
 )->list: # S frames (h,w,3) uint8
     "The fan at each step of the sampler."
     import matplotlib.pyplot as plt
-    frames, reach = [], max(1., float(100*(paths - paths[:1, :1, :1]).abs().max()))
+    frames, cube = [], fan_cube(paths, true)
     for k in range(1, paths.shape[1] + 1):
-        ax = show_fan(paths, (k,), true, reach=reach)
+        ax = show_fan(paths, (k,), true, cube=cube)
         ax.figure.canvas.draw()
         frames.append(np.asarray(ax.figure.canvas.buffer_rgba())[..., :3].copy())
         plt.close(ax.figure)

@@ -17,6 +17,8 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "pretrain_gfdm": DATA | TRAIN | {"ckpt": "ckpts/forward"},
     "pretrain_gidm": DATA | TRAIN | {"ckpt": "ckpts/inverse"},
     "eval_calvin": EVAL | {"steps": 20, "film": 1},
+    "eval_gfdm": DATA | {"gfdm": "ckpts/forward", "clips": 6, "steps": "1,2", "dims": 1, "strips": 1},
+    "denoising": DATA | {"moments": 1, "steps": "1,2", "schedule": 2, "clips": 4, "noises": 2},
     "failures": DATA | {"chains": 1, "steps": 20, "failures": 1, "control": 1, "draws": 1, "fitted": 32, "samples": 16, "film": 1},
     "pretrain_encoders": {"tasks": "open_drawer,lift_red_block_table", "demos": 8, "vae_steps": 2, "dino_steps": 2, "text_steps": 2, "data": "data/encoders", "assets": "assets"},
     "pipeline": DATA | {"chains": 2, "steps_gfdm": 4, "steps_gidm": 4, "steps_policy": 4, "ckpts": "ckpts/pipeline"},
