@@ -344,6 +344,7 @@ def show_fan(
     for axis, middle in zip("xyz", centre):
         getattr(ax, f"set_{axis}lim")(middle - half, middle + half)
         getattr(ax, f"set_{axis}label")(f"{axis}, cm", fontsize=8, labelpad=-4)
+    ax.locator_params(nbins=5)
     ax.tick_params(labelsize=7, pad=-2)
     ax.set_box_aspect((1, 1, 1), zoom=.9)
     ax.legend(fontsize=7, loc="upper left")

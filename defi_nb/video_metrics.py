@@ -184,7 +184,7 @@ def frechet_distance(
 COPY = "copy of the present" # name of the baseline
 MEASURES = {"psnr": "PSNR, dB", "ssim": "SSIM", "feature": "feature distance", "motion": "motion kept", "agreement": "motion agreement"} # in the order of the table
 
-@dataclass
+@dataclass(repr=False)
 class VideoScores:
     "How good predictions of the same clips are."
     frames:dict # prediction -> measure -> (N,T-1) of each foreseen frame
@@ -200,6 +200,8 @@ class VideoScores:
         if measure == "motion": return clip_interval(minus(self.energies.get), self.energies["true"], self.groups)
         values = minus(self.agreements.get) if measure == "agreement" else minus(lambda n: self.frames[n][measure].mean(1))
         return clip_interval(values, groups=self.groups)
+
+    def __repr__(self): return f"VideoScores of {', '.join(self.frames)}: {len(self.groups)} clips"
 
     @property
     def measures(self): return [*self.frames[COPY], "motion", "agreement"]
@@ -243,6 +245,7 @@ def said(
 )->str: # such as "0.12 (0.10–0.15)"
     "An estimate with its interval, to as many places as tell them apart."
     mid, low, high = value
+    if not any(value): return "0"
     places = int(np.clip(1 - np.floor(np.log10(max(high - low, abs(mid)*1e-3, 1e-6))), 1, 5))
     return f"{mid:{'+' if sign else ''}.{places}f} ({low:.{places}f} to {high:.{places}f})"
 
@@ -315,7 +318,7 @@ def held_out_clips(
         i = np.flatnonzero(inside)
         i = i[np.unique(np.linspace(0, len(i) - 1, min(clips, len(i))).round().astype(int))]
         batch = samples[i.tolist()]
-        tasks = [getattr(units[w], "task", None) if which[i].max() < len(units) else None for w in which[i]]
+        tasks = [None if isinstance(samples, RobotSamples) else getattr(units[w], "task", None) for w in which[i]]
         parts.append((batch.video, batch.text, [f"{p} {w}" for w in which[i]], [task or text for task, text in zip(tasks, batch.text)]))
     video, text, groups, kinds = zip(*parts)
     return HeldClips(Batch(sum(map(list, text), []), video=torch.cat(video)), group_numbers(sum(groups, []), sum(map(len, groups))), sum(kinds, []))

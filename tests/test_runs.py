@@ -44,6 +44,8 @@ WRONG = [ # run notebook, parameters, what the one-line error must say
     ("eval_calvin", {"policy": "ckpts/forward"}, "forward"),
     ("eval_calvin", {"policy": "ckpts/none"}, "ckpts/none holds no finished policy"),
     ("failures", {"policy": "ckpts/inverse"}, "inverse"),
+    ("eval_gfdm", {"gfdm": "ckpts/inverse"}, "holds a GIDM; expected GFDM"),
+    ("denoising", {"policy": "ckpts/forward"}, "forward"),
     ("failures", {"run": "runs/eval_calvin"}, "another policy or of other chains"),
     ("eval_calvin", {"split": "A_B"}, "no split is called 'A_B'"),
     ("pretrain_gfdm", {"split": "data/none"}, "data/none is not there: give the folder of a dataset"),
