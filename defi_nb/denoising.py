@@ -331,16 +331,19 @@ def show_fan(
     ax=None, # 3D axes to draw into
     cube:tuple|None=None, # its centre (3,) and half its width, cm from the hand, that are shown; None: what these paths need
 ): # the axes
-    "Paths of the hand at several steps of the sampler, in space; centimetres from where it stands."
+    "Paths of the hand at several steps of the sampler, in space, with shadows of the last on the floor; centimetres from where it stands."
     import matplotlib.pyplot as plt
     steps = fan_steps(paths.shape[1]) if steps is None else steps
     if ax is None: ax = plt.figure(figsize=(4.6, 3.8), dpi=72, layout="constrained").add_subplot(projection="3d")
     moved = 100*(paths - paths[:1, :1, :1]).detach().cpu().numpy()
-    for k, colour in zip(steps, _shades(len(steps))):
-        for n, path in enumerate(moved[:, k - 1]): ax.plot(*path.T, color=colour, alpha=.75, lw=.9 + .8*(k == steps[-1]), label=f"step {k}" if n == 0 else None)
-    if true is not None: ax.plot(*(100*(true - true[:1])).numpy().T, color="C3", ls="--", lw=2, label="done in the demonstration")
-    ax.scatter(0, 0, 0, color="k", s=14)
     centre, half = fan_cube(paths[:, [k - 1 for k in steps]], true) if cube is None else cube
+    lines = [(f"step {k}", colour, "-", .9 + .8*(k == steps[-1]), moved[:, k - 1]) for k, colour in zip(steps, _shades(len(steps)))]
+    if true is not None: lines.append(("done in the demonstration", "C3", "--", 2, (100*(true - true[:1])).numpy()[None]))
+    for name, colour, style, width, drawn in lines:
+        for n, (x, y, z) in enumerate(drawn.transpose(0, 2, 1)):
+            ax.plot(x, y, z, color=colour, ls=style, lw=width, alpha=.8, label=name if n == 0 else None)
+            if width > 1: ax.plot(x, y, 0*z + centre[2] - half, color=colour, ls=style, lw=.8, alpha=.3) # the shadow on the floor
+    ax.scatter(0, 0, 0, color="k", s=14)
     for axis, middle in zip("xyz", centre):
         getattr(ax, f"set_{axis}lim")(middle - half, middle + half)
         getattr(ax, f"set_{axis}label")(f"{axis}, cm", fontsize=8, labelpad=-4)
