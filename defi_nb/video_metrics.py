@@ -80,6 +80,11 @@ def frechet_gaussians(
     cross = torch.linalg.eigvalsh(root @ cov2.double() @ root).clamp(min=0).sqrt().sum()
     return max(0., float((mean1 - mean2).double().square().sum() + cov1.double().trace() + cov2.double().trace() - 2*cross))
 
+def _gaussian(x):
+    "Mean (K,) and covariance (K,K) of a set."
+    centred = x.double() - x.double().mean(0)
+    return x.double().mean(0), centred.T @ centred/(len(x) - 1)
+
 def frechet(
     features:Tensor, # (N,K)
     target:Tensor, # (M,K)
@@ -87,7 +92,7 @@ def frechet(
     "Fréchet distance of two sets, as if both were Gaussian."
     for x in (features, target):
         if len(x) <= x.shape[1]: raise ValueError(f"{len(x)} clips of {x.shape[1]} features each have no covariance of full rank: take more clips, or fewer dimensions")
-    return frechet_gaussians(features.double().mean(0), features.double().T.cov(), target.double().mean(0), target.double().T.cov())
+    return frechet_gaussians(*_gaussian(features), *_gaussian(target))
 
 # %% ../nbs/40_video_metrics.ipynb #f2d8dae7
 def clip_features(
