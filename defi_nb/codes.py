@@ -143,8 +143,10 @@ def show_reversal(
 ):
     "Which code a code becomes when time runs backwards. Returns the axes."
     from defi_nb.plot import new_axes
-    table, found = action_table(forward, np.r_[backward], size), reversal_purity(forward, backward)
-    table = np.pad(table, ((0, 0), (0, size - table.shape[1])))
+    found, table = reversal_purity(forward, backward), np.full((size, size), np.nan)
+    share = action_table(forward, backward, size)
+    table[:, :share.shape[1]] = share
+    table[np.unique(forward)] = np.nan_to_num(table[np.unique(forward)])
     ax = new_axes(4.2, 3.5) if ax is None else ax
     image = ax.imshow(table, cmap="cividis", vmin=0, vmax=1)
     ax.set_facecolor("white")

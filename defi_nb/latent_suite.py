@@ -309,13 +309,15 @@ def scene_measures(
     ones, others = zip(*combinations(scenes, 2))
     demo = np.concatenate([replays[s].demo for s in ones])
     rows = agreement_measures("scenes", stack(got, ones), stack(got, others), (stack(random, ones), stack(random, others)), demo, seed)
+    read, told = f"R2 of the position in scene {scenes[-1]}", "the scene, share recognised"
+    if len(np.unique(demo)) < 4: return rows + [missing(name, "a probe needs replays of at least 4 demonstrations") for name in (read, told)]
     whole, z, r = joined(list(replays.values())), stack(got, scenes), stack(random, scenes)
     out, home = held_out(whole.demo, .5, seed), whole.scene == scenes[-1]
     x, y = probe_features(whole, z, r), action_targets(whole.action)[:, :3]
     ways = {f"learned in {''.join(scenes[:-1])}": ("latents", ~home), f"learned in {scenes[-1]}": ("latents", home), "difference of features": ("difference of features", ~home)}
     said = {name: linear_probe(x[of][rows_ & ~out], y[rows_ & ~out], whole.demo[rows_ & ~out], x[of][home & out]) for name, (of, rows_) in ways.items()}
     true, demo = y[home & out], whole.demo[home & out]
-    rows.append(measured(f"R2 of the position in scene {scenes[-1]}", {k: lambda r, p=p: r2(p[r], true[r]) for k, p in said.items()}, demo))
+    rows.append(measured(read, {k: lambda r, p=p: r2(p[r], true[r]) for k, p in said.items()}, demo))
     part = lambda rows_: ({k: v[rows_] for k, v in x.items()}, whole[rows_])
     (fit, known), (judge, held) = part(~out), part(out)
     return rows + leak_measures(fit, judge, known, held)[1:]

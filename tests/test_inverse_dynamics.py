@@ -10,6 +10,7 @@ from torch import nn
 from defi_nb.alignment import feature_distances, partial_spearman, pose_distance, thumbnails
 from defi_nb.inverse_dynamics import InverseDynamicsConfig, InverseDynamicsHead, draw_reversed, inverse_dynamics_loss, reverse_batch, time_reverse
 from defi_nb.latent_actions import code_action_information, codebook_report, decoder_use, reversal_antisymmetry
+from defi_nb.latent_suite import linear_probe, r2
 from defi_nb.probes import ProbeConfig, ProbeHead, held_out, ridge_probe, train_probe
 
 VECTORS = Path(__file__).resolve().parents[2]/"shared"/"parity"/"inverse_dynamics_vectors.json"
@@ -120,6 +121,10 @@ def test_ridge_probe(vectors):
     found = ridge_probe(case["Z"], case["A"], np.arange(len(case["Z"])) >= case["train_rows"], case["ridge_lambda"])
     for value, name in ((found.predicted, "pred_val"), (found.r2, "R2_per_dim"), (found.r2_mean, "R2_mean"), (found.nmse, "NMSE_vs_train_mean")):
         np.testing.assert_allclose(value, case[name], **close)
+    z, a, n = np.array(case["Z"]), np.array(case["A"]), case["train_rows"]
+    said = linear_probe(z[:n], a[:n], np.arange(n), z[n:], penalties=(case["ridge_lambda"],))
+    np.testing.assert_allclose(said, case["pred_val"], **close)
+    np.testing.assert_allclose([r2(said[:, i:i + 1], a[n:, i:i + 1]) for i in range(a.shape[1])], case["R2_per_dim"], **close)
 
 
 def test_latent_actions(vectors):

@@ -16,6 +16,7 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "monitor": {},
     "pretrain_gfdm": DATA | TRAIN | {"ckpt": "ckpts/forward"},
     "pretrain_gidm": DATA | TRAIN | {"ckpt": "ckpts/inverse"},
+    "eval_gidm": DATA | {"stride": 10, "fit_pairs": 40, "replays": 12, "scenes": "AD", "gaps": "5", "shares": "1", "clips": 1},
     "eval_calvin": EVAL | {"steps": 20, "film": 1},
     "eval_gfdm": DATA | {"gfdm": "ckpts/forward", "clips": 6, "steps": "1,2", "dims": 1, "strips": 1},
     "denoising": DATA | {"moments": 1, "steps": "1,2", "schedule": 2, "clips": 4, "noises": 2},
@@ -41,6 +42,10 @@ WRONG = [ # run notebook, parameters, what the one-line error must say
     ("train_coupled", {"gfdm": "ckpts/none"}, "ckpts/none holds no finished gfdm checkpoint"),
     ("train_coupled", {"gfdm": "ckpts/inverse"}, "inverse"), # a checkpoint of another kind
     ("train_coupled", {"gidm": "ckpts/inverse", "quantiser": "fsq"}, "give quantiser=vq, or another gidm"),
+    ("train_coupled", {"train": "gidm"}, "it names 'adapter'"),
+    ("pretrain_gidm", {"quantiser": "gumbel"}, "no quantiser is called 'gumbel'"),
+    ("ablations", {"rows": "table2"}, "no row or set of rows is called 'table2'"),
+    ("eval_gidm", {"model": "ckpts/forward"}, "holds a GFDM; expected GIDM or CoupledPolicy"),
     ("eval_calvin", {"policy": "ckpts/forward"}, "forward"),
     ("eval_calvin", {"policy": "ckpts/none"}, "ckpts/none holds no finished policy"),
     ("failures", {"policy": "ckpts/inverse"}, "inverse"),
