@@ -126,7 +126,7 @@ def show_action_table(
     used = used[np.lexsort((-table[used].max(1), table[used].argmax(1)))]
     info = code_action_information(codes, bins, shuffles)
     ax = new_axes(2.4 + .55*table.shape[1], 1.9 + .2*len(used)) if ax is None else ax
-    image = ax.imshow(table[used], cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    image = ax.imshow(table[used], cmap="cividis", vmin=0, aspect="auto")
     ax.figure.colorbar(image, ax=ax, label="share of the code's uses")
     ax.set_yticks(range(len(used)), [f"{c} ({uses[c]})" for c in used], fontsize=7)
     ax.set_xticks(range(table.shape[1]), names or range(table.shape[1]), rotation=40, ha="right", fontsize=7)
@@ -148,7 +148,7 @@ def show_reversal(
     table[:, :share.shape[1]] = share
     table[np.unique(forward)] = np.nan_to_num(table[np.unique(forward)])
     ax = new_axes(4.2, 3.5) if ax is None else ax
-    image = ax.imshow(table, cmap="cividis", vmin=0, vmax=1)
+    image = ax.imshow(table, cmap="cividis", vmin=0)
     ax.set_facecolor("white")
     ax.plot([-.5, size - .5], [-.5, size - .5], color="white", lw=.8, ls=":")
     ax.figure.colorbar(image, ax=ax, label="share of the code's uses")

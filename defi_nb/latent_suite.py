@@ -34,9 +34,9 @@ class Measured:
     def row(self):
         "Rows of a table."
         if np.isnan(self.value): return [[self.name, "", "", "", "", self.note]]
-        span = lambda low, high: f"{low:.3f} to {high:.3f}"
+        number = f"{self.value:.3f}" + ("" if np.isnan(self.interval[0]) else " ({:.3f} to {:.3f})".format(*self.interval))
         rows = [[name, f"{value:.3f}", f"{self.value - value:+.3f} ({low:+.3f} to {high:+.3f})"] for name, (value, low, high) in (self.references or {}).items()] or [["", "", ""]]
-        return [[self.name if i == 0 else "", f"{self.value:.3f} ({span(*self.interval)})" if i == 0 else "", *r, (self.better and f"{self.better} is better") + (f"; {self.note}" if self.note else "") if i == 0 else ""] for i, r in enumerate(rows)]
+        return [[self.name if i == 0 else "", number if i == 0 else "", *r, (self.better and f"{self.better} is better") + (f"; {self.note}" if self.note else "") if i == 0 else ""] for i, r in enumerate(rows)]
 
 def measured(
     name:str, # of the measure
@@ -54,9 +54,9 @@ def measured(
     value = np.array(numbers(np.arange(len(demo))))
     if len(groups) < 2: drawn = np.full((1, len(of)), np.nan)
     else: drawn = np.array([numbers(np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))])) for _ in range(draws)])
-    span = lambda x: tuple(np.nanquantile(x, ((1 - level)/2, (1 + level)/2)).tolist()) if np.isfinite(x).any() else (float("nan"),)*2
-    references = {ref: (float(value[i]), *span(drawn[:, 0] - drawn[:, i])) for i, ref in enumerate(of) if i}
-    return Measured(name, float(value[0]), span(drawn[:, 0]), references, better, note)
+    span = lambda x, at: tuple((np.nanquantile(x, ((1 - level)/2, (1 + level)/2)) + at - np.nanmean(x)).tolist()) if np.isfinite(x).any() else (float("nan"),)*2
+    references = {ref: (float(value[i]), *span(drawn[:, 0] - drawn[:, i], value[0] - value[i])) for i, ref in enumerate(of) if i}
+    return Measured(name, float(value[0]), span(drawn[:, 0], value[0]), references, better, note)
 
 def missing(
     name:str, # of the measure
@@ -299,28 +299,30 @@ def joined(
 def scene_measures(
     model, # a GIDM
     untrained, # the same with random weights
-    replays:dict, # scene -> `Pairs` of the same events, see `replayed_pairs`
-    seed:int=0, # of the demonstrations that probes learn from
+    replays:dict, # scene -> `Pairs` of the same events, see `replayed_pairs`; the last is the reference
+    fit:dict, # see `action_measures`
+    known:Pairs, # recorded pairs, that probes learn from
+    seed:int=0, # of the demonstrations by which scenes are learned
 )->list: # of `Measured`
     "What scenes change: the codes, what a probe reads, and whether they are told apart."
-    scenes = list(replays)
+    scenes, read, told = list(replays), "R2 of the position in other scenes", "the scene, share recognised"
     got, random = ({s: infer(m, p.features, p.text) for s, p in replays.items()} for m in (model, untrained))
     stack = lambda of, which: Inferred(*(None if getattr(of[which[0]], n) is None else np.concatenate([getattr(of[s], n) for s in which]) for n in ("emb", "z", "codes")), torch.cat([of[s].latent_actions for s in which]))
     ones, others = zip(*combinations(scenes, 2))
     demo = np.concatenate([replays[s].demo for s in ones])
     rows = agreement_measures("scenes", stack(got, ones), stack(got, others), (stack(random, ones), stack(random, others)), demo, seed)
-    read, told = f"R2 of the position in scene {scenes[-1]}", "the scene, share recognised"
-    if len(np.unique(demo)) < 4: return rows + [missing(name, "a probe needs replays of at least 4 demonstrations") for name in (read, told)]
-    whole, z, r = joined(list(replays.values())), stack(got, scenes), stack(random, scenes)
-    out, home = held_out(whole.demo, .5, seed), whole.scene == scenes[-1]
-    x, y = probe_features(whole, z, r), action_targets(whole.action)[:, :3]
-    ways = {f"learned in {''.join(scenes[:-1])}": ("latents", ~home), f"learned in {scenes[-1]}": ("latents", home), "difference of features": ("difference of features", ~home)}
-    said = {name: linear_probe(x[of][rows_ & ~out], y[rows_ & ~out], whole.demo[rows_ & ~out], x[of][home & out]) for name, (of, rows_) in ways.items()}
-    true, demo = y[home & out], whole.demo[home & out]
-    rows.append(measured(read, {k: lambda r, p=p: r2(p[r], true[r]) for k, p in said.items()}, demo))
+    *away, home = scenes
+    seen, moved = {s: probe_features(p, got[s], random[s]) for s, p in replays.items()}, lambda p: action_targets(p.action)[:, :3]
+    said = lambda name, where: np.stack([linear_probe(fit[name], moved(known), known.demo, seen[s][name]) for s in where])
+    true, ways = moved(replays[home]), {"latents": ("latents", away), f"latents in scene {home}": ("latents", [home]), "before the book": ("before the book", away), "difference of features": ("difference of features", away), f"difference of features in scene {home}": ("difference of features", [home])}
+    each = lambda p: lambda r: r2(p[:, r].reshape(-1, 3), np.tile(true[r], (len(p), 1)))
+    rows.append(measured(read, {k: each(said(*of)) for k, of in ways.items()}, replays[home].demo, note=f"of {''.join(away)}; learned from the recording of {''.join(np.unique(known.scene))}"))
+    if len(np.unique(demo)) < 4: return rows + [missing(told, "a probe needs replays of at least 4 demonstrations")]
+    whole, out = joined(list(replays.values())), held_out(np.tile(replays[home].demo, len(scenes)), .5, seed)
+    x = probe_features(whole, stack(got, scenes), stack(random, scenes))
     part = lambda rows_: ({k: v[rows_] for k, v in x.items()}, whole[rows_])
-    (fit, known), (judge, held) = part(~out), part(out)
-    return rows + leak_measures(fit, judge, known, held)[1:]
+    (learn, learned), (judge, held) = part(~out), part(out)
+    return rows + leak_measures(learn, judge, learned, held)[1:]
 
 # %% ../nbs/41_latent_suite.ipynb #09e25cbe
 def transfer_measures(
@@ -442,6 +444,6 @@ def latent_suite(
              "Does the latent say what was done?": action_measures(fit, judge, known, held) + information_measures(got, random, held),
              "Does it say what it should not?": leak_measures(fit, judge, known, held),
              "Does it know the direction of time?": time_measures(model, untrained, held, got, random),
-             "Is it the same for the same event?": (scene_measures(model, untrained, replays) if replays else []) + views,
+             "Is it the same for the same event?": (scene_measures(model, untrained, replays, fit, known) if replays else []) + views,
              "Does it do the same elsewhere?": transfer_measures(model, held, replays)}
     return Suite({name: rows for name, rows in parts.items() if rows})
