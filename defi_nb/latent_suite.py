@@ -305,7 +305,7 @@ def scene_measures(
     seed:int=0, # of the demonstrations by which scenes are learned
 )->list: # of `Measured`
     "What scenes change: the codes, what a probe reads, and whether they are told apart."
-    scenes, read, told = list(replays), "R2 of the position in other scenes", "the scene, share recognised"
+    scenes, read, told = list(replays), "R2 of the position in other scenes", "the scene of a replay, share recognised"
     got, random = ({s: infer(m, p.features, p.text) for s, p in replays.items()} for m in (model, untrained))
     stack = lambda of, which: Inferred(*(None if getattr(of[which[0]], n) is None else np.concatenate([getattr(of[s], n) for s in which]) for n in ("emb", "z", "codes")), torch.cat([of[s].latent_actions for s in which]))
     ones, others = zip(*combinations(scenes, 2))
@@ -322,7 +322,7 @@ def scene_measures(
     x = probe_features(whole, stack(got, scenes), stack(random, scenes))
     part = lambda rows_: ({k: v[rows_] for k, v in x.items()}, whole[rows_])
     (learn, learned), (judge, held) = part(~out), part(out)
-    return rows + leak_measures(learn, judge, learned, held)[1:]
+    return rows + [replace(leak_measures(learn, judge, learned, held)[1], name=told)]
 
 # %% ../nbs/41_latent_suite.ipynb #09e25cbe
 def transfer_measures(
@@ -414,6 +414,10 @@ def show_curve(
 class Suite:
     "The measures of a model, by question."
     parts:dict # question -> list of `Measured`
+
+    def __post_init__(self):
+        names = [m.name for of in self.parts.values() for m in of]
+        if twice := {n for n in names if names.count(n) > 1}: raise ValueError(f"two measures are called {sorted(twice)}: rename one, or it would be lost in metrics.json")
 
     def __getitem__(self, name): return next(m for of in self.parts.values() for m in of if m.name == name)
 
