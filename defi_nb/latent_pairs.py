@@ -52,9 +52,8 @@ def window_pairs(
     if most and most < len(found): found = [found[k] for k in np.linspace(0, len(found) - 1, most).round().astype(int)]
     start, demo = np.array(found).T
     rows = np.stack([start, start + gap], 1)
-    # rows of a store that reads on demand are taken in rising order, each once
     unique, back = np.unique(rows, return_inverse=True)
-    read = lambda a: np.asarray(a[unique])[back.reshape(rows.shape)]
+    read = lambda a: np.asarray(a[unique])[back.reshape(rows.shape)] # of a store that reads on demand: in rising order, each row once
     every = np.unique(start[:, None] + np.arange(gap))
     action = np.asarray(frames.action[every], np.float32)[np.searchsorted(every, start[:, None] + np.arange(gap))]
     features = torch.from_numpy(np.ascontiguousarray(read(codes)[:, :, VIEWS.index(view)], np.float32))
