@@ -82,6 +82,12 @@ def _texts(model, text):
     encode = model.text_encoder if isinstance(model, GIDM) else model.encoders.t5
     return encode(prepare_texts(text, inner_gidm(model).cfg))
 
+def _snapped(z, codes):
+    "Latents without the rounding that straight-through arithmetic leaves in them, where they are functions of their code."
+    flat = z if codes.shape == z.shape[:2] else z.reshape(len(z), -1, 1)
+    exact = np.stack([flat[first, q][back] for q, (_, first, back) in enumerate(np.unique(c, return_index=True, return_inverse=True) for c in codes.T)], 1)
+    return exact.reshape(z.shape) if np.abs(exact - flat).max() < 1e-4*max(np.abs(z).max(), 1.) else z
+
 @torch.no_grad()
 def infer(
     model, # a `GIDM`, or a `CoupledPolicy`, in evaluation mode
@@ -99,7 +105,8 @@ def infer(
         parts.append(gidm.encode(x, *(t.to(device) for t in _texts(model, text[i:i + batch]))))
     join = lambda name: torch.cat([getattr(p, name) for p in parts]).cpu()
     codes = None if parts[0].indices is None else join("indices").flatten(1).numpy()
-    return Inferred(join("emb").numpy(), join("z_q").numpy(), codes, join("latent_actions"))
+    z = join("z_q").numpy()
+    return Inferred(join("emb").numpy(), z if codes is None else _snapped(z, codes), codes, join("latent_actions"))
 
 @torch.no_grad()
 def decode(

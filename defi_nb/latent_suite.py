@@ -52,6 +52,7 @@ def measured(
     rng, groups = np.random.default_rng(seed), [np.flatnonzero(demo == d) for d in np.unique(demo)]
     numbers = lambda rows: [float(statistic(rows)) for statistic in of.values()]
     value = np.array(numbers(np.arange(len(demo))))
+    if np.isnan(value[0]): return missing(name, "what is to be explained does not vary in these pairs")
     if len(groups) < 2: drawn = np.full((1, len(of)), np.nan)
     else: drawn = np.array([numbers(np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))])) for _ in range(draws)])
     span = lambda x, at: tuple((np.nanquantile(x, ((1 - level)/2, (1 + level)/2)) + at - np.nanmean(x)).tolist()) if np.isfinite(x).any() else (float("nan"),)*2
@@ -179,7 +180,7 @@ def action_measures(
     part = lambda p, where: lambda r: r2(p[r, where], true[r, where])
     rows = [measured(f"R2 of the {name}", {k: part(p, where) for k, p in said.items()}, held.demo) for name, where in PARTS.items()]
     each = [r2(said["latents"][:, i:i + 1], true[:, i:i + 1]) for i in range(7)]
-    rows[0], rows[1] = (replace(m, note="by number " + ", ".join(f"{e:.2f}" for e in each[at])) for m, at in zip(rows[:2], PARTS.values()))
+    rows[:2] = [m if np.isnan(m.value) else replace(m, note="by number " + ", ".join(f"{e:.2f}" for e in each[at])) for m, at in zip(rows[:2], PARTS.values())]
     spread, centre = y[:, :7].std(0), y[:, :7].mean(0)
     spread = np.where(spread > 1e-9, spread, 1)
     error = lambda p, r: np.square((p[r, :7] - true[r, :7])/spread).sum()
