@@ -47,6 +47,7 @@ def measured(
     draws:int=200, # of demonstrations
     seed:int=0, # of them
     level:float=.95, # confidence
+    bounds:tuple=(-np.inf, np.inf), # what the measure can be at all; its interval ends there
 )->Measured:
     "A measure and its references over the same draws of demonstrations."
     rng, groups = np.random.default_rng(seed), [np.flatnonzero(demo == d) for d in np.unique(demo)]
@@ -57,7 +58,7 @@ def measured(
     else: drawn = np.array([numbers(np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))])) for _ in range(draws)])
     span = lambda x, at: tuple((np.nanquantile(x, ((1 - level)/2, (1 + level)/2)) + at - np.nanmean(x)).tolist()) if np.isfinite(x).any() else (float("nan"),)*2
     references = {ref: (float(value[i]), *span(drawn[:, 0] - drawn[:, i], value[0] - value[i])) for i, ref in enumerate(of) if i}
-    return Measured(name, float(value[0]), span(drawn[:, 0], value[0]), references, better, note)
+    return Measured(name, float(value[0]), tuple(np.clip(span(drawn[:, 0], value[0]), *bounds).tolist()), references, better, note)
 
 def missing(
     name:str, # of the measure
@@ -122,7 +123,7 @@ def code_measures(
     names = "codes in use, share", "perplexity / size of the book", "joint perplexity of the tuple", "pairs of equal codes in the book"
     if got.codes is None: return [missing(name, "the latent is continuous and has no codes") for name in names]
     of = lambda key: {"codes": lambda r: codebook_report(got.codes[r], size)[key], "random weights": lambda r: codebook_report(random.codes[r], size)[key]}
-    rows = [measured(name, of(key), demo) for name, key in zip(names, ("usage", "share", "joint"))]
+    rows = [measured(name, of(key), demo, bounds=(0, most)) for name, key, most in zip(names, ("usage", "share", "joint"), (1, 1, np.inf))]
     apart = codebook_report(got.codes, size)
     rows[1] = replace(rows[1], note="by position " + ", ".join(f"{p/size:.2f}" for p in apart["per_position"][:8]) + ("" if len(apart["per_position"]) <= 8 else ", ..."))
     rows[2] = replace(rows[2], note=f"{apart['tuples']} different tuples in {len(demo)} pairs")
