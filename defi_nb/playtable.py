@@ -133,8 +133,8 @@ class Cameras:
 def draw(
     self:Cameras,
     state:tuple, # (qpos, whether the lightbulb is lit, whether the LED is)
-    name:str, # "rgb_static", "depth_gripper", ...
-)->np.ndarray: # (size,size,3) uint8 colours, or (size,size) float32 metres
+    name:str, # "rgb_static", "depth_gripper", "geom_static", ...
+)->np.ndarray: # (size,size,3) uint8 colours, (size,size) float32 metres, or (size,size) int64 numbers of the model's geoms, -1 where there is none
     "A picture of a state."
     if os.getpid() != self.process:
         raise RuntimeError("pictures were drawn before this process was forked, which OpenGL does not survive: start it with multiprocessing's 'spawn'")
@@ -146,6 +146,7 @@ def draw(
     if kind == "depth": # the buffer is 1 at the near plane and 0 at the far one
         near, far = (plane*self.model.stat.extent for plane in (self.model.vis.map.znear, self.model.vis.map.zfar))
         return (near*far/(near + self._read(size, None, np.empty((size, size), np.float32))*(far - near))).astype(np.float32)
+    if kind == "geom": return self._geoms(size)
     picture = self._read(size*factor, np.empty((size*factor, size*factor, 3), np.uint8), None)
     return picture.copy() if factor == 1 else np.array(Image.fromarray(picture).reduce(factor))
 
@@ -157,6 +158,16 @@ def _read(self:Cameras, side, picture, depth):
         mujoco.mjr_render(area, self.view, self.context)
         mujoco.mjr_readPixels(picture, depth, area, self.context)
     return (picture if depth is None else depth)[::-1]
+
+@patch
+def _geoms(self:Cameras, size):
+    "Which geom is seen in each pixel's middle: all are drawn in flat colours that are their numbers in the view."
+    flags = [int(mujoco.mjtRndFlag.mjRND_SEGMENT), int(mujoco.mjtRndFlag.mjRND_IDCOLOR)]
+    self.view.flags[flags] = True
+    try: colours = self._read(size, np.empty((size, size, 3), np.uint8), None)
+    finally: self.view.flags[flags] = False
+    shown = self.view.geoms[:self.view.ngeom]
+    return np.array([-1, *(g.objid if g.objtype == mujoco.mjtObj.mjOBJ_GEOM else -1 for g in shown)])[colours @ np.array([1, 256, 65536])]
 
 @patch
 def _set(self:Cameras, state):
@@ -306,6 +317,17 @@ def reset(
     scene_obs=None, # (24,); None: `make_scene_obs(scene)`
 )->dict: # the observation
     "Put the scene into a state and let it settle for one control step."
+    self.place(robot_obs, scene_obs)
+    self._follow(np.zeros(7))
+    return self.get_obs()
+
+@patch
+def place(
+    self:PlayTable,
+    robot_obs=None, # as for `reset`
+    scene_obs=None, # as for `reset`
+)->dict: # the observation
+    "Put the scene into a state to be drawn, without a step of physics."
     table = make_scene_obs(self.scene) if scene_obs is None else _vector(scene_obs, 24, "scene_obs")
     arm = np.array([*[0]*6, 2*FINGER_RANGE, *HOME_QPOS, 1]) if robot_obs is None else _vector(robot_obs, 15, "robot_obs")
     mujoco.mj_resetData(self.model, self.data)
@@ -317,7 +339,7 @@ def reset(
     self.bulb_on, self.led_on, self.pressed = bool(table[4]), bool(table[5]), self._is_pressed()
     self.joint_target, self.gripper_action = arm[7:14].copy(), 1 if arm[14] > 0 else -1
     self._aim(self.joint_target)
-    self._follow(np.zeros(7))
+    mujoco.mj_kinematics(self.model, self.data)
     return self.get_obs()
 
 # %% ../nbs/14_playtable.ipynb #4cf15ddd
@@ -430,6 +452,14 @@ def _draw(self:PlayTable, state, name):
     "A picture of a snapshot."
     if self.cameras is None: self.cameras = Cameras.of(self.scene, self.sizes, self.smooth)
     return self.cameras.draw(state, name)
+
+@patch
+def geoms(
+    self:PlayTable,
+    view:str, # "static" or "gripper"
+)->np.ndarray: # (size,size) int64, numbers of the model's geoms, -1 where there is none
+    "Which geom each pixel of a picture shows at this moment."
+    return self._draw((self.data.qpos.copy(), self.bulb_on, self.led_on), f"geom_{view}")
 
 @patch
 def close(self:PlayTable):
