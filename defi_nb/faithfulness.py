@@ -124,7 +124,7 @@ def show_faithfulness(
         panel.plot(share, curves.centre[kind], "--", color="#0072B2", label="centre prior")
         panel.plot(share, curve, color="#D55E00", label=label)
         panel.set(xlabel=f"patches {'deleted' if kind == 'deletion' else 'inserted'}, %", ylabel="score", title=f"{kind}: area {area(curve):.2f}")
-    axes[0].legend(fontsize=7)
+    axes[1].legend(fontsize=7, loc="lower right") # an insertion curve ends at the top
     return axes
 
 # %% ../nbs/41_faithfulness.ipynb #af8d9eaf
@@ -200,7 +200,7 @@ class MapStudy:
     "A measure of several maps and of their rivals."
     measure:str # what is measured, such as "AUROC on the moving arm"
     values:dict # map -> (N,)
-    rivals:dict # rival -> (N,) or a number, the same for all maps; or map -> (N,), a rival of each
+    rivals:dict # rival -> (N,) or a number, the same for all maps; or map -> (N,), a rival of each that is named
     clusters:np.ndarray # (N,) which demonstration each sample is of
     better:str = "high" # or "low", where a smaller value is better
 
@@ -210,11 +210,13 @@ class MapStudy:
 
     def intervals(self)->dict: # map -> rival -> `Paired`
         "Each map minus each of its rivals."
-        return {m: {r: paired_interval(v, self.rival(r, m), self.clusters) for r in self.rivals} for m, v in self.values.items()}
+        has = lambda m: [r for r, v in self.rivals.items() if not isinstance(v, dict) or m in v]
+        return {m: {r: paired_interval(v, self.rival(r, m), self.clusters) for r in has(m)} for m, v in self.values.items()}
 
     def markdown(self)->str:
         "A table: a row a map, a column a rival."
-        rows = [[m, f"{np.mean(self.values[m]):.3f}", *(f"{np.mean(self.rival(r, m)):.3f}: {p}" for r, p in row.items())] for m, row in self.intervals().items()]
+        said = lambda m, row: [f"{np.mean(self.rival(r, m)):.3f}: {row[r]}" if r in row else "" for r in self.rivals]
+        rows = [[m, f"{np.mean(self.values[m]):.3f}", *said(m, row)] for m, row in self.intervals().items()]
         return markdown_table(["map", f"{self.measure} ({self.better} is better)", *(f"{r}: difference (95 %)" for r in self.rivals)], rows)
 
     def conclusion(self)->str:
@@ -225,11 +227,11 @@ class MapStudy:
         for m, row in self.intervals().items():
             verdicts = {r: said[p.verdict] for r, p in row.items()}
             short = ", ".join(f"{v} {', '.join(r for r in verdicts if verdicts[r] == v)}" for v in dict.fromkeys(verdicts.values()))
-            (wins if all(p.verdict == wanted for p in row.values()) else fails).append(m if set(verdicts.values()) == {"better than"} else f"{m} ({short})")
+            won = set(verdicts.values()) == {"better than"}
+            (wins if won else fails).append(m if won and len(row) == len(self.rivals) else f"{m} ({short})")
         n, g = len(self.clusters), len(np.unique(self.clusters))
-        rivals = " and ".join(self.rivals)
-        return (f"By {self.measure}, on {n} samples of {g} demonstrations, better than {rivals}: {', '.join(wins) or 'none of the maps'}; "
-                f"not shown to be so: {', '.join(fails) or 'none'}.")
+        return (f"By {self.measure}, on {n} samples of {g} demonstrations, better than {', '.join(self.rivals)}: {'; '.join(wins) or 'none of the maps'}. "
+                f"Not shown to be so: {'; '.join(fails) or 'none'}.")
 
     def metrics(self)->dict: # of JSON's types
         "For `write_metrics`."
