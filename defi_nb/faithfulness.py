@@ -137,7 +137,7 @@ def kept_score(
     with torch.no_grad(): whole, blank = model(torch.stack([features, baseline.to(features).expand_as(features)])).flatten(1).double()
     size = (whole - blank).square().sum()
     if not size > 0: raise ValueError("the model says the same of the features and of the baseline, so nothing can be kept or lost: choose another sample or baseline")
-    return lambda inputs: 1 - (model(inputs).flatten(1).double() - whole).square().sum(1)/size
+    return lambda inputs: (1 - (model(inputs).flatten(1).double() - whole).square().sum(1)/size).clamp(min=0)
 
 # %% ../nbs/41_faithfulness.ipynb #336a1546
 MEASURES = dict(heat="share of heat in the mask", auroc="AUROC", pointing="pointing game") # key of `overlap` -> what it is
@@ -195,7 +195,7 @@ def paired_interval(
     return Paired(float(mean), float(low), float(high), len(difference), len(names))
 
 # %% ../nbs/41_faithfulness.ipynb #97218173
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MapStudy:
     "A measure of several maps and of their rivals."
     measure:str # what is measured, such as "AUROC on the moving arm"
@@ -237,6 +237,8 @@ class MapStudy:
         "For `write_metrics`."
         return {m: dict(value=float(np.mean(self.values[m])), **{r: dict(value=float(np.mean(self.rival(r, m))), difference=p.mean, low=p.low, high=p.high) for r, p in row.items()})
                 for m, row in self.intervals().items()}
+
+    def __repr__(self): return self.conclusion()
 
     def _repr_markdown_(self): return f"{self.markdown()}\n\n{self.conclusion()}"
 

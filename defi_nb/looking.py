@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NONE', 'KINDS', 'NO_MODEL', 'Pairs', 'pairs_of', 'mean_attention', 'rollout', 'gradient_weighted', 'occluded',
            'change', 'query_heats', 'Looks', 'look', 'others_mean', 'pair_shares', 'mask_studies', 'removal_studies',
-           'measure_kinds', 'show_beside']
+           'measure_kinds', 'measure_queries', 'show_beside']
 
 # %% ../nbs/42_looking.ipynb #fafcb93b
 from collections.abc import Callable
@@ -179,7 +179,7 @@ def mask_studies(
     flat = lambda looks: {n: m.sum(1).numpy()[seen] for n, m in looks.maps.items()}
     own = flat(looks)
     found, usual = overlap_rows(own, shares, centre), overlap_rows({n: others_mean(m, clusters) for n, m in own.items()}, shares, centre)
-    rivals = {k: {"chance": found[k]["chance"], "the centre prior": found[k]["centre prior"], "its mean elsewhere": {n: usual[k][n] for n in own}} for k in measures}
+    rivals = {k: {"chance": found[k]["chance"], "the centre prior": found[k]["centre prior"], "its mean over other demonstrations": {n: usual[k][n] for n in own}} for k in measures}
     if untrained:
         random = overlap_rows(flat(untrained), shares, centre)
         for k in measures: rivals[k]["random weights"] = {n: random[k][n] for n in untrained.maps}
@@ -202,9 +202,20 @@ def measure_kinds(
     draws:int=20, # random orders
 )->dict: # name -> ((P,) heat of both frames, `Faithfulness`)
     "Maps of a pair with their curves."
-    heats, score = {n: kind(pairs, i).sum(0) for n, kind in kinds.items()}, pairs.score(i)
+    return {name: _measured(pairs, i, kind(pairs, i).sum(0), pairs.score(i), draws) for name, kind in kinds.items()}
+
+def measure_queries(
+    pairs:Pairs, # of which one is looked at
+    i:int, # which
+    draws:int=20, # random orders
+)->dict: # name of a latent action -> ((P,) heat of both frames, `Faithfulness`)
+    "Attention of each latent action of a pair, with curves of how much is kept of that one."
+    heats = _maps(pairs, i).weights.mean((0, 1)).flatten(2).sum(1)
+    return {f"latent action {q + 1}": _measured(pairs, i, heat, pairs.score(i, q), draws) for q, heat in enumerate(heats)}
+
+def _measured(pairs, i, heat, score, draws):
     centre = centre_map(pairs.side, pairs.side).flatten()
-    return {n: (h, measure_map(score, pairs.features[i], h, pairs.still[i], draws, centre=centre)) for n, h in heats.items()}
+    return heat, measure_map(score, pairs.features[i], heat, pairs.still[i], draws, centre=centre)
 
 def show_beside(
     picture, # (3,H,W) or (H,W,3) uint8

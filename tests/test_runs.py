@@ -30,7 +30,8 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "bench_serve": {"requests": 3, "clients": "2", "seconds": 0.2, "side": 32},
     "eval_simulators": {},
     "own_data": {"demos": 4, "steps": 4, "batch_size": 4},
-    "ablations": DATA | {"rows": "without GFDM pretraining, plain: no video, MLP inverse model", "chains": 1, "fractions": "1.0", "seeds": 1, "steps": 4,
+    "attention": DATA | {"pairs": 8, "columns": 2, "draws": 1, "video": "data/example_lab"},
+    "ablations": DATA | {"rows": "coupled, without GFDM pretraining, plain: no video, MLP inverse model", "chains": 1, "fractions": "1.0", "seeds": 1, "steps": 4,
                          "pretrain_steps": 4, "ckpts": "ckpts/pipeline"},
 }
 
