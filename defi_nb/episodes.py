@@ -252,7 +252,7 @@ class WindowDataset:
         out = {name: _to_bvt(a[rows]) for name,a in self.arrays.items()}
         out |= {name: floats(a[i]) for name,a in self.sample_arrays.items()}
         if self.video: out["video"] = self.pictures(rows)
-        if self.chunk: out["action"] = self.actions(t, self.ends[which])
+        if self.chunk: out |= dict(action=self.actions(t, self.ends[which]), left=torch.from_numpy(self.ends[which] - t))
         if self.frames.robot_obs is not None: out["proprio"] = floats(self.frames.robot_obs[t])
         return Batch(text=[self.windows[w].text for w in which], **out)
 

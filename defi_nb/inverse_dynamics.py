@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rest_action', 'time_reverse', 'draw_reversed', 'reverse_batch', 'InverseDynamicsConfig', 'InverseDynamicsHead',
-           'inverse_dynamics_loss', 'AuxInverseDynamics']
+           'inverse_dynamics_loss', 'pair_loss', 'AuxInverseDynamics']
 
 # %% ../nbs/26_inverse_dynamics.ipynb #bd9107a4
 from contextlib import contextmanager
@@ -54,10 +54,11 @@ def reverse_batch(
     action:Tensor, # (B,k,A) between them
     reverse:Tensor, # (B,) bool, see `draw_reversed`
     rest:Tensor|None=None, # see `time_reverse`
+    undo=time_reverse, # `undo(action, rest)`, the actions of the way back; another one for a control experiment
 )->tuple: # current, future, action
     "The same batch, some of its samples played backwards."
     r = reverse.to(current.device)[:, None, None]
-    return torch.where(r, future, current), torch.where(r, current, future), torch.where(r.to(action.device), time_reverse(action, rest), action)
+    return torch.where(r, future, current), torch.where(r, current, future), torch.where(r.to(action.device), undo(action, rest), action)
 
 # %% ../nbs/26_inverse_dynamics.ipynb #77641ba9
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class InverseDynamicsConfig:
     gripper_weight:float = .01 # lambda_g, of the gripper's part
     p_reverse:float = .5 # probability of Pseudo Time Reversal
     pool:int = 0 # tokens are averaged on a grid of this many a side; 0: kept as they are, as in the paper
+    action_dim:int = ACTION_DIM # numbers of an action, the gripper the last
 
     @classmethod
     def tiny(cls, **changes): return cls(**changes)
@@ -98,7 +100,7 @@ class InverseDynamicsHead(nn.Module):
         P = cfg.pool**2 or cfg.tokens
         self.cfg = cfg
         self.fuse = nn.Sequential(nn.Linear(3*cfg.dim, cfg.hidden), nn.GELU())
-        self.act = nn.Sequential(nn.Linear(P*cfg.hidden, cfg.hidden), nn.GELU(), nn.Linear(cfg.hidden, cfg.chunk*ACTION_DIM))
+        self.act = nn.Sequential(nn.Linear(P*cfg.hidden, cfg.hidden), nn.GELU(), nn.Linear(cfg.hidden, cfg.chunk*cfg.action_dim))
 
     def forward(self,
         current:Tensor, # (B,P,C) tokens of the present
@@ -109,7 +111,7 @@ class InverseDynamicsHead(nn.Module):
             raise ValueError(f"tokens of shapes {tuple(current.shape)} and {tuple(future.shape)}; this head takes (B,{cfg.tokens},{cfg.dim}) of both pictures")
         if cfg.pool: current, future = _pooled(current, cfg.pool), _pooled(future, cfg.pool)
         fused = self.fuse(torch.cat([current, future, future - current], -1))
-        return self.act(fused.flatten(1)).unflatten(1, (cfg.chunk, ACTION_DIM))
+        return self.act(fused.flatten(1)).unflatten(1, (cfg.chunk, cfg.action_dim))
 
 # %% ../nbs/26_inverse_dynamics.ipynb #e54f8a7a
 def inverse_dynamics_loss(
@@ -124,6 +126,27 @@ def inverse_dynamics_loss(
     motion = (predicted[..., :-1] - action[..., :-1]).abs().mean()
     gripper = F.binary_cross_entropy_with_logits(predicted[..., -1], (action[..., -1] > 0).to(predicted))
     return motion + gripper_weight*gripper, dict(motion=motion.detach(), gripper=gripper.detach())
+
+# %% ../nbs/26_inverse_dynamics.ipynb #dfc1ef62
+def pair_loss(
+    head:InverseDynamicsHead, # shared by the cameras
+    current:Tensor, # (V,B,P,C) tokens of the present, of each camera
+    future:Tensor, # (V,B,P,C) tokens k steps later
+    action:Tensor, # (B,k,A) between them
+    valid:Tensor|None=None, # (B,) bool, samples whose future is real; None: all
+    generator:torch.Generator|None=None, # of the reversals
+    rest:Tensor|None=None, # see `time_reverse`
+    undo=time_reverse, # see `reverse_batch`
+)->tuple: # scalar, not yet weighted; logs
+    "The inverse-dynamics loss of pairs of pictures, some of them played backwards."
+    if action.shape[1:] != (head.cfg.chunk, head.cfg.action_dim):
+        raise ValueError(f"actions have shape {tuple(action.shape)}; this head takes (B,{head.cfg.chunk},{head.cfg.action_dim}): `chunk` and `action_dim` of InverseDynamicsConfig are the policy's own")
+    reverse, losses = draw_reversed(len(action), head.cfg.p_reverse, generator, valid), []
+    for z, z_later in zip(current, future):
+        now, then, target = reverse_batch(z, z_later, action, reverse, rest, undo)
+        losses.append(inverse_dynamics_loss(head(now, then), target, head.cfg.gripper_weight, valid))
+    logs = {f"inverse_{k}": torch.stack([parts[k] for _, parts in losses]).mean() for k in ("motion", "gripper")}
+    return torch.stack([l for l, _ in losses]).mean(), logs
 
 # %% ../nbs/26_inverse_dynamics.ipynb #3e242758
 class AuxInverseDynamics:
@@ -171,10 +194,4 @@ class AuxInverseDynamics:
         rows = self.tokens(**future)
         later = self._by_view(list(rows.chunk(len(passes))), B)
         self.seen.clear() # of this step, the future's pass included
-        reverse = draw_reversed(B, self.cfg.p_reverse, generator, valid)
-        losses = []
-        for z, z_later in zip(current, later): # one draw and one target for all cameras
-            now, then, target = reverse_batch(z, z_later, action, reverse, rest)
-            losses.append(inverse_dynamics_loss(self.head(now, then), target, self.cfg.gripper_weight, valid))
-        logs = {f"inverse_{k}": torch.stack([parts[k] for _, parts in losses]).mean() for k in ("motion", "gripper")}
-        return torch.stack([l for l, _ in losses]).mean(), logs
+        return pair_loss(self.head, current, later, action, valid, generator, rest)

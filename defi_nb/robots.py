@@ -254,7 +254,7 @@ def __getitem__(self:RobotSamples,
     where = list(zip(*(x.tolist() for x in self.locate(indices))))
     parts = [self._sample(e, t) for e,t in where]
     stack = lambda name: torch.from_numpy(np.stack([p[name] for p in parts])) if parts and parts[0][name] is not None else None
-    try: return Batch(text=[p["text"] for p in parts], **{name: stack(name) for name in ("video", "action", "proprio")})
+    try: return Batch(text=[p["text"] for p in parts], **{name: stack(name) for name in ("video", "action", "proprio", "left")})
     except ValueError: # of np.stack
         shapes = {p["video"].shape[-2:] for p in parts if p["video"] is not None}
         raise ValueError(f"{self.source.name}: pictures of sizes {sorted(shapes)} do not fit one batch: give `size`") from None
@@ -267,7 +267,7 @@ def _sample(self:RobotSamples, e, t):
     if proprio is not None and not np.isfinite(proprio[t]).all():
         raise ValueError(f"{name}: proprio of row {t} is {proprio[t]}: leave this episode out (`episodes`), or repair it")
     return dict(text=self.source.texts(e, [t])[0], proprio=None if proprio is None else proprio[t],
-                video=self._video(e, rows) if self.views else None, action=self._actions(action, t, name) if self.chunk else None)
+                video=self._video(e, rows) if self.views else None, action=self._actions(action, t, name) if self.chunk else None, left=last - t if self.chunk else None)
 
 @patch
 def _video(self:RobotSamples, e, rows):

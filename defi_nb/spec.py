@@ -59,6 +59,7 @@ class Batch:
     feature:Tensor|None = None # (B,V,T,P,D) float, GFDM's one-step features of the predicted frames T
     action:Tensor|None = None # (B,K,A) float32 in [-1, 1]
     proprio:Tensor|None = None # (B,15) float32, CALVIN's robot_obs
+    left:Tensor|None = None # (B,) int64, control steps from the present to the demonstration's last frame; actions beyond are padding, frames beyond repeat the last
 
     def __len__(self): return len(self.text)
 
