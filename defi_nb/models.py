@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import differing_fields, has_checkpoint, load_checkpoint, load_state, plain_config, read_config, restore_config
+from .direct import DirectConfig, DirectPolicy
 from .dino_forward import DinoForward, DinoForwardConfig
 from .encoders import load_acting_encoders, load_encoders, read_weights
 from .gfdm import GFDM, GFDMConfig, for_features
@@ -24,11 +25,12 @@ def _build_gfdm(fields, encoders, info): return GFDM(restore_config(GFDMConfig, 
 def _build_dino(fields, encoders, info): return DinoForward(restore_config(DinoForwardConfig, fields), encoders.clip)
 def _build_gidm(fields, encoders, info): return GIDM(restore_config(GIDMConfig, fields), encoders.t5)
 def _build_plain(fields, encoders, info): return PlainPolicy(restore_config(PlainConfig, fields), encoders)
+def _build_direct(fields, encoders, info): return DirectPolicy(restore_config(DirectConfig, fields), encoders)
 def _build_coupled(fields, encoders, info):
     forward = BUILDERS[info.get("forward", "GFDM")](info["gfdm"], encoders, info)
     return CoupledPolicy(restore_config(PolicyConfig, fields), encoders, forward)
 
-BUILDERS = dict(GFDM=_build_gfdm, DinoForward=_build_dino, GIDM=_build_gidm, PlainPolicy=_build_plain, CoupledPolicy=_build_coupled) # class name -> how to build it
+BUILDERS = dict(GFDM=_build_gfdm, DinoForward=_build_dino, GIDM=_build_gidm, PlainPolicy=_build_plain, DirectPolicy=_build_direct, CoupledPolicy=_build_coupled) # class name -> how to build it
 
 def model_info(
     model, # a forward model, GIDM or a policy
@@ -81,12 +83,13 @@ def load_to_act(
 ): # the policy, in evaluation mode; it acts, and cannot be trained
     "A policy of which only that is loaded which acting needs: no decoder of the VAE, no DINOv2 unless it looks through it, no GFDM beyond its features."
     about = read_config(folder)
-    if about["class"] not in (acting := ("CoupledPolicy", "PlainPolicy")):
+    if about["class"] not in (acting := ("CoupledPolicy", "PlainPolicy", "DirectPolicy")):
         raise ValueError(f"{folder} holds a {about['class']}; expected {' or '.join(acting)}: give the folder of such a checkpoint")
     forward, preset = about["info"].get("forward", "GFDM"), about["info"].get("preset", "tiny")
     encoders = load_acting_encoders(preset) if forward == "GFDM" else load_encoders(preset)
     _check_encoders(folder, about, encoders)
-    with torch.device("meta"): model = BUILDERS[about["class"]](about["fields"], encoders, about["info"])
+    with torch.device("cpu" if about["class"] == "DirectPolicy" else "meta"): # a Hugging Face encoder has tensors of its own that no checkpoint holds
+        model = BUILDERS[about["class"]](about["fields"], encoders, about["info"])
     if about["class"] == "CoupledPolicy" and forward == "GFDM": for_features(model.gfdm)
     model.action_scale = stored_scale_of(about)
     return read_weights(model, [Path(folder)/"model.safetensors"]).eval()

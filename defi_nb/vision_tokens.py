@@ -14,7 +14,7 @@ from torch import Tensor, nn
 # %% ../nbs/26_vision_tokens.ipynb #668c0bbf
 TOWERS = { # class name -> what its output looks like
     "Dinov2Model": "prefix", "Dinov2WithRegistersModel": "prefix", "DINOv3ViTModel": "prefix", "CLIPVisionModel": "prefix", # a class token and registers come first
-    "SiglipVisionModel": "patches", "Siglip2VisionModel": "patches", # patches alone
+    "SiglipVisionModel": "patches", "Siglip2VisionModel": "patches", "ConvViT": "patches", # patches alone; the last is `27_direct`'s
     "Florence2VisionBackbone": "map", # (B,C,h,w)
     "Qwen3VLVisionModel": "packed"} # the patches of all pictures in one row; merged ones in `pooler_output`
 
