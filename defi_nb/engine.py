@@ -49,11 +49,16 @@ def like(
 # %% ../nbs/30_engine.ipynb #2afbcc76
 class LossStep(nn.Module):
     "A model whose call is its loss, which is what data parallelism wraps."
-    def __init__(self, model:nn.Module): # with `loss(batch)`
+    def __init__(self,
+        model:nn.Module, # with `loss(batch)`
+        beside:nn.Module|None=None, # with `loss(model, batch)`: the model's own loss and what is added to it
+    ):
         super().__init__()
-        self.model = model
+        self.model, self.beside = model, beside
 
-    def forward(self, batch): return self.model.loss(batch)
+    def loss(self, batch): return self.model.loss(batch) if self.beside is None else self.beside.loss(self.model, batch)
+
+    def forward(self, batch): return self.loss(batch)
 
 def resolve_precision(
     cfg:TrainConfig, # precision and device
@@ -85,19 +90,22 @@ class Engine:
         model:nn.Module, # with `loss(batch) -> (scalar, dict of logs)`
         cfg:TrainConfig, # all numbers
         accelerator:Accelerator|None=None, # of the run; None: a new one
+        beside:nn.Module|None=None, # trained with the model and no part of it, with `loss(model, batch)`
     ):
         self.given, self.cfg, self.accelerator = model, cfg, accelerator or make_accelerator(cfg)
         self.device, self.rank, self.ranks = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
         self.main, self.sharded = self.rank == 0, cfg.sharded and self.ranks > 1
         self.model = deepcopy(model) if self.sharded else model
         self.model.to(self.device)
+        self.beside = None if beside is None else beside.to(self.device)
+        if self.sharded and beside is not None: raise ValueError(f"sharded is True, and a {type(beside).__name__} is trained beside the model, which cannot be divided: leave sharded out (each process has the whole model), or train without it")
         self.undo = ExitStack()
         if cfg.recompute: self.undo.enter_context(recomputed(blocks(self.model)))
         if cfg.compile: self.undo.enter_context(compiled(blocks(self.model)))
-        step = LossStep(self.model)
+        step = LossStep(self.model, self.beside)
         self.step = shard(step) if self.sharded else self.accelerator.prepare_model(step)
-        self.params = list(trainable(self.model).values())
-        self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(self.model, cfg))
+        self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(self.model, cfg, self.beside))
+        self.params = list(trainable(self.model).values()) + ([] if beside is None else list(trainable(self.beside).values()))
         self.ema = EMA(self.model, cfg.ema_decay)
 
     def loss(self, batch): # on any device -> (scalar, dict of logs)

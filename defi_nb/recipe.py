@@ -113,13 +113,13 @@ def trainable(
 def make_optimizer(
     model:nn.Module, # its trainable parameters
     cfg:TrainConfig, # lr, betas, weight decay
-)->torch.optim.AdamW: # two groups: decayed, not decayed
+    beside:nn.Module|None=None, # something trained with it, in groups of its own
+)->torch.optim.AdamW: # two groups of each: decayed, not decayed
     "AdamW without decay of biases and norms."
-    params = trainable(model).values()
+    params = list(trainable(model).values())
     if not params: raise ValueError(f"{type(model).__name__} has no trainable parameters: all have requires_grad=False")
-    fused = next(iter(params)).device.type in ("cpu", "cuda")
-    groups = [dict(params=[p for p in params if p.ndim > 1], weight_decay=cfg.weight_decay),
-              dict(params=[p for p in params if p.ndim < 2], weight_decay=0.)]
+    fused, others = params[0].device.type in ("cpu", "cuda"), [] if beside is None else list(trainable(beside).values())
+    groups = [dict(params=[p for p in some if (p.ndim > 1) == kernels], weight_decay=cfg.weight_decay if kernels else 0.) for some in (params, others) for kernels in (True, False)]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, fused=fused)
 
 # %% ../nbs/29_recipe.ipynb #8fe4b481

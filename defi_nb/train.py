@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from .checkpoint import (completed, differing_fields, has_checkpoint, link_checkpoint, load_checkpoint, load_state, model_state,
                                 plain_config, recover, save_checkpoint)
-from .engine import Engine, like, make_accelerator, whole
+from .engine import Engine, LossStep, like, make_accelerator, whole
 from .files import write_whole
 from .memory import memory_hint, memory_needed, remedies
 from .progress import progress_bar
@@ -162,12 +162,13 @@ def run_identity(
     data, # a dataset
     cfg:TrainConfig, # of the run
     info:dict|None=None, # what else the result depends on
+    beside:nn.Module|None=None, # what is trained with it, with `identity()`
 )->dict: # of JSON values
     "What makes two runs the same run."
     train = {k: v for k,v in plain_config(cfg).items() if k not in FREE}
     size = sum(p.numel() for p in trainable(model).values())
     return {"class": type(model).__name__, "model": plain_config(getattr(model, "cfg", None)), "parameters": size,
-            "train": train, "samples": len(data), "info": plain_config(info)}
+            "train": train, "samples": len(data), "info": plain_config(info)} | ({} if beside is None else {"beside": plain_config(beside.identity())})
 
 def _clean(out, resume, steps, record):
     "Before a run begins: drop what an earlier one left if it is not to be resumed, and say who runs and how long."
@@ -198,6 +199,7 @@ def engine_state(
     "What a checkpoint holds, inside the `with`; every process has to enter it."
     with engine.ema.averaged(): # which exchanges them: meanwhile `ema.mean` holds the running weights
         state = dict(optimizer=engine.optimizer.state_dict(), running=engine.ema.mean)
+        if engine.beside is not None: state["beside"] = engine.beside.state_dict()
         if engine.accelerator.scaler is not None: state["scaler"] = engine.accelerator.scaler.state_dict()
         yield whole(model_state(engine.model), engine.main), whole(state, engine.main)
 
@@ -212,6 +214,7 @@ def restore_engine(
     for i,values in found["state"].items():
         found["state"][i] = {k: like(v, of_params[i]) if v.shape == of_params[i].shape else v for k,v in values.items()}
     engine.optimizer.load_state_dict(found)
+    if engine.beside is not None: engine.beside.load_state_dict(state["beside"])
     for p,mean,running in zip(engine.ema.params, engine.ema.mean, state["running"]):
         mean.copy_(p)
         p.copy_(like(running, p))
@@ -282,7 +285,7 @@ def _bar(model, cfg, done, history, main):
 
 def _first_look(engine, data):
     "The memory that the run will need; a warning if that is more than there is."
-    need = memory_needed(engine.given, data, engine.cfg, engine.ranks, engine.accelerator.autocast)
+    need = memory_needed(engine.given if engine.beside is None else LossStep(engine.given, engine.beside), data, engine.cfg, engine.ranks, engine.accelerator.autocast)
     if need.total > need.free and engine.main: warnings.warn(f"{need}: {remedies(engine.cfg)}", stacklevel=3)
     return need
 
@@ -305,15 +308,16 @@ def fit(
     val_data=None, # a dataset to validate on
     info:dict|None=None, # what else the result depends on, such as data_frac; JSON values
     record=None, # the folder of the run that this training is part of, whose live view then finds it
+    beside:nn.Module|None=None, # trained with the model and no part of it: `loss(model, batch)` calls the model's and adds to it, `identity()` says what it is
 )->list: # of rows: dicts with step, loss, the model's logs, lr, grad_norm, seconds, val_loss, ...
     "Train a model, or go on with it, or find it finished."
-    accelerator, run, hooks = make_accelerator(cfg, out), run_identity(model, data, cfg, info), [on_log] if callable(on_log) else on_log
+    accelerator, run, hooks = make_accelerator(cfg, out), run_identity(model, data, cfg, info, beside), [on_log] if callable(on_log) else on_log
     main = accelerator.is_main_process
     with _alone(out if main else None), borrowed_torch(cfg.num_threads), _told_to_stop() as stop:
         if out and main: _clean(out, resume, cfg.steps, record)
         accelerator.wait_for_everyone()
         done, state, history = _start(out, model, run)
-        engine, meter, best = Engine(model, cfg, accelerator), Meter(state.get("meter") if main else None), state.get("best", {})
+        engine, meter, best = Engine(model, cfg, accelerator, beside), Meter(state.get("meter") if main else None), state.get("best", {})
         if state: restore_engine(engine, state)
         if state and main: print(f"{out}: {'finished at' if done == cfg.steps else 'going on after'} step {done} of {cfg.steps}")
         if out and main:
