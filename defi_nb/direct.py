@@ -91,7 +91,7 @@ class DirectPolicy(nn.Module):
         super().__init__()
         self.cfg, self.encoders, self.adapter, self.tower = cfg, encoders, ActionAdapter(cfg.adapter), build_tower(cfg)
         self.vision = VisionTokens(self.tower, cfg.tap)
-        with torch.no_grad(): P, C = self.vision(pixel_values=torch.zeros(1, 3, cfg.size, cfg.size)).shape[1:]
+        with torch.no_grad(): self.token_shape = P, C = tuple(self.vision(pixel_values=torch.zeros(1, 3, cfg.size, cfg.size)).shape[1:])
         self.patch_up = nn.Linear(C*cfg.group**2, cfg.adapter.video_dim)
         self.place = nn.Parameter(.02*torch.randn(1, len(cfg.views), P//cfg.group**2, cfg.adapter.video_dim))
 
