@@ -30,8 +30,10 @@ def locate_tower(
     raise ValueError(f"{type(model).__name__} has no vision encoder that is known; known are {', '.join(TOWERS)}. Add yours to `vision_tokens.TOWERS`, "
                      "with `patches` where its output is (B,P,C)")
 
-def _tokens(tower, output, grid, tap):
+def _tokens(tower, output, grid, tap): # grid: where an encoder takes pictures of several sizes, Qwen3-VL's sizes or SigLIP 2's mask
     "(B,P,C) of an encoder's output, or of a block's."
+    if type(tower).__name__ == "Siglip2VisionModel" and not grid.bool().all():
+        raise ValueError(f"pictures of different sizes are padded to {grid.shape[1]} patches, of which {grid.sum(1).tolist()} are real: resize them to one size")
     kind = TOWERS[type(tower).__name__]
     x = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else output.pooler_output if tap == "merged" else output.last_hidden_state
     if kind == "map": return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
@@ -70,7 +72,7 @@ class VisionTokens:
     def recorded(self): # yields a list
         "While this is open, the tokens of each pass of the encoder are put into the list, whoever asked for the pass."
         seen, grid = [], []
-        def before(module, args, kwargs): grid[:] = [kwargs.get("grid_thw", args[1] if len(args) > 1 else None)]
+        def before(module, args, kwargs): grid[:] = [next((kwargs[k] for k in ("grid_thw", "pixel_attention_mask") if k in kwargs), args[1] if len(args) > 1 else None)]
         def after(module, args, output): seen.append(_tokens(self.tower, output, grid[0] if grid else None, self.tap))
         hooks = [self.tower.register_forward_pre_hook(before, with_kwargs=True), self.module.register_forward_hook(after)]
         try: yield seen
