@@ -68,3 +68,58 @@ def test_attach_train_detach(pi0, batch):
 def test_a_frozen_tower_is_refused(pi0):
     pi0.requires_grad_(False)
     with pytest.raises(ValueError, match="every parameter of the SiglipVisionModel is frozen"): attach(pi0)
+
+
+# The project's own policies, through the same training as ever.
+
+SMALL = dict(size=32, stem=(8, 16), dim=32, depth=1)
+
+
+@pytest.fixture(scope="module")
+def direct(tmp_path_factory):
+    "A direct policy trained alone, with the auxiliary loss at weight 0, and with it, each in its folder."
+    from defi_nb.action_adapter import AdapterConfig
+    from defi_nb.auxiliary import InverseBeside, encoder_pair, fit_inverse
+    from defi_nb.direct import DirectConfig, DirectPolicy
+    from defi_nb.encoders import load_acting_encoders
+    from defi_nb.episodes import WindowDataset, fake_frames
+    from defi_nb.models import model_info
+    from defi_nb.train import TrainConfig, fit
+    folder, encoders, frames = tmp_path_factory.mktemp("direct"), load_acting_encoders("tiny"), fake_frames(dict(open_drawer=3), image_size=64)
+    data = WindowDataset(frames, frames.windows, offsets=(0, 10), chunk=10, video=True)
+    cfg = TrainConfig(steps=4, batch_size=8, warmup=1, log_every=2, ema_decay=.9, device="cpu")
+    policies, rows = {}, {}
+    for name, weight in dict(alone=None, unweighted=0., together=.3).items():
+        torch.manual_seed(0)
+        policy = DirectPolicy(DirectConfig(**SMALL, adapter=AdapterConfig(dim=32, enc_blocks=1, dec_blocks=1, latent_dim=0, proprio_dim=0)), encoders)
+        beside = None if weight is None else InverseBeside(fit_inverse(InverseDynamicsConfig.tiny(weight=weight), policy), encoder_pair)
+        rows[name] = fit(policy, data, cfg, folder/name, info=model_info(policy, encoders), beside=beside)
+        policies[name] = policy
+    return folder, policies, rows
+
+
+def test_a_policy_keeps_nothing_of_its_auxiliary_loss(direct):
+    folder, policies, rows = direct
+    alone, unweighted, together = (policies[n].state_dict() for n in ("alone", "unweighted", "together"))
+    assert all(torch.equal(alone[k], unweighted[k]) for k in alone) and not torch.equal(alone["tower.place"], together["tower.place"])
+    assert list(alone) == list(together) and {"inverse", "inverse_motion", "policy"} <= set(rows["together"][-1])
+    from safetensors import safe_open
+    for name in ("alone", "together"):
+        with safe_open(folder/name/"model.safetensors", "pt") as f: assert sorted(f.keys()) == sorted(alone)
+
+
+def test_a_direct_policy_acts_as_the_others_do(direct):
+    import numpy as np
+
+    from defi_nb.models import load_to_act
+    from defi_nb.rollout import obs_to_batch, predict
+    from defi_nb.serve import contract_of
+    folder, policies, _ = direct
+    rng = np.random.default_rng(0)
+    obs = [dict(rgb_obs=dict(rgb_static=rng.integers(0, 256, (200, 200, 3), np.uint8), rgb_gripper=rng.integers(0, 256, (84, 84, 3), np.uint8)), robot_obs=rng.normal(size=15)) for _ in range(2)]
+    batch, noise, loaded = obs_to_batch(obs, ["open the drawer"]*2, 64), torch.randn(2, 10, 7), load_to_act(folder/"together")
+    action = predict(loaded, batch, noise)
+    np.testing.assert_array_equal(action, predict(policies["together"], batch, noise))
+    assert action.shape == (2, 10, 7) and not np.array_equal(action[0], action[1])
+    contract = contract_of(loaded)
+    assert (contract.policy, contract.views, contract.state, contract.horizon) == ("DirectPolicy", ("static", "gripper"), 0, 10)
