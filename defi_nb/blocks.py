@@ -32,10 +32,13 @@ def recomputed(
     modules:list, # of modules
 ):
     "Inside the `with`, these modules compute their activations again for the gradient instead of keeping them."
+    before = [vars(m).get("forward") for m in modules] # not None where one is open around this one
     for m in modules: m.forward = partial(checkpoint, m.forward, use_reentrant=False)
     try: yield
     finally:
-        for m in modules: del m.forward
+        for m, forward in zip(modules, before):
+            if forward is None: del m.forward
+            else: m.forward = forward
 
 # %% ../nbs/29_blocks.ipynb #b96ea26a
 @contextmanager
