@@ -13,7 +13,7 @@ import torch
 
 from .latent_actions import code_action_information, codebook_report, reversal_purity
 from .latent_pairs import Inferred, Pairs, Transfer, nearest_frames
-from .spec import POSITION_UNIT
+from .spec import POSITION_UNIT, ROTATION_UNIT
 
 # %% ../nbs/41_codes.ipynb #73e55a9a
 def code_table(
@@ -93,7 +93,7 @@ def bin_names(
     centres, # (K,7) of `action_bins`
 )->list: # of K texts
     "What kinds of action do."
-    scale, names, out = np.array([100*POSITION_UNIT]*3 + [.05*180/np.pi]*3), ("x", "y", "z", "roll", "pitch", "yaw"), []
+    scale, names, out = np.array([100*POSITION_UNIT]*3 + [np.degrees(ROTATION_UNIT)]*3), ("x", "y", "z", "roll", "pitch", "yaw"), []
     for c in np.asarray(centres, float):
         i = np.abs(c[:6]).argmax()
         moved = f"{names[i]} {c[i]*scale[i]:+.0f} {'cm' if i < 3 else 'deg'}" if abs(c[i]) > .5 else "still"
@@ -196,8 +196,7 @@ def tsne_2d(
     seed:int=0, # of its start
 )->np.ndarray: # (N,2)
     "t-SNE of latents."
-    try: from sklearn.manifold import TSNE
-    except ImportError as error: raise ImportError("t-SNE needs scikit-learn: pip install scikit-learn, or look at `embed_2d`") from error
+    from sklearn.manifold import TSNE
     x = np.asarray(latents, np.float32).reshape(len(latents), -1)
     return TSNE(perplexity=min(perplexity, (len(x) - 1)/3), init="pca", random_state=seed).fit_transform(x)
 
