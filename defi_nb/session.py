@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'Episode', 'window_episode', 'clip_episode', 'home_state', 'look_batch', 'coming_frames', 'Ask', 'Session',
            'Background', 'nearest_first']
 
-# %% ../nbs/42_session.ipynb #fa531677
+# %% ../nbs/42_session.ipynb #6d3e75bb
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from torch import Tensor
 from .attention import policy_maps
 from .calvin_data import resize_picture
 from .decode import read_frames, scan_video
-from .denoising import chunk_steps, future_steps, hand_path
+from .denoising import chunk_steps, future_noise, future_steps, hand_path
 from .episodes import Frames, Window
 from .gfdm import GFDM
 from .playtable import PlayTable
@@ -29,7 +29,7 @@ from .rollout import chain_noise, obs_to_batch
 from .spec import CONTROL_HZ, VIEWS, Batch
 from .videos import nearest
 
-# %% ../nbs/42_session.ipynb #edbc4e75
+# %% ../nbs/42_session.ipynb #b3818023
 @dataclass(frozen=True)
 class Episode:
     "Pictures in a row, and what else is known of them."
@@ -79,7 +79,7 @@ def clip_episode(
         return resize_picture(np.ascontiguousarray(picture[(h - s)//2:][:s, (w - s)//2:][:, :s]), size)
     return Episode({VIEWS[0]: read_frames(path, nearest(info.times, wanted), info, square)}, text, Path(path).name)
 
-# %% ../nbs/42_session.ipynb #ec15f106
+# %% ../nbs/42_session.ipynb #08d9f2b8
 @lru_cache(1)
 def home_state()->np.ndarray: # (15,) CALVIN's robot_obs
     "The arm's home posture."
@@ -106,7 +106,7 @@ def coming_frames(
     rows = np.minimum(t + np.asarray(offsets), len(episode) - 1)
     return {view: v[rows] for view, v in episode.video.items()}
 
-# %% ../nbs/42_session.ipynb #baba0806
+# %% ../nbs/42_session.ipynb #c0a00144
 @dataclass(frozen=True)
 class Ask:
     "A question to a policy."
@@ -158,11 +158,11 @@ class Session:
                 while self.size > self.memory and len(self.kept) > 1: self.size -= _bytes(self.kept.popitem(last=False)[1])
             return self.kept[key]
 
-# %% ../nbs/42_session.ipynb #2bffc953
+# %% ../nbs/42_session.ipynb #0f5dfe08
 def _keys(ask):
     "What each part of an answer depends on."
     t, text, seed = ask.t, ask.text, ask.seed
-    return dict(chunk=("chunk", t, text, seed), codes=("codes", t, text), maps=("maps", t, text), future=("future", t, text, seed, ask.steps))
+    return dict(chunk=("chunk", t, text, seed), codes=("codes", t, text), maps=("maps", t, text, seed), future=("future", t, text, seed, ask.steps))
 
 @patch
 def batch(self:Session, ask:Ask)->Batch: # of one sample
@@ -178,8 +178,7 @@ def futures(self:Session,
     "Decoded frames that the forward model foresees."
     policy, views = self.policy, self.policy.cfg.views
     latent = policy.encoders.vae.encode(self.batch(ask).video[0, :, 0])[[VIEWS.index(v) for v in views]]
-    noise = torch.randn(policy.gfdm.noise.shape, generator=torch.Generator().manual_seed(ask.seed)).expand(len(views), -1, -1, -1, -1)
-    with self.lock: found = future_steps(policy.gfdm, policy.encoders.vae, latent, ask.text, steps, noise)
+    with self.lock: found = future_steps(policy.gfdm, policy.encoders.vae, latent, ask.text, steps, future_noise(policy.gfdm, (len(views),), ask.seed))
     return {n: {view: f.permute(0, 2, 3, 1).contiguous().numpy() for view, f in zip(views, video)} for n, video in found.items()}
 
 @torch.no_grad()
@@ -187,13 +186,17 @@ def _codes(session, ask):
     "(Q,) codes."
     return session.policy.encode_batch(session.batch(ask))[1].indices[0].flatten().numpy()
 
+@patch
+def noise(self:Session, ask:Ask)->Tensor: # (1,K,7) standard normal
+    "The noise of the chunk."
+    return chain_noise(ask.seed, 0, 0, 0, self.policy.cfg.spec.chunk)[None]
+
 @torch.no_grad()
 def _chunk(session, ask):
     "(S,K,7) the chunk at each step of the sampler, within what can be executed."
-    noise = chain_noise(ask.seed, 0, 0, 0, session.policy.cfg.spec.chunk)[None]
-    return torch.as_tensor(chunk_steps(session.policy, session.batch(ask), noise)[0]).clamp(-1, 1).float().numpy()
+    return chunk_steps(session.policy, session.batch(ask), session.noise(ask))[0].clamp(-1, 1).float().numpy()
 
-_PARTS = dict(chunk=_chunk, codes=_codes, maps=lambda s, ask: policy_maps(s.policy, s.batch(ask)), future=lambda s, ask: s.futures(ask, (ask.steps,))[ask.steps])
+_PARTS = dict(chunk=_chunk, codes=_codes, maps=lambda s, ask: policy_maps(s.policy, s.batch(ask), s.noise(ask)), future=lambda s, ask: s.futures(ask, (ask.steps,))[ask.steps])
 PARTS = tuple(_PARTS) # of an answer, quick ones first
 
 @patch
@@ -221,7 +224,7 @@ def path(self:Session,
     state = home_state() if self.episode.robot_obs is None else self.episode.robot_obs[t]
     return np.asarray(hand_path(torch.as_tensor(np.asarray(action)).float(), torch.as_tensor(state).float()))
 
-# %% ../nbs/42_session.ipynb #2ecf850a
+# %% ../nbs/42_session.ipynb #d847f01f
 class Background:
     "Answers questions in a thread."
     def __init__(self,
