@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEYS', 'Pilot', 'key_action']
 
-# %% ../nbs/42_pilot.ipynb #cc61b68c
+# %% ../nbs/42_pilot.ipynb #f1331664
 import numpy as np
 
 from .calvin import solved
@@ -13,7 +13,7 @@ from .rollout import EvalConfig, chain_noise, obs_to_batch, playtable_env, predi
 from .session import Episode
 from .spec import ACTION_DIM, VIEWS
 
-# %% ../nbs/42_pilot.ipynb #6e5c3b45
+# %% ../nbs/42_pilot.ipynb #198d1878
 class Pilot:
     "The embedded simulator, going on from a recorded moment."
     def __init__(self,
@@ -21,7 +21,7 @@ class Pilot:
         t:int=0, # row from which to go on
     ):
         if not episode.scene or episode.scene_obs is None: raise ValueError(f"{episode.name} can't be gone on with: it has no state of a scene A to D, from which the embedded simulator could start; choose a window of a recording")
-        self.begun, self.t, self.looks = episode, t, 0
+        self.begun, self.t, self.looks, self.plan = episode, t, 0, []
         sizes = [episode.video[view].shape[1] for view in VIEWS]
         self.env = playtable_env(EvalConfig(scene=episode.scene, static_size=sizes[0], gripper_size=sizes[1]))
         self.start_info = self._put(0) and self.env.get_info()
@@ -41,6 +41,7 @@ class Pilot:
         by:str="hand", # who steers
     ):
         "Act for one control step."
+        self.plan = self.plan[1:] if by == "policy" else [] # whoever takes over ends the policy's plan
         action = np.asarray(action, np.float32).clip(-1, 1)
         action[-1] = 1 if action[-1] > 0 else -1
         self.obs, _, _, info = self.env.step(action.astype(float))
@@ -54,15 +55,20 @@ class Pilot:
         text:str, # instruction
         size:int, # of the pictures that it sees, pixels
         chunk:int, # actions that it predicts at once
-        execute:int=10, # of them that are executed
+        execute:int=10, # of them that will be executed
         seed:int=0, # of its noise
     )->np.ndarray: # (K,7) the chunk
-        "Let a policy look once, and act."
+        "Let a policy look, and keep what it wants to do."
         noise = chain_noise(seed, 0, 0, self.looks, chunk)[None]
         actions = predict(policy, obs_to_batch([self.obs], [text], size), noise)[0]
-        for action in actions[:execute]: self.step(action, "policy")
-        self.looks += 1
+        self.plan, self.looks = list(actions[:execute]), self.looks + 1
         return actions
+
+    def follow(self,
+        steps:int|None=None, # control steps; None: all
+    ):
+        "Do what the policy wanted at its last look."
+        for action in self.plan[:steps]: self.step(action, "policy")
 
     def path(self): return np.stack([state[:3] for _, state, _ in self.seen]) # (n+1,3) metres
 
@@ -74,7 +80,7 @@ class Pilot:
         rest[-1] = self.gripper # nothing has been done at the last row yet
         return Episode(pictures, self.begun.text, f"live, from row {self.t} of {self.begun.name}", np.stack([*self.actions, rest]), states, scenes, self.begun.scene, self.begun.task)
 
-# %% ../nbs/42_pilot.ipynb #97f7229c
+# %% ../nbs/42_pilot.ipynb #d54a3e0b
 KEYS = {"a": (0, -1), "d": (0, 1), "s": (1, -1), "w": (1, 1), "f": (2, -1), "r": (2, 1),
         "u": (3, -1), "o": (3, 1), "k": (4, -1), "i": (4, 1), "j": (5, -1), "l": (5, 1)} # key -> (number of the action, direction)
 

@@ -6,9 +6,10 @@
 __all__ = ['PARTS', 'Episode', 'window_episode', 'clip_episode', 'home_state', 'look_batch', 'coming_frames', 'Ask', 'Session',
            'Background', 'nearest_first']
 
-# %% ../nbs/42_session.ipynb #6d3e75bb
+# %% ../nbs/42_session.ipynb #2649d178
 import threading
 from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +30,7 @@ from .rollout import chain_noise, obs_to_batch
 from .spec import CONTROL_HZ, VIEWS, Batch
 from .videos import nearest
 
-# %% ../nbs/42_session.ipynb #b3818023
+# %% ../nbs/42_session.ipynb #12c0232b
 @dataclass(frozen=True)
 class Episode:
     "Pictures in a row, and what else is known of them."
@@ -79,7 +80,7 @@ def clip_episode(
         return resize_picture(np.ascontiguousarray(picture[(h - s)//2:][:s, (w - s)//2:][:, :s]), size)
     return Episode({VIEWS[0]: read_frames(path, nearest(info.times, wanted), info, square)}, text, Path(path).name)
 
-# %% ../nbs/42_session.ipynb #08d9f2b8
+# %% ../nbs/42_session.ipynb #b19ad78e
 @lru_cache(1)
 def home_state()->np.ndarray: # (15,) CALVIN's robot_obs
     "The arm's home posture."
@@ -106,7 +107,7 @@ def coming_frames(
     rows = np.minimum(t + np.asarray(offsets), len(episode) - 1)
     return {view: v[rows] for view, v in episode.video.items()}
 
-# %% ../nbs/42_session.ipynb #c0a00144
+# %% ../nbs/42_session.ipynb #caf5637e
 @dataclass(frozen=True)
 class Ask:
     "A question to a policy."
@@ -158,7 +159,7 @@ class Session:
                 while self.size > self.memory and len(self.kept) > 1: self.size -= _bytes(self.kept.popitem(last=False)[1])
             return self.kept[key]
 
-# %% ../nbs/42_session.ipynb #0f5dfe08
+# %% ../nbs/42_session.ipynb #a58127aa
 def _keys(ask):
     "What each part of an answer depends on."
     t, text, seed = ask.t, ask.text, ask.seed
@@ -224,13 +225,13 @@ def path(self:Session,
     state = home_state() if self.episode.robot_obs is None else self.episode.robot_obs[t]
     return np.asarray(hand_path(torch.as_tensor(np.asarray(action)).float(), torch.as_tensor(state).float()))
 
-# %% ../nbs/42_session.ipynb #d847f01f
+# %% ../nbs/42_session.ipynb #a154c4e0
 class Background:
     "Answers questions in a thread."
     def __init__(self,
         told, # called as told(session, ask, error) after each part of an answer, in the thread; `error` is None or an exception
     ):
-        self.told, self.wanted, self.tried, self.change, self.closed = told, [], set(), threading.Condition(), False
+        self.told, self.wanted, self.tried, self.change, self.closed, self.held = told, [], set(), threading.Condition(), False, False
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
@@ -247,14 +248,14 @@ class Background:
         "The first part that is missing: (session, ask, part); None when closed."
         with self.change:
             while not self.closed:
-                while self.wanted:
+                while self.wanted and not self.held:
                     session, ask = self.wanted[0]
                     room = session.size < .8*session.memory or (id(session), ask) in self.urgent
                     known = session.known(ask)
                     for part in PARTS:
                         if room and part not in known and part not in session.lacks and (id(session), ask, part) not in self.tried: return session, ask, part
                     self.wanted.pop(0)
-                self.change.notify_all() # nothing is left: whoever waits may go on
+                if not self.wanted: self.change.notify_all() # whoever waits may go on
                 self.change.wait()
 
     def _work(self):
@@ -270,6 +271,16 @@ class Background:
     ): # whether everything that was wanted is there
         "Until nothing is left to compute."
         with self.change: return self.change.wait_for(lambda: not self.wanted, seconds)
+
+    @contextmanager
+    def hold(self):
+        "Leave the networks to somebody else for a while."
+        self.held = True
+        try: yield
+        finally:
+            with self.change:
+                self.held = False
+                self.change.notify_all()
 
     def close(self):
         "End the thread after its present answer."
