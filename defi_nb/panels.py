@@ -7,7 +7,7 @@ __all__ = ['INK', 'PAPER', 'FAINT', 'XYZ', 'OURS', 'LIVE', 'UNITS', 'LANES', 'co
            'wrapped', 'paint_strip', 'png_bytes', 'code_colours', 'paint_codes', 'paint_table', 'fan', 'motion_lines',
            'motion_figure', 'show_paths', 'show_motion']
 
-# %% ../nbs/42_panels.ipynb #5ea52044
+# %% ../nbs/42_panels.ipynb #97298087
 import io
 from functools import lru_cache
 
@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .plot import new_axes
-from .spec import ACTION_DIM, CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT
+from .spec import CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT
 
-# %% ../nbs/42_panels.ipynb #62359c5e
+# %% ../nbs/42_panels.ipynb #227b9b88
 INK, PAPER, FAINT = (25, 25, 25), (255, 255, 255), (150, 150, 150)
 
 @lru_cache(8)
@@ -50,7 +50,7 @@ def heated(
     grey = enlarge(picture, side).mean(-1, keepdims=True)*.85 + 25
     return (grey*(1 - .8*share) + colour_table()[(255*share[..., 0]).astype(int)]*.8*share).astype(np.uint8)
 
-# %% ../nbs/42_panels.ipynb #484a86d6
+# %% ../nbs/42_panels.ipynb #488d9032
 def written(draw, where, text, size=13, fill=INK, anchor="lm"):
     "Text in a painted picture."
     draw.text(where, text, fill=fill, font=ImageFont.load_default(size), anchor=anchor)
@@ -100,7 +100,7 @@ def png_bytes(
     picture.save(out, "PNG", compress_level=1)
     return out.getvalue()
 
-# %% ../nbs/42_panels.ipynb #85684dad
+# %% ../nbs/42_panels.ipynb #81862b5f
 def code_colours(
     n:int, # codes
 )->np.ndarray: # (n,3) uint8
@@ -137,7 +137,7 @@ def paint_codes(
         y += height
     return canvas
 
-# %% ../nbs/42_panels.ipynb #c3d86237
+# %% ../nbs/42_panels.ipynb #abecd263
 def paint_table(
     weights, # (n,m) >= 0
     rows, # n names
@@ -161,7 +161,7 @@ def paint_table(
     if chosen is not None: draw.rectangle((left, top + chosen*cell, size[0] - 5, top + (chosen + 1)*cell - 1), outline=(0, 158, 115), width=2)
     return canvas
 
-# %% ../nbs/42_panels.ipynb #94b30410
+# %% ../nbs/42_panels.ipynb #59718b07
 XYZ = ("#D55E00", "#009E73", "#0072B2") # Okabe and Ito's colours, which colour-blind people tell apart
 OURS = ("#E69F00", "#CC79A7") # of the first and the second policy's paths
 LIVE = "#009E73" # of the simulator's
@@ -201,7 +201,7 @@ def motion_lines(
     for lane, reach in enumerate((2.2, .055, 1.15)): lines[f"cursor {lane}"] = dict(x=np.array([t, t]), y=np.array([-reach, reach]))
     return lines
 
-# %% ../nbs/42_panels.ipynb #6803022c
+# %% ../nbs/42_panels.ipynb #fcdc92d0
 def motion_figure(
     lines:dict, # from `motion_lines`
     names:list, # of the policies
@@ -244,7 +244,7 @@ def motion_figure(
     figure.update_layout(annotations=[key(LANES[:3], .99), key(LANES[3:6], .63)])
     return figure
 
-# %% ../nbs/42_panels.ipynb #c06d1103
+# %% ../nbs/42_panels.ipynb #b918707e
 def show_paths(
     lines:dict, # from `motion_lines`
     names:list, # of the policies

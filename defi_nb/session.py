@@ -6,11 +6,11 @@
 __all__ = ['PARTS', 'Episode', 'window_episode', 'clip_episode', 'home_state', 'look_batch', 'coming_frames', 'Ask', 'Session',
            'Background', 'nearest_first']
 
-# %% ../nbs/42_session.ipynb #2649d178
+# %% ../nbs/42_session.ipynb #16b3890b
 import threading
 from collections import OrderedDict
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from .rollout import chain_noise, obs_to_batch
 from .spec import CONTROL_HZ, VIEWS, Batch
 from .videos import nearest
 
-# %% ../nbs/42_session.ipynb #12c0232b
+# %% ../nbs/42_session.ipynb #f0758300
 @dataclass(frozen=True)
 class Episode:
     "Pictures in a row, and what else is known of them."
@@ -80,7 +80,7 @@ def clip_episode(
         return resize_picture(np.ascontiguousarray(picture[(h - s)//2:][:s, (w - s)//2:][:, :s]), size)
     return Episode({VIEWS[0]: read_frames(path, nearest(info.times, wanted), info, square)}, text, Path(path).name)
 
-# %% ../nbs/42_session.ipynb #b19ad78e
+# %% ../nbs/42_session.ipynb #f6fce32b
 @lru_cache(1)
 def home_state()->np.ndarray: # (15,) CALVIN's robot_obs
     "The arm's home posture."
@@ -107,7 +107,7 @@ def coming_frames(
     rows = np.minimum(t + np.asarray(offsets), len(episode) - 1)
     return {view: v[rows] for view, v in episode.video.items()}
 
-# %% ../nbs/42_session.ipynb #caf5637e
+# %% ../nbs/42_session.ipynb #5a5436f3
 @dataclass(frozen=True)
 class Ask:
     "A question to a policy."
@@ -159,7 +159,7 @@ class Session:
                 while self.size > self.memory and len(self.kept) > 1: self.size -= _bytes(self.kept.popitem(last=False)[1])
             return self.kept[key]
 
-# %% ../nbs/42_session.ipynb #a58127aa
+# %% ../nbs/42_session.ipynb #08e62e81
 def _keys(ask):
     "What each part of an answer depends on."
     t, text, seed = ask.t, ask.text, ask.seed
@@ -214,7 +214,7 @@ def known(self:Session,
     ask:Ask, # the question
 )->dict: # part -> value, of those that are kept
     "The same without computing."
-    return {p: self.kept[key] for p, key in _keys(ask).items() if key in self.kept}
+    return {p: value for p, key in _keys(ask).items() if (value := self.kept.get(key)) is not None}
 
 @patch
 def path(self:Session,
@@ -225,7 +225,7 @@ def path(self:Session,
     state = home_state() if self.episode.robot_obs is None else self.episode.robot_obs[t]
     return np.asarray(hand_path(torch.as_tensor(np.asarray(action)).float(), torch.as_tensor(state).float()))
 
-# %% ../nbs/42_session.ipynb #a154c4e0
+# %% ../nbs/42_session.ipynb #0a55f68f
 class Background:
     "Answers questions in a thread."
     def __init__(self,
