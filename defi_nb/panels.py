@@ -7,7 +7,7 @@ __all__ = ['INK', 'PAPER', 'FAINT', 'XYZ', 'OURS', 'LIVE', 'UNITS', 'LANES', 'co
            'wrapped', 'paint_strip', 'png_bytes', 'code_colours', 'paint_codes', 'paint_table', 'fan', 'motion_lines',
            'motion_figure', 'show_paths', 'show_motion']
 
-# %% ../nbs/42_panels.ipynb #97298087
+# %% ../nbs/42_panels.ipynb #08ef8dac
 import io
 from functools import lru_cache
 
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .plot import new_axes
 from .spec import CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT
 
-# %% ../nbs/42_panels.ipynb #227b9b88
+# %% ../nbs/42_panels.ipynb #355b6f65
 INK, PAPER, FAINT = (25, 25, 25), (255, 255, 255), (150, 150, 150)
 
 @lru_cache(8)
@@ -50,7 +50,7 @@ def heated(
     grey = enlarge(picture, side).mean(-1, keepdims=True)*.85 + 25
     return (grey*(1 - .8*share) + colour_table()[(255*share[..., 0]).astype(int)]*.8*share).astype(np.uint8)
 
-# %% ../nbs/42_panels.ipynb #488d9032
+# %% ../nbs/42_panels.ipynb #377bdd33
 def written(draw, where, text, size=13, fill=INK, anchor="lm"):
     "Text in a painted picture."
     draw.text(where, text, fill=fill, font=ImageFont.load_default(size), anchor=anchor)
@@ -100,13 +100,21 @@ def png_bytes(
     picture.save(out, "PNG", compress_level=1)
     return out.getvalue()
 
-# %% ../nbs/42_panels.ipynb #81862b5f
+# %% ../nbs/42_panels.ipynb #2af5e9ab
 def code_colours(
     n:int, # codes
 )->np.ndarray: # (n,3) uint8
     "A colour for each code, neighbours far apart."
     turn = (np.arange(n)*.618034) % 1 # of the golden angle: no two of a few are alike
     return np.stack([colour_table("hsv")[int(255*h)]*.45 + (150 if i % 2 else 95) for i, h in enumerate(turn)]).clip(0, 255).astype(np.uint8)
+
+@lru_cache(64)
+def _digits(code, size=9):
+    "A code's number, white on nothing, painted once."
+    left, top, right, bottom = ImageFont.load_default(size).getbbox(str(code))
+    mask = Image.new("L", (int(right) + 1, int(bottom) + 1))
+    ImageDraw.Draw(mask).text((0, 0), str(code), fill=255, font=ImageFont.load_default(size))
+    return mask.crop((int(left), int(top), mask.width, mask.height))
 
 def paint_codes(
     codes:dict, # name -> (N,Q) int, -1 where not known; or a sentence that says why there are none
@@ -129,7 +137,9 @@ def paint_codes(
                 x = label + i*step
                 for q, code in enumerate(column):
                     draw.rectangle((x, y + q*cell, x + max(step - 1, 1), y + (q + 1)*cell - 2), tuple(colours[code % len(colours)]) if code >= 0 else (225, 225, 225))
-                    if code >= 0 and step >= 13: written(draw, (x + step/2 - .5, y + (q + .5)*cell - 1), str(code), 9, anchor="mm")
+                    if code >= 0 and step >= 13:
+                        mask = _digits(int(code))
+                        canvas.paste(INK, (int(x + (step - mask.width)/2), int(y + q*cell + (cell - 2 - mask.height)/2)), mask)
             x = label + t*step
             draw.rectangle((x - 1, y - 1, x + max(step, 2) - 1, y + height - 8), outline=INK, width=2)
             every = max(1, round(len(c)/8/5)*5)
@@ -137,7 +147,7 @@ def paint_codes(
         y += height
     return canvas
 
-# %% ../nbs/42_panels.ipynb #abecd263
+# %% ../nbs/42_panels.ipynb #ffd5431b
 def paint_table(
     weights, # (n,m) >= 0
     rows, # n names
@@ -161,7 +171,7 @@ def paint_table(
     if chosen is not None: draw.rectangle((left, top + chosen*cell, size[0] - 5, top + (chosen + 1)*cell - 1), outline=(0, 158, 115), width=2)
     return canvas
 
-# %% ../nbs/42_panels.ipynb #59718b07
+# %% ../nbs/42_panels.ipynb #74f3a364
 XYZ = ("#D55E00", "#009E73", "#0072B2") # Okabe and Ito's colours, which colour-blind people tell apart
 OURS = ("#E69F00", "#CC79A7") # of the first and the second policy's paths
 LIVE = "#009E73" # of the simulator's
@@ -201,7 +211,7 @@ def motion_lines(
     for lane, reach in enumerate((2.2, .055, 1.15)): lines[f"cursor {lane}"] = dict(x=np.array([t, t]), y=np.array([-reach, reach]))
     return lines
 
-# %% ../nbs/42_panels.ipynb #fcdc92d0
+# %% ../nbs/42_panels.ipynb #584324bd
 def motion_figure(
     lines:dict, # from `motion_lines`
     names:list, # of the policies
@@ -244,7 +254,7 @@ def motion_figure(
     figure.update_layout(annotations=[key(LANES[:3], .99), key(LANES[3:6], .63)])
     return figure
 
-# %% ../nbs/42_panels.ipynb #b918707e
+# %% ../nbs/42_panels.ipynb #34cb9fec
 def show_paths(
     lines:dict, # from `motion_lines`
     names:list, # of the policies

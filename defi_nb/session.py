@@ -6,8 +6,10 @@
 __all__ = ['PARTS', 'Episode', 'window_episode', 'clip_episode', 'home_state', 'look_batch', 'coming_frames', 'Ask', 'Session',
            'Background', 'nearest_first']
 
-# %% ../nbs/42_session.ipynb #16b3890b
+# %% ../nbs/42_session.ipynb #4e77a81c
+import atexit
 import threading
+import weakref
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from .rollout import chain_noise, obs_to_batch
 from .spec import CONTROL_HZ, VIEWS, Batch
 from .videos import nearest
 
-# %% ../nbs/42_session.ipynb #f0758300
+# %% ../nbs/42_session.ipynb #6f041b53
 @dataclass(frozen=True)
 class Episode:
     "Pictures in a row, and what else is known of them."
@@ -80,7 +82,7 @@ def clip_episode(
         return resize_picture(np.ascontiguousarray(picture[(h - s)//2:][:s, (w - s)//2:][:, :s]), size)
     return Episode({VIEWS[0]: read_frames(path, nearest(info.times, wanted), info, square)}, text, Path(path).name)
 
-# %% ../nbs/42_session.ipynb #f6fce32b
+# %% ../nbs/42_session.ipynb #88ec7e25
 @lru_cache(1)
 def home_state()->np.ndarray: # (15,) CALVIN's robot_obs
     "The arm's home posture."
@@ -107,7 +109,7 @@ def coming_frames(
     rows = np.minimum(t + np.asarray(offsets), len(episode) - 1)
     return {view: v[rows] for view, v in episode.video.items()}
 
-# %% ../nbs/42_session.ipynb #5a5436f3
+# %% ../nbs/42_session.ipynb #23e2860a
 @dataclass(frozen=True)
 class Ask:
     "A question to a policy."
@@ -159,7 +161,7 @@ class Session:
                 while self.size > self.memory and len(self.kept) > 1: self.size -= _bytes(self.kept.popitem(last=False)[1])
             return self.kept[key]
 
-# %% ../nbs/42_session.ipynb #08e62e81
+# %% ../nbs/42_session.ipynb #6cd35363
 def _keys(ask):
     "What each part of an answer depends on."
     t, text, seed = ask.t, ask.text, ask.seed
@@ -225,7 +227,7 @@ def path(self:Session,
     state = home_state() if self.episode.robot_obs is None else self.episode.robot_obs[t]
     return np.asarray(hand_path(torch.as_tensor(np.asarray(action)).float(), torch.as_tensor(state).float()))
 
-# %% ../nbs/42_session.ipynb #0a55f68f
+# %% ../nbs/42_session.ipynb #6ed1fca1
 class Background:
     "Answers questions in a thread."
     def __init__(self,
@@ -234,6 +236,7 @@ class Background:
         self.told, self.wanted, self.tried, self.change, self.closed, self.held = told, [], set(), threading.Condition(), False, False
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
+        atexit.register(_end, weakref.ref(self)) # a thread in the middle of a network would make the process end with an error
 
     def want(self,
         questions:list, # of (session, ask), the most urgent first; what was wanted before is forgotten
@@ -287,6 +290,12 @@ class Background:
         with self.change:
             self.closed = True
             self.change.notify_all()
+
+def _end(background):
+    "Close it, if it is still there, and wait for it."
+    if (found := background()) is None: return
+    found.close()
+    found.thread.join(60)
 
 def nearest_first(
     n:int, # rows

@@ -6,7 +6,7 @@
 __all__ = ['STILLS', 'video_view', 'future_view', 'denoising_view', 'heat_pictures', 'heat_film', 'heat_figure', 'table_view',
            'heatmap_view', 'codes_view', 'actions_view', 'path_view', 'still', 'show_report']
 
-# %% ../nbs/44_stills.ipynb #117e48e6
+# %% ../nbs/44_stills.ipynb #4f1badaa
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from .shown import Shown, default_columns
 from .spec import CONTROL_HZ
 from .views import View
 
-# %% ../nbs/44_stills.ipynb #c373e132
+# %% ../nbs/44_stills.ipynb #e3c0bb36
 def _side_by_side(videos, side):
     "Videos (T,H,W,3) of any size beside each other, (T,side,n*side,3)."
     return np.concatenate([np.stack([enlarge(f, side) for f in v]) for v in videos], 2)
@@ -58,7 +58,7 @@ def denoising_view(
         return show_frames(rows | {"recorded": np.stack([enlarge(f, size) for f in truth])}, shown.pictures()[1], size=1.3)
     return View(f"the video foreseen at control step {shown.t}, by the sampler's steps", draw)
 
-# %% ../nbs/44_stills.ipynb #228c460b
+# %% ../nbs/44_stills.ipynb #bee0d227
 def heat_pictures(
     shown:Shown, # the moment
     side:int=256, # of a picture, pixels
@@ -124,13 +124,15 @@ def heatmap_view(
         return axes
     return View(said, draw, lambda: heat_figure(shown), lambda: heat_film(shown))
 
-# %% ../nbs/44_stills.ipynb #c78c85a7
+# %% ../nbs/44_stills.ipynb #8b9da6df
 def codes_view(
     shown:Shown, # the moment, which is marked
 )->View:
     "The codes over time."
     import plotly.graph_objects as go
     from matplotlib import pyplot as plt
+    for s in shown.sessions:
+        for t in range(len(shown.episode)): s.answer(replace(shown.ask, t=t), ("codes",))
     found = shown.code_rows()
     rows = {n: c for n, c in found.items() if not isinstance(c, str)}
     if not rows: raise ValueError("there are no codes to show: " + "; ".join(f"{n} is {c}" for n, c in found.items()))
@@ -144,7 +146,7 @@ def codes_view(
                 if code >= 0: ax.text(i, q, code, ha="center", va="center", fontsize=7)
             ax.axvline(shown.t, color="black", lw=.8)
             ax.set(xlabel="control step", ylabel="latent action", yticks=range(c.shape[1]), yticklabels=range(1, c.shape[1] + 1))
-            ax.set_title(f"{name}: which of its {size[name]} codes; grey: not computed", fontsize=9)
+            ax.set_title(f"{name}: which of its {size[name]} codes", fontsize=9)
         return axes
     def interactive():
         figure = go.Figure([go.Heatmap(z=np.where(c < 0, np.nan, c).T, y=[f"{n}, latent action {q + 1}" for q in range(c.shape[1])], colorscale="Turbo", colorbar=dict(title="code"), showscale=i == 0) for i, (n, c) in enumerate(rows.items())])
