@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Explorer', 'time_moves']
 
-# %% ../nbs/45_explore.ipynb #2a2ddfca
+# %% ../nbs/45_explore.ipynb #7f0b99c8
 import html
 import os
 import threading
@@ -28,7 +28,7 @@ from .spec import CONTROL_HZ, VIEWS
 from .stills import STILLS, show_report, still
 from .views import View
 
-# %% ../nbs/45_explore.ipynb #c2c21428
+# %% ../nbs/45_explore.ipynb #d073a15d
 class Explorer:
     "The workbench; in the last line of a cell it shows itself."
     def __init__(self,
@@ -69,7 +69,7 @@ class Explorer:
             except Exception as error: self._say(f"{type(error).__name__}: {error}", wrong=True)
         return guarded
 
-# %% ../nbs/45_explore.ipynb #1650f46b
+# %% ../nbs/45_explore.ipynb #e3d5ce06
 @patch
 def _controls(self:Explorer):
     "Everything that can be chosen."
@@ -132,7 +132,7 @@ def _offer(self:Explorer):
         offer(self.query, found.queries)
     finally: self.quiet = None
 
-# %% ../nbs/45_explore.ipynb #b21cdf16
+# %% ../nbs/45_explore.ipynb #e5edb99f
 @patch
 def _redraw(self:Explorer):
     "Bring every panel up to date whose content has changed."
@@ -197,7 +197,7 @@ def _move(self:Explorer, s):
             if name == "live" and (self.pilot is not None) != bool(trace.visible): trace.visible = self.pilot is not None
     self.sent |= new
 
-# %% ../nbs/45_explore.ipynb #6bc01ecf
+# %% ../nbs/45_explore.ipynb #9f0da469
 @patch
 def _want(self:Explorer):
     "Ask for the present moment, then for all others."
@@ -267,7 +267,7 @@ def look_at(self:Explorer,
             for axis in ("xaxis", "yaxis", "zaxis"): self.motion.layout.scene[axis].range = fresh.scene[axis].range
     self._asked()
 
-# %% ../nbs/45_explore.ipynb #36f367b2
+# %% ../nbs/45_explore.ipynb #55c04f44
 @patch
 def _live(self:Explorer):
     "The simulator's widgets."
@@ -353,7 +353,7 @@ def _after(self:Explorer):
     self.said.value = f'<span style="font-size:12px">{n} control steps ({html.escape(by)}); hand at {x:.3f}, {y:.3f}, {z:.3f} m; gripper {"open" if pilot.gripper > 0 else "closed"}</span>'
     self._redraw()
 
-# %% ../nbs/45_explore.ipynb #d4d95e13
+# %% ../nbs/45_explore.ipynb #7cf5c099
 @patch
 def as_view(self:Explorer,
     name:str, # one of `STILLS`, or "live"
@@ -393,7 +393,7 @@ def _export(self:Explorer):
     self.write = w.Button(description="write", tooltip=".png, .svg, .mp4 or .html", layout=w.Layout(width="70px"))
     self.write.on_click(self._guarded(lambda _: self._say(f"written: {self.save(self.what.value, self.where.value).resolve()}")))
 
-# %% ../nbs/45_explore.ipynb #41acde5f
+# %% ../nbs/45_explore.ipynb #b83bc4c9
 @patch
 def _title(self:Explorer): return f"<b>{html.escape(' and '.join(self.shown.names))}</b>: {html.escape(self.episode.name)}"
 
@@ -417,7 +417,7 @@ def _ipython_display_(self:Explorer):
     if "DEFI_NB_PROGRESS" in os.environ: display(Markdown(f"*{' and '.join(self.shown.names)} on {self.episode.name}: open this notebook in JupyterLab to move; `report` shows it as pictures.*"))
     else: display(self.box)
 
-# %% ../nbs/45_explore.ipynb #9b531011
+# %% ../nbs/45_explore.ipynb #16879943
 def time_moves(
     explorer:Explorer, # whose answers are all known (`wait`)
     n:int=50, # moves

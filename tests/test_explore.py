@@ -1,0 +1,231 @@
+"JupyterLab in a headless browser opens the workbench, moves it, asks it something else, and takes steps in the simulator."
+import base64
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import nbformat
+import numpy as np
+import pytest
+from conftest import ENV, ROOT
+
+CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with its driver here")
+FLAGS = ["--headless", "--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking", "--window-size=1600,2200",
+         "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"] # WebGL without a graphics card
+SETTINGS = {"apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}, "notebook-extension/tracker": {"windowingMode": "none"}}
+PARAMETERS = {"policy": "ckpts/coupled", "second": "ckpts/plain", "split": "data/waves_D_D", "at": 2, "steps": 1}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    "A project with two untrained policies, a recording of half a second, and the notebook that is to open them."
+    if given := os.environ.get("DEFI_NB_EXPLORE"): return given # a project with trained ones, to look at
+    import torch
+
+    from defi_nb.calvin_data import finish_split, write_segment
+    from defi_nb.checkpoint import save_checkpoint
+    from defi_nb.encoders import load_encoders
+    from defi_nb.episodes import Window
+    from defi_nb.gfdm import GFDM, GFDMConfig, fit_encoders
+    from defi_nb.models import model_info
+    from defi_nb.playtable import PlayTable, waving
+    from defi_nb.policy import CoupledPolicy, PlainConfig, PlainPolicy, PolicyConfig
+    from defi_nb.spec import DataSpec
+    root, env = tmp_path_factory.mktemp("project"), PlayTable("D", 64, 64)
+    shutil.copy(ROOT/"settings.ini", root)
+    (root/"nbs").mkdir()
+    obs, rows = env.reset(), []
+    for k in range(14):
+        pictures = {f"rgb_{v}": obs["rgb_obs"][f"rgb_{v}"] for v in ("static", "gripper")}
+        rows.append(pictures | dict(rel_actions=waving(k), robot_obs=obs["robot_obs"], scene_obs=obs["scene_obs"]))
+        obs = env.step(waving(k))[0]
+    write_segment(root/"data/waves_D_D/training", 0, {k: np.stack([row[k] for row in rows]) for k in rows[0]}, "D", [Window(0, 13, "open_drawer", "open the drawer")])
+    finish_split(root/"data/waves_D_D/training")
+    torch.manual_seed(0)
+    encoders = load_encoders("tiny")
+    forward = GFDM(fit_encoders(GFDMConfig.tiny(), encoders, DataSpec()), encoders.clip)
+    for name, model in (("coupled", CoupledPolicy(PolicyConfig(), encoders, forward)), ("plain", PlainPolicy(PlainConfig(), encoders))):
+        torch.nn.init.normal_(model.adapter.action_pred.weight, std=.05) # so that an untrained policy moves
+        save_checkpoint(root/"ckpts"/name, model, state={}, info=model_info(model, encoders, preset="tiny"))
+    notebook = nbformat.read(ROOT/"nbs/explore.ipynb", 4)
+    cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", ()))
+    cell.source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in PARAMETERS.items())
+    nbformat.write(notebook, root/"explore.ipynb")
+    return root
+
+
+@pytest.fixture(scope="module")
+def url(project, tmp_path_factory):
+    "A JupyterLab of its own."
+    home = tmp_path_factory.mktemp("lab")
+    for name, values in SETTINGS.items():
+        path = home/"settings/@jupyterlab"/f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = ENV | {f"JUPYTER_{kind}_DIR": str(home/kind) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    env.pop("DEFI_NB_PROGRESS", None)
+    options = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=", f"--ServerApp.root_dir={project}",
+               "--LabApp.expose_app_in_browser=True", f"--LabApp.user_settings_dir={home/'settings'}", f"--LabApp.workspaces_dir={home/'workspaces'}",
+               "--LabApp.extension_manager=readonly", *(["--allow-root"] if os.getuid() == 0 else [])]
+    with open(home/"lab.log", "w") as log: server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], cwd=project, env=env, stdout=log, stderr=log)
+    try:
+        for _ in range(480):
+            try: urllib.request.urlopen(f"http://127.0.0.1:{port}/api/status", timeout=2); break
+            except OSError: time.sleep(.25)
+        else: pytest.fail((home/"lab.log").read_text())
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    from selenium import webdriver
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"]: options.add_argument(flag)
+    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    found.set_script_timeout(300)
+    yield found
+    found.quit()
+
+
+RUN_ALL = """
+const done = arguments[0], app = window.jupyterapp;
+(async () => { await app.restored; const panel = app.shell.currentWidget; await panel.context.ready; await panel.sessionContext.ready;
+  await app.commands.execute('notebook:run-all-cells'); done('ran'); })().catch(e => done(String(e)));"""
+IN_KERNEL = """
+const [code, done] = arguments; let out = '';
+const future = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({code, store_history: false});
+future.onIOPub = m => { if (m.header.msg_type === 'stream') out += m.content.text; if (m.header.msg_type === 'error') out += m.content.evalue; };
+future.done.then(() => done(out));"""
+PICTURE = """
+const [n, done] = arguments, image = document.querySelectorAll('.defi-explorer .widget-image')[n];
+fetch(image.src).then(r => r.arrayBuffer()).then(b => { let s = ''; for (const x of new Uint8Array(b)) s += String.fromCharCode(x); done(btoa(s)); });"""
+LATENCY = """
+const done = arguments[0], image = document.querySelector('.defi-explorer .widget-image'), handle = document.querySelector('.defi-explorer .noUi-handle'), took = [];
+function move(i) {
+  if (i == 12) return done(took);
+  const began = performance.now();
+  image.addEventListener('load', () => { took.push(performance.now() - began); setTimeout(() => move(i + 1), 60); }, {once: true});
+  handle.dispatchEvent(new KeyboardEvent('keydown', {key: i % 2 ? 'ArrowRight' : 'ArrowLeft', bubbles: true}));
+}
+move(0);"""
+
+
+def until(check, seconds=120):
+    "What `check` gives, once it gives something."
+    end = time.monotonic() + seconds
+    while not (found := check()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(.1)
+    return found
+
+
+class Page:
+    "The notebook in the browser."
+    def __init__(self, driver): self.driver = driver
+
+    def kernel(self, code): return self.driver.execute_async_script(IN_KERNEL, code).strip()
+    def picture(self, n=0): return base64.b64decode(self.driver.execute_async_script(PICTURE, n))
+    def trace(self, name, axis): return self.driver.execute_script("return Array.from(document.querySelector('.defi-explorer .js-plotly-plot').data.find(t => t.name == arguments[0])[arguments[1]])", name, axis)
+    def text(self): return self.driver.execute_script("return document.querySelector('.defi-explorer').innerText")
+    def all(self, selector): return self.driver.find_elements("css selector", f".defi-explorer {selector}")
+    def button(self, text): return next(b for b in self.all("button") if b.text == text)
+
+    def select(self, label, option):
+        "Choose in the selector with a label."
+        from selenium.webdriver.support.ui import Select
+        box = next(b for b in self.all(".widget-dropdown") if b.find_element("css selector", "label").text == label)
+        Select(box.find_element("css selector", "select")).select_by_visible_text(option)
+
+    def settled(self):
+        "Wait until the kernel is done and the browser shows the kernel's picture; returns that picture."
+        shown = base64.b64decode(self.kernel("explorer.wait(); import base64; print(base64.b64encode(explorer.strip.value).decode())"))
+        until(lambda: self.picture() == shown)
+        return shown
+
+
+def test_workbench(url, browser):
+    from selenium.webdriver.common.keys import Keys
+    page = Page(browser)
+    browser.get(f"{url}/lab/tree/explore.ipynb?reset")
+    until(lambda: browser.execute_script("return !!(window.jupyterapp && document.querySelector('.jp-Notebook .jp-Cell'))"))
+    assert browser.execute_async_script(RUN_ALL) == "ran"
+    errors = browser.find_elements("css selector", "[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']")
+    assert not errors, [e.text for e in errors]
+    until(lambda: page.all(".js-plotly-plot .main-svg") and page.all(".widget-image[src^='blob:']"))
+    cells = len(browser.find_elements("css selector", ".jp-Notebook .jp-Cell"))
+    before = page.settled()
+    assert page.trace("cursor 0", "x") == [2, 2]
+
+    # the scrubber
+    handle, numbers = page.all(".noUi-handle")[0], page.text()
+    codes = page.picture(2)
+    handle.click()
+    handle.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    until(lambda: page.trace("cursor 0", "x") == [5, 5])
+    after = page.settled()
+    assert after != before and page.picture(2) != codes and page.text() != numbers and "0.17 s of 0.43 s" in page.text()
+    chunk = json.loads(page.kernel("import json; print(json.dumps((2*explorer.sessions[0].known(explorer.ask)['chunk'][-1, :, 0]).tolist()))"))
+    assert np.allclose(page.trace("x 0", "y")[:10], chunk, atol=1e-4) and page.trace("x 0", "x")[0] == 5
+    place = json.loads(page.kernel("print(json.dumps(explorer.episode.robot_obs[5, :3].tolist()))"))
+    assert np.allclose([page.trace("now", a)[0] for a in "xyz"], place, atol=1e-6)
+
+    # two selectors and a button: the picture changes, the motion does not
+    motion = page.trace("coupled's chunk", "z")
+    page.select("layer", "block 1")
+    until(lambda: page.picture() != after)
+    layer = page.settled()
+    page.select("head", "2")
+    until(lambda: page.picture() != layer)
+    head = page.settled()
+    assert "layer block 1, head 2" in page.text() and page.trace("coupled's chunk", "z") == motion
+    page.button("gripper").click()
+    until(lambda: page.picture() != head)
+    assert "of the static camera" in until(lambda: "of the static camera" in page.text() and page.text())
+    page.button("static").click()
+    until(lambda: page.picture() == head)
+
+    # another instruction
+    field = next(b for b in page.all(".widget-text") if b.find_element("css selector", "label").text == "instruction").find_element("css selector", "input")
+    field.send_keys(Keys.CONTROL, "a")
+    field.send_keys("push the blue block", Keys.ENTER)
+    until(lambda: "push the blue block" in page.kernel("print(explorer.ask.text)"))
+    other = page.settled()
+    assert other != head and "asked for 'push the blue block'" in page.text() and page.trace("coupled's chunk", "z") != motion
+
+    # the simulator: the policy once, and keys that are not the notebook's
+    page.button("go on from here").click()
+    until(lambda: "0 control steps" in page.text())
+    page.button("policy: one look").click()
+    until(lambda: "10 control steps (10 by coupled, 0 by hand)" in page.text())
+    keys = page.all("input.defi-keys")[0]
+    for n, key in enumerate("dda ", 1):
+        keys.send_keys(key)
+        until(lambda n=n: f"by coupled, {n} by hand" in page.text())
+    assert "gripper closed" in page.text() and len(browser.find_elements("css selector", ".jp-Notebook .jp-Cell")) == cells
+    path = json.loads(page.kernel("print(json.dumps(explorer.pilot.path()[:, 2].tolist()))"))
+    until(lambda: len(page.trace("live", "z")) == 15)
+    assert np.allclose(page.trace("live", "z"), path, atol=1e-6)
+    page.button("look at this run").click()
+    until(lambda: page.kernel("print(len(explorer.episode))") == "15")
+    page.settled()
+
+    moves = page.kernel("from defi_nb.explore import time_moves; print(time_moves(explorer))")
+    page.settled()
+    took = browser.execute_async_script(LATENCY)
+    print(f"\nin the kernel, ms: {moves}; from key to picture in the browser: median {np.median(took):.0f} ms, 95th percentile {np.percentile(took, 95):.0f} ms")
+    if shot := os.environ.get("DEFI_NB_SCREENSHOT"): browser.save_screenshot(shot)
+    severe = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not severe
