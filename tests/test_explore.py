@@ -101,14 +101,14 @@ def browser(tmp_path_factory):
 
 
 RUN_ALL = """
-const done = arguments[0], app = window.jupyterapp;
+const app = window.jupyterapp; window.ran = '';
 (async () => { await app.restored; const panel = app.shell.currentWidget; await panel.context.ready; await panel.sessionContext.ready;
-  await app.commands.execute('notebook:run-all-cells'); done('ran'); })().catch(e => done(String(e)));"""
+  await app.commands.execute('notebook:run-all-cells'); window.ran = 'ran'; })().catch(e => { window.ran = String(e); });"""
 IN_KERNEL = """
-const [code, done] = arguments; let out = '';
+const code = arguments[0]; let out = ''; window.answer = null;
 const future = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({code, store_history: false});
 future.onIOPub = m => { if (m.header.msg_type === 'stream') out += m.content.text; if (m.header.msg_type === 'error') out += m.content.evalue; };
-future.done.then(() => done(out));"""
+future.done.then(() => { window.answer = [out]; });"""
 PICTURE = """
 const [n, done] = arguments, image = document.querySelectorAll('.defi-explorer .widget-image')[n];
 fetch(image.src).then(r => r.arrayBuffer()).then(b => { let s = ''; for (const x of new Uint8Array(b)) s += String.fromCharCode(x); done(btoa(s)); });"""
@@ -123,7 +123,7 @@ function move(i) {
 move(0);"""
 
 
-def until(check, seconds=120):
+def until(check, seconds=300):
     "What `check` gives, once it gives something."
     end = time.monotonic() + seconds
     while not (found := check()):
@@ -136,7 +136,10 @@ class Page:
     "The notebook in the browser."
     def __init__(self, driver): self.driver = driver
 
-    def kernel(self, code): return self.driver.execute_async_script(IN_KERNEL, code).strip()
+    def kernel(self, code):
+        self.driver.execute_script(IN_KERNEL, code)
+        return until(lambda: self.driver.execute_script("return window.answer"))[0].strip()
+
     def picture(self, n=0): return base64.b64decode(self.driver.execute_async_script(PICTURE, n))
     def trace(self, name, axis): return self.driver.execute_script("return Array.from(document.querySelector('.defi-explorer .js-plotly-plot').data.find(t => t.name == arguments[0])[arguments[1]])", name, axis)
     def text(self): return self.driver.execute_script("return document.querySelector('.defi-explorer').innerText")
@@ -161,7 +164,8 @@ def test_workbench(url, browser):
     page = Page(browser)
     browser.get(f"{url}/lab/tree/explore.ipynb?reset")
     until(lambda: browser.execute_script("return !!(window.jupyterapp && document.querySelector('.jp-Notebook .jp-Cell'))"))
-    assert browser.execute_async_script(RUN_ALL) == "ran"
+    browser.execute_script(RUN_ALL)
+    assert until(lambda: browser.execute_script("return window.ran")) == "ran"
     errors = browser.find_elements("css selector", "[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']")
     assert not errors, [e.text for e in errors]
     until(lambda: page.all(".js-plotly-plot .main-svg") and page.all(".widget-image[src^='blob:']"))
