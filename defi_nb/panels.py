@@ -7,8 +7,9 @@ __all__ = ['INK', 'PAPER', 'FAINT', 'XYZ', 'OURS', 'LIVE', 'UNITS', 'LANES', 'co
            'wrapped', 'paint_strip', 'png_bytes', 'code_colours', 'paint_codes', 'paint_table', 'fan', 'motion_lines',
            'motion_figure', 'show_paths', 'show_motion']
 
-# %% ../nbs/42_panels.ipynb #08ef8dac
+# %% ../nbs/42_panels.ipynb #c2ca9ec0
 import io
+import re
 from functools import lru_cache
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .plot import new_axes
 from .spec import CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT
 
-# %% ../nbs/42_panels.ipynb #355b6f65
+# %% ../nbs/42_panels.ipynb #2124ceaa
 INK, PAPER, FAINT = (25, 25, 25), (255, 255, 255), (150, 150, 150)
 
 @lru_cache(8)
@@ -48,9 +49,9 @@ def heated(
     rows, columns = (np.arange(side)*n//side for n in share.shape)
     share = share[rows][:, columns][..., None]
     grey = enlarge(picture, side).mean(-1, keepdims=True)*.85 + 25
-    return (grey*(1 - .8*share) + colour_table()[(255*share[..., 0]).astype(int)]*.8*share).astype(np.uint8)
+    return (grey*(1 - .62*share) + colour_table()[(255*share[..., 0]).astype(int)]*.62*share).astype(np.uint8)
 
-# %% ../nbs/42_panels.ipynb #377bdd33
+# %% ../nbs/42_panels.ipynb #2efcd38e
 def written(draw, where, text, size=13, fill=INK, anchor="lm"):
     "Text in a painted picture."
     draw.text(where, text, fill=fill, font=ImageFont.load_default(size), anchor=anchor)
@@ -61,10 +62,10 @@ def wrapped(
 )->str:
     "Text in lines."
     lines = [""]
-    for word in text.split():
-        if len(lines[-1]) + len(word) >= width and lines[-1]: lines.append("")
-        lines[-1] += " "*bool(lines[-1]) + word
-    return "\n".join(lines)
+    for word in re.findall(r"[^\s-]*-|[^\s-]+|\s+", text): # a line may end after a hyphen
+        if len(lines[-1]) + len(word.rstrip()) > width and lines[-1].strip(): lines.append("")
+        lines[-1] += word if lines[-1] or word.strip() else ""
+    return "\n".join(line.strip() for line in lines)
 
 def paint_strip(
     rows:dict, # name -> list of pictures (H,W,3) uint8 or None; a sentence that says why there are no more ends it
@@ -100,7 +101,7 @@ def png_bytes(
     picture.save(out, "PNG", compress_level=1)
     return out.getvalue()
 
-# %% ../nbs/42_panels.ipynb #2af5e9ab
+# %% ../nbs/42_panels.ipynb #1360c455
 def code_colours(
     n:int, # codes
 )->np.ndarray: # (n,3) uint8
@@ -147,7 +148,7 @@ def paint_codes(
         y += height
     return canvas
 
-# %% ../nbs/42_panels.ipynb #ffd5431b
+# %% ../nbs/42_panels.ipynb #3c21d562
 def paint_table(
     weights, # (n,m) >= 0
     rows, # n names
@@ -171,7 +172,7 @@ def paint_table(
     if chosen is not None: draw.rectangle((left, top + chosen*cell, size[0] - 5, top + (chosen + 1)*cell - 1), outline=(0, 158, 115), width=2)
     return canvas
 
-# %% ../nbs/42_panels.ipynb #74f3a364
+# %% ../nbs/42_panels.ipynb #73c61924
 XYZ = ("#D55E00", "#009E73", "#0072B2") # Okabe and Ito's colours, which colour-blind people tell apart
 OURS = ("#E69F00", "#CC79A7") # of the first and the second policy's paths
 LIVE = "#009E73" # of the simulator's
@@ -211,7 +212,7 @@ def motion_lines(
     for lane, reach in enumerate((2.2, .055, 1.15)): lines[f"cursor {lane}"] = dict(x=np.array([t, t]), y=np.array([-reach, reach]))
     return lines
 
-# %% ../nbs/42_panels.ipynb #584324bd
+# %% ../nbs/42_panels.ipynb #13d3f0f4
 def motion_figure(
     lines:dict, # from `motion_lines`
     names:list, # of the policies
@@ -254,7 +255,7 @@ def motion_figure(
     figure.update_layout(annotations=[key(LANES[:3], .99), key(LANES[3:6], .63)])
     return figure
 
-# %% ../nbs/42_panels.ipynb #34cb9fec
+# %% ../nbs/42_panels.ipynb #d104864c
 def show_paths(
     lines:dict, # from `motion_lines`
     names:list, # of the policies
@@ -277,6 +278,7 @@ def show_paths(
     ax.view_init(25, -78)
     ax.locator_params(nbins=4)
     ax.tick_params(labelsize=7)
+    ax.set_box_aspect(None, zoom=.8)
     if ax.get_legend_handles_labels()[1]: ax.legend(fontsize=7, loc="upper left")
     return ax
 

@@ -6,20 +6,20 @@
 __all__ = ['STILLS', 'video_view', 'future_view', 'denoising_view', 'heat_pictures', 'heat_film', 'heat_figure', 'table_view',
            'heatmap_view', 'codes_view', 'actions_view', 'path_view', 'still', 'show_report']
 
-# %% ../nbs/44_stills.ipynb #4f1badaa
+# %% ../nbs/44_stills.ipynb #24df5e6b
 from dataclasses import replace
 
 import numpy as np
 
 from .maps import Maps
-from .panels import code_colours, enlarge, heated, motion_figure, show_motion, show_paths
+from .panels import code_colours, enlarge, heated, motion_figure, show_motion, show_paths, wrapped
 from .plot import new_axes, show_frames, show_strip
 from .session import coming_frames
 from .shown import Shown, default_columns
 from .spec import CONTROL_HZ
 from .views import View
 
-# %% ../nbs/44_stills.ipynb #e3c0bb36
+# %% ../nbs/44_stills.ipynb #ade53a04
 def _side_by_side(videos, side):
     "Videos (T,H,W,3) of any size beside each other, (T,side,n*side,3)."
     return np.concatenate([np.stack([enlarge(f, side) for f in v]) for v in videos], 2)
@@ -58,7 +58,7 @@ def denoising_view(
         return show_frames(rows | {"recorded": np.stack([enlarge(f, size) for f in truth])}, shown.pictures()[1], size=1.3)
     return View(f"the video foreseen at control step {shown.t}, by the sampler's steps", draw)
 
-# %% ../nbs/44_stills.ipynb #bee0d227
+# %% ../nbs/44_stills.ipynb #e47a360d
 def heat_pictures(
     shown:Shown, # the moment
     side:int=256, # of a picture, pixels
@@ -120,11 +120,11 @@ def heatmap_view(
             ax.imshow(picture, interpolation="nearest")
             ax.set_title(title, fontsize=9)
             ax.axis("off")
-        axes[0].figure.supxlabel(said, fontsize=8)
+        axes[0].figure.supxlabel(wrapped(said, 36*len(pictures)), fontsize=8)
         return axes
     return View(said, draw, lambda: heat_figure(shown), lambda: heat_film(shown))
 
-# %% ../nbs/44_stills.ipynb #8b9da6df
+# %% ../nbs/44_stills.ipynb #f640c924
 def codes_view(
     shown:Shown, # the moment, which is marked
 )->View:
