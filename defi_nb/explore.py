@@ -86,7 +86,7 @@ def _controls(self:Explorer):
     self.view = w.ToggleButtons(options=[v for v in VIEWS if v in self.episode.video], description="camera", style=dict(description_width="74px", button_width="88px"), layout=wide)
     self.heat = w.Checkbox(True, description="attention on the pictures", indent=False, layout=wide)
     self.map, self.layer, self.head, self.query = (pick(description=d) for d in ("attention", "layer", "head", "query"))
-    self.steps = w.ToggleButtons(options=[1, 2, 5, 10, 20], value=10, description="video steps", tooltips=["of the sampler of the predicted video"]*5, style=dict(description_width="74px", button_width="34px"), layout=wide)
+    self.steps = w.ToggleButtons(options=[1, 2, 5, 10, 20], value=10, description="video steps", tooltips=["of the sampler of the predicted video"]*5, style=dict(description_width="74px", button_width="41px"), layout=wide)
     self.level = w.IntSlider(1, 1, 1, description="action step", layout=wide, style=style)
     self.seed = w.BoundedIntText(0, min=0, max=10**6, description="noise", layout=wide, style=style)
     self.status, self.progress = w.HTML(), w.IntProgress(0, 0, n*len(self.sessions), layout=w.Layout(width="120px", height="14px"), style=dict(bar_color="#1f77b4"))

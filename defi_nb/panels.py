@@ -228,7 +228,7 @@ def motion_figure(
     for name, line in lines.items():
         if "z" in line:
             mark = dict(mode="markers", marker=dict(size=5, color="#111111")) if name == "now" else dict(mode="lines", line=style[name], opacity=.45 if "guess" in name else 1)
-            figure.add_scatter3d(**line, name=shown.get(name, name), hovertemplate="%{x:.3f}, %{y:.3f}, %{z:.3f} m", connectgaps=False, visible=True if name != "live" or live else False, **mark)
+            figure.add_scatter3d(**line, name=shown.get(name, name), hovertemplate="%{x:.3f}, %{y:.3f}, %{z:.3f} m", connectgaps=False, visible=name != "live" or live, showlegend="guess" not in name and name != "now", **mark)
             continue
         lane, who = name.rsplit(" ", 1)
         if lane == "cursor": axis, line_style, extra = int(who), dict(color="#999999", width=1), dict(showlegend=False, hoverinfo="skip")
@@ -244,8 +244,8 @@ def motion_figure(
     centre, half = (low + high)/2, np.maximum((high - low)/2, .12)
     reach = lambda i: [centre[i] - half[i], centre[i] + half[i]]
     axis3 = lambda i, title: dict(title=title, range=reach(i), nticks=5, backgroundcolor="#f6f6f6", gridcolor="#dddddd")
-    figure.update_layout(height=430, margin=dict(l=0, r=8, t=26, b=36), template="plotly_white", uirevision="keep", hovermode="closest", font=dict(size=11),
-        legend=dict(x=0, y=1.04, orientation="h", yanchor="bottom", font=dict(size=10)),
+    figure.update_layout(height=430, width=1120, margin=dict(l=0, r=8, t=30, b=40), template="plotly_white", uirevision="keep", hovermode="closest", font=dict(size=11),
+        legend=dict(x=0, y=1.01, orientation="h", yanchor="bottom", font=dict(size=11)),
         scene=dict(domain=dict(x=[0, .44], y=[0, 1]), xaxis=axis3(0, "x, m"), yaxis=axis3(1, "y, m"), zaxis=axis3(2, "z, m"), aspectmode="data", camera=dict(eye=dict(x=.4, y=-1.9, z=1.0))),
         xaxis=dict(domain=[.52, 1], range=[-.5, steps + .5], title="control step", anchor="y3"))
     for i, (title, low, high, reach) in enumerate((("position,<br>cm a step", .7, 1, 2.2), ("rotation,<br>rad a step", .34, .64, .055), ("gripper", 0, .26, 1.25))):
