@@ -227,7 +227,7 @@ def motion_figure(
     shown = {f"chunk {i}": f"{name}'s chunk" for i, name in enumerate(names)} | {f"first guesses {i}": f"{name}'s first guesses" for i, name in enumerate(names)}
     for name, line in lines.items():
         if "z" in line:
-            mark = dict(mode="markers", marker=dict(size=5, color="#111111")) if name == "now" else dict(mode="lines", line=style[name], opacity=.45 if "guess" in name else 1)
+            mark = dict(mode="markers", marker=dict(size=4, color="#111111")) if name == "now" else dict(mode="lines", line=style[name], opacity=.45 if "guess" in name else 1)
             figure.add_scatter3d(**line, name=shown.get(name, name), hovertemplate="%{x:.3f}, %{y:.3f}, %{z:.3f} m", connectgaps=False, visible=name != "live" or live, showlegend="guess" not in name and name != "now", **mark)
             continue
         lane, who = name.rsplit(" ", 1)
@@ -246,7 +246,7 @@ def motion_figure(
     axis3 = lambda i, title: dict(title=title, range=reach(i), nticks=5, backgroundcolor="#f6f6f6", gridcolor="#dddddd")
     figure.update_layout(height=430, width=1120, margin=dict(l=0, r=8, t=30, b=40), template="plotly_white", uirevision="keep", hovermode="closest", font=dict(size=11),
         legend=dict(x=0, y=1.01, orientation="h", yanchor="bottom", font=dict(size=11)),
-        scene=dict(domain=dict(x=[0, .44], y=[0, 1]), xaxis=axis3(0, "x, m"), yaxis=axis3(1, "y, m"), zaxis=axis3(2, "z, m"), aspectmode="data", camera=dict(eye=dict(x=.4, y=-1.9, z=1.0))),
+        scene=dict(domain=dict(x=[0, .44], y=[0, 1]), xaxis=axis3(0, "x, m"), yaxis=axis3(1, "y, m"), zaxis=axis3(2, "z, m"), aspectmode="data", camera=dict(eye=dict(x=.45, y=-2.1, z=1.0))),
         xaxis=dict(domain=[.52, 1], range=[-.5, steps + .5], title="control step", anchor="y3"))
     for i, (title, low, high, reach) in enumerate((("position,<br>cm a step", .7, 1, 2.2), ("rotation,<br>rad a step", .34, .64, .055), ("gripper", 0, .26, 1.25))):
         figure.update_layout({f"yaxis{i + 1}" if i else "yaxis": dict(domain=[low, high], range=[-reach, reach], title=title, zeroline=True, zerolinecolor="#dddddd")})

@@ -34,7 +34,7 @@ def layer_options(
     found, # `Maps` or `Matrix`
 )->tuple: # of names
     "Which layers can be looked at."
-    return (*(["rollout"] if found.rollout is not None else []), "mean", *(n for n in found.layers if n not in ("rollout", "mean")))
+    return ("mean", *(["rollout"] if found.rollout is not None else []), *(n for n in found.layers if n not in ("rollout", "mean")))
 
 @dataclass(frozen=True)
 class Shown:
@@ -141,12 +141,12 @@ def measures(self:Shown)->dict: # policy -> measure -> number
             for caption, p, truth in zip(captions[1:], drawn, rows["recorded"][1:]):
                 size = len(p)
                 found[f"PSNR {caption}, dB"] = float(psnr(to_chw(p, size), to_chw(truth, size)))
-                found[f"  of the present frame, dB {caption}"] = float(psnr(to_chw(rows["recorded"][0], size), to_chw(truth, size)))
+                found[f"standing still {caption}, dB"] = float(psnr(to_chw(rows["recorded"][0], size), to_chw(truth, size)))
         if "chunk" in known and self.episode.action is not None:
             chunk = known["chunk"][min(self.level, len(known["chunk"])) - 1]
             found |= dict(zip(("position error, cm a step", "rotation error, rad a step", "gripper agrees"), map(float, chunk_error(chunk, self.episode.action, self.t))))
         heat = self.heat_of(i)
-        if heat: found["attention of the hottest patch"] = float(max(h.max() for h in heat.values()))
+        if heat: found["attention, hottest patch"] = float(max(h.max() for h in heat.values()))
         out[s.name] = found
     return out
 
@@ -156,7 +156,7 @@ def numbers_table(
     "Numbers, one policy a column."
     names = list(dict.fromkeys(m for row in measured.values() for m in row))
     form = lambda name, x: "" if x is None else f"{100*x:.0f} %" if "agrees" in name or "attention" in name else "equal" if np.isinf(x) else f"{x:.3f}" if "rad" in name else f"{x:.2f}" if "cm" in name else f"{x:.1f}"
-    cell = lambda x, tag="td": f'<{tag} style="padding:0 14px 0 0;text-align:left;font-weight:normal">{x}</{tag}>'
+    cell = lambda x: f'<td style="padding:0 14px 0 0;text-align:left;white-space:nowrap;vertical-align:top">{x}</td>'
     head = "<tr>" + cell("") + "".join(f"<td><b>{html.escape(n)}</b></td>" for n in measured) + "</tr>"
     return '<table style="font-size:12px;line-height:1.35">' + head + "".join("<tr>" + cell(html.escape(n)) + "".join(cell(form(n, row.get(n))) for row in measured.values()) + "</tr>" for n in names) + "</table>"
 
