@@ -245,7 +245,7 @@ def motion_figure(
     reach = lambda i: [centre[i] - half[i], centre[i] + half[i]]
     axis3 = lambda i, title: dict(title=title, range=reach(i), nticks=5, backgroundcolor="#f6f6f6", gridcolor="#dddddd")
     figure.update_layout(height=430, width=1120, margin=dict(l=0, r=8, t=30, b=40), template="plotly_white", uirevision="keep", hovermode="closest", font=dict(size=11),
-        legend=dict(x=0, y=1.01, orientation="h", yanchor="bottom", font=dict(size=11)),
+        legend=dict(x=0, y=1, font=dict(size=11), bgcolor="rgba(255,255,255,.6)"),
         scene=dict(domain=dict(x=[0, .44], y=[0, 1]), xaxis=axis3(0, "x, m"), yaxis=axis3(1, "y, m"), zaxis=axis3(2, "z, m"), aspectmode="data", camera=dict(eye=dict(x=.45, y=-2.1, z=1.0))),
         xaxis=dict(domain=[.52, 1], range=[-.5, steps + .5], title="control step", anchor="y3"))
     for i, (title, low, high, reach) in enumerate((("position,<br>cm a step", .7, 1, 2.2), ("rotation,<br>rad a step", .34, .64, .055), ("gripper", 0, .26, 1.25))):

@@ -44,7 +44,7 @@ class View:
         plt.close(figure)
         return out.getvalue()
 
-    def _repr_png_(self): return self.image()
+    def _repr_png_(self): return self.image(dpi=80)
 
 # %% ../nbs/40_views.ipynb #efe66c1f
 def _video_html(view):
