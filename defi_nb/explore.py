@@ -52,6 +52,9 @@ class Explorer:
     def episode(self): return self.sessions[0].episode
 
     @property
+    def watched(self): return "DEFI_NB_PROGRESS" not in os.environ # it says that nobody looks on: see `progress`
+
+    @property
     def ask(self): return Ask(self.time.value, self.text.value.strip() or self.episode.text, self.seed.value, self.steps.value)
 
     @property
@@ -101,12 +104,12 @@ def _panels(self:Explorer):
 @patch
 def _begin(self:Explorer):
     "Compute the present moment, from which selectors and axes are taken, and begin to compute the others."
-    from plotly.graph_objects import FigureWidget
+    from plotly.graph_objects import Figure, FigureWidget
     for s in self.sessions: s.answer(self.ask, ("chunk", "codes", "maps"))
     self.level.max = self.level.value = max(len(s.known(self.ask)["chunk"]) for s in self.sessions)
     self._offer()
     self.sent = self.shown.lines()
-    self.order, self.motion = list(self.sent), FigureWidget(motion_figure(self.sent, self.shown.names, len(self.episode)))
+    self.order, self.motion = list(self.sent), (FigureWidget if self.watched else Figure)(motion_figure(self.sent, self.shown.names, len(self.episode)))
     self.ahead = Background(self._told)
     self._redraw()
     self._want()
@@ -407,14 +410,14 @@ def _arrange(self:Explorer):
     live = w.VBox([row(self.begin, self.driver, self.look, self.run, self.review, self.back), self.keys,
                    row(self.scene, w.VBox([*self.hands, row(self.grip), row(self.times, self.act)])), self.said])
     self.box = w.VBox([row(self.title, self.progress, self.status), row(self.text, self.recorded), row(self.time, self.play, self.clock),
-                       w.HBox([pictures, choices], layout=w.Layout(flex_flow="row wrap")), self.motion, w.HTML("<b>In the simulator</b>") if self.episode.scene else w.HTML(""), *([live] if self.episode.scene else []),
+                       w.HBox([pictures, choices], layout=w.Layout(flex_flow="row wrap")), *([self.motion] if self.watched else []), w.HTML("<b>In the simulator</b>") if self.episode.scene else w.HTML(""), *([live] if self.episode.scene else []),
                        row(self.what, self.where, self.write)])
     self.box.add_class("defi-explorer")
 
 @patch
 def _ipython_display_(self:Explorer):
     from IPython.display import Markdown, display
-    if "DEFI_NB_PROGRESS" in os.environ: display(Markdown(f"*{' and '.join(self.shown.names)} on {self.episode.name}: open this notebook in JupyterLab to move; `report` shows it as pictures.*"))
+    if not self.watched: display(Markdown(f"*{' and '.join(self.shown.names)} on {self.episode.name}: open this notebook in JupyterLab to move; `report` shows it as pictures.*"))
     else: display(self.box)
 
 # %% ../nbs/45_explore.ipynb #16879943
