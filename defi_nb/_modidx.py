@@ -823,6 +823,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'defi_nb.explore.Explorer.save': ('explore.html#explorer.save', 'defi_nb/explore.py'),
                                  'defi_nb.explore.Explorer.shown': ('explore.html#explorer.shown', 'defi_nb/explore.py'),
                                  'defi_nb.explore.Explorer.wait': ('explore.html#explorer.wait', 'defi_nb/explore.py'),
+                                 'defi_nb.explore.Explorer.watched': ('explore.html#explorer.watched', 'defi_nb/explore.py'),
                                  'defi_nb.explore.time_moves': ('explore.html#time_moves', 'defi_nb/explore.py')},
             'defi_nb.failures': { 'defi_nb.failures.FailureReport': ('failures.html#failurereport', 'defi_nb/failures.py'),
                                   'defi_nb.failures.FailureReport._repr_markdown_': ( 'failures.html#failurereport._repr_markdown_',
