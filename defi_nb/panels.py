@@ -209,7 +209,7 @@ def motion_lines(
         for i, c in enumerate(chunks):
             y = np.array([np.nan]) if c is None else np.append(c[level, :, d], c[level, -1, d])*UNITS[d]
             lines[f"{name} {i}"] = dict(x=t + np.arange(len(y)), y=y)
-    for lane, reach in enumerate((2.2, .055, 1.15)): lines[f"cursor {lane}"] = dict(x=[t, t], y=[-reach, reach]) # lists: of an array that stays while the other changes, the browser loses its numbers
+    for lane, reach in enumerate((2.2, .055, 1.15)): lines[f"cursor {lane}"] = dict(x=[t, t], y=[-reach - 1e-6*t, reach + 1e-6*t]) # other heights each time: in the browser a line whose x alone is sent loses its y
     return lines
 
 # %% ../nbs/42_panels.ipynb #13d3f0f4
