@@ -12,7 +12,6 @@ import threading
 import time
 from functools import partial
 
-import ipywidgets as w
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
@@ -20,7 +19,7 @@ from PIL import Image
 from .film import caption_frame
 from .maps import Maps
 from .panels import LANES, motion_figure, paint_codes, paint_strip, paint_table, png_bytes
-from .pilot import KEYS, KeyField, Pilot, key_action
+from .pilot import KEYS, Pilot, key_action, key_field
 from .plot import show_strip
 from .session import PARTS, Ask, Background, Episode, Session, nearest_first
 from .shown import Shown, layer_options, numbers_table
@@ -76,6 +75,7 @@ class Explorer:
 @patch
 def _controls(self:Explorer):
     "Everything that can be chosen."
+    import ipywidgets as w
     wide, n = w.Layout(width="308px"), len(self.episode)
     style = dict(description_width="74px")
     pick = partial(w.Dropdown, layout=wide, style=style)
@@ -97,6 +97,7 @@ def _controls(self:Explorer):
 @patch
 def _panels(self:Explorer):
     "Everything that is shown, empty as yet."
+    import ipywidgets as w
     image = lambda **kw: w.Image(format="png", layout=w.Layout(object_fit="contain", object_position="0 0", **kw))
     self.strip, self.codes, self.table, self.scene = image(), image(), image(display="none"), image(display="none")
     self.numbers, self.notes, self.said = w.HTML(), w.HTML(), w.HTML()
@@ -274,6 +275,7 @@ def look_at(self:Explorer,
 @patch
 def _live(self:Explorer):
     "The simulator's widgets."
+    import ipywidgets as w
     button = lambda text, call, tip: (b := w.Button(description=text, tooltip=tip, layout=w.Layout(width="auto")), b.on_click(self._guarded(lambda _: call())))[0]
     self.begin = button("go on from here", self.go_on, "put the simulator into the state of the present moment")
     self.driver = w.Dropdown(options=[s.name for s in self.sessions], description="policy", layout=w.Layout(width="220px", display="" if len(self.sessions) > 1 else "none"), style=dict(description_width="44px"))
@@ -282,7 +284,7 @@ def _live(self:Explorer):
     self.run.observe(self._guarded(lambda change: self.policy_step()), "value")
     self.review = button("look at this run", lambda: self.look_at(self.pilot.episode()) if self.pilot else self._started(), "open what has happened as an episode")
     self.back = button("back to the recording", lambda: self.look_at(self.first), "open the episode with which this began")
-    self.keys = KeyField([*KEYS, " ", "Enter"], self._guarded(self.press), "click here and steer: a d left right, w s away near, r f up down, j l turn, i k u o tilt, space gripper, Enter policy")
+    self.keys = key_field([*KEYS, " ", "Enter"], self._guarded(self.press), "click here and steer: a d left right, w s away near, r f up down, j l turn, i k u o tilt, space gripper, Enter policy")
     self.hands = [w.FloatSlider(0, min=-1, max=1, step=.05, description=name, readout_format=".2f", layout=w.Layout(width="300px"), style=dict(description_width="50px")) for name in LANES[:6]]
     self.grip = w.ToggleButtons(options=[("open", 1), ("close", -1)], description="gripper", style=dict(description_width="50px", button_width="70px"))
     self.times = w.BoundedIntText(1, min=1, max=60, description="times", layout=w.Layout(width="120px"), style=dict(description_width="50px"))
@@ -390,6 +392,7 @@ def report(self:Explorer,
 @patch
 def _export(self:Explorer):
     "The widgets that write."
+    import ipywidgets as w
     self.what = w.Dropdown(options=(*STILLS, "live"), value="heatmap", description="export", layout=w.Layout(width="220px"), style=dict(description_width="50px"))
     self.where = w.Text("heatmap.png", layout=w.Layout(width="220px"))
     self.what.observe(lambda change: setattr(self.where, "value", f"{change.new}.{self.where.value.rsplit('.', 1)[-1]}"), "value")
@@ -403,6 +406,7 @@ def _title(self:Explorer): return f"<b>{html.escape(' and '.join(self.shown.name
 @patch
 def _arrange(self:Explorer):
     "The widgets, in their places."
+    import ipywidgets as w
     row = lambda *items, **kw: w.HBox(items, layout=w.Layout(align_items="center", flex_flow="row wrap", **kw))
     self.title = w.HTML(self._title())
     choices = w.VBox([self.view, self.heat, self.map, self.layer, self.head, self.query, self.steps, self.level, self.seed, self.numbers], layout=w.Layout(width="330px", margin="0 0 0 12px"))
