@@ -3,22 +3,18 @@ import base64
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
+from functools import partial
 
+import lab
 import nbformat
 import numpy as np
 import pytest
-from conftest import ENV, ROOT
+from conftest import ROOT
+from lab import assert_no_errors, chrome, jupyterlab
 
-CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with its driver here")
-FLAGS = ["--headless", "--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking", "--window-size=1600,2200",
-         "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"] # WebGL without a graphics card
-SETTINGS = {"apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}, "notebook-extension/tracker": {"windowingMode": "none"}}
+pytestmark = lab.needs_browser
+until = partial(lab.until, seconds=300)
+FLAGS = ["--window-size=1600,2200", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"] # WebGL without a graphics card
 PARAMETERS = {"policy": "ckpts/coupled", "second": "ckpts/plain", "split": "data/waves_D_D", "at": 2, "steps": 1}
 
 
@@ -63,39 +59,12 @@ def project(tmp_path_factory):
 @pytest.fixture(scope="module")
 def url(project, tmp_path_factory):
     "A JupyterLab of its own."
-    home = tmp_path_factory.mktemp("lab")
-    for name, values in SETTINGS.items():
-        path = home/"settings/@jupyterlab"/f"{name}.jupyterlab-settings"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = ENV | {f"JUPYTER_{kind}_DIR": str(home/kind) for kind in ("CONFIG", "DATA", "RUNTIME")}
-    env.pop("DEFI_NB_PROGRESS", None)
-    options = ["--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=", f"--ServerApp.root_dir={project}",
-               "--LabApp.expose_app_in_browser=True", f"--LabApp.user_settings_dir={home/'settings'}", f"--LabApp.workspaces_dir={home/'workspaces'}",
-               "--LabApp.extension_manager=readonly", *(["--allow-root"] if os.getuid() == 0 else [])]
-    with open(home/"lab.log", "w") as log: server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], cwd=project, env=env, stdout=log, stderr=log)
-    try:
-        for _ in range(480):
-            try: urllib.request.urlopen(f"http://127.0.0.1:{port}/api/status", timeout=2); break
-            except OSError: time.sleep(.25)
-        else: pytest.fail((home/"lab.log").read_text())
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(60)
+    with jupyterlab(project, tmp_path_factory.mktemp("lab"), 120) as address: yield address
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    from selenium import webdriver
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"]: options.add_argument(flag)
-    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    found.set_script_timeout(300)
+    found = chrome(tmp_path_factory.mktemp("browser"), 300, *FLAGS)
     yield found
     found.quit()
 
@@ -121,15 +90,6 @@ function move(i) {
   handle.dispatchEvent(new KeyboardEvent('keydown', {key: i % 2 ? 'ArrowRight' : 'ArrowLeft', bubbles: true}));
 }
 move(0);"""
-
-
-def until(check, seconds=300):
-    "What `check` gives, once it gives something."
-    end = time.monotonic() + seconds
-    while not (found := check()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(.1)
-    return found
 
 
 class Page:
@@ -163,11 +123,10 @@ def test_workbench(url, browser):
     from selenium.webdriver.common.keys import Keys
     page = Page(browser)
     browser.get(f"{url}/lab/tree/explore.ipynb?reset")
-    until(lambda: browser.execute_script("return !!(window.jupyterapp && document.querySelector('.jp-Notebook .jp-Cell'))"))
+    until(lambda: browser.execute_script(lab.NOTEBOOK_IS_THERE))
     browser.execute_script(RUN_ALL)
     assert until(lambda: browser.execute_script("return window.ran")) == "ran"
-    errors = browser.find_elements("css selector", "[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']")
-    assert not errors, [e.text for e in errors]
+    assert_no_errors(browser)
     until(lambda: page.all(".js-plotly-plot .main-svg") and page.all(".widget-image[src^='blob:']"))
     cells = len(browser.find_elements("css selector", ".jp-Notebook .jp-Cell"))
     before = page.settled()
