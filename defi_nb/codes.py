@@ -13,6 +13,7 @@ import torch
 
 from .latent_actions import code_action_information, codebook_report, reversal_purity
 from .latent_pairs import Inferred, Pairs, Transfer, nearest_frames
+from .plot import new_axes, show_frames
 from .spec import POSITION_UNIT, ROTATION_UNIT
 
 # %% ../nbs/41_codes.ipynb #73e55a9a
@@ -30,7 +31,6 @@ def show_code_table(
     ax=None, # axes to draw into
 ):
     "Share of uses of each code, by position. Returns the axes."
-    from defi_nb.plot import new_axes
     counts = np.asarray(counts)
     share = 100*counts/counts.sum(1, keepdims=True)
     perplexity = lambda c: codebook_report(np.repeat(np.arange(len(c)), c)[:, None], len(c))["perplexity"]
@@ -69,7 +69,6 @@ def show_clips(
     size:float=.9, # of a picture, inches
 ):
     "Pairs as strips, the first frame above the second. Returns the axes."
-    from defi_nb.plot import show_frames
     strips = {f"{label}\n{when}": pairs.pictures[r, i] for label, r in rows.items() for i, when in enumerate(("first", "second")) if len(r)}
     if not strips: raise ValueError(f"no pair is to be shown: {', '.join(map(str, rows))} are used by none")
     most = max(len(r) for r in rows.values())
@@ -120,7 +119,6 @@ def show_action_table(
     shuffles:int=20, # draws of what chance gives
 ):
     "Codes by kinds of action, codes of like actions beside one another. Returns the axes."
-    from defi_nb.plot import new_axes
     table, uses = action_table(codes, bins, size), np.bincount(codes, minlength=size)
     used = np.flatnonzero(uses)
     used = used[np.lexsort((-table[used].max(1), table[used].argmax(1)))]
@@ -142,7 +140,6 @@ def show_reversal(
     ax=None, # axes to draw into
 ):
     "Which code a code becomes when time runs backwards. Returns the axes."
-    from defi_nb.plot import new_axes
     found, table = reversal_purity(forward, backward), np.full((size, size), np.nan)
     share = action_table(forward, backward, size)
     table[:, :share.shape[1]] = share
@@ -170,7 +167,6 @@ def show_transfer(
     size:float=.9, # of a picture, inches
 ):
     "Where a latent leads in another scene. Returns the axes."
-    from defi_nb.plot import show_frames
     rows = list(rows)
     near = nearest_frames(moved.decoded[rows], torch.as_tensor(known))
     strips = {"latent of: first": given.pictures[rows, 0], "second": given.pictures[rows, 1], "carried to": onto.pictures[rows, 0], "nearest to\nthe decoded": np.asarray(pictures)[near]}
@@ -220,7 +216,6 @@ def show_embedding(
     title:str="", # such as the shares of the variance
 ):
     "Points by the direction of the action. Returns the axes."
-    from defi_nb.plot import new_axes
     ax = new_axes(4.4, 3.6) if ax is None else ax
     for name, (colour, mark) in DIRECTIONS.items():
         at = np.asarray(points)[np.asarray(direction) == name]

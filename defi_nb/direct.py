@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .action_adapter import ActionAdapter, AdapterConfig
 from .encoders import IMAGENET_MEAN, IMAGENET_STD, check_folder, no_bars
 from .layers import SpaceBlock, group_tokens
-from .policy import batch_hand_state, goal_embedding
+from .policy import PlainPolicy, batch_hand_state, goal_embedding
 from .spec import VIEWS, Batch, DataSpec, check_batch
 from .vision_tokens import VisionTokens
 
@@ -133,18 +133,4 @@ class DirectPolicy(nn.Module):
         goal = goal_embedding(batch.text, self.encoders).to(device)
         return self.adapter.tokens(goal, tokens.flatten(1, 2), proprio=batch_hand_state(batch, cfg.adapter, device))
 
-    def loss(self,
-        batch:Batch, # with `action`, `text` and `video`
-    )->tuple: # scalar loss; dict of logs
-        "Denoising loss of the actions."
-        context = self.encode_batch(batch)
-        loss, _ = self.adapter.loss(context, batch.action.to(context.device))
-        return loss, dict(action=loss.detach())
-
-    @torch.no_grad()
-    def act(self,
-        batch:Batch, # the newest pictures as `video` (B,V,1,3,H,W), and `text`
-        noise:Tensor|None = None, # (B,K,A) standard normal; None draws it
-    )->Tensor: # (B,K,A) actions in [-1, 1]
-        "A chunk of actions for what is seen now."
-        return self.adapter.sample(self.encode_batch(batch), noise).clamp(-1, 1)
+    loss, act = PlainPolicy.loss, PlainPolicy.act # only the context is another

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'replay_to', 'Start', 'play_task', 'verdict', 'study_task', 'watch', 'relative_error', 'FailureReport',
-           'show_failures', 'choose_tasks', 'study_failures']
+           'choose_tasks', 'study_failures', 'show_failures']
 
 # %% ../nbs/49_failures.ipynb #fa693a28
 import copy
@@ -249,26 +249,6 @@ def _rows_of(path, header):
     write_jsonl(path, [header, *lines[1:]]) # no torn last line
     return lines[1:]
 
-def show_failures(
-    report:FailureReport, # with failed tasks
-    ax=None, # axes to draw into
-):
-    "Why tasks failed, a bar each kind of task and one for all of them. Returns the axes."
-    if not report.failed: raise ValueError("no failed task was studied: there is nothing to show")
-    tasks = ["all", *sorted({r["task"] for r in report.failed})]
-    of = lambda task: [r for r in report.failed if task in ("all", r["task"])]
-    ax, left = new_axes(6, .8 + .28*len(tasks)) if ax is None else ax, np.zeros(len(tasks))
-    for name, colour in zip(VERDICTS, ("C0", "C1", ".75", ".45"), strict=True):
-        counts = np.array([sum(r["verdict"] == name for r in of(task)) for task in tasks])
-        ax.barh(tasks, counts/[len(of(task)) for task in tasks], left=left, color=colour, label=VERDICTS[name])
-        left = left + counts/[len(of(task)) for task in tasks]
-    for y, task in enumerate(tasks): ax.text(1.01, y, f"n={len(of(task))}", va="center", fontsize=7)
-    warning = {True: "", False: "; the control is too low for reading it", None: "; no control was played"}[report.believable]
-    ax.set(xlabel="share of failed tasks" + warning, xlim=(0, 1))
-    ax.invert_yaxis()
-    ax.legend(fontsize=7, loc="lower center", bbox_to_anchor=(.5, 1), ncols=2)
-    return ax
-
 def choose_tasks(
     records:list, # of chains, those without actions are passed over
     failures:int, # failed tasks at most
@@ -323,3 +303,24 @@ def study_failures(
         if out: append_jsonl(Path(out)/"failures.jsonl", row)
     for env in envs: env.close()
     return FailureReport(rows, header)
+
+# %% ../nbs/49_failures.ipynb #6549c350
+def show_failures(
+    report:FailureReport, # with failed tasks
+    ax=None, # axes to draw into
+):
+    "Why tasks failed, a bar each kind of task and one for all of them. Returns the axes."
+    if not report.failed: raise ValueError("no failed task was studied: there is nothing to show")
+    tasks = ["all", *sorted({r["task"] for r in report.failed})]
+    of = lambda task: [r for r in report.failed if task in ("all", r["task"])]
+    ax, left = new_axes(6, .8 + .28*len(tasks)) if ax is None else ax, np.zeros(len(tasks))
+    for name, colour in zip(VERDICTS, ("C0", "C1", ".75", ".45"), strict=True):
+        counts = np.array([sum(r["verdict"] == name for r in of(task)) for task in tasks])
+        ax.barh(tasks, counts/[len(of(task)) for task in tasks], left=left, color=colour, label=VERDICTS[name])
+        left = left + counts/[len(of(task)) for task in tasks]
+    for y, task in enumerate(tasks): ax.text(1.01, y, f"n={len(of(task))}", va="center", fontsize=7)
+    warning = {True: "", False: "; the control is too low for reading it", None: "; no control was played"}[report.believable]
+    ax.set(xlabel="share of failed tasks" + warning, xlim=(0, 1))
+    ax.invert_yaxis()
+    ax.legend(fontsize=7, loc="lower center", bbox_to_anchor=(.5, 1), ncols=2)
+    return ax

@@ -18,6 +18,7 @@ import torch
 from .alignment import thumbnails
 from .latent_actions import action_bins, auroc, code_action_information, code_agreement, codebook_report, duplicate_codes, idle_norm, reversal_antisymmetry, reversal_purity
 from .latent_pairs import Inferred, Pairs, decode, infer, inner_gidm, transfer
+from .plot import new_axes
 from .probes import held_out
 
 # %% ../nbs/41_latent_suite.ipynb #8578bb6e
@@ -398,7 +399,6 @@ def show_curve(
     log:bool=False, # logarithmic horizontal axis
 ):
     "A measure, its interval, and its references. Returns the axes."
-    from defi_nb.plot import new_axes
     ax = new_axes(4.6, 2.8) if ax is None else ax
     x, all_ = list(curve), list(curve.values())
     lines = {"latents": [m.value for m in all_]} | {k: [m.references[k][0] for m in all_] for k in all_[0].references}

@@ -95,6 +95,7 @@ def watched_share(
     "All windows of the run's own recording, and a share of the further ones."
     return [w for w in windows if w.start < own] + take_fraction([w for w in windows if w.start >= own], video_frac)
 
+# %% ../nbs/52_rundata.ipynb #863d05df
 def video_data(
     split:str, # what to learn from, see `open_pieces`
     video:str, # further data, separated by commas
