@@ -108,6 +108,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'defi_nb.auxiliary.fit_inverse': ('auxiliary.html#fit_inverse', 'defi_nb/auxiliary.py'),
                                    'defi_nb.auxiliary.future_of': ('auxiliary.html#future_of', 'defi_nb/auxiliary.py'),
                                    'defi_nb.auxiliary.imagined_pair': ('auxiliary.html#imagined_pair', 'defi_nb/auxiliary.py'),
+                                   'defi_nb.auxiliary.inverse_beside': ('auxiliary.html#inverse_beside', 'defi_nb/auxiliary.py'),
                                    'defi_nb.auxiliary.listening': ('auxiliary.html#listening', 'defi_nb/auxiliary.py'),
                                    'defi_nb.auxiliary.order_only': ('auxiliary.html#order_only', 'defi_nb/auxiliary.py'),
                                    'defi_nb.auxiliary.pair_features': ('auxiliary.html#pair_features', 'defi_nb/auxiliary.py'),
