@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 
+from .auxiliary import pair_features
 from .calvin import TASKS, check_tasks
 from .calvin_data import read_calvin
 from .calvin_lazy import open_calvin
@@ -31,6 +32,7 @@ from .gfdm import GFDM, GFDMConfig, fit_encoders
 from .gidm import GIDM, GIDMConfig
 from .models import is_finished, load_model
 from .official import load_gfdm, load_gidm
+from .policy import CoupledPolicy
 from .prepare import CodedSamples, RowSamples
 from .recorder import LAPTOP_TASKS, RecordConfig, record_demonstrations
 from .run import project_root, run_notebook
@@ -151,28 +153,33 @@ def encoded(
 def feature_file(
     policy, # `policy.CoupledPolicy`, whose GFDM is frozen
     part:str, # which samples: a share of the demonstrations, or "held_out"
+    pair:bool=False, # with the future's features too, see `auxiliary.pair_features`
 )->str: # the name of shards, without their key
     "Where a policy's GFDM features are kept."
     step, views = getattr(policy.gfdm.cfg, "extract_step", 1), policy.cfg.views
-    return f"feature-{weights_digest(policy.gfdm)}-{part}" + f"-step{step}"*(step != 1) + f"-{'-'.join(views)}"*(views != VIEWS)
+    return f"feature-{weights_digest(policy.gfdm)}-{part}" + f"-step{step}"*(step != 1) + f"-{'-'.join(views)}"*(views != VIEWS) + "-pair"*pair
 
 def feature_bytes(
     policy, # `policy.CoupledPolicy`
     samples:int, # number of samples
+    pair:bool=False, # with the future's features too
 )->int: # in float16
     "What keeping GFDM's features of all samples takes."
     _, P, D = policy.gfdm.feature_shape()
-    return 2*samples*len(policy.cfg.views)*len(policy.cfg.frames)*P*D
+    return 2*samples*len(policy.cfg.views)*(len(policy.cfg.frames) + pair)*P*D
 
 def foreseen(
     policy, # `policy.CoupledPolicy`, whose GFDM is frozen
     samples, # `WindowDataset` or `CodedSamples`, with what GFDM reads of the present frame
     path, # of the shards to make, without their key
+    pair:bool=False, # with the future's features too; then samples have frames 0 and k
 ): # the same samples with `feature` instead
     "GFDM's one-step features of every sample, computed once and kept."
-    def compute(lo, hi): return policy.features(samples[np.arange(lo, hi)])
+    of = pair_features if pair else CoupledPolicy.features
+    def compute(lo, hi): return of(policy, samples[np.arange(lo, hi)])
     identity = dict(gfdm=weights_digest(policy.gfdm, policy.gfdm.cfg), frames=policy.cfg.frames, **_seen_by(samples))
     if policy.cfg.views != VIEWS: identity["views"] = policy.cfg.views
+    if pair: identity["pair"] = policy.cfg.spec.chunk
     feature = shard_rows(path, len(samples), compute, identity, batch_size=32, most_rows=1024) # one thread: GFDM's network is stopped half-way by hooks, which threads would share
     if isinstance(samples, CodedSamples): return RowSamples(samples.blind, feature, "feature")
     return WindowDataset(samples.frames, samples.windows, chunk=samples.chunk, stride=samples.stride, min_left=samples.min_left,

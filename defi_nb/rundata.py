@@ -169,7 +169,7 @@ class PolicyData:
 
 def policy_data(
     split:str, # what to learn from: one dataset with actions
-    field:str, # of `Batch`: "latent" or "dino"
+    field:str, # of `Batch`: "latent", "dino", or "video" as it is
     encoders, # `encoders.Encoders`
     cfg:TrainConfig, # of the run: seed, device
     stride:int=4, # control steps between two samples of a demonstration
@@ -180,6 +180,7 @@ def policy_data(
     preset:str="tiny", # of the pictures and the encoders
     reading:Reading=PLAIN, # what the data do not say
     unchecked:bool=False, # whether data with errors is used
+    ahead:int=0, # control steps to a second frame of each sample; 0: the present alone
 )->PolicyData:
     "Samples for the fine-tuning of a policy."
     spec, root = preset_of(DataSpec, preset), project_root()
@@ -187,25 +188,28 @@ def policy_data(
         if is_recording(split):
             _check_folders([split], unchecked)
             frames = recorded_frames(split, tasks, demos, data, preset)
-            arrays = encoded(frames, encoders, split, (field,), data, preset)
+            arrays = encoded(frames, encoders, split, () if field == "video" else (field,), data, preset)
             windows, held = split_windows(frames.windows, .05)
             if not held: held = windows # a recording of single demonstrations
             some = take_fraction(windows, data_frac)
-            sets = [WindowDataset(frames, w, chunk=spec.chunk, stride=s, arrays=arrays) for w, s in ((some, stride), (held, 10))]
+            sets = [WindowDataset(frames, w, (0, ahead) if ahead else (0,), spec.chunk, s, video=field == "video", arrays=arrays) for w, s in ((some, stride), (held, 10))]
             return PolicyData(*sets, Piece(store_name(split, preset), "calvin", frames, VIEWS), some, held)
         pieces = open_pieces(split, spec.image_size, reading, tasks, demos, data, preset, unchecked)
         if len(pieces) > 1 or isinstance(pieces[0].data, list):
             raise ValueError(f"{split!r} is {', '.join(f'{p.name} ({p.format})' for p in pieces)}: a policy learns from one dataset with actions, in CALVIN's format, LeRobot's, RLDS, or your own (videos/ and actions/)")
-        return _robot_data(pieces[0], field, encoders, spec, stride, data_frac, root/data/f"{pieces[0].name}-{preset}-encoded")
+        return _robot_data(pieces[0], field, encoders, spec, stride, data_frac, root/data/f"{pieces[0].name}-{preset}-encoded", ahead)
 
-def _robot_data(piece, field, encoders, spec, stride, data_frac, folder):
+def _robot_data(piece, field, encoders, spec, stride, data_frac, folder, ahead):
     source, (train, held) = piece.data, split_units(piece)
     if not 0 < data_frac <= 1: raise ValueError(f"data_frac is {data_frac}; it is a share of the demonstrations, above 0 and up to 1")
     some = sorted(np.random.default_rng(0).permutation(train)[:max(1, round(data_frac*len(train)))].tolist())
     scale = measure_scale(source, episodes=sorted(some + held))
-    encode, identity = dict(latent=(encoders.vae.encode, "vae"), dino=(encoders.dino, "dino"))[field]
-    learn, judge = coded_pair(piece, (train, held), (stride/source.hz, 10/source.hz), field, encode, encoders.identity()[identity], folder,
-                              chunk=spec.chunk, scale=scale, size=spec.image_size)
+    parts, strides = (train, held), (stride/source.hz, 10/source.hz)
+    kw = dict(times=(0., ahead/source.hz) if ahead else (0.,), chunk=spec.chunk, scale=scale, size=spec.image_size)
+    if field == "video": learn, judge = (piece_samples(piece, part, stride=s, **kw) for part, s in zip(parts, strides))
+    else:
+        encode, identity = dict(latent=(encoders.vae.encode, "vae"), dino=(encoders.dino, "dino"))[field]
+        learn, judge = coded_pair(piece, parts, strides, field, encode, encoders.identity()[identity], folder, **kw)
     return PolicyData(learn if len(some) == len(train) else learn.select(some), judge, piece, some, held, scale)
 
 # %% ../nbs/52_rundata.ipynb #55dcfc94
