@@ -119,7 +119,7 @@ class InverseBeside(nn.Module):
         if torch.is_grad_enabled() and not now.requires_grad:
             raise ValueError(f"what `{self.pair.__name__}` reads from the {type(policy).__name__} is frozen, so an auxiliary loss could teach it nothing: train it, or leave the auxiliary loss out")
         extra, parts = pair_loss(self.head, now, later, batch.action.to(now.device), valid, None, self.rest, self.undo)
-        return own + self.cfg.weight*extra, logs | parts | dict(inverse=extra.detach(), policy=own.detach())
+        return own + self.cfg.weight*extra, logs | parts | dict(inverse=extra.detach(), policy_loss=own.detach())
 
 def fit_inverse(
     cfg:InverseDynamicsConfig, # weights, and the width of the head

@@ -217,7 +217,7 @@ def fresh_model(
         return model
 
 def variant_name(
-    kind:str, # "gfdm", "gidm", "coupled" or "plain"
+    kind:str, # "gfdm", "gidm", "coupled", "plain" or "direct"
     split:str, # see `split_folder`
     preset:str="tiny", # "tiny" or "paper"
     **variant, # parameters of the run that makes it, and their values
@@ -269,14 +269,14 @@ def pretrained(
     return model
 
 def trained_policy(
-    choice:str, # "coupled" or "plain", the default's; or the folder of a checkpoint, relative to the project's root
+    choice:str, # "coupled", "plain" or "direct", the default's; or the folder of a checkpoint, relative to the project's root
     params:dict, # for `train_coupled`, where the default's is missing; `split` among them
     ckpts="ckpts", # folder of the default's checkpoints, relative to the project's root
 ): # absolute folder of a finished checkpoint
     "A policy's checkpoint; the default's is trained first where it is missing."
-    default = choice in ("coupled", "plain")
+    default = choice in ("coupled", "plain", "direct")
     folder = project_root()/(f"{ckpts}/{variant_name(choice, params['split'])}" if default else choice)
-    if not default and not is_finished(folder): raise FileNotFoundError(f"{folder} holds no finished policy: correct the path, or choose coupled or plain")
+    if not default and not is_finished(folder): raise FileNotFoundError(f"{folder} holds no finished policy: correct the path, or choose coupled, plain or direct")
     with made_by_one(folder) as missing:
         if missing:
             print(f"{folder} is not there yet: running train_coupled first")
