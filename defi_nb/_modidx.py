@@ -38,6 +38,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'defi_nb.action_adapter.ContextEncoder.forward': ( 'action_adapter.html#contextencoder.forward',
                                                                                            'defi_nb/action_adapter.py'),
                                         'defi_nb.action_adapter.Prepared': ('action_adapter.html#prepared', 'defi_nb/action_adapter.py')},
+            'defi_nb.aliasing': {'defi_nb.aliasing.options_of': ('aliasing.html#options_of', 'defi_nb/aliasing.py')},
             'defi_nb.alignment': { 'defi_nb.alignment.Alignment': ('alignment.html#alignment', 'defi_nb/alignment.py'),
                                    'defi_nb.alignment.Alignment._repr_markdown_': ( 'alignment.html#alignment._repr_markdown_',
                                                                                     'defi_nb/alignment.py'),
