@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LUMA', 'partial_spearman', 'thumbnails', 'pose_distance', 'feature_distances', 'draw_pairs', 'Alignment',
-           'alignment_score']
+           'align_distances', 'pair_distances', 'alignment_score']
 
 # %% ../nbs/26_alignment.ipynb #cbe126cf
 from dataclasses import dataclass
@@ -115,23 +115,44 @@ def _over_segments(distances, pose, pixels, segment, draws, seed, level):
     drawn = [_partials(distances, pose, pixels, np.concatenate([of[i] for i in rng.integers(0, len(of), len(of))])) for _ in range(draws)]
     return {key: tuple(np.nanquantile([d[key] for d in drawn], ((1 - level)/2, (1 + level)/2)).tolist()) for key in drawn[0]}
 
-def alignment_score(
-    tokens, # (N,P,C) features of all frames
-    pose, # (N,6) position and Euler angles of the hand; the head of CALVIN's robot_obs
-    pictures, # (N,h,w) grey thumbnails
-    pairs, # (n,2) rows, see `draw_pairs`
+def align_distances(
+    distances:dict, # name -> (n,) how far features of a pair are apart
+    poses:dict, # "raw" and "wrapped" angles -> (n,) how far its poses are apart
+    pixels, # (n,) how far its pictures are apart
     segment, # (n,) number of the demonstration of each pair
     gap=None, # (n,) rows apart; None: no scores of single gaps
     draws:int=200, # of demonstrations, for the interval
     seed:int=0, # of the draws
     level:float=.95, # confidence
 )->Alignment:
-    "The paper's score, with an interval, and with angles wrapped too."
-    (i, j), pose = np.asarray(pairs).T, np.asarray(pose, float)
-    distances = feature_distances(np.asarray(tokens)[i], np.asarray(tokens)[j])
-    apart = {name: pose_distance(pose[i], pose[j], pose.std(0), wrap) for name, wrap in (("raw", False), ("wrapped", True))}
-    pixels, segment = np.square(np.asarray(pictures)[i] - np.asarray(pictures)[j]).mean((1, 2)), np.asarray(segment)
-    per_gap = {int(g): {name: rho for (name, angles), rho in _partials(distances, apart, pixels, np.asarray(gap) == g).items() if angles == "wrapped"}
+    "The score of any distances."
+    pixels, segment = np.asarray(pixels), np.asarray(segment)
+    per_gap = {int(g): {name: rho for (name, angles), rho in _partials(distances, poses, pixels, np.asarray(gap) == g).items() if angles == "wrapped"}
                for g in (np.unique(gap) if gap is not None else ())}
-    return Alignment(_partials(distances, apart, pixels, slice(None)), _over_segments(distances, apart, pixels, segment, draws, seed, level),
-                     per_gap, float(stats.spearmanr(pixels, apart["wrapped"]).statistic), len(i))
+    return Alignment(_partials(distances, poses, pixels, slice(None)), _over_segments(distances, poses, pixels, segment, draws, seed, level),
+                     per_gap, float(stats.spearmanr(pixels, poses["wrapped"]).statistic), len(pixels))
+
+def pair_distances(
+    pose, # (N,6) position and Euler angles of the hand; the head of CALVIN's robot_obs
+    pictures, # (N,h,w) grey thumbnails
+    pairs, # (n,2) rows, see `draw_pairs`
+)->tuple: # dict of (n,): "raw" and "wrapped" angles; (n,) mean squared difference of the pictures
+    "How far poses and pictures of pairs are apart."
+    (i, j), pose = np.asarray(pairs).T, np.asarray(pose, float)
+    poses = {name: pose_distance(pose[i], pose[j], pose.std(0), wrap) for name, wrap in (("raw", False), ("wrapped", True))}
+    return poses, np.square(np.asarray(pictures)[i] - np.asarray(pictures)[j]).mean((1, 2))
+
+def alignment_score(
+    tokens, # (N,P,C) features of all frames
+    pose, # (N,6) see `pair_distances`, likewise the next two
+    pictures, # (N,h,w)
+    pairs, # (n,2)
+    segment, # (n,) see `align_distances`, likewise what follows
+    gap=None, # (n,)
+    draws:int=200,
+    seed:int=0,
+    level:float=.95,
+)->Alignment:
+    "The paper's score, with an interval, and with angles wrapped too."
+    i, j = np.asarray(pairs).T
+    return align_distances(feature_distances(np.asarray(tokens)[i], np.asarray(tokens)[j]), *pair_distances(pose, pictures, pairs), segment, gap, draws, seed, level)
