@@ -54,7 +54,7 @@ class Compared:
 
     def row(self, arm): # cells of a table
         mean, low, high = self.difference(arm)
-        beside = "" if arm == next(iter(self.values)) else f"{mean:+.3g} ({low:+.3g} to {high:+.3g})"
+        beside = "" if arm == next(iter(self.values)) else f"{mean:+.3g}" + ("" if np.isnan(low) else f" ({low:+.3g} to {high:+.3g})")
         return [f"{np.mean(self.values[arm]):.3g}", beside, " ".join(f"{v:.3g}" for v in self.values[arm])]
 
     def _repr_markdown_(self):

@@ -12,7 +12,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, current_process, get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +220,8 @@ def record_demonstrations(
     n_workers:int|None=None, # processes; None: one a core. The recording does not depend on it
 )->dict: # folder, chains, frames, and windows of each task
     "Record what is missing of a recording, and say what there is."
+    if getattr(current_process(), "_inheriting", False): # a worker is importing the script that started it, and would wait here for ever
+        raise RuntimeError("record_demonstrations is called while this script is imported by one of its own workers: put the script's code under `if __name__ == \"__main__\":`, or record with n_workers=1")
     root = Path(folder)/split
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(root.with_name(f".{split}.lock")): return _record(root, config, split, n_workers) # another process waits, and finds it recorded
