@@ -18,6 +18,11 @@ LIBRARY = [*sorted((ROOT/"nbs").glob("[0-9]*.ipynb"))]
 RUNS = [p for p in sorted((ROOT/"nbs").glob("[a-z]*.ipynb")) if p.stem != "index"]
 
 
+def pytest_collection_modifyitems(items):
+    "The run notebooks build on one another, in one process: they begin first, and the rest fills the others."
+    items.sort(key=lambda item: item.path.stem != "test_runs")
+
+
 def command(*args, cwd=ROOT, timeout=600, **kwargs):
     "Run a command of this environment to its end, with no terminal; returns the finished process."
     return subprocess.run([str(BIN/args[0]), *map(str, args[1:])], cwd=cwd, env=ENV, timeout=timeout, text=True,
