@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rest_action', 'time_reverse', 'draw_reversed', 'reverse_batch', 'InverseDynamicsConfig', 'InverseDynamicsHead',
-           'inverse_dynamics_loss', 'pair_loss', 'AuxInverseDynamics']
+           'make_heads', 'inverse_dynamics_loss', 'pair_loss', 'AuxInverseDynamics']
 
 # %% ../nbs/26_inverse_dynamics.ipynb #bd9107a4
 from contextlib import contextmanager
@@ -54,11 +54,12 @@ def reverse_batch(
     action:Tensor, # (B,k,A) between them
     reverse:Tensor, # (B,) bool, see `draw_reversed`
     rest:Tensor|None=None, # see `time_reverse`
-    undo=time_reverse, # `undo(action, rest)`, the actions of the way back; another one for a control experiment
+    undo=time_reverse, # `undo(action, rest, before)`, the actions of the way back; another one for a control experiment
+    before:Tensor|None=None, # (B,), see `time_reverse`
 )->tuple: # current, future, action
     "The same batch, some of its samples played backwards."
     r = reverse.to(current.device)[:, None, None]
-    return torch.where(r, future, current), torch.where(r, current, future), torch.where(r.to(action.device), undo(action, rest), action)
+    return torch.where(r, future, current), torch.where(r, current, future), torch.where(r.to(action.device), undo(action, rest, before), action)
 
 # %% ../nbs/26_inverse_dynamics.ipynb #77641ba9
 @dataclass(frozen=True)
@@ -73,6 +74,15 @@ class InverseDynamicsConfig:
     p_reverse:float = .5 # probability of Pseudo Time Reversal
     pool:int = 0 # tokens are averaged on a grid of this many a side; 0: kept as they are, as in the paper
     action_dim:int = ACTION_DIM # numbers of an action, the gripper the last
+    fusion_layers:int = 1 # layers that make present, future and difference of a token one vector
+    action_layers:int = 1 # hidden layers between all tokens and the chunk
+    norm:bool = False # whether hidden layers are normalised (LayerNorm) before their GELU
+    heads:int = 1 # 1: one head for all cameras, as in the paper; else one for each, and as many as there are cameras
+    gripper:str = "keep" # commands of a reversed chunk: "keep", as in the paper, or "shift" by one step, see `time_reverse`
+
+    def __post_init__(self):
+        if self.gripper not in ("keep", "shift"): raise ValueError(f"gripper is {self.gripper!r}: choose keep or shift")
+        if low := [n for n in ("fusion_layers", "action_layers", "heads") if getattr(self, n) < 1]: raise ValueError(f"{' and '.join(low)} must be at least 1")
 
     @classmethod
     def tiny(cls, **changes): return cls(**changes)
@@ -91,6 +101,11 @@ def _pooled(tokens, side): # (B,P,C) of a square picture -> (B,side*side,C)
     if n*n != tokens.shape[1]: raise ValueError(f"{tokens.shape[1]} tokens are not a square picture's: pool=0 keeps them as they are")
     return F.adaptive_avg_pool2d(tokens.transpose(1, 2).unflatten(2, (n, n)), side).flatten(2).transpose(1, 2)
 
+def _hidden(width, cfg, layers): # -> list of modules
+    "Hidden layers, the first from another width."
+    sizes = [width] + [cfg.hidden]*layers
+    return [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), *[nn.LayerNorm(o)]*cfg.norm, nn.GELU())]
+
 class InverseDynamicsHead(nn.Module):
     "Tokens of two pictures to the actions between them."
     def __init__(self,
@@ -99,8 +114,8 @@ class InverseDynamicsHead(nn.Module):
         super().__init__()
         P = cfg.pool**2 or cfg.tokens
         self.cfg = cfg
-        self.fuse = nn.Sequential(nn.Linear(3*cfg.dim, cfg.hidden), nn.GELU())
-        self.act = nn.Sequential(nn.Linear(P*cfg.hidden, cfg.hidden), nn.GELU(), nn.Linear(cfg.hidden, cfg.chunk*cfg.action_dim))
+        self.fuse = nn.Sequential(*_hidden(3*cfg.dim, cfg, cfg.fusion_layers))
+        self.act = nn.Sequential(*_hidden(P*cfg.hidden, cfg, cfg.action_layers), nn.Linear(cfg.hidden, cfg.chunk*cfg.action_dim))
 
     def forward(self,
         current:Tensor, # (B,P,C) tokens of the present
@@ -112,6 +127,12 @@ class InverseDynamicsHead(nn.Module):
         if cfg.pool: current, future = _pooled(current, cfg.pool), _pooled(future, cfg.pool)
         fused = self.fuse(torch.cat([current, future, future - current], -1))
         return self.act(fused.flatten(1)).unflatten(1, (cfg.chunk, cfg.action_dim))
+
+def make_heads(
+    cfg:InverseDynamicsConfig, # sizes, and `heads`
+)->nn.Module: # an `InverseDynamicsHead`, or a `ModuleList` of one for each camera
+    "The head of all cameras, or one for each."
+    return InverseDynamicsHead(cfg) if cfg.heads == 1 else nn.ModuleList(InverseDynamicsHead(cfg) for _ in range(cfg.heads))
 
 # %% ../nbs/26_inverse_dynamics.ipynb #e54f8a7a
 def inverse_dynamics_loss(
@@ -129,7 +150,7 @@ def inverse_dynamics_loss(
 
 # %% ../nbs/26_inverse_dynamics.ipynb #dfc1ef62
 def pair_loss(
-    head:InverseDynamicsHead, # shared by the cameras
+    head:nn.Module, # shared by the cameras, or a `ModuleList` of one for each, see `make_heads`
     current:Tensor, # (V,B,P,C) tokens of the present, of each camera
     future:Tensor, # (V,B,P,C) tokens k steps later
     action:Tensor, # (B,k,A) between them
@@ -137,14 +158,20 @@ def pair_loss(
     generator:torch.Generator|None=None, # of the reversals
     rest:Tensor|None=None, # see `time_reverse`
     undo=time_reverse, # see `reverse_batch`
+    before:Tensor|None=None, # (B,) the gripper's command before the chunk, for `gripper="shift"`
 )->tuple: # scalar, not yet weighted; logs
     "The inverse-dynamics loss of pairs of pictures, some of them played backwards."
-    if action.shape[1:] != (head.cfg.chunk, head.cfg.action_dim):
-        raise ValueError(f"actions have shape {tuple(action.shape)}; this head takes (B,{head.cfg.chunk},{head.cfg.action_dim}): `chunk` and `action_dim` of InverseDynamicsConfig are the policy's own")
-    reverse, losses = draw_reversed(len(action), head.cfg.p_reverse, generator, valid), []
-    for z, z_later in zip(current, future):
-        now, then, target = reverse_batch(z, z_later, action, reverse, rest, undo)
-        losses.append(inverse_dynamics_loss(head(now, then), target, head.cfg.gripper_weight, valid))
+    heads = list(head) if isinstance(head, nn.ModuleList) else [head]*len(current)
+    cfg = heads[0].cfg
+    if len(heads) != len(current): raise ValueError(f"{len(heads)} heads and tokens of {len(current)} cameras: `heads` of InverseDynamicsConfig is 1, or the number of cameras")
+    if action.shape[1:] != (cfg.chunk, cfg.action_dim):
+        raise ValueError(f"actions have shape {tuple(action.shape)}; this head takes (B,{cfg.chunk},{cfg.action_dim}): `chunk` and `action_dim` of InverseDynamicsConfig are the policy's own")
+    if (before is None) == (cfg.gripper == "shift"):
+        raise ValueError(f"gripper is {cfg.gripper!r}, and the command `before` each chunk is {'missing' if before is None else 'given'}: shift needs it, (B,) coded as in the actions, and keep does not take it")
+    reverse, losses = draw_reversed(len(action), cfg.p_reverse, generator, valid), []
+    for h, z, z_later in zip(heads, current, future):
+        now, then, target = reverse_batch(z, z_later, action, reverse, rest, undo, before)
+        losses.append(inverse_dynamics_loss(h(now, then), target, cfg.gripper_weight, valid))
     logs = {f"inverse_{k}": torch.stack([parts[k] for _, parts in losses]).mean() for k in ("motion", "gripper")}
     return torch.stack([l for l, _ in losses]).mean(), logs
 
@@ -160,7 +187,7 @@ class AuxInverseDynamics:
         if not any(p.requires_grad for p in tokens.tower.parameters()):
             raise ValueError(f"every parameter of the {type(tokens.tower).__name__} is frozen, so an auxiliary loss could teach it nothing: train it, or leave the auxiliary loss out")
         self.cfg, self.tokens, self.views, self.views_first, self.seen = cfg, tokens, views, views_first, None
-        self.head = InverseDynamicsHead(cfg).to(next(tokens.tower.parameters()))
+        self.head = make_heads(cfg).to(next(tokens.tower.parameters()))
 
     def parameters(self): # of the head, for a parameter group of the optimiser
         return self.head.parameters()
@@ -185,6 +212,7 @@ class AuxInverseDynamics:
         valid:Tensor|None=None, # (B,) bool, samples whose future is real; None: all
         generator:torch.Generator|None=None, # of the reversals
         rest:Tensor|None=None, # see `time_reverse`
+        before:Tensor|None=None, # (B,) the gripper's command before the chunk, for `gripper="shift"`
     )->tuple: # scalar, not yet weighted; logs
         "The inverse-dynamics loss of the pictures that the policy has just encoded."
         if self.seen is None: raise ValueError("the auxiliary loss is not attached: compute it, and the policy's loss before it, inside `with aux.attached():`")
@@ -194,4 +222,4 @@ class AuxInverseDynamics:
         rows = self.tokens(**future)
         later = self._by_view(list(rows.chunk(len(passes))), B)
         self.seen.clear() # of this step, the future's pass included
-        return pair_loss(self.head, current, later, action, valid, generator, rest)
+        return pair_loss(self.head, current, later, action, valid, generator, rest, before=before)
