@@ -67,10 +67,10 @@ class ProbeConfig:
     out:int = 8 # O, numbers of the target
     project:int = 256 # of each token
     hidden:int = 512 # of the second hidden layer; the first has twice as many
-    dropout:float = .1 # of both
+    dropout:float = .1 # of both hidden layers, in training
     lr:float = 2e-4 # of Adam
     batch_size:int = 256 # frames
-    steps:int = 1000 # of training
+    steps:int = 1000 # of training, as in Table 11; of Table 12's one epoch: kept frames divided by `batch_size`
     every:int = 100 # steps between two evaluations
     gripper_weight:float|None = None # of the cross entropy of a chunk's gripper; None: the target is a state, and all of it is L1
 
