@@ -1,4 +1,6 @@
 "The auxiliary loss on a vision-language-action model that is not ours: transformers' PI0, tiny, with random weights."
+import copy
+
 import pytest
 import torch
 
@@ -60,14 +62,58 @@ def test_attach_train_detach(pi0, batch):
         losses.append((own.item(), extra.item()))
     assert losses[-1][0] < losses[0][0] and losses[-1][1] < losses[0][1]
     assert list(pi0.state_dict()) == keys and not any(m._forward_hooks or m._forward_pre_hooks for m in pi0.modules())
-    trained = pi0(**batch).logits
-    del aux
-    assert torch.equal(pi0(**batch).logits, trained)
+    with aux.attached(): trained = pi0(**batch).logits
+    del aux, optimizer
+    assert torch.equal(pi0(**batch).logits, trained) and not torch.equal(trained, before)
 
 
 def test_a_frozen_tower_is_refused(pi0):
     pi0.requires_grad_(False)
     with pytest.raises(ValueError, match="every parameter of the SiglipVisionModel is frozen"): attach(pi0)
+
+
+class Both(torch.nn.Module):
+    "What data parallelism wraps: the policy's loss and the auxiliary one."
+    def __init__(self, pi0, aux):
+        super().__init__()
+        self.pi0, self.head, self.aux = pi0, aux.head, aux
+
+    def forward(self, batch):
+        own, extra = both(self.pi0, self.aux, batch)
+        return own + self.aux.cfg.weight*extra
+
+
+def test_data_parallelism_waits_for_no_parameter(pi0, batch):
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    from defi_nb.vision_tokens import freeze_unused
+    aux = attach(pi0)
+    step = Both(pi0, aux)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        waiting = DistributedDataParallel(copy.deepcopy(step))
+        waiting(batch).backward()
+        with pytest.raises(RuntimeError, match="did not receive grad"): waiting(batch)
+        frozen = freeze_unused(step(batch), pi0)
+        assert any("vision_tower.head" in n for n in frozen) and not any("vision_tower.encoder" in n for n in frozen)
+        ready = DistributedDataParallel(step)
+        for _ in range(2): ready(batch).backward()
+    finally: dist.destroy_process_group()
+    assert all((p.grad is not None) == p.requires_grad for p in step.parameters())
+
+
+def test_projected_tokens_of_a_foreign_model(pi0, batch):
+    "What its language model reads, through the projection, which then learns too."
+    vision = VisionTokens(pi0, "projected")
+    aux = AuxInverseDynamics(InverseDynamicsConfig.tiny(tokens=16, dim=32, chunk=CHUNK, heads=CAMERAS, gripper="shift"), vision, views=CAMERAS)
+    with aux.attached():
+        own = pi0(**batch).loss
+        extra, _ = aux.loss(dict(pixel_values=batch["pixel_values"].flip(0).flatten(0, 1)), batch["actions"], before=torch.ones(3))
+    assert own == pi0(**batch).loss
+    extra.backward()
+    touched = {n for n, p in pi0.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert {"vision_tower" in n or "multi_modal_projector" in n for n in touched} == {True} and any("multi_modal_projector" in n for n in touched)
 
 
 # The project's own policies, through the same training as ever.
