@@ -123,7 +123,7 @@ SMALL = dict(size=32, stem=(8, 16), dim=32, depth=1)
 
 @pytest.fixture(scope="module")
 def direct(tmp_path_factory):
-    "A direct policy trained alone, with the auxiliary loss at weight 0, and with it, each in its folder."
+    "A direct policy trained alone, with the auxiliary loss at weight 0, with it, and with its options, each in its folder."
     from defi_nb.action_adapter import AdapterConfig
     from defi_nb.auxiliary import InverseBeside, encoder_pair, fit_inverse
     from defi_nb.direct import DirectConfig, DirectPolicy
@@ -135,10 +135,11 @@ def direct(tmp_path_factory):
     data = WindowDataset(frames, frames.windows, offsets=(0, 10), chunk=10, video=True)
     cfg = TrainConfig(steps=4, batch_size=8, warmup=1, log_every=2, ema_decay=.9, device="cpu")
     policies, rows = {}, {}
-    for name, weight in dict(alone=None, unweighted=0., together=.3).items():
+    options = dict(weight=.3, heads=2, norm=True, fusion_layers=2, gripper="shift")
+    for name, changes in dict(alone=None, unweighted=dict(weight=0.), together=dict(weight=.3), options=options).items():
         torch.manual_seed(0)
-        policy = DirectPolicy(DirectConfig(**SMALL, adapter=AdapterConfig(dim=32, enc_blocks=1, dec_blocks=1, latent_dim=0, proprio_dim=0)), encoders)
-        beside = None if weight is None else InverseBeside(fit_inverse(InverseDynamicsConfig.tiny(weight=weight), policy), encoder_pair)
+        policy = DirectPolicy(DirectConfig(**SMALL, shift=3 if name == "options" else 0, adapter=AdapterConfig(dim=32, enc_blocks=1, dec_blocks=1, latent_dim=0, proprio_dim=0)), encoders)
+        beside = None if changes is None else InverseBeside(fit_inverse(InverseDynamicsConfig.tiny(**changes), policy), encoder_pair)
         rows[name] = fit(policy, data, cfg, folder/name, info=model_info(policy, encoders), beside=beside)
         policies[name] = policy
     return folder, policies, rows
@@ -148,9 +149,11 @@ def test_a_policy_keeps_nothing_of_its_auxiliary_loss(direct):
     folder, policies, rows = direct
     alone, unweighted, together = (policies[n].state_dict() for n in ("alone", "unweighted", "together"))
     assert all(torch.equal(alone[k], unweighted[k]) for k in alone) and not torch.equal(alone["tower.place"], together["tower.place"])
-    assert list(alone) == list(together) and {"inverse", "inverse_motion", "policy"} <= set(rows["together"][-1])
+    optional = policies["options"].state_dict()
+    assert list(alone) == list(together) == list(optional) and not torch.equal(together["tower.place"], optional["tower.place"])
+    for name in ("together", "options"): assert {"inverse", "inverse_motion", "policy"} <= set(rows[name][-1])
     from safetensors import safe_open
-    for name in ("alone", "together"):
+    for name in ("alone", "together", "options"):
         with safe_open(folder/name/"model.safetensors", "pt") as f: assert sorted(f.keys()) == sorted(alone)
 
 
