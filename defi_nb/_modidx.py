@@ -542,6 +542,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'defi_nb.direct.DirectPolicy.pixels': ('direct.html#directpolicy.pixels', 'defi_nb/direct.py'),
                                 'defi_nb.direct.DirectPolicy.see': ('direct.html#directpolicy.see', 'defi_nb/direct.py'),
                                 'defi_nb.direct.DirectPolicy.start_from': ('direct.html#directpolicy.start_from', 'defi_nb/direct.py'),
+                                'defi_nb.direct.around_encoder': ('direct.html#around_encoder', 'defi_nb/direct.py'),
                                 'defi_nb.direct.build_tower': ('direct.html#build_tower', 'defi_nb/direct.py'),
                                 'defi_nb.direct.shift_pictures': ('direct.html#shift_pictures', 'defi_nb/direct.py')},
             'defi_nb.doctor': { 'defi_nb.doctor._describing': ('doctor.html#_describing', 'defi_nb/doctor.py'),
