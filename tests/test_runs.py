@@ -32,6 +32,7 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "bench_serve": {"requests": 3, "clients": "2", "seconds": 0.2, "side": 32},
     "eval_simulators": {},
     "own_data": {"demos": 4, "steps": 4, "batch_size": 4},
+    "state_aliasing": DATA | TRAIN | {"arms": "BC, PTR", "seeds": 1, "learn": 6, "judge": 6, "probe_steps": 2, "pairs": 10},
     "attention": DATA | {"pairs": 8, "columns": 2, "draws": 1, "video": "data/example_lab"},
     "ablations": DATA | {"rows": "coupled, without GFDM pretraining, plain: no video, MLP inverse model", "chains": 1, "fractions": "1.0", "seeds": 1, "steps": 4,
                          "pretrain_steps": 4, "ckpts": "ckpts/pipeline"},
@@ -45,6 +46,8 @@ WRONG = [ # run notebook, parameters, what the one-line error must say
     ("train_coupled", {"gfdm": "ckpts/none"}, "ckpts/none holds no finished gfdm checkpoint"),
     ("train_coupled", {"gfdm": "ckpts/inverse"}, "inverse"), # a checkpoint of another kind
     ("train_coupled", {"gidm": "ckpts/inverse", "quantiser": "fsq"}, "give quantiser=vq, or another gidm"),
+    ("train_coupled", {"policy": "plain", "auxiliary": "{'weight': 0.1}"}, "inverse dynamics goes with a direct or a coupled policy"),
+    ("state_aliasing", {"arms": "BC, AUX2"}, "no arm is called 'AUX2'; choose of BC, AUX, PTR"),
     ("eval_gidm", {"model": "ckpts/forward"}, "holds a GFDM; expected GIDM or CoupledPolicy"),
     ("eval_calvin", {"policy": "ckpts/forward"}, "forward"),
     ("eval_calvin", {"policy": "ckpts/none"}, "ckpts/none holds no finished policy"),
@@ -105,6 +108,15 @@ def test_on_two_processes(project):
     assert (project/"runs/two/metrics.json").exists() and (project/"runs/two/rank1/metrics.json").exists()
     shown = command("defi-nb", "run", "monitor", "-p", "run", "runs/two", cwd=project)
     assert shown.returncode == 0, shown.stdout + shown.stderr
+
+
+def test_inverse_dynamics_beside_the_coupled_policy(project):
+    "From a real pair, whose features are kept beside those of the present."
+    given = DATA | TRAIN | {"ckpt": "ckpts/beside", "auxiliary": "{'pair': 'real', 'p_reverse': 0.5}"}
+    done = command("defi-nb", "run", "train_coupled", "--out", "runs/beside", *arguments(given), cwd=project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "inverse" in json.loads((project/"ckpts/beside/metrics.jsonl").read_text().splitlines()[-1])
+    assert list((project/"data/playtable-D_D-encoded").glob("feature-*-1-pair-*"))
 
 
 def test_folder_as_split(project):
