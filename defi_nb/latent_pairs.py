@@ -30,6 +30,7 @@ class Pairs:
     action:np.ndarray # (N,n,7) in [-1, 1], from the first frame to the second
     pose:np.ndarray # (N,15) CALVIN's robot_obs at the first frame
     pictures:np.ndarray # (N,2,H,W,3) uint8
+    after:np.ndarray # (N,15) robot_obs at the second frame
 
     def __len__(self): return len(self.text)
 
@@ -58,7 +59,7 @@ def window_pairs(
     action = np.asarray(frames.action[every], np.float32)[np.searchsorted(every, start[:, None] + np.arange(gap))]
     features = torch.from_numpy(np.ascontiguousarray(read(codes)[:, :, VIEWS.index(view)], np.float32))
     return Pairs(features, [windows[i].text for i in demo], rows, demo, np.array([windows[i].scene for i in demo]), action,
-                 np.asarray(frames.robot_obs)[start], read(frames.video[view]))
+                 np.asarray(frames.robot_obs)[start], read(frames.video[view]), np.asarray(frames.robot_obs)[start + gap])
 
 # %% ../nbs/40_latent_pairs.ipynb #271f39d3
 @dataclass
@@ -145,11 +146,11 @@ def replay(
     pose:np.ndarray, # (15,) robot_obs to begin with
     action:np.ndarray, # (n,7) in [-1, 1]
     view:str="static", # camera
-)->tuple: # (2,H,W,3) uint8 pictures before and after; (3,) the hand's position at the end, metres
+)->tuple: # (2,H,W,3) uint8 pictures before and after; (15,) robot_obs at the end
     "Play actions from a posture of the arm."
     before = np.asarray(env.reset(robot_obs=pose)["rgb_obs"][f"rgb_{view}"])
     for a in action: obs = env.step(a)[0]
-    return np.stack([before, np.asarray(obs["rgb_obs"][f"rgb_{view}"])]), np.asarray(obs["robot_obs"][:3])
+    return np.stack([before, np.asarray(obs["rgb_obs"][f"rgb_{view}"])]), np.asarray(obs["robot_obs"])
 
 def replayed_pairs(
     pairs:Pairs, # of a recording of the embedded simulator's kind
@@ -163,14 +164,14 @@ def replayed_pairs(
     for scene in scenes:
         env = PlayTable(scene, **{"static_size": 64, "gripper_size": 64, f"{view}_size": size})
         played[scene] = [replay(env, pose, action, view) for pose, action in zip(pairs.pose, pairs.action)]
-    ends = np.stack([[end for _, end in of] for of in played.values()])
-    alike = np.linalg.norm(ends - ends[:1], axis=-1).max(0) < tolerance
+    ends = np.stack([[end for _, end in of] for of in played.values()]) # (scene,N,15)
+    alike = np.linalg.norm((ends - ends[:1])[..., :3], axis=-1).max(0) < tolerance
     if not alike.any(): raise ValueError(f"none of {len(pairs)} motions ended within {tolerance} m of one another in scenes {scenes}: give other pairs")
-    def seen(scene):
+    def seen(scene, after):
         pictures = np.stack([p for p, _ in played[scene]])[alike]
         tokens = dino(torch.from_numpy(pictures).permute(0, 1, 4, 2, 3).contiguous())
-        return replace(pairs[alike], features=tokens.float().cpu(), pictures=pictures, scene=np.full(alike.sum(), scene))
-    return {scene: seen(scene) for scene in scenes}
+        return replace(pairs[alike], features=tokens.float().cpu(), pictures=pictures, scene=np.full(alike.sum(), scene), after=after[alike])
+    return {scene: seen(scene, after) for scene, after in zip(scenes, ends)}
 
 # %% ../nbs/40_latent_pairs.ipynb #722656e5
 @dataclass
