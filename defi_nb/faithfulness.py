@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'heat_order', 'removal_curves', 'area', 'centre_map', 'Faithfulness', 'measure_map', 'show_faithfulness',
-           'kept_score', 'overlap', 'Paired', 'paired_interval', 'MapStudy', 'overlap_rows', 'removal_rows']
+           'kept_score', 'overlap', 'MapStudy', 'overlap_rows', 'removal_rows']
 
 # %% ../nbs/41_faithfulness.ipynb #75240e3a
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
+from .intervals import mean_interval
 from .metrics import markdown_table
 from .plot import new_axes
 
@@ -159,42 +160,6 @@ def overlap(
     return dict(heat=float(h@m/h.sum()), auroc=float(m@below/inside/outside), pointing=float(m[hottest].mean()), area=float(area))
 
 # %% ../nbs/41_faithfulness.ipynb #290b7b51
-@dataclass(frozen=True)
-class Paired:
-    "A mean difference with its interval."
-    mean:float # of the differences
-    low:float # 95 %, or as asked for
-    high:float
-    samples:int # N
-    clusters:int # G
-
-    @property
-    def verdict(self): return "above" if self.low > 0 else "below" if self.high < 0 else "open"
-
-    def __str__(self): return f"{self.mean:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
-
-def paired_interval(
-    first, # (N,) a measure of each sample
-    second, # (N,) of the same samples, or one number, such as chance
-    clusters, # (N,) which demonstration each sample is of
-    level:float=.95, # confidence
-    draws:int=4000, # of the bootstrap
-    seed:int=0, # of them
-)->Paired: # first minus second
-    "Mean paired difference, with a bootstrap interval over demonstrations."
-    difference, clusters = np.asarray(first, float) - np.asarray(second, float), np.asarray(clusters)
-    if difference.shape != clusters.shape or not np.isfinite(difference).all():
-        raise ValueError(f"{difference.size} differences ({int((~np.isfinite(difference)).sum())} not finite) and {clusters.size} marks of demonstrations: one of each a sample")
-    names, of = np.unique(clusters, return_inverse=True)
-    if len(names) < 2: raise ValueError(f"all {len(clusters)} samples are of one demonstration: an interval over demonstrations needs at least two")
-    sums, sizes = np.bincount(of, difference), np.bincount(of)
-    drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1/len(names)), draws)
-    mean = difference.mean()
-    deviations = ((drawn@sums)/(drawn@sizes) - mean)*np.sqrt(len(names)/(len(names) - 1))
-    low, high = mean + np.quantile(deviations, ((1 - level)/2, (1 + level)/2))
-    return Paired(float(mean), float(low), float(high), len(difference), len(names))
-
-# %% ../nbs/41_faithfulness.ipynb #97218173
 @dataclass(frozen=True, repr=False)
 class MapStudy:
     "A measure of several maps and of their rivals."
@@ -208,10 +173,11 @@ class MapStudy:
         found = self.rivals[name]
         return found[of] if isinstance(found, dict) else found
 
-    def intervals(self)->dict: # map -> rival -> `Paired`
+    def intervals(self)->dict: # map -> rival -> `Interval`
         "Each map minus each of its rivals."
         has = lambda m: [r for r, v in self.rivals.items() if not isinstance(v, dict) or m in v]
-        return {m: {r: paired_interval(v, self.rival(r, m), self.clusters) for r in has(m)} for m, v in self.values.items()}
+        if len(np.unique(self.clusters)) < 2: raise ValueError(f"all {len(self.clusters)} samples are of one demonstration: an interval over demonstrations needs at least two")
+        return {m: {r: mean_interval(np.subtract(v, self.rival(r, m)), groups=self.clusters) for r in has(m)} for m, v in self.values.items()}
 
     def markdown(self)->str:
         "A table: a row a map, a column a rival."
@@ -235,7 +201,7 @@ class MapStudy:
 
     def metrics(self)->dict: # of JSON's types
         "For `write_metrics`."
-        return {m: dict(value=float(np.mean(self.values[m])), **{r: dict(value=float(np.mean(self.rival(r, m))), difference=p.mean, low=p.low, high=p.high) for r, p in row.items()})
+        return {m: dict(value=float(np.mean(self.values[m])), **{r: dict(value=float(np.mean(self.rival(r, m))), difference=p.value, low=p.low, high=p.high) for r, p in row.items()})
                 for m, row in self.intervals().items()}
 
     def __repr__(self): return self.conclusion()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .intervals import statistic_intervals
 from .probes import ProbeConfig, held_out, train_probe
 
 # %% ../nbs/27_measured.ipynb #08c22423
@@ -43,15 +44,13 @@ def measured(
     bounds:tuple=(-np.inf, np.inf), # what the measure can be at all; its interval ends there
 )->Measured:
     "A measure and its references over the same draws of demonstrations."
-    rng, groups = np.random.default_rng(seed), [np.flatnonzero(demo == d) for d in np.unique(demo)]
-    numbers = lambda rows: [float(statistic(rows)) for statistic in of.values()]
-    value = np.array(numbers(np.arange(len(demo))))
-    if np.isnan(value[0]): return missing(name, "what is to be explained does not vary in these pairs")
-    if len(groups) < 2: drawn = np.full((1, len(of)), np.nan)
-    else: drawn = np.array([numbers(np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))])) for _ in range(draws)])
-    span = lambda x, at: tuple((np.nanquantile(x, ((1 - level)/2, (1 + level)/2)) + at - np.nanmean(x)).tolist()) if np.isfinite(x).any() else (float("nan"),)*2
-    references = {ref: (float(value[i]), *span(drawn[:, 0] - drawn[:, i], value[0] - value[i])) for i, ref in enumerate(of) if i}
-    return Measured(name, float(value[0]), tuple(np.clip(span(drawn[:, 0], value[0]), *bounds).tolist()), references, better, note)
+    def numbers(rows):
+        first, *others = (float(statistic(rows)) for statistic in of.values())
+        return [first, *(first - x for x in others)]
+    own, *less = statistic_intervals(numbers, demo, level, draws, seed)
+    if np.isnan(own.value): return missing(name, "what is to be explained does not vary in these pairs")
+    references = {ref: (own.value - d.value, d.low, d.high) for ref, d in zip(list(of)[1:], less)}
+    return Measured(name, own.value, tuple(np.clip(own[1:], *bounds).tolist()), references, better, note)
 
 def missing(
     name:str, # of the measure

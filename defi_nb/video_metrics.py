@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['COPY', 'MEASURES', 'cosine_distance', 'squared_distance', 'feature_distance', 'motion_energy', 'motion_agreement',
-           'frechet_gaussians', 'frechet', 'clip_features', 'Projection', 'fit_projection', 'group_numbers',
-           'clip_interval', 'Frechet', 'frechet_distance', 'VideoScores', 'score_videos', 'said', 'show_by_time',
-           'HeldClips', 'held_out_clips']
+           'frechet_gaussians', 'frechet', 'clip_features', 'Projection', 'fit_projection', 'Frechet',
+           'frechet_distance', 'VideoScores', 'score_videos', 'said', 'show_by_time', 'HeldClips', 'held_out_clips']
 
 # %% ../nbs/40_video_metrics.ipynb #95856378
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .episodes import WindowDataset
+from .intervals import group_numbers, mean_interval
 from .metrics import markdown_table, psnr, ssim
 from .plot import new_axes
 from .robots import RobotSamples
@@ -124,34 +124,6 @@ def fit_projection(
     _, spread, axes = torch.linalg.svd(centred, full_matrices=False)
     return Projection(features.mean(0), axes[:dims][spread[:dims] > 1e-9*spread[0]].T)
 
-# %% ../nbs/40_video_metrics.ipynb #6c9c11f8
-def group_numbers(
-    groups, # (N,) anything that names the demonstration of each clip; None: each clip its own
-    n:int, # N
-)->np.ndarray: # (N,) int, 0..G-1
-    "Demonstrations as numbers from 0."
-    if groups is None: return np.arange(n)
-    if len(groups) != n: raise ValueError(f"{len(groups)} groups for {n} clips: name the demonstration of each clip")
-    return np.unique(np.asarray(groups), return_inverse=True)[1]
-
-def clip_interval(
-    values, # (N,) a number of each clip
-    over=None, # (N,) what the sum of the values is divided by; None: the number of clips
-    groups=None, # (N,) demonstration of each clip
-    level:float=.95, # confidence
-    draws:int=4000, # of the weights
-    seed:int=0, # of the draws
-)->tuple: # estimate, low, high
-    "A mean over clips, or a ratio of sums, with its interval."
-    values = np.asarray(values, float)
-    over = np.ones(len(values)) if over is None else np.asarray(over, float)
-    if not (np.isfinite(values).all() and np.isfinite(over).all()): raise ValueError(f"{(~np.isfinite(values + over)).sum()} of {len(values)} values are not finite: they have no mean")
-    of = group_numbers(groups, len(values))
-    top, bottom = (np.bincount(of, x) for x in (values, over))
-    weights = np.random.default_rng(seed).dirichlet(np.ones(len(top)), draws)
-    drawn = (weights @ top)/(weights @ bottom)
-    return float(top.sum()/bottom.sum()), float(np.quantile(drawn, (1 - level)/2)), float(np.quantile(drawn, (1 + level)/2))
-
 # %% ../nbs/40_video_metrics.ipynb #bec17226
 @dataclass
 class Frechet:
@@ -202,9 +174,9 @@ class VideoScores:
     def value(self, name, measure, less=None): # name of a prediction; of a measure; of a prediction to be subtracted clip by clip
         "(estimate, low, high) of a measure."
         minus = lambda get: get(name) - (0 if less is None else get(less))
-        if measure == "motion": return clip_interval(minus(self.energies.get), self.energies["true"], self.groups)
+        if measure == "motion": return mean_interval(minus(self.energies.get), self.energies["true"], self.groups)
         values = minus(self.agreements.get) if measure == "agreement" else minus(lambda n: self.frames[n][measure].mean(1))
-        return clip_interval(values, groups=self.groups)
+        return mean_interval(values, groups=self.groups)
 
     def __repr__(self): return f"VideoScores of {', '.join(self.frames)}: {len(self.groups)} clips"
 
@@ -213,9 +185,9 @@ class VideoScores:
 
     def metrics(self):
         "Everything as JSON types: estimate, low and high of each measure, alone and minus the copy, and by frame."
-        table = {n: {m: self.value(n, m) for m in self.measures} for n in self.frames}
-        minus = {n: {m: self.value(n, m, COPY) for m in self.measures} for n in self.frames if n != COPY}
-        frames = {n: {m: [clip_interval(v, groups=self.groups) for v in x.T] for m, x in by.items()} for n, by in self.frames.items()}
+        table = {n: {m: self.value(n, m).plain() for m in self.measures} for n in self.frames}
+        minus = {n: {m: self.value(n, m, COPY).plain() for m in self.measures} for n in self.frames if n != COPY}
+        frames = {n: {m: [mean_interval(v, groups=self.groups).plain() for v in x.T] for m, x in by.items()} for n, by in self.frames.items()}
         return dict(clips=len(self.groups), demonstrations=len(set(self.groups.tolist())), times=list(self.times), measures=table, minus_copy=minus, frames=frames, frechet={n: vars(f) for n, f in self.frechet.items()})
 
 def score_videos(
@@ -251,6 +223,7 @@ def said(
     "An estimate with its interval, to as many places as tell them apart."
     mid, low, high = value
     if not any(value): return "0"
+    if np.isnan(low): return f"{mid:{'+' if sign else ''}.3g}" # of a single demonstration
     places = int(np.clip(1 - np.floor(np.log10(max(high - low, abs(mid)*1e-3, 1e-6))), 1, 5))
     return f"{mid:{'+' if sign else ''}.{places}f} ({low:.{places}f} to {high:.{places}f})"
 
@@ -274,7 +247,7 @@ def show_by_time(
     "A measure over the time after the present, with 95 % intervals."
     ax = new_axes(5.2, 2.4) if ax is None else ax
     for i, (name, by) in enumerate(scores.frames.items()):
-        mid, low, high = np.array([clip_interval(v, groups=scores.groups) for v in by[measure].T]).T
+        mid, low, high = np.array([mean_interval(v, groups=scores.groups) for v in by[measure].T]).T
         shift = (i - (len(scores.frames) - 1)/2)*.01*scores.times[-1]
         style = dict(color="k", ls="--") if name == COPY else dict(color=f"C{i}", marker="osv^D<>"[i % 7])
         ax.errorbar(np.array(scores.times) + shift, mid, [mid - low, high - mid], ms=4, lw=1.2, capsize=2, label=name, **style)
