@@ -11,8 +11,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from .attention import show_matrix
+from .heatmaps import overlay
 from .maps import Maps
-from .panels import code_colours, enlarge, heated, motion_figure, show_motion, show_paths, wrapped
+from .panels import code_colours, enlarge, motion_figure, show_motion, show_paths, wrapped
 from .plot import new_axes, show_frames, show_strip
 from .session import coming_frames
 from .shown import Shown, default_columns
@@ -66,7 +68,7 @@ def heat_pictures(
     "The pictures that have heat on them."
     rows, captions, heats = replace(shown, heat=True).pictures()
     hottest = max((float(h.max()) for row in heats.values() for h in row if h is not None), default=None)
-    return {f"{name}, {c}": heated(p, h, side, hottest) for name, row in heats.items() for c, p, h in zip(captions, rows[name], row) if h is not None and not isinstance(p, str)}
+    return {f"{name}, {c}": overlay(enlarge(p, side), h, hottest) for name, row in heats.items() for c, p, h in zip(captions, rows[name], row) if h is not None and not isinstance(p, str)}
 
 def heat_film(
     shown:Shown, # the choice; its moment is without meaning
@@ -78,7 +80,7 @@ def heat_film(
         now = replace(shown, ask=replace(shown.ask, t=t))
         for s in now.sessions: s.answer(now.ask, ("maps",))
         heats = [h for i in range(len(now.sessions)) if (h := now.heat_of(i).get("present")) is not None]
-        frames.append(np.concatenate([heated(shown.episode.video[shown.view][t], h, side) for h in heats], 1))
+        frames.append(np.concatenate([overlay(enlarge(shown.episode.video[shown.view][t], side), h) for h in heats], 1))
     return np.stack(frames)
 
 def heat_figure(
@@ -96,12 +98,10 @@ def table_view(
     "Who looks at whom."
     import plotly.graph_objects as go
     found, said = next(m for m in shown.found() if m is not None), shown.caption()
-    table = 100*found.table(shown.layer, shown.head if shown.layer != "rollout" else "mean").numpy()
+    head = shown.head if shown.layer != "rollout" else "mean"
+    table = 100*found.table(shown.layer, head).numpy()
     def draw():
-        ax = new_axes(.22*len(found.keys) + 2.2, .2*len(found.queries) + 1.8)
-        ax.figure.colorbar(ax.imshow(table, cmap="inferno", aspect="auto"), ax=ax, label="% of the attention")
-        ax.set_xticks(range(len(found.keys)), found.keys, rotation=90, fontsize=7)
-        ax.set_yticks(range(len(found.queries)), found.queries, fontsize=7)
+        ax = show_matrix(found, shown.layer, head)
         ax.set_title(said, fontsize=8)
         return ax
     interactive = lambda: go.Figure(go.Heatmap(z=table, x=list(found.keys), y=list(found.queries), colorscale="Inferno", colorbar=dict(title="%"))).update_layout(title=dict(text=said, font=dict(size=12)), yaxis=dict(autorange="reversed"))
