@@ -9,7 +9,7 @@ __all__ = ['NONE', 'KINDS', 'NO_MODEL', 'GivenPairs', 'pairs_of', 'mean_attentio
 
 # %% ../nbs/42_looking.ipynb #fafcb93b
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from .attention import gidm_gradients, gidm_maps, gidm_occlusion
 from .faithfulness import MEASURES, MapStudy, centre_map, kept_score, measure_map, overlap_rows, removal_rows, show_faithfulness
 from .gidm import GIDM, prepare_texts
 from .heatmaps import overlay
+from .latent_pairs import as_read, foreseen_frames, inner_gidm
 from .masks import moved_block, moving_mask, patch_share, recorded_masks, task_things
-from .policy import present_latent
 from .progress import progress_bar
 from .spec import VIEWS, Batch
 
@@ -60,20 +60,16 @@ def pairs_of(
     encoders, # `encoders.Encoders`
 )->GivenPairs:
     "What the model's GIDM reads of a batch, in the view that it looks through."
-    gidm = getattr(model, "gidm", model)
-    if not isinstance(gidm, GIDM): raise ValueError(f"a {type(model).__name__} has no GIDM, so no latent action: give a GIDM or a coupled policy")
+    gidm = inner_gidm(model)
     text, mask = encoders.t5(prepare_texts(batch.text, gidm.cfg))
     view = VIEWS.index(gidm.cfg.views[0])
     if gidm is not model:
-        cfg, seen = model.cfg, replace(batch, video=batch.video[:, view:view + 1, :1])
-        latent = present_latent(seen, encoders, cfg.spec, getattr(model.gfdm, "reads", "latent"))[:, 0]
-        foreseen = model.project(torch.cat([model.gfdm.tokens(x, list(t)) for x, t in zip(latent.split(32), _groups(batch.text, 32), strict=True)])[:, list(cfg.spec.gidm_frames)])
-        return GivenPairs(gidm, foreseen + model.time_pos_emb, foreseen[:, :1] + model.time_pos_emb, text, mask)
+        few = [Batch(text=batch.text[i:i + 32], video=batch.video[i:i + 32, :, :1]) for i in range(0, len(batch.text), 32)]
+        features = torch.cat([foreseen_frames(model, b) for b in few])
+        return GivenPairs(gidm, as_read(model, features), as_read(model, features[:, :1].expand_as(features)), text, mask)
     features = encoders.dino(batch.video[:, view]) if batch.dino is None else batch.dino[:, view]
     if features.shape[1] != 2: raise ValueError(f"a GIDM reads two frames, these samples have {features.shape[1]}: give the dataset two offsets")
     return GivenPairs(gidm, features.float(), features[:, :1].float().expand_as(features), text, mask)
-
-def _groups(items, n): return [items[i:i + n] for i in range(0, len(items), n)]
 
 # %% ../nbs/42_looking.ipynb #e2d933c1
 NONE = 1e-12 # heat of a patch that has none: a map of zeros is a constant one, and not an error
