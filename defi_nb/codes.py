@@ -13,7 +13,7 @@ import torch
 
 from .latent_actions import code_action_information, codebook_report, reversal_purity
 from .latent_pairs import Inferred, Pairs, Transfer, nearest_frames
-from .plot import new_axes, show_frames
+from .plot import OKABE_ITO, new_axes, show_frames
 from .spec import POSITION_UNIT, ROTATION_UNIT
 
 # %% ../nbs/41_codes.ipynb #73e55a9a
@@ -196,7 +196,7 @@ def tsne_2d(
     x = np.asarray(latents, np.float32).reshape(len(latents), -1)
     return TSNE(perplexity=min(perplexity, (len(x) - 1)/3), init="pca", random_state=seed).fit_transform(x)
 
-DIRECTIONS = {"+x": ("#D55E00", ">"), "-x": ("#E69F00", "<"), "+y": ("#0072B2", "^"), "-y": ("#56B4E9", "v"), "+z": ("#009E73", "P"), "-z": ("#CC79A7", "X"), "still": ("#999999", ".")} # Okabe and Ito's colours, and marks
+DIRECTIONS = {"+x": (OKABE_ITO["vermilion"], ">"), "-x": (OKABE_ITO["orange"], "<"), "+y": (OKABE_ITO["blue"], "^"), "-y": (OKABE_ITO["sky"], "v"), "+z": (OKABE_ITO["green"], "P"), "-z": (OKABE_ITO["purple"], "X"), "still": ("#999999", ".")} # colours of their own, and marks
 
 def action_direction(
     action, # (N,n,7) in [-1, 1]

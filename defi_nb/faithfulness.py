@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .intervals import mean_interval
 from .metrics import markdown_table
-from .plot import new_axes
+from .plot import OKABE_ITO, new_axes
 
 # %% ../nbs/41_faithfulness.ipynb #560ba94f
 def heat_order(
@@ -122,8 +122,8 @@ def show_faithfulness(
         share, (low, high) = np.linspace(0, 100, len(curve)), np.quantile(curves.random[kind], (.025, .975), axis=0)
         panel.fill_between(share, low, high, color=".8", label="random orders")
         panel.plot(share, curves.random[kind].mean(0), color=".5", lw=1)
-        panel.plot(share, curves.centre[kind], "--", color="#0072B2", label="centre prior")
-        panel.plot(share, curve, color="#D55E00", label=label)
+        panel.plot(share, curves.centre[kind], "--", color=OKABE_ITO["blue"], label="centre prior")
+        panel.plot(share, curve, color=OKABE_ITO["vermilion"], label=label)
         panel.set(xlabel=f"patches {'deleted' if kind == 'deletion' else 'inserted'}, %", ylabel="score", title=f"{kind}: area {area(curve):.2f}")
     axes[1].legend(fontsize=7, loc="lower right") # an insertion curve ends at the top
     return axes

@@ -19,7 +19,7 @@ from .alignment import partial_spearman, pose_distance, thumbnails
 from .latent_actions import action_bins, auroc, code_action_information, code_agreement, codebook_report, duplicate_codes, idle_norm, reversal_antisymmetry, reversal_purity
 from .latent_pairs import Inferred, Pairs, decode, infer, inner_gidm, transfer
 from .measured import Measured, Suite, linear_probe, measured, missing, network_error, r2
-from .plot import new_axes
+from .plot import OKABE_ITO, new_axes
 from .probes import held_out
 
 # %% ../nbs/41_latent_suite.ipynb #bbadac21
@@ -345,7 +345,7 @@ def horizon_curve(
         curve[gap] = measured(f"R2 of the position, {gap} steps apart", {k: lambda r, p=p, true=true: r2(p[r], true[r]) for k, p in said.items()}, held.demo)
     return curve
 
-STYLES = (("#0072B2", "o-"), ("#999999", "s--"), ("#E69F00", "^:"), ("#009E73", "D-."), ("#CC79A7", "v-")) # told apart by colour-blind eyes, and by their marks
+STYLES = (OKABE_ITO["blue"], "o-"), ("#999999", "s--"), (OKABE_ITO["orange"], "^:"), (OKABE_ITO["green"], "D-."), (OKABE_ITO["purple"], "v-") # told apart by their marks too
 
 def show_curve(
     curve:dict, # number -> `Measured`

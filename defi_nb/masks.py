@@ -14,7 +14,7 @@ import numpy as np
 
 from .calvin import COLOURS, check_tasks
 from .playtable import PlayTable
-from .plot import new_axes
+from .plot import OKABE_ITO, new_axes
 from .spec import VIEWS
 from .tabletop import layout_of
 
@@ -41,7 +41,7 @@ def scene_masks(
     return {name: np.isin(seen, geoms) for name, geoms in _geoms_of(env.model).items()}
 
 # %% ../nbs/39_masks.ipynb #022e923b
-PALETTE = ("#E69F00", "#0072B2", "#F0E442", "#56B4E9", "#CC79A7", "#009E73", "#D55E00") # of Okabe and Ito, told apart by the colour-blind
+PALETTE = [OKABE_ITO[c] for c in ("orange", "blue", "yellow", "sky", "purple", "green", "vermilion")] # of masks, one after the other
 
 def show_masks(
     picture, # (H,W,3) uint8

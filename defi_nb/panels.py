@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .heatmaps import overlay
-from .plot import new_axes
+from .plot import OKABE_ITO, new_axes
 from .spec import CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT
 
 # %% ../nbs/42_panels.ipynb #2124ceaa
@@ -160,9 +160,9 @@ def paint_table(
     return canvas
 
 # %% ../nbs/42_panels.ipynb #73c61924
-XYZ = ("#D55E00", "#009E73", "#0072B2") # Okabe and Ito's colours, which colour-blind people tell apart
-OURS = ("#E69F00", "#CC79A7") # of the first and the second policy's paths
-LIVE = "#009E73" # of the simulator's
+XYZ = tuple(OKABE_ITO[c] for c in ("vermilion", "green", "blue"))
+OURS = tuple(OKABE_ITO[c] for c in ("orange", "purple")) # of the first and the second policy's paths
+LIVE = OKABE_ITO["green"] # of the simulator's
 UNITS = (100*POSITION_UNIT,)*3 + (ROTATION_UNIT,)*3 + (1.,) # of actions: cm, rad, -1 to 1
 LANES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 
