@@ -17,7 +17,7 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "monitor": {},
     "pretrain_gfdm": DATA | TRAIN | {"ckpt": "ckpts/forward"},
     "pretrain_gidm": DATA | TRAIN | {"ckpt": "ckpts/inverse"},
-    "eval_gidm": DATA | {"stride": 10, "fit_pairs": 40, "replays": 12, "scenes": "AD", "gaps": "5", "shares": "1", "clips": 1},
+    "eval_gidm": DATA | {"stride": 10, "fit_pairs": 40, "probe_steps": 2, "replays": 12, "scenes": "AD", "gaps": "5", "shares": "1", "clips": 1},
     "eval_calvin": EVAL | {"steps": 20, "film": 1},
     "eval_gfdm": DATA | {"gfdm": "ckpts/forward", "clips": 6, "steps": "1,2", "dims": 1, "strips": 1},
     "denoising": DATA | {"moments": 1, "steps": "1,2", "schedule": 2, "clips": 4, "noises": 2},
