@@ -14,7 +14,7 @@ import numpy as np
 from .attention import show_matrix
 from .heatmaps import overlay
 from .maps import Maps
-from .panels import code_colours, enlarge, motion_figure, show_motion, show_paths, wrapped
+from .panels import COVER, code_colours, enlarge, motion_figure, show_motion, show_paths, wrapped
 from .plot import new_axes, show_frames, show_strip
 from .session import coming_frames
 from .shown import Shown, default_columns
@@ -68,7 +68,7 @@ def heat_pictures(
     "The pictures that have heat on them."
     rows, captions, heats = replace(shown, heat=True).pictures()
     hottest = max((float(h.max()) for row in heats.values() for h in row if h is not None), default=None)
-    return {f"{name}, {c}": overlay(enlarge(p, side), h, hottest) for name, row in heats.items() for c, p, h in zip(captions, rows[name], row) if h is not None and not isinstance(p, str)}
+    return {f"{name}, {c}": overlay(enlarge(p, side), h, hottest, alpha=COVER) for name, row in heats.items() for c, p, h in zip(captions, rows[name], row) if h is not None and not isinstance(p, str)}
 
 def heat_film(
     shown:Shown, # the choice; its moment is without meaning
@@ -80,7 +80,7 @@ def heat_film(
         now = replace(shown, ask=replace(shown.ask, t=t))
         for s in now.sessions: s.answer(now.ask, ("maps",))
         heats = [h for i in range(len(now.sessions)) if (h := now.heat_of(i).get("present")) is not None]
-        frames.append(np.concatenate([overlay(enlarge(shown.episode.video[shown.view][t], side), h) for h in heats], 1))
+        frames.append(np.concatenate([overlay(enlarge(shown.episode.video[shown.view][t], side), h, alpha=COVER) for h in heats], 1))
     return np.stack(frames)
 
 def heat_figure(
