@@ -115,7 +115,7 @@ def network_measures(
     judge:dict, # of held-out pairs
     known:Pairs, # to learn from
     held:Pairs, # held out
-    steps:int=100, # of training
+    steps:int=60, # of training
     names:tuple=("latents", "before the book", "random weights", "difference of features"), # of the features
 )->list: # of `Measured`
     "What a small network reads of the action."
@@ -375,7 +375,7 @@ def latent_suite(
     held:Pairs, # of held-out demonstrations
     replays:dict|None=None, # scene -> `Pairs` of the same events, see `replayed_pairs`
     wrist:Pairs|None=None, # the held-out pairs from the other camera
-    steps:int=100, # of training of the small networks
+    steps:int=60, # of training of the small networks
 )->Suite:
     "Every measure, with its references."
     (got, random), (fit, judge) = (infer(m, held.features, held.text) for m in (model, untrained)), (probe_features(p, infer(model, p.features, p.text), infer(untrained, p.features, p.text)) for p in (known, held))

@@ -101,7 +101,7 @@ def network_error(
     targets, # (N,O), of one unit
     judged, # (n,P,C) features of other demonstrations
     true, # (n,O) their targets
-    steps:int=100, # of training
+    steps:int=60, # of training
     seed:int=0, # of weights and batches
 )->float: # mean absolute error, in the targets' unit
     "How wrong a small network is that has learned the targets."
