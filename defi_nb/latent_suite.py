@@ -138,6 +138,8 @@ def alignment_measures(
     now, later = held.features.float().numpy().transpose(1, 0, 2, 3)
     flat = {name: np.asarray(x, float).reshape(len(x), -1) for name, x in (("latents", got.z), ("before the book", got.emb), ("random weights", random.z), ("difference of features", later - now))}
     poses = np.stack([held.pose, held.after])[..., :6].astype(float)
+    turns = np.exp(1j*poses[..., 3:])
+    poses[..., 3:] = np.angle(turns/turns.mean((0, 1))) # from the mean direction, or a jump by a turn would be in the spread
     way = pose_distance(*poses, poses.reshape(-1, 6).std(0), wrap=True)
     small = [thumbnails(held.pictures[:, i], np.gcd(32, held.pictures.shape[2])) for i in (0, 1)]
     pixels = np.square(small[1] - small[0]).mean((1, 2))
