@@ -45,6 +45,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'defi_nb.aliasing.Compared.metrics': ('aliasing.html#compared.metrics', 'defi_nb/aliasing.py'),
                                   'defi_nb.aliasing.Compared.row': ('aliasing.html#compared.row', 'defi_nb/aliasing.py'),
                                   'defi_nb.aliasing.alike': ('aliasing.html#alike', 'defi_nb/aliasing.py'),
+                                  'defi_nb.aliasing.contrast_table': ('aliasing.html#contrast_table', 'defi_nb/aliasing.py'),
                                   'defi_nb.aliasing.feature_curve': ('aliasing.html#feature_curve', 'defi_nb/aliasing.py'),
                                   'defi_nb.aliasing.options_of': ('aliasing.html#options_of', 'defi_nb/aliasing.py'),
                                   'defi_nb.aliasing.seed_interval': ('aliasing.html#seed_interval', 'defi_nb/aliasing.py'),
