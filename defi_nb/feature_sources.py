@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['STATE', 'SOURCES', 'robot_state', 'ProbeData', 'probe_data', 'scene_windows', 'FeatureSource', 'pool', 'gather',
-           'source_tokens', 'raw_pixels', 'encoder_source', 'policy_encoder', 'tower_source', 'at_step', 'gfdm_tokens',
-           'gfdm_source', 'projected_source', 'gidm_source', 'imagined_source', 'model_sources']
+           'source_tokens', 'once', 'raw_pixels', 'encoder_source', 'policy_encoder', 'tower_source', 'at_step',
+           'gfdm_tokens', 'gfdm_source', 'policy_features', 'projected_source', 'gidm_source', 'imagined_source',
+           'model_sources']
 
 # %% ../nbs/42_feature_sources.ipynb #1332cc6b
 from copy import copy
@@ -173,32 +174,47 @@ def pool(
 
 @torch.no_grad()
 def gather(
-    read, # see `FeatureSource`; may give (B,...,P,C)
+    reads:dict, # name -> function as of a `FeatureSource`; may give (B,...,P,C)
     data:ProbeData, # frames that are shown
     gap:int=0, # control steps between the two frames of a pair; 0: one frame
     side:int=4, # tokens are averaged to a grid of this side at most
     batch:int=64, # frames at a time
-)->np.ndarray: # (N,...,P,C) float32
-    "What a function of pictures makes of all frames."
-    views, parts = [v for v in VIEWS if v in data.frames.video], []
+)->dict: # name -> (N,...,P,C) float32
+    "What functions of pictures make of all frames; each batch is read once for all of them."
+    views, parts = [v for v in VIEWS if v in data.frames.video], {name: [] for name in reads}
     see = lambda rows: torch.from_numpy(np.stack([_read(data.frames.video[v], rows) for v in views], 1)).permute(0, 1, 4, 2, 3).contiguous()
     for i in range(0, len(data), batch):
-        rows = data.rows[i:i + batch]
-        tokens = read(*(see(rows + g) for g in ((0, gap) if gap else (0,))), data.text[i:i + batch]).float().cpu()
-        parts.append(pool(tokens, side) if tokens.ndim > 2 else tokens)
-    return torch.cat(parts).numpy()
+        rows, text = data.rows[i:i + batch], data.text[i:i + batch]
+        video = [see(rows + g) for g in ((0, gap) if gap else (0,))]
+        for name, read in reads.items():
+            tokens = read(*video, text).float().cpu()
+            if tokens.ndim < 3 or len(tokens) != len(rows): raise ValueError(f"{name} gave features of shape {tuple(tokens.shape)} for {len(rows)} frames; a source gives (B,P,C)")
+            parts[name].append(pool(tokens, side))
+    return {name: torch.cat(p).numpy() for name, p in parts.items()}
 
 def source_tokens(
-    source:FeatureSource, # what is asked
+    sources, # a `FeatureSource`, or a list of them
     data:ProbeData, # about which frames
     side:int=4, # tokens are averaged to a grid of this side at most
     batch:int=64, # frames at a time
-)->np.ndarray: # (N,P,C) float32
-    "What a source makes of all frames."
-    if source.gap > data.ahead: raise ValueError(f"{source.name} looks at frames {source.gap} control steps apart, and the data keep {data.ahead} ahead: make them with ahead={source.gap}")
-    tokens = gather(source.read, data, source.gap, side, batch)
-    if tokens.ndim != 3 or len(tokens) != len(data): raise ValueError(f"{source.name} gave features of shape {tokens.shape} for {len(data)} frames; a source gives (B,P,C)")
-    return tokens
+): # (N,P,C) float32; of a list, name -> (N,P,C)
+    "What sources make of all frames."
+    if isinstance(sources, FeatureSource): return source_tokens([sources], data, side, batch)[sources.name]
+    if far := [s for s in sources if s.gap > data.ahead]:
+        raise ValueError(f"{far[0].name} looks at frames {far[0].gap} control steps apart, and the data keep {data.ahead} ahead: make them with ahead={far[0].gap}")
+    found = {}
+    for gap in dict.fromkeys(s.gap for s in sources): found |= gather({s.name: s.read for s in sources if s.gap == gap}, data, gap, side, batch)
+    return {s.name: found[s.name] for s in sources}
+
+def once(
+    function, # of a video and the instructions
+): # the same
+    "A function that remembers its last answer, for sources that share it."
+    last = [None, None]
+    def remembered(video, text):
+        if last[0] is not video: last[:] = video, function(video, text)
+        return last[1]
+    return remembered
 
 # %% ../nbs/42_feature_sources.ipynb #6b68f6c1
 def raw_pixels(
@@ -267,20 +283,30 @@ def gfdm_source(
     frame:int=0, # j
     step:int|None=None, # k; None: as configured
     name:str="GFDM",
+    seen=None, # function of video and instructions to features of all frames, shared with other sources; None: its own
 )->FeatureSource:
     "Features of a foreseen frame."
     model = gfdm if step is None else at_step(gfdm, step)
-    return FeatureSource(name, lambda video, text: gfdm_tokens(model, encoders, video, text)[:, frame])
+    seen = seen or (lambda video, text: gfdm_tokens(model, encoders, video, text))
+    return FeatureSource(name, lambda video, text: seen(video, text)[:, frame])
+
+def policy_features(
+    policy:CoupledPolicy, # in evaluation mode
+): # function of video and instructions to (B,T,P,D), frames as in the policy's `frames`
+    "What the forward model of a policy gives it, of the camera that its GIDM reads."
+    view = policy.cfg.views.index(policy.cfg.gidm.views[0])
+    return lambda video, text: policy.features(Batch(text=text, video=video[:, :, None]))[:, view]
 
 def projected_source(
     policy:CoupledPolicy, # in evaluation mode
     frame:int=0, # j, one that the policy reads
     name:str="projection",
+    seen=None, # from `policy_features`, shared with other sources; None: its own
 )->FeatureSource:
     "The forward model's features as the policy's inverse model is given them."
     if frame not in policy.cfg.frames: raise ValueError(f"this policy reads frames {policy.cfg.frames}, and frame {frame} is asked for")
-    view, at = policy.cfg.views.index(policy.cfg.gidm.views[0]), policy.cfg.frames.index(frame)
-    return FeatureSource(name, lambda video, text: policy.project(policy.features(Batch(text=text, video=video[:, :, None]))[:, view, at]))
+    seen, at = seen or policy_features(policy), policy.cfg.frames.index(frame)
+    return FeatureSource(name, lambda video, text: policy.project(seen(video, text)[:, at]))
 
 # %% ../nbs/42_feature_sources.ipynb #0dabfa28
 def gidm_source(
@@ -300,12 +326,13 @@ def imagined_source(
     policy:CoupledPolicy, # in evaluation mode
     part:str="emb", # "emb": before the book, "z": after it
     name:str="GIDM in the policy",
+    seen=None, # from `policy_features`, shared with other sources; None: its own
 )->FeatureSource:
     "Latent actions of a present frame and a foreseen one."
-    cfg = policy.cfg
-    view, pair = cfg.views.index(cfg.gidm.views[0]), [cfg.frames.index(f) for f in cfg.spec.gidm_frames]
+    cfg, seen = policy.cfg, seen or policy_features(policy)
+    pair = [cfg.frames.index(f) for f in cfg.spec.gidm_frames]
     def read(first, second, text): # the second frame is what was foreseen, and not looked at
-        return torch.from_numpy(getattr(infer(policy, policy.features(Batch(text=text, video=first[:, :, None]))[:, view, pair], text), part))
+        return torch.from_numpy(getattr(infer(policy, seen(first, text)[:, pair], text), part))
     return FeatureSource(name, read, cfg.spec.frame_stride*int(np.diff(cfg.spec.gidm_frames)[0]))
 
 # %% ../nbs/42_feature_sources.ipynb #e2de745b
@@ -323,10 +350,11 @@ def model_sources(
     if unknown := set(wanted) - set(SOURCES): raise ValueError(f"no source is called {', '.join(sorted(unknown))}: choose some of {', '.join(SOURCES)}")
     policy, gidm, direct = (models.get(n) for n in ("policy", "gidm", "direct"))
     gfdm, last, said = models.get("gfdm") or policy.gfdm, policy.cfg.spec.gidm_frames[1], dict(emb="before the book", z="after it")
+    ahead, seen = once(lambda video, text: gfdm_tokens(gfdm, encoders, video, text)), once(policy_features(policy))
     made = dict(
-        gfdm=[gfdm_source(gfdm, encoders, j, name=f"GFDM, frame {j}{note}") for j in (0, last)],
-        projection=[projected_source(policy, j, f"projection, frame {j}{note}") for j in (0, last)],
+        gfdm=[gfdm_source(gfdm, encoders, j, None, f"GFDM, frame {j}{note}", ahead) for j in (0, last)],
+        projection=[projected_source(policy, j, f"projection, frame {j}{note}", seen) for j in (0, last)],
         gidm=[gidm_source(gidm, encoders.dino, gap, p, f"GIDM, {said[p]}{note}") for p in parts if gidm],
-        imagined=[imagined_source(policy, p, f"GIDM in the policy, {said[p]}{note}") for p in parts],
+        imagined=[imagined_source(policy, p, f"GIDM in the policy, {said[p]}{note}", seen) for p in parts],
         encoder=[policy_encoder(direct, f"direct policy's encoder{note}")] if direct else [])
     return [source for kind in wanted for source in made[kind]]

@@ -88,12 +88,12 @@ def foresight(
     def ask(name, tokens, j): return probe_tokens(name, tokens, data.later(j*stride), draws=draws, **dict(proprio=None, cloning=None) | kw)
     read, found = next(iter(lines.values())), {}
     for i, (name, of) in enumerate(progress_bar(lines.items(), desc="foresight", unit="line")):
-        tokens = gather(of, data, side=side)
+        tokens = gather({name: of}, data, side=side)[name]
         frames = range(1, tokens.shape[1])
         found |= {(name, j): ask(name, tokens[:, j], j) for j in frames}
         if i == 0: found |= {(PRESENT, j): ask(PRESENT, tokens[:, 0], j) for j in frames}
-    found |= {(FUTURE, j): ask(FUTURE, gather(read, data.moved(j*stride), side=side)[:, 0], j) for j in frames}
-    if plain: found |= {(PLAIN, j): ask(PLAIN, x, j) for x in [gather(plain, data, side=side)] for j in frames}
+    found |= {(FUTURE, j): ask(FUTURE, gather({FUTURE: read}, data.moved(j*stride), side=side)[FUTURE][:, 0], j) for j in frames}
+    if plain: found |= {(PLAIN, j): ask(PLAIN, x, j) for x in gather({PLAIN: plain}, data, side=side).values() for j in frames}
     measures = {(name, j): compare_source(r, None if name == PRESENT else found[PRESENT, j], draws=draws) for (name, j), r in found.items()}
     return Foresight(found, measures, stride)
 
@@ -106,7 +106,7 @@ def show_foresight(
     axes=None, # two axes side by side; new ones if None
 ):
     "A measure over predicted frames and over denoising steps. Returns the axes."
-    left, right = axes = new_axes(9.6, 3, 2) if axes is None else axes
+    left, right = axes = new_axes(10, 3.4, 2) if axes is None else axes
     value = lambda line, j: result.measures[line, j][key].value
     span = lambda line, js: np.array([result.measures[line, j][key].interval for j in js]).T
     js, steps = result.frames, {int(line.split()[-1]): line for line in result.lines if line.startswith("predicted, step ")}
@@ -120,6 +120,6 @@ def show_foresight(
         right.axhline(value(PRESENT, j), color=colour, lw=.8, ls=(0, (1, 2)))
     left.set(xlabel="seconds ahead", ylabel=MEASURES[key])
     right.set(xlabel="denoising step", ylabel=MEASURES[key])
-    left.legend(fontsize=7)
-    right.legend(fontsize=7)
+    right.set_xticks(list(steps), list(steps))
+    for ax in axes: ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(.5, -.2), ncols=3, frameon=False)
     return axes
