@@ -70,7 +70,7 @@ def align_source(
 # %% ../nbs/43_feature_panel.ipynb #01b8f690
 PROPRIO, CLONING = ProbeConfig.proprio(), ProbeConfig.cloning() # sizes of the paper; what depends on the source is filled in
 
-@dataclass
+@dataclass(repr=False)
 class SourceReport:
     "What was found in a source, frame by frame."
     name:str
@@ -85,6 +85,8 @@ class SourceReport:
     cloning:ProbeResult|None # Table 11's
     cloning_demo:np.ndarray|None # (m,) of the judged frames whose chunk is whole
     aligned:Aligned|None # None: left out
+
+    def __repr__(self): return f"{self.name}: R2 {self.r2():.2f} of the state, {self.r2(numbers=range(3)):.2f} of the position, {len(self.demo)} judged frames"
 
     def r2(self, rows=slice(None), numbers=range(7)): # mean over the numbers of `STATE` that vary, each at most 1; NaN where none does
         each = [r2(self.said[rows, k], self.true[rows, k]) for k in numbers if np.ptp(self.true[rows, k]) > 1e-6]
@@ -195,13 +197,15 @@ def _plain_alignment(score):
 
 def _said(x, low, high, sign=""): return "does not apply" if np.isnan(x) else f"{x:{sign}.3g} ({low:{sign}.3g} to {high:{sign}.3g})"
 
-@dataclass
+@dataclass(repr=False)
 class Panel:
     "Sources side by side."
     reports:dict # name -> `SourceReport`
     measures:dict # name -> {key of `MEASURES` -> `Measured`}, with differences to the reference
     reference:str # name of the source that all are compared with
     near:int # control steps of the column of one gap
+
+    def __repr__(self): return "\n".join(map(repr, self.reports.values()))
 
     def _table(self, cell):
         keys = [k for k in MEASURES if any(k in m for m in self.measures.values())]

@@ -49,12 +49,14 @@ def _cell(m):
     at = (m.references or {}).get(PRESENT)
     return f"{m.value:.3g}" + (f"; {m.value - at[0]:+.3g} ({at[1]:+.3g} to {at[2]:+.3g})" if at else "")
 
-@dataclass
+@dataclass(repr=False)
 class Foresight:
     "What features say about later states."
     reports:dict # (line, j) -> `SourceReport`
     measures:dict # the same -> {key of `MEASURES` -> `Measured`}, with differences to the present frame
     stride:int # control steps between two predicted frames
+
+    def __repr__(self): return "\n".join(f"frame {j}, {r!r}" for (_, j), r in self.reports.items())
 
     @property
     def lines(self): return list(dict.fromkeys(line for line, _ in self.reports))
@@ -107,19 +109,19 @@ def show_foresight(
 ):
     "A measure over predicted frames and over denoising steps. Returns the axes."
     left, right = axes = new_axes(10, 3.4, 2) if axes is None else axes
-    value = lambda line, j: result.measures[line, j][key].value
-    span = lambda line, js: np.array([result.measures[line, j][key].interval for j in js]).T
     js, steps = result.frames, {int(line.split()[-1]): line for line in result.lines if line.startswith("predicted, step ")}
-    for line in [x for x in result.lines if x not in list(steps.values())[1:]]:
+    def draw(ax, x, measures, style, colour, label):
+        value, (low, high) = np.array([m.value for m in measures]), np.array([m.interval for m in measures]).T
+        ax.errorbar(x, value, np.maximum([value - low, high - value], 0), fmt=style, color=colour, ms=4, lw=1.2, elinewidth=.8, capsize=2, label=label)
+    shown = [x for x in result.lines if x not in list(steps.values())[1:]]
+    for i, line in enumerate(shown): # a little aside of each other
         colour, style = LOOKS.get(line, ("#0072B2", "o-") if line in steps.values() else ("#888888", "x--"))
-        left.plot([j*result.stride/CONTROL_HZ for j in js], [value(line, j) for j in js], style, color=colour, ms=4, label=line)
-        left.fill_between([j*result.stride/CONTROL_HZ for j in js], *span(line, js), color=colour, alpha=.12, lw=0)
-    for j, (colour, style) in zip(js, STYLES):
-        right.plot(list(steps), [value(line, j) for line in steps.values()], style, color=colour, ms=4, label=f"frame {j}")
-        right.fill_between(list(steps), *np.array([result.measures[line, j][key].interval for line in steps.values()]).T, color=colour, alpha=.12, lw=0)
-        right.axhline(value(PRESENT, j), color=colour, lw=.8, ls=(0, (1, 2)))
+        draw(left, (np.array(js) + .06*(i - len(shown)/2))*result.stride/CONTROL_HZ, [result.measures[line, j][key] for j in js], style, colour, line)
+    for i, (j, (colour, style)) in enumerate(zip(js, STYLES)):
+        draw(right, np.arange(len(steps)) + .05*i, [result.measures[line, j][key] for line in steps.values()], style, colour, f"frame {j}")
+        right.axhline(result.measures[PRESENT, j][key].value, color=colour, lw=.8, ls=(0, (1, 2)))
     left.set(xlabel="seconds ahead", ylabel=MEASURES[key])
     right.set(xlabel="denoising step", ylabel=MEASURES[key])
-    right.set_xticks(list(steps), list(steps))
+    right.set_xticks(range(len(steps)), list(steps))
     for ax in axes: ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(.5, -.2), ncols=3, frameon=False)
     return axes
