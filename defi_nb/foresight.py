@@ -65,7 +65,7 @@ class Foresight:
     def frames(self): return sorted({j for _, j in self.reports})
 
     def _repr_markdown_(self):
-        keys = [k for k in MEASURES if k in next(iter(self.measures.values())) and k != "near"]
+        keys = [k for k in ("place", "position", "proprio", "cloning", "cos") if k in next(iter(self.measures.values()))] # metrics() has all
         tables = []
         for k in keys:
             rows = [[line, *(_cell(self.measures[line, j][k]) for j in self.frames)] for line in self.lines]
