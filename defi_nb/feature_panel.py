@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .alignment import Alignment, align_distances, feature_distances, pair_distances, partial_spearman
-from .faithfulness import paired_interval
 from .feature_sources import STATE, FeatureSource, ProbeData, source_tokens
-from .latent_suite import STYLES, Measured, linear_probe, measured, r2
+from .intervals import mean_interval
+from .latent_suite import STYLES
+from .measured import Measured, linear_probe, measured, r2
 from .metrics import markdown_table
 from .plot import new_axes
 from .probes import ProbeConfig, ProbeResult, train_probe
@@ -157,8 +158,8 @@ def mean_measure(
 )->Measured:
     "A mean over frames, and its differences."
     (_, own), *others = of.items()
-    alone, pairs = paired_interval(own, 0, demo), {name: (x, paired_interval(own, x, demo)) for name, x in others}
-    return Measured(name, alone.mean, (alone.low, alone.high), {name: (float(x.mean()), p.low, p.high) for name, (x, p) in pairs.items()}, "lower")
+    alone, pairs = mean_interval(own, groups=demo), {name: (x, mean_interval(own - x, groups=demo)) for name, x in others}
+    return Measured(name, alone.value, (alone.low, alone.high), {name: (float(x.mean()), p.low, p.high) for name, (x, p) in pairs.items()}, "lower")
 
 def compare_source(
     report:SourceReport, # of a source
