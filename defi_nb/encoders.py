@@ -237,9 +237,10 @@ class ClipText:
 
 def check_texts(
     texts:list, # instructions
+    none:bool=False, # whether "" may be among them, which is no instruction
 )->list: # the same instructions
     "Raise `ValueError` unless these are instructions."
-    if isinstance(texts, str) or not len(texts) or not all(isinstance(t, str) and t.strip() for t in texts):
+    if isinstance(texts, str) or not len(texts) or not all(isinstance(t, str) and (t.strip() or none and t == "") for t in texts):
         raise ValueError(f"instructions must be a list of non-empty strings, got {texts!r}")
     return texts
 
@@ -250,9 +251,10 @@ def remember(
     texts:list, # B instructions
     encode, # function of a text
     most:int=REMEMBERED, # texts to remember
+    none:bool=False, # see `check_texts`
 )->list: # B encodings
     "Encode what is not remembered, and remember it."
-    found = {text: encode(text) if (known := memory.get(text)) is None else known for text in dict.fromkeys(check_texts(texts))}
+    found = {text: encode(text) if (known := memory.get(text)) is None else known for text in dict.fromkeys(check_texts(texts, none))}
     memory.update(found)
     for text in list(memory)[:-most]: memory.pop(text, None)
     return [found[text] for text in texts]
@@ -306,10 +308,10 @@ class T5TextEncoder:
         return self.model(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"]).last_hidden_state[0].float()
 
     def __call__(self,
-        texts:list, # B instructions
+        texts:list, # B instructions; "" is none
     )->tuple: # hidden (B,L,D) float32, zero where padded; mask (B,L) bool, true where a token is real
         "Encode instructions."
-        found = remember(self.memory, texts, self.encode)
+        found = remember(self.memory, texts, self.encode, none=True)
         hidden = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
         lengths = torch.tensor([len(f) for f in found], device=hidden.device)
         return hidden, torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
