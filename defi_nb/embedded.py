@@ -223,9 +223,10 @@ def variant_name(
     **variant, # parameters of the run that makes it, and their values
 )->str: # such as "gidm-tiny-D_D-mlp"; what is the default is not named
     "The folder of a default checkpoint."
-    usual = dict(forward="svd", inverse="gidm", quantiser="vq", video="", video_frac=1., extract_step=1, train="gidm,adapter", views=",".join(VIEWS))
-    named = dict(video="video_", video_frac="share", extract_step="step", train="train_")
-    of_kind = dict(gfdm=("forward", "video", "video_frac"), gidm=("inverse", "quantiser", "video", "video_frac")).get(kind, tuple(usual))
+    usual = dict(forward="svd", inverse="gidm", quantiser="vq", video="", video_frac=1., extract_step=1, train="gidm,adapter", views=",".join(VIEWS),
+                 p_reverse=0., reversed_text="drop", antisymmetry=0., labels=0., label_weight=.3)
+    named = dict(video="video_", video_frac="share", extract_step="step", train="train_", p_reverse="reverse", reversed_text="text_", antisymmetry="antisymmetry", labels="labels", label_weight="weight")
+    of_kind = dict(gfdm=("forward", "video", "video_frac"), gidm=("inverse", "quantiser", "video", "video_frac", "p_reverse", "reversed_text", "antisymmetry", "labels", "label_weight")).get(kind, tuple(usual))
     other = [named.get(n, "") + "_".join(names_list(str(variant[n]))) for n in of_kind if n in variant and names_list(str(variant[n])) != names_list(str(usual[n]))]
     return "-".join([kind, preset, where_name(split), *other])
 
