@@ -17,7 +17,7 @@ from filelock import FileLock
 from .calvin_data import read_calvin
 from .doctor import require_sound
 from .embedded import SPLITS, encoded, is_recording, names_list, recorded_frames, recorded_video, split_folder, store_name, task_list, video_splits
-from .episodes import WindowDataset, split_windows, take_fraction
+from .episodes import Frames, WindowDataset, split_windows, take_fraction
 from .files import project_root
 from .gidm import prepare_texts
 from .own import write_own
@@ -111,12 +111,13 @@ def video_data(
     keep_gb:float=1000., # most gigabytes that a dataset's codes may take; beyond, pictures are encoded in each step
     unchecked:bool=False, # whether data with errors is used
     video_frac:float=1., # share of each task's demonstrations in `video` that are watched, in (0, 1]; nested
+    chunk:int=0, # K, actions of a sample, where all data is recordings of CALVIN's kind; 0: none
 )->tuple: # (samples to learn from, samples held out, list of `Piece`)
     "Samples for a pretraining."
     spec, names = preset_of(DataSpec, preset), (*names_list(split), *names_list(video))
     strides, times_of = (2/CONTROL_HZ, 4/CONTROL_HZ), times if callable(times) else lambda piece: times
     encode, identity = dict(latent=(encoders.vae.encode, "vae"), dino=(encoders.dino, "dino"))[field]
-    codes = dict(name=field, encode=encode, identity=encoders.identity()[identity], keep_gb=keep_gb)
+    codes = dict(name=field, encode=encode, identity=encoders.identity()[identity], keep_gb=keep_gb, chunk=chunk)
     with encoders_on(encoders, cfg.device_) as made:
         if len(names) > 1 and all(map(is_recording, names)): # rows one after the other
             _check_folders(video_splits(split, video), unchecked)
@@ -124,12 +125,14 @@ def video_data(
             piece = Piece("+".join(names), "calvin", frames, VIEWS)
             train, held = split_units(piece)
             train = watched_share(train, len(recorded_frames(split, tasks, demos, data, preset)), video_frac)
-            return *(piece_samples(piece, u, times_of(piece), s, codes={field: stored}) for u, s in zip((train, held), strides)), [piece]
+            return *(piece_samples(piece, u, times_of(piece), s, chunk, codes={field: stored}) for u, s in zip((train, held), strides)), [piece]
         if video_frac != 1: raise ValueError(f"video_frac is {video_frac}: a share can be taken of further recordings of the embedded simulator (`video`); give other data weights, as in data/bridge*0.3,data/ego4d*0.7")
         if is_recording(split):
             _check_folders([split], unchecked)
             pieces = [Piece(store_name(split, preset), "calvin", recorded_frames(split, tasks, demos, data, preset), VIEWS)]
         else: pieces = open_pieces(",".join(names), spec.image_size, reading, tasks, demos, data, preset, unchecked)
+        if chunk and (len(pieces) > 1 or not isinstance(pieces[0].data, Frames)):
+            raise ValueError(f"{', '.join(f'{p.name} ({p.format})' for p in pieces)}: actions beside video are read from recordings of the simulator, or one folder in CALVIN's format; leave the labels out, or name such data")
         views, train, held = min(len(p.views) for p in pieces), {}, {}
         for piece in pieces:
             folder = project_root()/data/(f"{piece.name}-encoded" if is_recording(split) else f"{piece.name}-{preset}-encoded")
