@@ -73,7 +73,7 @@ def antisymmetry_penalty(
 )->Tensor: # scalar in [0, 2]
     "How far the way back is from being the opposite of the way there."
     a, b = there.float(), back.float()
-    return (a + b).square().sum()/(a.square().sum() + b.square().sum()).clamp(min=1e-12)
+    return (a + b).square().sum()/(a.square().sum() + b.square().sum()).detach().clamp(min=1e-12)
 
 # %% ../nbs/28_latent_auxiliary.ipynb #f42b2ac9
 class FewLabels:
