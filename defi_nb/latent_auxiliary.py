@@ -70,10 +70,11 @@ def before_book(
 def antisymmetry_penalty(
     there:Tensor, # (...) latents
     back:Tensor, # as many, of the same pairs the other way round
-)->Tensor: # scalar in [0, 2]
+)->Tensor: # scalar, 0 or more
     "How far the way back is from being the opposite of the way there."
     a, b = there.float(), back.float()
-    return (a + b).square().sum()/(a.square().sum() + b.square().sum()).detach().clamp(min=1e-12)
+    total, apart = a.square().sum() + b.square().sum(), (a - b).square().sum()
+    return (2*total.clamp(min=1e-12)/apart.clamp(min=1e-12)).log().clamp(min=0)
 
 # %% ../nbs/28_latent_auxiliary.ipynb #f42b2ac9
 class FewLabels:
