@@ -153,7 +153,7 @@ class LatentBeside(nn.Module):
         if torch.is_grad_enabled() and not emb.requires_grad: raise ValueError("this GIDM's encoder is frozen, so nothing beside its loss could teach it: train it, or leave `beside` out")
         logs = logs | dict(gidm=total.detach(), reversed=reverse.float().mean().to(emb.device))
         if cfg.antisymmetry:
-            opposite = antisymmetry_penalty(emb, before_book(model, play_backwards(batch, ~reverse, cfg.reversed_text)))
+            opposite = antisymmetry_penalty(emb, before_book(model, replace(played, dino=played.dino.flip(2))))
             total, logs = total + cfg.antisymmetry*opposite, logs | dict(antisymmetry=opposite.detach())
         if cfg.label_weight:
             inverse, parts = self.labelled(emb if cfg.reads == "emb" else z_q, played)
