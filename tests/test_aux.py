@@ -151,7 +151,7 @@ def test_a_policy_keeps_nothing_of_its_auxiliary_loss(direct):
     assert all(torch.equal(alone[k], unweighted[k]) for k in alone) and not torch.equal(alone["tower.place"], together["tower.place"])
     optional = policies["options"].state_dict()
     assert list(alone) == list(together) == list(optional) and not torch.equal(together["tower.place"], optional["tower.place"])
-    for name in ("together", "options"): assert {"inverse", "inverse_motion", "policy"} <= set(rows[name][-1])
+    for name in ("together", "options"): assert {"inverse", "inverse_motion", "policy_loss"} <= set(rows[name][-1])
     from safetensors import safe_open
     for name in ("alone", "together", "options"):
         with safe_open(folder/name/"model.safetensors", "pt") as f: assert sorted(f.keys()) == sorted(alone)
