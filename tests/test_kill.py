@@ -150,22 +150,22 @@ def points(whole, n, seed):
 
 
 def check(whole, folder, n, seed):
-    kills = 0
     for i, point in enumerate(points(whole, n, seed)):
         out = folder/str(i)
-        kills += killed(out, **point)
+        while not killed(out, **point): # it had ended before: the undisturbed run was slower
+            shutil.rmtree(out)
+            point = dict(after=point["after"]/2)
         assert not differs(whole, out), (point, differs(whole, out))
         shutil.rmtree(out)
-    return kills
 
 
 def test_resumes_after_any_of_20_kills(whole, tmp_path):
-    assert check(whole, tmp_path, 20, seed=0) >= 15 # the others had ended before they were to be killed
+    check(whole, tmp_path, 20, seed=0)
 
 
 @pytest.mark.slow
 def test_resumes_after_any_of_200_kills(whole, tmp_path):
-    assert check(whole, tmp_path, 200, seed=1) >= 150
+    check(whole, tmp_path, 200, seed=1)
 
 
 def test_every_call_of_one_save(whole, tmp_path):
