@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from .metrics import markdown_table
-from .plot import new_axes
+from .plot import OKABE_ITO, new_axes
 
 # %% ../nbs/44_aliasing.ipynb #7ad8ed30
 ARMS = { # name -> options of `auxiliary.inverse_beside`, but for its weight; None: no auxiliary loss
@@ -126,7 +126,7 @@ def feature_curve(
     return np.array([poses[p].mean() for p in parts]), np.array([features[p].mean() for p in parts])
 
 # %% ../nbs/44_aliasing.ipynb #3b394e62
-STYLES = dict(zip(ARMS, (("0.45", "-"), ("#0072B2", "-"), ("#D55E00", "-"), ("#56B4E9", "--"), ("#E69F00", "--")))) # the controls dashed
+STYLES = dict(zip(ARMS, (("0.45", "-"), (OKABE_ITO["blue"], "-"), (OKABE_ITO["vermilion"], "-"), (OKABE_ITO["sky"], "--"), (OKABE_ITO["orange"], "--")))) # the controls dashed
 
 def show_feature_curves(
     curves:dict, # arm -> list of `feature_curve`, one a seed

@@ -18,7 +18,7 @@ from .intervals import mean_interval
 from .latent_suite import STYLES
 from .measured import Measured, linear_probe, measured, r2
 from .metrics import markdown_table
-from .plot import new_axes
+from .plot import OKABE_ITO, new_axes
 from .probes import ProbeConfig, ProbeResult, train_probe
 from .progress import progress_bar
 
@@ -267,16 +267,16 @@ def show_panel(
         for y, name in enumerate(names):
             m = panel.measures[name].get(key)
             if m is None or np.isnan(m.value): continue
-            ax.plot(m.interval, [y, y], color="#0072B2", lw=2, solid_capstyle="round")
-            ax.plot(m.value, y, "D" if panel.reports[name].gap else "o", color="#0072B2", ms=5)
-        if (m := panel.measures[panel.reference].get(key)) and not np.isnan(m.value): ax.axvline(m.value, color="#D55E00", lw=1, ls="--", zorder=0)
+            ax.plot(m.interval, [y, y], color=OKABE_ITO["blue"], lw=2, solid_capstyle="round")
+            ax.plot(m.value, y, "D" if panel.reports[name].gap else "o", color=OKABE_ITO["blue"], ms=5)
+        if (m := panel.measures[panel.reference].get(key)) and not np.isnan(m.value): ax.axvline(m.value, color=OKABE_ITO["vermilion"], lw=1, ls="--", zorder=0)
         ax.set(yticks=range(len(names)), yticklabels=names if ax is axes[0] else [], ylim=(len(names) - .5, -.5))
         ax.set_xlabel(f"{MEASURES[key].replace(', ', chr(10), 1)}\n({m.better if m and m.better else 'higher'} is better)", fontsize=8)
         ax.grid(axis="x", alpha=.3)
         ax.tick_params(labelsize=8)
     return axes
 
-COLOURS = (*(colour for colour, _ in STYLES), "#D55E00", "#56B4E9", "#000000") # told apart by colour-blind eyes
+COLOURS = (*(colour for colour, _ in STYLES), OKABE_ITO["vermilion"], OKABE_ITO["sky"], "#000000") # told apart by colour-blind eyes
 
 def show_gaps(
     panel:Panel, # to be drawn

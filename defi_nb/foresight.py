@@ -16,7 +16,7 @@ from .feature_panel import MEASURES, plain_measure, compare_source, probe_tokens
 from .feature_sources import ProbeData, at_step, gather, gfdm_tokens, pool
 from .latent_suite import STYLES
 from .metrics import markdown_table
-from .plot import new_axes
+from .plot import OKABE_ITO, new_axes
 from .progress import progress_bar
 from .spec import CONTROL_HZ
 
@@ -100,7 +100,7 @@ def foresight(
     return Foresight(found, measures, stride)
 
 # %% ../nbs/44_foresight.ipynb #2655329b
-LOOKS = {PRESENT: ("#E69F00", "s--"), FUTURE: ("#009E73", "D-."), PLAIN: ("#CC79A7", "v:")} # predicted frames are blue, random weights grey
+LOOKS = {PRESENT: (OKABE_ITO["orange"], "s--"), FUTURE: (OKABE_ITO["green"], "D-."), PLAIN: (OKABE_ITO["purple"], "v:")} # predicted frames are blue, random weights grey
 
 def show_foresight(
     result:Foresight, # to be drawn
@@ -115,7 +115,7 @@ def show_foresight(
         ax.errorbar(x, value, np.maximum([value - low, high - value], 0), fmt=style, color=colour, ms=4, lw=1.2, elinewidth=.8, capsize=2, label=label)
     shown = [x for x in result.lines if x not in list(steps.values())[1:]]
     for i, line in enumerate(shown): # a little aside of each other
-        colour, style = LOOKS.get(line, ("#0072B2", "o-") if line in steps.values() else ("#888888", "x--"))
+        colour, style = LOOKS.get(line, (OKABE_ITO["blue"], "o-") if line in steps.values() else ("#888888", "x--"))
         draw(left, (np.array(js) + .06*(i - len(shown)/2))*result.stride/CONTROL_HZ, [result.measures[line, j][key] for j in js], style, colour, line)
     for i, (j, (colour, style)) in enumerate(zip(js, STYLES)):
         draw(right, np.arange(len(steps)) + .05*i, [result.measures[line, j][key] for line in steps.values()], style, colour, f"frame {j}")
