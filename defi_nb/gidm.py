@@ -194,16 +194,25 @@ class GIDM(nn.Module):
 
 # %% ../nbs/22_gidm.ipynb #726d2711
 @patch
+def embed(self:GIDM,
+    features:Tensor, # (B,2,P,in_dim) of the two frames
+    text:Tensor, # (B,L,text_dim) T5's token features
+    text_mask:Tensor|None = None, # (B,L) bool, True for real tokens; None if all are
+)->Tensor: # (B,Q,code_dim)
+    "The latents before the codebook, which is not looked into."
+    if features.ndim != 4 or features.shape[3] != self.cfg.in_dim:
+        raise ValueError(f"features have shape {tuple(features.shape)}; GIDM takes (B,T,P,{self.cfg.in_dim})")
+    mask = self.token_mask(text_mask, self.cfg.queries + features.shape[2], features.shape[1])
+    return self.to_codebook(self.encoder(self.action_latent, features, self.lang_proj(text), mask))
+
+@patch
 def encode(self:GIDM,
     features:Tensor, # (B,2,P,in_dim) of the two frames
     text:Tensor, # (B,L,text_dim) T5's token features
     text_mask:Tensor|None = None, # (B,L) bool, True for real tokens; None if all are
 )->LatentActions:
     "Infer the latent actions."
-    if features.ndim != 4 or features.shape[3] != self.cfg.in_dim:
-        raise ValueError(f"features have shape {tuple(features.shape)}; GIDM takes (B,T,P,{self.cfg.in_dim})")
-    mask = self.token_mask(text_mask, self.cfg.queries + features.shape[2], features.shape[1])
-    emb = self.to_codebook(self.encoder(self.action_latent, features, self.lang_proj(text), mask))
+    emb = self.embed(features, text, text_mask)
     q = self.vq(emb)
     return LatentActions(emb, q.indices, q.z_q, self.action_up(q.z_q), q.loss, q.codebook_loss, q.commit_loss)
 
@@ -233,15 +242,22 @@ def reconstruct(self:GIDM,
 
 # %% ../nbs/22_gidm.ipynb #0f1e889e
 @patch
+def transitions(self:GIDM,
+    batch:Batch, # with `dino` (B,V,2,P,in_dim) and `text`
+)->tuple: # features (V*B,2,P,in_dim), all transitions of a view, then of the next; their text and its mask, as `encode` takes them
+    "What a batch holds for this GIDM."
+    if batch.dino is None or batch.dino.shape[2] != 2:
+        raise ValueError("GIDM learns from `dino` features of two frames: give the dataset two offsets and `dino`")
+    views = [VIEWS.index(view) for view in self.cfg.views]
+    features = batch.dino[:, views].transpose(0, 1).flatten(0, 1).float()
+    return features, *(torch.cat([t.to(features.device)]*len(views)) for t in self.text_encoder(prepare_texts(batch.text, self.cfg)))
+
+@patch
 def loss(self:GIDM,
     batch:Batch, # with `dino` (B,V,2,P,in_dim) and `text`
 )->tuple: # scalar loss; dict of logs
     "Feature reconstruction and quantiser loss."
-    if batch.dino is None or batch.dino.shape[2] != 2:
-        raise ValueError("GIDM learns from `dino` features of two frames: give the dataset two offsets and `dino`")
-    views = [VIEWS.index(view) for view in self.cfg.views]
-    features = batch.dino[:, views].transpose(0, 1).flatten(0, 1).float() # all transitions of a view, then of the next
-    text, mask = (torch.cat([t.to(features.device)]*len(views)) for t in self.text_encoder(prepare_texts(batch.text, self.cfg)))
+    features, text, mask = self.transitions(batch)
     predicted, out = self.reconstruct(features, text, mask)
     mse = F.mse_loss(predicted, features[:, 1])
     logs = dict(reconstruction=mse.detach(), copy=F.mse_loss(features[:, 0], features[:, 1]),

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .episodes import WindowDataset, take_fraction
-from .gidm import GIDM, GIDMConfig, prepare_texts
+from .gidm import GIDM, GIDMConfig
 from .inverse_dynamics import draw_reversed, inverse_dynamics_loss, time_reverse
-from .spec import ACTION_DIM, VIEWS, Batch
+from .spec import ACTION_DIM, Batch
 
 # %% ../nbs/28_latent_auxiliary.ipynb #8706d550
 @dataclass(frozen=True)
@@ -60,11 +60,7 @@ def before_book(
     batch:Batch, # with `dino` (B,V,2,P,D) and `text`
 )->Tensor: # (V*B,Q,C) latents that are not yet quantised: all of a camera, then of the next, as in GIDM's own loss
     "Encode pairs without a look into the codebook."
-    views = [VIEWS.index(view) for view in model.cfg.views]
-    features = batch.dino[:, views].transpose(0, 1).flatten(0, 1).float()
-    text, mask = (torch.cat([t.to(features.device)]*len(views)) for t in model.text_encoder(prepare_texts(batch.text, model.cfg)))
-    mask = model.token_mask(mask, model.cfg.queries + features.shape[2], 2)
-    return model.to_codebook(model.encoder(model.action_latent, features, model.lang_proj(text), mask))
+    return model.embed(*model.transitions(batch))
 
 # %% ../nbs/28_latent_auxiliary.ipynb #2b7a8067
 def antisymmetry_penalty(
