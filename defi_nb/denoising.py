@@ -20,7 +20,7 @@ from torch import Tensor
 from .encoders import Absent
 from .futures import restore, snapshot
 from .gfdm import GFDM
-from .intervals import group_numbers, mean_interval
+from .intervals import group_numbers, demo_mean_interval
 from .metrics import ARM_DIMS, psnr, ssim
 from .plot import new_axes, to_hwc
 from .spec import ACTION_DIM, CONTROL_HZ, POSITION_UNIT, Batch
@@ -174,8 +174,8 @@ class MotionSteps:
 
     def curves(self):
         "Name -> S times (estimate, low, high)."
-        ratio = lambda over: [mean_interval(e, over, self.groups) for e in self.energy]
-        mean = lambda rows: [mean_interval(r, groups=self.groups) for r in rows]
+        ratio = lambda over: [demo_mean_interval(e, over, self.groups) for e in self.energy]
+        mean = lambda rows: [demo_mean_interval(r, groups=self.groups) for r in rows]
         return {"energy kept, of the final prediction's": ratio(self.energy[-1]), "energy kept, of the true future's": ratio(self.true_energy),
                 "agreement with the final prediction": mean(self.with_final), "agreement with the true future": mean(self.with_true)}
 

@@ -25,7 +25,7 @@ from .files import append_jsonl, read_jsonl, write_jsonl
 from .film import recorded_looks
 from .futures import ExpertAhead, Informed, Snapshot, foresee, frame_offsets, misled, restore, seen_codes, snapshot
 from .gfdm import GFDM
-from .metrics import markdown_table, mean_interval, wilson
+from .metrics import markdown_table, bounded_mean_interval, wilson
 from .policy import CoupledPolicy
 from .plot import new_axes
 from .progress import progress_bar
@@ -199,7 +199,7 @@ class FailureReport:
     def rate(self, rows, condition): # rows of `failed` or `control`; "again", "true" or "wrong"
         "(mean, low, high, tasks) of the share of draws that solved a task."
         shares = [float(np.mean(r[condition])) for r in rows if r.get(condition)]
-        return (float(np.mean(shares)), *mean_interval(shares, (0, 1)), len(shares)) if shares else None
+        return (float(np.mean(shares)), *bounded_mean_interval(shares, (0, 1)), len(shares)) if shares else None
 
     @property
     def believable(self): # None where nothing was measured

@@ -14,7 +14,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from .intervals import mean_interval
+from .intervals import demo_mean_interval
 from .metrics import markdown_table
 from .plot import OKABE_ITO, new_axes
 
@@ -177,7 +177,7 @@ class MapStudy:
         "Each map minus each of its rivals."
         has = lambda m: [r for r, v in self.rivals.items() if not isinstance(v, dict) or m in v]
         if len(np.unique(self.clusters)) < 2: raise ValueError(f"all {len(self.clusters)} samples are of one demonstration: an interval over demonstrations needs at least two")
-        return {m: {r: mean_interval(np.subtract(v, self.rival(r, m)), groups=self.clusters) for r in has(m)} for m, v in self.values.items()}
+        return {m: {r: demo_mean_interval(np.subtract(v, self.rival(r, m)), groups=self.clusters) for r in has(m)} for m, v in self.values.items()}
 
     def markdown(self)->str:
         "A table: a row a map, a column a rival."

@@ -14,7 +14,7 @@ import numpy as np
 
 from .alignment import Alignment, align_distances, feature_distances, pair_distances, partial_spearman
 from .feature_sources import STATE, FeatureSource, ProbeData, source_tokens
-from .intervals import mean_interval
+from .intervals import demo_mean_interval
 from .latent_suite import STYLES
 from .measured import Measured, linear_probe, measured, r2
 from .metrics import markdown_table
@@ -158,7 +158,7 @@ def mean_measure(
 )->Measured:
     "A mean over frames, and its differences."
     (_, own), *others = of.items()
-    alone, pairs = mean_interval(own, groups=demo), {name: (x, mean_interval(own - x, groups=demo)) for name, x in others}
+    alone, pairs = demo_mean_interval(own, groups=demo), {name: (x, demo_mean_interval(own - x, groups=demo)) for name, x in others}
     return Measured(name, alone.value, (alone.low, alone.high), {name: (float(x.mean()), p.low, p.high) for name, (x, p) in pairs.items()}, "lower")
 
 def compare_source(

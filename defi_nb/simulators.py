@@ -262,7 +262,7 @@ def mean_of_tasks_interval(
 )->tuple: # low, high
     "Interval of the mean of several tasks' success rates."
     rng = np.random.default_rng(seed)
-    def end(lower, quantile): # a failure more for the lower end, a success more for the upper: as in `metrics.mean_interval`
+    def end(lower, quantile): # a failure more for the lower end, a success more for the upper: as in `metrics.bounded_mean_interval`
         counts = [(t["successes"] + (not lower), t["attempts"] - t["successes"] + lower) for t in tasks.values()]
         rates = [rng.beta(s, f, draws) if s and f else np.full(draws, float(s > 0)) for s, f in counts]
         return float(np.quantile(np.mean(rates, 0), quantile))

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .episodes import WindowDataset
-from .intervals import group_numbers, mean_interval
+from .intervals import group_numbers, demo_mean_interval
 from .metrics import markdown_table, psnr, ssim
 from .plot import new_axes
 from .robots import RobotSamples
@@ -174,9 +174,9 @@ class VideoScores:
     def value(self, name, measure, less=None): # name of a prediction; of a measure; of a prediction to be subtracted clip by clip
         "(estimate, low, high) of a measure."
         minus = lambda get: get(name) - (0 if less is None else get(less))
-        if measure == "motion": return mean_interval(minus(self.energies.get), self.energies["true"], self.groups)
+        if measure == "motion": return demo_mean_interval(minus(self.energies.get), self.energies["true"], self.groups)
         values = minus(self.agreements.get) if measure == "agreement" else minus(lambda n: self.frames[n][measure].mean(1))
-        return mean_interval(values, groups=self.groups)
+        return demo_mean_interval(values, groups=self.groups)
 
     def __repr__(self): return f"VideoScores of {', '.join(self.frames)}: {len(self.groups)} clips"
 
@@ -187,7 +187,7 @@ class VideoScores:
         "Everything as JSON types: estimate, low and high of each measure, alone and minus the copy, and by frame."
         table = {n: {m: self.value(n, m).plain() for m in self.measures} for n in self.frames}
         minus = {n: {m: self.value(n, m, COPY).plain() for m in self.measures} for n in self.frames if n != COPY}
-        frames = {n: {m: [mean_interval(v, groups=self.groups).plain() for v in x.T] for m, x in by.items()} for n, by in self.frames.items()}
+        frames = {n: {m: [demo_mean_interval(v, groups=self.groups).plain() for v in x.T] for m, x in by.items()} for n, by in self.frames.items()}
         return dict(clips=len(self.groups), demonstrations=len(set(self.groups.tolist())), times=list(self.times), measures=table, minus_copy=minus, frames=frames, frechet={n: vars(f) for n, f in self.frechet.items()})
 
 def score_videos(
@@ -247,7 +247,7 @@ def show_by_time(
     "A measure over the time after the present, with 95 % intervals."
     ax = new_axes(5.2, 2.4) if ax is None else ax
     for i, (name, by) in enumerate(scores.frames.items()):
-        mid, low, high = np.array([mean_interval(v, groups=scores.groups) for v in by[measure].T]).T
+        mid, low, high = np.array([demo_mean_interval(v, groups=scores.groups) for v in by[measure].T]).T
         shift = (i - (len(scores.frames) - 1)/2)*.01*scores.times[-1]
         style = dict(color="k", ls="--") if name == COPY else dict(color=f"C{i}", marker="osv^D<>"[i % 7])
         ax.errorbar(np.array(scores.times) + shift, mid, [mid - low, high - mid], ms=4, lw=1.2, capsize=2, label=name, **style)
