@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VECTORS', 'KNOWN_SCENES', 'write_segment', 'finished_segments', 'finish_split', 'read_scenes', 'covered_rows',
-           'read_index', 'resize_picture', 'check_frame', 'picture_shapes', 'read_calvin']
+           'read_index', 'check_frame', 'picture_shapes', 'read_calvin']
 
 # %% ../nbs/12_calvin_data.ipynb #9622d117
 import hashlib, json, os, shutil, time, warnings
@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from .calvin import check_tasks
+from .decode import resize_image
 from .episodes import Frames, Window, check_frames
 from .files import atomic
 from .npz import load_dict, read_npz, write_npz
@@ -233,14 +233,6 @@ def read_index(
     return root, ids, segments, windows, letters
 
 # %% ../nbs/12_calvin_data.ipynb #21f237f5
-def resize_picture(
-    picture:np.ndarray, # (H,W,3) uint8
-    size:int, # height and width wanted, pixels
-)->np.ndarray: # (size,size,3) uint8
-    "The picture itself if it has the size, else a copy resized with antialiasing."
-    if picture.shape[:2] == (size, size): return picture
-    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR))
-
 def check_frame(
     path:Path, # of the frame's file, for the message
     frame:dict, # what was read of it
@@ -262,7 +254,7 @@ def _fill(rows, path_of, shapes, arrays):
         frame = read_npz(path_of(row), tuple(arrays))
         check_frame(path_of(row), frame, shapes)
         for key, v in frame.items():
-            arrays[key][row] = resize_picture(v, arrays[key].shape[1]) if key in shapes else v
+            arrays[key][row] = resize_image(v, arrays[key].shape[1]) if key in shapes else v
     return len(rows)
 
 # %% ../nbs/12_calvin_data.ipynb #bad17ed8

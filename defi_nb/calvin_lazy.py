@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from torch.utils.data import get_worker_info
 
 from .calvin import COLOURS, check_tasks
-from .calvin_data import VECTORS, check_frame, covered_rows, picture_shapes, read_index, resize_picture
+from .calvin_data import VECTORS, check_frame, covered_rows, picture_shapes, read_index
+from .decode import resize_image
 from .episodes import Frames, Window, check_frames, take_fraction
 from .npz import read_npz
 from .progress import progress_bar
@@ -80,7 +81,7 @@ class LazyPictures:
         rows = as_rows(rows, len(self))
         some, back = np.unique(rows, return_inverse=True)
         out = np.empty((len(some), *self.shape[1:]), np.uint8)
-        def put(i, frame): out[i] = resize_picture(frame[self.key], self.size) if self.size else frame[self.key]
+        def put(i, frame): out[i] = resize_image(frame[self.key], self.size) if self.size else frame[self.key]
         self.files.each(some, (self.key,), put)
         return out[back.reshape(rows.shape)]
 

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from .calvin_data import covered_rows, read_index, resize_picture
-from .decode import write_video
+from .calvin_data import covered_rows, read_index
+from .decode import resize_image, write_video
 from .episodes import Frames, WindowDataset
 from .rlds import RLDSKeys
 from .spec import CONTROL_HZ, VIEWS, Batch
@@ -74,7 +74,7 @@ class PlainCalvin:
         which, t = self.samples.anchors[indices].T
         windows = [self.samples.windows[w] for w in which]
         read = [self._window(row, w.end) for row, w in zip(t, windows)]
-        fit = (lambda p: resize_picture(p, self.size)) if self.size else (lambda p: p)
+        fit = (lambda p: resize_image(p, self.size)) if self.size else (lambda p: p)
         pictures = [torch.from_numpy(np.stack([fit(x[f"rgb_{v}"][0]) for x in read])).permute(0, 3, 1, 2)[:, None, None].contiguous() for v in VIEWS]
         floats = lambda x: torch.from_numpy(np.stack(x).astype(np.float32))
         rest = dict(text=[w.text for w in windows], action=floats([x["rel_actions"] for x in read]), proprio=floats([x["robot_obs"][0] for x in read]))
@@ -106,7 +106,7 @@ def write_clips(
     (Path(folder)/"captions.csv").write_text("file_name,text\n" + "".join(f"{i:05d}.mp4,{w.text}\n" for i, w in enumerate(frames.windows)))
 
 def _latents(pictures):
-    x = np.stack([resize_picture(p, 32) for p in pictures]).astype(np.float32)/127.5 - 1
+    x = np.stack([resize_image(p, 32) for p in pictures]).astype(np.float32)/127.5 - 1
     return torch.from_numpy(np.concatenate([x, x.mean(-1, keepdims=True)], -1)).permute(0, 3, 1, 2).contiguous()*LATENT_SCALE
 
 def write_release(

@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from PIL import Image
 
-from .calvin_data import resize_picture
+from .decode import resize_image
 from .files import write_whole
 from .progress import progress_bar
 from .spec import Batch
@@ -273,7 +273,7 @@ def _sample(self:RobotSamples, e, t):
 def _video(self:RobotSamples, e, rows):
     "(V,T,3,H,W) uint8; a row asked for twice is decoded once."
     some, back = np.unique(rows, return_inverse=True)
-    fit = (lambda x: resize_picture(x, self.size)) if self.size else (lambda x: x)
+    fit = (lambda x: resize_image(x, self.size)) if self.size else (lambda x: x)
     x_vthwc = [np.stack([fit(x) for x in self.source.pictures(e, some, view)])[back] for view in self.views]
     if len({x.shape for x in x_vthwc}) > 1:
         raise ValueError(f"{self.source.name}: views of sizes {[x.shape[1:3] for x in x_vthwc]} do not fit one batch: give `size`")

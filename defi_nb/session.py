@@ -22,8 +22,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .attention import policy_maps
-from .calvin_data import resize_picture
-from .decode import read_frames, scan_video
+from .decode import read_frames, resize_image, scan_video
 from .denoising import chunk_steps, future_noise, future_steps, hand_path
 from .episodes import Frames, Window
 from .gfdm import GFDM
@@ -79,7 +78,7 @@ def clip_episode(
     def square(picture):
         h, w = picture.shape[:2]
         s = min(h, w)
-        return resize_picture(np.ascontiguousarray(picture[(h - s)//2:][:s, (w - s)//2:][:, :s]), size)
+        return resize_image(np.ascontiguousarray(picture[(h - s)//2:][:s, (w - s)//2:][:, :s]), size)
     return Episode({VIEWS[0]: read_frames(path, nearest(info.times, wanted), info, square)}, text, Path(path).name)
 
 # %% ../nbs/42_session.ipynb #88ec7e25

@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .calvin_data import resize_picture
-from .decode import VideoInfo, index_files, read_frames, scan_video
+from .decode import VideoInfo, index_files, read_frames, resize_image, scan_video
 from .safeload import read_tensor
 from .spec import Batch
 
@@ -194,7 +193,7 @@ def _square(size, crop, picture):
         h, w = picture.shape[:2]
         s = min(h, w)
         picture = picture[(h - s)//2:(h - s)//2 + s, (w - s)//2:(w - s)//2 + s]
-    return resize_picture(np.ascontiguousarray(picture), size)
+    return resize_image(np.ascontiguousarray(picture), size)
 
 class VideoDataset:
     "Samples of clips; `ds[indices]` is a `Batch`."

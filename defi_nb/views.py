@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
+from .decode import encode_mp4
 from .files import atomic
-from .plot import encode_mp4
 from .spec import CONTROL_HZ
 
 # %% ../nbs/40_views.ipynb #90bb3f6b

@@ -11,8 +11,9 @@ import torch
 from conftest import ENV
 
 from defi_nb.calvin import initial_obs
-from defi_nb.calvin_data import finish_split, read_calvin, resize_picture, write_segment
+from defi_nb.calvin_data import finish_split, read_calvin, write_segment
 from defi_nb.calvin_lazy import PLAY, SCENE_BLOCKS, open_calvin, order_blocks, pack_vectors
+from defi_nb.decode import resize_image
 from defi_nb.episodes import Window, WindowDataset, take_fraction
 from defi_nb.tabletop import layout_of
 
@@ -61,7 +62,7 @@ def test_the_real_recording():
     equal(open_calvin(REAL, scene="D", size=64), read_calvin(REAL, scene="D", size=64), [0, 100, 266])
     with np.load(REAL/"training/episode_0000060.npz") as z:
         assert (lazy.video["static"][60] == z["rgb_static"]).all() and (lazy.action[60] == z["rel_actions"].astype(np.float32)).all()
-        assert (open_calvin(REAL, size=64).video["static"][60] == resize_picture(z["rgb_static"], 64)).all()
+        assert (open_calvin(REAL, size=64).video["static"][60] == resize_image(z["rgb_static"], 64)).all()
     play = open_calvin(REAL, scene="D", play=8).windows
     assert {w.task for w in play} == {w.task for w in whole.windows} | {PLAY} or not any(w.task == PLAY for w in play)
 

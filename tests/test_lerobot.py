@@ -5,14 +5,13 @@ import shutil
 import zipfile
 from pathlib import Path
 
-import av
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 
-from defi_nb.decode import OpenVideo
+from defi_nb.decode import OpenVideo, write_video
 from defi_nb.lerobot import LeRobotFolder, stored_scale
 from defi_nb.robots import RobotSamples, measure_scale
 
@@ -110,11 +109,7 @@ def test_truncated_video(broken, share):
 def test_a_cut_video_gives_true_frames_or_none(tmp_path, codec): # decoders would patch over the last one
     rng, path = np.random.default_rng(0), tmp_path/"whole.mp4"
     texture = np.kron(rng.integers(0, 256, (10, 10, 3)), np.ones((8, 8, 1))).astype(np.uint8)
-    with av.open(str(path), "w", options=dict(movflags="faststart")) as file:
-        stream = file.add_stream(codec, rate=30)
-        stream.width, stream.height, stream.pix_fmt = 80, 80, "yuv420p"
-        for i in range(20): file.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(texture, 5*i, 1))))
-        file.mux(stream.encode(None))
+    write_video(path, np.stack([np.roll(texture, 5*i, 1) for i in range(20)]), 30, codec, faststart=True)
     data, truth, seen = path.read_bytes(), OpenVideo(path).at(np.arange(20)/30, .01), []
     for cut in rng.integers(2000, len(data), 12):
         (tmp_path/f"{cut}.mp4").write_bytes(data[:cut])
