@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_GL', 'ACTION_SIZES', 'SUBSTEPS', 'MAX_JOINT_STEP', 'FEED_FORWARD', 'euler_to_matrix', 'matrix_to_euler',
            'euler_to_quat', 'quat_to_euler', 'gl_backend', 'gl_context', 'compiled', 'Cameras', 'Pictures', 'ArmIK',
-           'parse_action', 'PlayTable', 'waving', 'rollout_digest', 'steps_per_second']
+           'parse_action', 'PlayTable', 'waving', 'rollout_digest', 'steps_per_second', 'fake_episode']
 
 # %% ../nbs/14_playtable.ipynb #aecedb47
 import atexit, hashlib, math, os, subprocess, sys, time, weakref
@@ -501,3 +501,19 @@ def steps_per_second(
     rates = steps/(time.perf_counter() - wall), steps/(time.process_time() - cpu)
     env.close()
     return rates
+
+# %% ../nbs/14_playtable.ipynb #5b92e0c6
+def fake_episode(
+    steps:int=12, # rows N, one a control step
+    size:int=64, # height and width of both cameras' images, pixels
+    scene:str="D", # "A" to "D"
+)->dict: # rgb_static, rgb_gripper, robot_obs, scene_obs and rel_actions -> (N,...) array
+    "The arm waving in an embedded scene, for examples and tests."
+    env, rows = PlayTable(scene, size, size), []
+    obs = env.reset()
+    for k in range(steps):
+        state = {key: obs[key] for key in ("robot_obs", "scene_obs")}
+        rows.append(dict(obs["rgb_obs"]) | state | dict(rel_actions=waving(k).astype(np.float32)))
+        obs = env.step(rows[-1]["rel_actions"])[0]
+    env.close()
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}

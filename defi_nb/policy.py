@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['present_latent', 'goal_embedding', 'hand_state', 'batch_hand_state', 'PolicyConfig', 'check_policy_config',
-           'CoupledPolicy', 'PlainConfig', 'PlainPolicy']
+           'CoupledPolicy', 'PlainConfig', 'PlainPolicy', 'fake_policies']
 
 # %% ../nbs/24_policy.ipynb #c9d7b1bf
 from dataclasses import dataclass, replace
@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .action_adapter import ActionAdapter, AdapterConfig
+from .gfdm import GFDM, GFDMConfig, fit_encoders
 from .gidm import GIDM, GIDMConfig, prepare_texts
 from .layers import VideoFormer, group_tokens
 from .spec import VIEWS, Batch, DataSpec, check_batch
@@ -289,3 +290,16 @@ class PlainPolicy(nn.Module):
     )->Tensor: # (B,K,A) actions in [-1, 1]
         "A chunk of actions for what is seen now."
         return self.adapter.sample(self.encode_batch(batch), noise).clamp(-1, 1)
+
+# %% ../nbs/24_policy.ipynb #a61c9e53
+def fake_policies(
+    encoders, # from `load_encoders`
+    spread:float=0., # standard deviation of the weights of the action heads; 0: as they begin
+)->tuple: # (`CoupledPolicy` with its GFDM, `PlainPolicy`), in evaluation mode
+    "Tiny untrained policies, for examples and tests."
+    gfdm = GFDM(fit_encoders(GFDMConfig.tiny(), encoders, DataSpec.tiny()), encoders.clip)
+    coupled = CoupledPolicy(PolicyConfig(feature_dim=gfdm.feature_shape()[-1]), encoders, gfdm)
+    plain = PlainPolicy(PlainConfig(latent_channels=encoders.vae.channels), encoders)
+    for policy in (coupled, plain):
+        if spread: nn.init.normal_(policy.adapter.action_pred.weight, std=spread)
+    return coupled.eval(), plain.eval()
