@@ -13,11 +13,9 @@ from defi_nb.calvin import get_sequences
 from defi_nb.encoders import load_encoders
 from defi_nb.failures import relative_error, study_failures, watch
 from defi_nb.film import film_chain
-from defi_nb.gfdm import GFDM, GFDMConfig, fit_encoders
-from defi_nb.policy import CoupledPolicy, PolicyConfig
+from defi_nb.policy import fake_policies
 from defi_nb.evaluation import evaluate, read_records
 from defi_nb.rollout import EvalConfig, RandomPolicy
-from defi_nb.spec import DataSpec
 
 SEQUENCES = get_sequences(2, tasks=["open_drawer", "close_drawer", "move_slider_left", "move_slider_right"], length=2)
 CONFIG = EvalConfig(scene="toy", steps=24, execute=10, group=1, sequences="2 of a toy")
@@ -62,7 +60,7 @@ def toy_env(config): return ToyEnv()
 def policy():
     torch.manual_seed(0)
     encoders = load_encoders("tiny")
-    return CoupledPolicy(PolicyConfig.tiny(), encoders, GFDM(fit_encoders(GFDMConfig.tiny(), encoders, DataSpec.tiny()), encoders.clip)).eval()
+    return fake_policies(encoders)[0]
 
 
 @pytest.fixture(scope="module")
