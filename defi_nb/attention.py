@@ -288,12 +288,11 @@ def show_matrix(
     layer="mean", # "mean", "rollout", name or number
     head="mean", # "mean" or number
     ax=None, # axes to draw into
-    top:float|None = None, # share of the brightest colour; None is the greatest there is
 ):
     "Who looks at whom, as a table of colours. Returns the axes."
     x = matrix.table(layer, head)
     ax = new_axes(1.6 + .17*x.shape[1], 1. + .17*x.shape[0]) if ax is None else ax
-    image = ax.imshow(x, cmap="inferno", vmin=0, vmax=top, aspect="auto")
+    image = ax.imshow(x, cmap="inferno", vmin=0, aspect="auto")
     ax.set_xticks(range(x.shape[1]), matrix.keys, rotation=90, fontsize=7)
     ax.set_yticks(range(x.shape[0]), matrix.queries, fontsize=7)
     ax.figure.colorbar(image, ax=ax, label="share").ax.tick_params(labelsize=7)

@@ -102,10 +102,9 @@ def estimate_steps(
     text:str, # instruction
     at:tuple=(1, 2, 5, 10, 20), # steps that are decoded, from 1
     steps:int=20, # of the schedule
-    noise:Tensor|None=None, # (V,T,C,h,w) standard normal; None: from `future_noise`
 )->dict: # step -> (V,T,3,H,W) uint8
     "What is believed about one moment's future at some steps of one schedule, as pictures."
-    believed = sample_estimates(gfdm, latent[None], [text], steps, at, None if noise is None else noise[None])
+    believed = sample_estimates(gfdm, latent[None], [text], steps, at)
     return {k: _decoded(vae, x[0]) for k, x in believed.items()}
 
 def draw_pictures(
@@ -355,14 +354,13 @@ def show_fan(
     return ax
 
 def show_fan_dimensions(
-    chunks:Tensor, # (N,S,K,7) from `chunk_steps`
-    steps:tuple|None=None, # which are drawn, from 1; None: `fan_steps`
+    chunks:Tensor, # (N,S,K,7) from `chunk_steps`; `fan_steps` of the S are drawn
     true:Tensor|None=None, # (K,7) what was done
     axes=None, # seven axes to draw into
 ): # the seven axes
     "Each number of an action over the chunk, at several steps of the sampler, in CALVIN's units."
     import matplotlib.pyplot as plt
-    steps = fan_steps(chunks.shape[1]) if steps is None else steps
+    steps = fan_steps(chunks.shape[1])
     if axes is None: axes = plt.subplots(2, 4, figsize=(9.5, 3.6), dpi=72, layout="constrained", sharex=True)[1].ravel()
     names, time = (*ARM_DIMS, "gripper"), np.arange(1, chunks.shape[2] + 1)/CONTROL_HZ
     for i, (name, ax) in enumerate(zip(names, axes)):
@@ -386,10 +384,9 @@ def futures_film(
     futures:dict, # steps -> (V,T,3,H,W) uint8
     true:Tensor|None=None, # (V,T,3,H,W) uint8
     side:int=128, # of a picture, pixels
-    word:str="steps", # under which number of steps is written
 )->list: # T frames (h,w,3) uint8
     "Predicted videos side by side, one row a camera."
-    columns = ({} if true is None else {"true": true}) | {f"{n} {word if n != 1 else word.removesuffix('s')}": x for n, x in futures.items()}
+    columns = ({} if true is None else {"true": true}) | {f"{n} step{'s'*(n != 1)}": x for n, x in futures.items()}
     V, T = next(iter(columns.values())).shape[:2]
     frames = []
     for t in range(T):

@@ -130,11 +130,10 @@ def clips(
 def one_step_error(
     model, # a `GFDM`
     batch:Batch, # with latent (B,V,T,C,h,w) and text
-    sigma:float=700., # noise level of the only step
 )->dict: # mean squared errors of the future frames in units of the latents' variance: "denoised" and "copy"
     "How well one denoising step foresees the future, beside the guess that nothing changes."
     latent, cfg = clips(batch.latent, model.cfg), model.cfg
-    x0 = latent*cfg.scaling_factor
+    x0, sigma = latent*cfg.scaling_factor, cfg.extract_sigma # as for features
     level = torch.full((len(x0),), sigma, device=x0.device)
     network = model.network(latent[:, 0], model.encode_text(batch.text, batch.latent.shape[1]), cfg.fps)
     denoised = model.edm.denoise(network, x0 + sigma*model.noise, level)

@@ -32,17 +32,18 @@ def _heat(heat):
         raise ValueError(f"heat of shape {tuple(x.shape)} from {x.min():.3g} to {x.max():.3g}; a heat map is (row,column) or (row*column,), one for each frame of a video (T,row,column), and at least 0")
     return x.numpy()
 
-def _mix(x, light, colors, alpha): # x (...) heat in [0, 1], light (...) in [0, 255] -> (...,3) uint8
+_ALPHA = .75 # weight of the brightest colour
+
+def _mix(x, light, alpha=_ALPHA): # x (...) heat in [0, 1], light (...) in [0, 255] -> (...,3) uint8
     import matplotlib
     cover = alpha*(.25 + .75*x)[..., None]
-    return ((1 - cover)*light[..., None] + cover*255*matplotlib.colormaps[colors](x)[..., :3]).round().astype(np.uint8)
+    return ((1 - cover)*light[..., None] + cover*255*matplotlib.colormaps["inferno"](x)[..., :3]).round().astype(np.uint8)
 
 def overlay_video(
     video, # (T,3,H,W) or (T,H,W,3) uint8
     heat, # (T,row,column) a map for each frame, or (row,column) one for all; >= 0
     top:float|None = None, # heat of the brightest colour; None is the greatest there is
-    colors:str = "inferno", # a matplotlib colour map, even to the eye
-    alpha:float = .75, # weight of the brightest colour, 0 to 1
+    alpha:float = _ALPHA, # weight of the brightest colour, 0 to 1
 )->np.ndarray: # (T,H,W,3) uint8
     "Heat over the frames of a video, on one scale."
     frames, x = to_hwc(video), _heat(heat)
@@ -51,7 +52,7 @@ def overlay_video(
     rows, columns = (np.arange(n)*m//n for n, m in zip(frames.shape[1:3], x.shape[1:]))
     top = float(x.max()) if top is None else top
     light = frames @ np.array([.299, .587, .114]) # BT.601
-    return _mix(np.clip(x[:, rows][:, :, columns]/(top or 1), 0, 1), light, colors, alpha)
+    return _mix(np.clip(x[:, rows][:, :, columns]/(top or 1), 0, 1), light, alpha)
 
 def overlay(
     frame, # (3,H,W) or (H,W,3) uint8
@@ -69,8 +70,6 @@ def show_heat(
     ax=None, # as many axes to draw into
     top:float|None = None, # heat of the brightest colour; None is the greatest of all maps
     label:str = "attention, share", # of the colour bar
-    colors:str = "inferno", # a matplotlib colour map
-    alpha:float = .75, # weight of the brightest colour
     columns:int = 4, # pictures in a row
     size:float = 1.7, # of a picture, inches
 ):
@@ -88,11 +87,11 @@ def show_heat(
         ax = grid[:len(heats)]
     ax = np.atleast_1d(ax)
     for panel, (title, frame), heat in zip(ax, frames.items(), heats, strict=True):
-        panel.imshow(overlay(frame, heat, top, colors=colors, alpha=alpha), interpolation="nearest")
+        panel.imshow(overlay(frame, heat, top), interpolation="nearest")
         panel.set(title=title if isinstance(title, str) else "", xticks=[], yticks=[])
         panel.title.set_fontsize(8)
     steps = np.linspace(0, 1, 256)
-    mixed = matplotlib.colors.ListedColormap(_mix(steps, np.full(256, 128.), colors, alpha)/255)
+    mixed = matplotlib.colors.ListedColormap(_mix(steps, np.full(256, 128.))/255)
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, top or 1), mixed)
     bar = ax[0].figure.colorbar(scale, ax=list(ax), fraction=.06, shrink=.9)
     bar.set_label(label, fontsize=8)

@@ -88,11 +88,10 @@ def group_tokens(
 
 # %% ../nbs/02_layers.ipynb #17328a4d
 def feed_forward(
-    dim:int, # width in and out
-    mult:int = 4, # hidden width, in units of `dim`
+    dim:int, # width in and out; four times as wide inside
 )->nn.Module: # (...,D) -> (...,D)
     "Linear, GELU, linear."
-    return nn.Sequential(nn.Linear(dim, mult*dim), nn.GELU(), nn.Identity(), nn.Linear(mult*dim, dim))
+    return nn.Sequential(nn.Linear(dim, 4*dim), nn.GELU(), nn.Identity(), nn.Linear(4*dim, dim))
 
 class SpaceTimeBlock(nn.Module):
     "Attention within frames, causal attention across frames, feed-forward."

@@ -76,10 +76,9 @@ def gl_backend(
 
 def gl_context(
     side:int, # pixels, of the largest picture
-    backend:str|None=None, # as in MUJOCO_GL; None: `gl_backend()`
 ):
     "An OpenGL context without a window."
-    backend = backend or gl_backend()
+    backend = gl_backend()
     os.environ.setdefault("LP_NUM_THREADS", "0") # Mesa's software: threads cost more than they give in so small a picture
     try:
         if backend == "egl": from mujoco.egl import GLContext
@@ -490,10 +489,9 @@ def rollout_digest(
 def steps_per_second(
     sizes:tuple|None=(200, 84), # pixels of the static and the gripper camera; None: no pictures
     steps:int=240, # to measure
-    scene:str="D", # "A" to "D"
 )->tuple: # (by the clock, per second of processor time)
     "Control steps per second."
-    env = PlayTable(scene, *(sizes or (8, 8)))
+    env = PlayTable("D", *(sizes or (8, 8)))
     for k in range(-20, steps): # the first are for warming up
         if k == 0: wall, cpu = time.perf_counter(), time.process_time()
         obs = env.step(waving(k))[0]
