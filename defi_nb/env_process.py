@@ -6,23 +6,18 @@
 __all__ = ['SHELF', 'EnvProcess']
 
 # %% ../nbs/45_env_process.ipynb #eccadc68
-import fcntl
 import os
 import pickle
-import select
-import signal
 import subprocess
-import sys
 import tempfile
 import warnings
 from collections.abc import Mapping
 from functools import partial
-from multiprocessing.connection import Connection, Pipe
 
 from fastcore.basics import patch
 
 from .playtable import Pictures
-from .processes import portable_error, sendable
+from .processes import portable_error, sendable, start_python
 
 # %% ../nbs/45_env_process.ipynb #25bed1fd
 SHELF = 8 # observations of which pictures can still be asked for
@@ -53,24 +48,14 @@ class _Host:
 _METHOD = "this attribute is a method"
 
 # %% ../nbs/45_env_process.ipynb #abf5001f
-def _end_with_parent():
-    "Let the kernel end this process when standard input, a pipe, is closed at the other end."
-    fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
-    if select.select([0], [], [], 0)[0]: os._exit(1) # it was closed before
-
 def _answer(pipe, ask):
     "Send what a request leads to, be it an error."
     try: pipe.send(("value", ask()))
     except Exception as error: pipe.send(("error", portable_error(error)))
 
-def _serve_env(
-    number:int, # of the open file that leads to the parent
-):
+def _serve_env(pipe):
     "Make an environment and answer requests until the parent is done; what the process runs."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _end_with_parent()
-    pipe, host = Connection(number), None
+    host = None
     def make():
         nonlocal host
         with warnings.catch_warnings(record=True) as caught:
@@ -92,13 +77,8 @@ class EnvProcess:
         timeout:float=120., # seconds that an answer may take, the making of the environment included
     ):
         self._timeout, self._process = timeout, None
-        payload, (self._pipe, theirs) = sendable((make_env, args), str(make_env)), Pipe()
-        self._said = tempfile.TemporaryFile()
-        path = os.pathsep.join(p or os.getcwd() for p in sys.path)
-        self._process = subprocess.Popen([sys.executable, "-c", f"from defi_nb.env_process import _serve_env; _serve_env({theirs.fileno()})"],
-                                         pass_fds=[theirs.fileno()], env=os.environ | {"PYTHONPATH": path},
-                                         stdin=subprocess.PIPE, stdout=self._said, stderr=self._said)
-        theirs.close()
+        payload, self._said = sendable((make_env, args), str(make_env)), tempfile.TemporaryFile()
+        self._process, self._pipe = start_python("defi_nb.env_process:_serve_env", stdout=self._said, stderr=self._said)
         said, self.name = self._exchange("making it", partial(self._pipe.send_bytes, payload))
         for message in said: warnings.warn(message, stacklevel=2)
 
