@@ -312,6 +312,7 @@ def _work(voice, lines):
             episode = lines.get()
             report = partial(voice.stage, episode["number"])
             voice.say("row", number=episode["number"], row=play_episode(simulator, episode, client.infer, config, report))
+            voice.say("done")
 
 def main():
     "Play episodes for the process at the other end of the pipes."

@@ -16,7 +16,8 @@ from defi_nb.serve import Contract, PolicyServer, serving
 from defi_nb.sim_rules import UNITS, scores
 from defi_nb.sim_setup import ASSETS, PROBES, check_environment, environment_of, python_of
 from defi_nb.simpler import SimplerAction, simpler_episodes
-from defi_nb.simulators import BenchConfig, Patience, main, run_benchmark
+from defi_nb.simulators import BenchConfig, main, run_benchmark
+from defi_nb.workers import Patience
 
 COUNTS = {"google_vm": {"pick_coke_can": 300, "move_near": 240, "drawer": 216}, "google_va": {"pick_coke_can": 675, "move_near": 480, "drawer": 378},
           "widowx": dict.fromkeys(("spoon_on_towel", "carrot_on_plate", "stack_cube", "eggplant_in_basket"), 24)}
@@ -147,7 +148,7 @@ def test_end_to_end_and_the_same_with_more_workers(url, recordings, tmp_path):
 
 RUN = """
 import json, sys
-from defi_nb.simulators import BenchConfig, Patience, run_benchmark
+from defi_nb.simulators import BenchConfig, run_benchmark
 url, out, recordings, command, env, simulator = json.loads(sys.argv[1])
 run_benchmark(BenchConfig("replay"), url, out, recordings=recordings, worker=(command, env, simulator, {}), progress=False)
 """
