@@ -16,10 +16,10 @@ from .alignment import Alignment, align_distances, feature_distances, pair_dista
 from .feature_sources import STATE, FeatureSource, ProbeData, source_tokens
 from .intervals import demo_mean_interval
 from .latent_suite import STYLES
-from .measured import Measured, linear_probe, measured, r2
+from .measured import Measured, measured
 from .metrics import markdown_table
 from .plot import OKABE_ITO, new_axes
-from .probes import ProbeConfig, ProbeResult, train_probe
+from .probes import ProbeConfig, ProbeResult, linear_probe, r2, train_probe
 from .progress import progress_bar
 
 # %% ../nbs/43_feature_panel.ipynb #96e53352

@@ -18,9 +18,9 @@ import torch
 from .alignment import partial_spearman, pose_distance, thumbnails
 from .latent_actions import action_bins, auroc, code_action_information, code_agreement, codebook_report, duplicate_codes, idle_norm, reversal_antisymmetry, reversal_purity
 from .latent_pairs import Inferred, Pairs, decode, infer, inner_gidm, transfer
-from .measured import Measured, Suite, linear_probe, measured, missing, network_error, r2
+from .measured import Measured, Suite, measured, missing
 from .plot import OKABE_ITO, new_axes
-from .probes import held_out
+from .probes import held_out, linear_probe, network_error, r2
 
 # %% ../nbs/41_latent_suite.ipynb #bbadac21
 def codebook(

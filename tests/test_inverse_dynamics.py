@@ -14,8 +14,7 @@ from defi_nb.alignment import _left_over, feature_distances, partial_spearman, p
 from defi_nb.auxiliary import InverseBeside
 from defi_nb.inverse_dynamics import InverseDynamicsConfig, InverseDynamicsHead, draw_reversed, inverse_dynamics_loss, pair_loss, rest_action, reverse_batch, time_reverse
 from defi_nb.latent_actions import code_action_information, codebook_report, decoder_use, reversal_antisymmetry
-from defi_nb.latent_suite import linear_probe, r2
-from defi_nb.probes import ProbeConfig, ProbeHead, held_out, ridge_probe, train_probe
+from defi_nb.probes import ProbeConfig, ProbeHead, held_out, linear_probe, r2, train_probe
 from defi_nb.robots import ActionScale
 from defi_nb.spec import Batch
 
@@ -218,15 +217,15 @@ def test_probe_sizes_and_reporting(vectors, monkeypatch):
     np.testing.assert_allclose(result.train, case["reported_train"], **close)
 
 
-def test_ridge_probe(vectors):
+def test_linear_probe(vectors):
     case = vectors["latent_action_metrics"]["linear_probe"]
-    found = ridge_probe(case["Z"], case["A"], np.arange(len(case["Z"])) >= case["train_rows"], case["ridge_lambda"])
-    for value, name in ((found.predicted, "pred_val"), (found.r2, "R2_per_dim"), (found.r2_mean, "R2_mean"), (found.nmse, "NMSE_vs_train_mean")):
-        np.testing.assert_allclose(value, case[name], **close)
     z, a, n = np.array(case["Z"]), np.array(case["A"]), case["train_rows"]
-    said = linear_probe(z[:n], a[:n], np.arange(n), z[n:], penalties=(case["ridge_lambda"],))
+    said = linear_probe(z[:n], a[:n], None, z[n:], penalties=(case["ridge_lambda"],))
     np.testing.assert_allclose(said, case["pred_val"], **close)
-    np.testing.assert_allclose([r2(said[:, i:i + 1], a[n:, i:i + 1]) for i in range(a.shape[1])], case["R2_per_dim"], **close)
+    np.testing.assert_allclose(r2(said, a[n:], 0), case["R2_per_dim"], **close)
+    np.testing.assert_allclose(r2(said, a[n:], 0).mean(), case["R2_mean"], **close)
+    error = lambda p: np.square(p - a[n:]).sum()
+    np.testing.assert_allclose(error(said)/error(a[:n].mean(0)), case["NMSE_vs_train_mean"], **close)
 
 
 def test_latent_actions(vectors):
