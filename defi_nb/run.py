@@ -165,13 +165,14 @@ def write_html(
 
 @contextmanager
 def _locked(folder): # one process at a time; the lock goes with its process, however that ends
-    import fcntl
-    with open(folder/".lock", "w") as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another process is at work in {folder}: waiting for it", flush=True)
-            fcntl.flock(f, fcntl.LOCK_EX)
-        yield
+    from filelock import FileLock, Timeout
+    lock = FileLock(folder/".lock")
+    try: lock.acquire(timeout=0)
+    except Timeout:
+        print(f"another process is at work in {folder}: waiting for it", flush=True)
+        lock.acquire()
+    try: yield
+    finally: lock.release()
 
 # %% ../nbs/50_run.ipynb #86dd5aab
 def _keep_interrupted(record): # rename the copy that an interrupted run left
