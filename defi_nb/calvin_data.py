@@ -18,7 +18,7 @@ import numpy as np
 from .calvin import check_tasks
 from .decode import resize_image
 from .episodes import Frames, Window, check_frames
-from .files import atomic
+from .files import atomic, format_bytes
 from .npz import load_dict, read_npz, write_npz
 from .progress import progress_bar
 from .spec import CONTROL_HZ, VIEWS
@@ -275,7 +275,7 @@ def _room(path, shape):
         out = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
         with open(path, "r+b") as file:
             if hasattr(os, "posix_fallocate"): os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as e: raise OSError(e.errno, f"{path} needs {size/1e6:.1f} MB ({e.strerror}): make room, or give another cache") from None
+    except OSError as e: raise OSError(e.errno, f"{path} needs {format_bytes(size)} ({e.strerror}): make room, or give another cache") from None
     return out
 
 def _read_frames(path_of, N, views, size, place, n_workers):

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import defi_nb
+from .files import format_bytes
 
 # %% ../nbs/30_checkpoint.ipynb #cf3b17c1
 PRESETS = "tiny", "small", "paper" # class methods that a config may have
@@ -135,8 +136,8 @@ def _write_all(folder, files): # name -> bytes, or a function that writes to a p
             with open(new/name, "rb") as f: os.fsync(f.fileno())
     except (OSError, SafetensorError) as e:
         shutil.rmtree(new, ignore_errors=True)
-        free = shutil.disk_usage(folder).free/1e9
-        raise OSError(f"{folder}: this checkpoint cannot be written ({e}; {free:.2f} GB are free on its disk): make room, and go on; "
+        free = format_bytes(shutil.disk_usage(folder).free)
+        raise OSError(f"{folder}: this checkpoint cannot be written ({e}; {free} are free on its disk): make room, and go on; "
                       "the checkpoint that was there before is as it was") from None
     os.rename(new, folder/".commit")
     recover(folder)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRIPPER', 'ODD', 'NAMELIKE', 'PREPARED', 'check_vector', 'check_actions', 'judge_actions', 'check_text',
            'judge_texts', 'check_pictures', 'judge_pictures', 'container_facts', 'check_video', 'judge_videos',
-           'file_digest', 'check_copies', 'in_bytes', 'folder_bytes', 'check_disk', 'timed', 'judge_speed']
+           'file_digest', 'check_copies', 'check_disk', 'timed', 'judge_speed']
 
 # %% ../nbs/37_checks.ipynb #6aa9c3f0
 import hashlib
@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections import Counter, deque
+from collections import Counter
 from contextlib import contextmanager
 from itertools import islice
 
@@ -21,6 +21,7 @@ import av
 import numpy as np
 
 from .decode import FORMATS, VideoInfo, unpack
+from .files import folder_bytes, format_bytes
 from .findings import Exam
 from .spec import POSITION_UNIT, ROTATION_UNIT, DataSpec
 
@@ -251,33 +252,6 @@ def check_copies(
 PREPARED = {"tiny": {"VAE latents": 16*8*8*2, "DINO features": 16*96*2}, # preset -> what -> bytes of a picture
             "paper": {"VAE latents": 4*32*32*2, "DINO features": 256*768*2}}
 
-def in_bytes(
-    n:float, # of bytes
-)->str: # such as "1.3 GB"
-    "A number of bytes for people."
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if n < 1000: return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"
-
-def folder_bytes(
-    folder, # to measure
-    seconds:float=2., # that it may take; inf: no limit
-)->tuple: # (bytes, files, whether that is all)
-    "How large a folder is, as far as time allows."
-    until, todo, total, files = time.monotonic() + seconds, deque([str(folder)]), 0, 0
-    while todo:
-        try: entries = os.scandir(todo.popleft())
-        except OSError: continue
-        with entries:
-            for e in entries:
-                try:
-                    if e.is_dir(follow_symlinks=False): todo.append(e.path)
-                    else: total, files = total + e.stat().st_size, files + 1
-                except OSError: continue
-                if not files % 512 and time.monotonic() > until: return total, files, False
-    return total, files, True
-
 def check_disk(
     exam:Exam, # that writes down
     folder, # of the dataset
@@ -286,15 +260,15 @@ def check_disk(
 ):
     "Write down what there is, what is free, and what preparation needs."
     total, counted, whole = folder_bytes(folder, np.inf if exam.everything else max(.1*exam.left(), .2))
-    exam.facts["size"] = f"{in_bytes(total)} in {counted:,} files" if whole else f"about {in_bytes(total/counted*files)} in {files:,} files, by {counted:,} of them" if files > counted else f"more than {in_bytes(total)}: {counted:,} files counted so far"
+    exam.facts["size"] = f"{format_bytes(total)} in {counted:,} files" if whole else f"about {format_bytes(total/counted*files)} in {files:,} files, by {counted:,} of them" if files > counted else f"more than {format_bytes(total)}: {counted:,} files counted so far"
     free = shutil.disk_usage(folder).free
-    exam.facts["free on its disk"] = in_bytes(free)
+    exam.facts["free on its disk"] = format_bytes(free)
     needs = {preset: {what: n*pictures for what, n in each.items()} for preset, each in PREPARED.items()}
     if not pictures: return
-    for preset, each in needs.items(): exam.facts[f"preparation at {preset}"] = f"{' and '.join(f'{in_bytes(n)} of {what}' for what, n in each.items())}, for {pictures:,} pictures"
+    for preset, each in needs.items(): exam.facts[f"preparation at {preset}"] = f"{' and '.join(f'{format_bytes(n)} of {what}' for what, n in each.items())}, for {pictures:,} pictures"
     for preset, each in needs.items():
         if (need := sum(each.values())) > free:
-            exam.find("note", f"preparation at {preset} does not fit this disk", folder, f"{in_bytes(free)} free", f"{in_bytes(need)}", "put the cache on another disk, or leave DINO features out: GFDM needs only the latents")
+            exam.find("note", f"preparation at {preset} does not fit this disk", folder, f"{format_bytes(free)} free", f"{format_bytes(need)}", "put the cache on another disk, or leave DINO features out: GFDM needs only the latents")
 
 # %% ../nbs/37_checks.ipynb #a4fb0d97
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .blocks import blocks, recomputed
+from .files import format_bytes
 from .recipe import TrainConfig, trainable
 
 # %% ../nbs/30_memory.ipynb #2807f202
@@ -65,8 +66,8 @@ class MemoryNeed:
     def total(self): return self.gradients + self.moments + self.average + self.activations
 
     def __str__(self):
-        parts = ", ".join(f"{name} {getattr(self, name)/1e9:.2f}" for name in ("gradients", "moments", "average", "activations"))
-        return f"training needs about {self.total/1e9:.2f} GB ({parts}, with {self.samples} samples at once), {self.free/1e9:.2f} GB are free"
+        parts = ", ".join(f"{name} {format_bytes(getattr(self, name))}" for name in ("gradients", "moments", "average", "activations"))
+        return f"training needs about {format_bytes(self.total)} ({parts}, with {self.samples} samples at once), {format_bytes(self.free)} are free"
 
 def memory_needed(
     model:nn.Module, # on its device

@@ -17,7 +17,7 @@ import sys
 from importlib import resources
 from pathlib import Path
 
-from .files import write_whole
+from .files import format_bytes, write_whole
 
 # %% ../nbs/47_sim_setup.ipynb #38d6aa21
 WIRE = ("msgpack>=1.0", "websockets>=13") # what `defi_nb.wire` needs
@@ -208,8 +208,8 @@ def check_environment(
     place = asset_folder(folder)
     missing = [path for path in ASSETS[name] if not (place/path).exists()]
     note("assets", not missing, f"{place}: " + (f"missing {', '.join(missing)}" if missing else f"all {len(ASSETS[name])} that were looked for"), _asset_remedy(folder))
-    free = shutil.disk_usage(folder).free/1e9
-    note("room", free > 1, f"{free:.0f} GB free", "simulators compile shaders and unpack models: make a gigabyte of room")
+    free = shutil.disk_usage(folder).free
+    note("room", free > 1e9, f"{format_bytes(free)} free", "simulators compile shaders and unpack models: make a gigabyte of room")
     return findings
 
 def findings_text(
