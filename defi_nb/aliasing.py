@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .intervals import seed_interval
-from .metrics import markdown_table
+from .intervals import Interval, markdown_table, seed_interval
 from .plot import OKABE_ITO, new_axes
 
 # %% ../nbs/44_aliasing.ipynb #7ad8ed30
@@ -38,21 +37,19 @@ class Compared:
     values:dict # arm -> (n,) of the seeds, in the same order; the first arm is what others are compared with
     better:str = "lower" # or "higher"
 
-    def difference(self, arm, to=None): # mean, low, high of the arm minus another, the first if not named
+    def difference(self, arm, to=None)->Interval: # of the arm minus another, the first if not named
         return seed_interval(self.values[arm], self.values[to or next(iter(self.values))])
 
     def row(self, arm): # cells of a table
-        mean, low, high = self.difference(arm)
-        beside = "" if arm == next(iter(self.values)) else f"{mean:+.3g}" + ("" if np.isnan(low) else f" ({low:+.3g} to {high:+.3g})")
-        return [f"{np.mean(self.values[arm]):.3g}", beside, " ".join(f"{v:.3g}" for v in self.values[arm])]
+        minus_first = "" if arm == next(iter(self.values)) else f"{self.difference(arm):+}"
+        return [str(Interval(np.mean(self.values[arm]))), minus_first, " ".join(f"{v:.3g}" for v in self.values[arm])]
 
     def _repr_markdown_(self):
         head = ["arm", f"{self.name} ({self.better} is better)", f"minus {next(iter(self.values))} (95 % interval over seeds)", "each seed"]
         return markdown_table(head, [[arm, *self.row(arm)] for arm in self.values])
 
     def metrics(self): # for metrics.json; None where there is no interval
-        plain = lambda x: None if np.isnan(x) else x
-        return {arm: dict(seeds=list(map(float, v)), mean=float(np.mean(v)), difference=[plain(x) for x in self.difference(arm)]) for arm, v in self.values.items()}
+        return {arm: dict(seeds=list(map(float, v)), mean=float(np.mean(v)), difference=self.difference(arm).plain()) for arm, v in self.values.items()}
 
 # %% ../nbs/44_aliasing.ipynb #5ade3818
 CONTRASTS = ("AUX", "BC"), ("AUX", "shuffled future"), ("PTR", "AUX"), ("PTR", "wrong sign")
@@ -65,9 +62,8 @@ def contrast_table(
     arms = {a for m in measures.values() for a in m.values}
     asked = [c for c in contrasts if {*c} <= arms]
     def cell(m, contrast):
-        mean, low, high = m.difference(*contrast)
-        text = f"{mean:+.3g}" + ("" if np.isnan(low) else f" ({low:+.3g} to {high:+.3g})")
-        return f"**{text}**" if low > 0 or high < 0 else text
+        d = m.difference(*contrast)
+        return f"{d:+}" if d.side == "open" else f"**{d:+}**"
     return markdown_table(["measure", *(f"{a} − {b}" for a, b in asked)], [[f"{title}: {m.name}, {m.better} is better", *(cell(m, c) for c in asked)] for title, m in measures.items()])
 
 # %% ../nbs/44_aliasing.ipynb #0469ce86

@@ -25,7 +25,8 @@ from .files import append_jsonl, read_jsonl, write_jsonl
 from .film import recorded_looks
 from .futures import ExpertAhead, Informed, Snapshot, foresee, frame_offsets, misled, restore, seen_codes, snapshot
 from .gfdm import GFDM
-from .metrics import markdown_table, bounded_mean_interval, wilson
+from .intervals import Interval, markdown_table
+from .metrics import bounded_mean_interval, wilson
 from .policy import CoupledPolicy
 from .plot import new_axes
 from .progress import progress_bar
@@ -194,12 +195,12 @@ class FailureReport:
         "Verdict -> (number, share, low, high), of the failed tasks."
         rows = self.failed if rows is None else rows
         counts = {name: sum(r["verdict"] == name for r in rows) for name in VERDICTS}
-        return {name: (n, n/len(rows), *wilson(n, len(rows))) for name, n in counts.items()} if rows else {}
+        return {name: (n, *wilson(n, len(rows))) for name, n in counts.items()} if rows else {}
 
     def rate(self, rows, condition): # rows of `failed` or `control`; "again", "true" or "wrong"
         "(mean, low, high, tasks) of the share of draws that solved a task."
         shares = [float(np.mean(r[condition])) for r in rows if r.get(condition)]
-        return (float(np.mean(shares)), *bounded_mean_interval(shares, (0, 1)), len(shares)) if shares else None
+        return (*bounded_mean_interval(shares, (0, 1)), len(shares)) if shares else None
 
     @property
     def believable(self): # None where nothing was measured
@@ -214,7 +215,7 @@ class FailureReport:
         return dict(self.about, failed=len(self.failed), control=len(self.control), split=self.split(), tasks=tasks, rates={k: v for k, v in rates.items() if v}, believable=self.believable)
 
 # %% ../nbs/49_failures.ipynb #500fe053
-def _rate_text(rate): return "" if rate is None else f"{rate[0]:.2f} ({rate[1]:.2f}–{rate[2]:.2f})"
+def _rate_text(rate): return "" if rate is None else str(Interval(*rate[:3]))
 
 @patch
 def conclusion(self:FailureReport)->str:
@@ -229,7 +230,7 @@ def conclusion(self:FailureReport)->str:
 
 @patch
 def _repr_markdown_(self:FailureReport):
-    split = markdown_table(["failed because of", "tasks", "share", "95 %"], [[VERDICTS[k], n, f"{s:.2f}", f"{lo:.2f}–{hi:.2f}"] for k, (n, s, lo, hi) in self.split().items()])
+    split = markdown_table(["failed because of", "tasks", "fraction (95 %)"], [[VERDICTS[k], n, Interval(*of)] for k, (n, *of) in self.split().items()])
     groups = {"failed tasks": self.failed, "control: solved tasks": self.control}
     rates = markdown_table(["share of draws that solve", "tasks", "unchanged", "true future", "misled"],
                            [[name, len(rows), *(_rate_text(self.rate(rows, c)) for c in ("again", "true", "wrong"))] for name, rows in groups.items()])

@@ -14,8 +14,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from .intervals import demo_mean_interval
-from .metrics import markdown_table
+from .intervals import Interval, demo_mean_interval, markdown_table
 from .plot import OKABE_ITO, new_axes
 
 # %% ../nbs/41_faithfulness.ipynb #560ba94f
@@ -87,7 +86,7 @@ class Faithfulness:
         return {kind: of(kind) for kind in self.curves}
 
     def __str__(self):
-        said = [f"{kind} {a['map']:.3f}, random {a['random']:.3f} ({a['low']:.3f} to {a['high']:.3f}), centre {a['centre']:.3f}" for kind, a in self.areas().items()]
+        said = [f"{kind} {a['map']:.3f}, random {Interval(a['random'], a['low'], a['high']):.3f}, centre {a['centre']:.3f}" for kind, a in self.areas().items()]
         return f"This map: {'; '.join(said)}. Deletion is better low, insertion high."
 
     def _repr_markdown_(self): return str(self)
@@ -181,8 +180,8 @@ class MapStudy:
 
     def markdown(self)->str:
         "A table: a row a map, a column a rival."
-        said = lambda m, row: [f"{np.mean(self.rival(r, m)):.3f}: {row[r]}" if r in row else "" for r in self.rivals]
-        rows = [[m, f"{np.mean(self.values[m]):.3f}", *said(m, row)] for m, row in self.intervals().items()]
+        cells = lambda m, row: [f"{np.mean(self.rival(r, m)):.3f}: {row[r]:+}" if r in row else "" for r in self.rivals]
+        rows = [[m, f"{np.mean(self.values[m]):.3f}", *cells(m, row)] for m, row in self.intervals().items()]
         return markdown_table(["map", f"{self.measure} ({self.better} is better)", *(f"{r}: difference (95 %)" for r in self.rivals)], rows)
 
     def conclusion(self)->str:
@@ -191,7 +190,7 @@ class MapStudy:
         said = {"above": "worse than", "below": "worse than", "open": "not separable from"} | {wanted: "better than"}
         wins, fails = [], []
         for m, row in self.intervals().items():
-            verdicts = {r: said[p.verdict] for r, p in row.items()}
+            verdicts = {r: said[p.side] for r, p in row.items()}
             short = ", ".join(f"{v} {', '.join(r for r in verdicts if verdicts[r] == v)}" for v in dict.fromkeys(verdicts.values()))
             won = set(verdicts.values()) == {"better than"}
             (wins if won else fails).append(m if won and len(row) == len(self.rivals) else f"{m} ({short})")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROPRIO', 'CLONING', 'MEASURES', 'COLOURS', 'Aligned', 'latent_sizes', 'align_source', 'SourceReport',
-           'without_still', 'probe_tokens', 'probe_source', 'mean_measure', 'compare_source', 'plain_measure', 'Panel',
-           'panel_of', 'feature_panel', 'show_panel', 'show_gaps']
+           'without_still', 'probe_tokens', 'probe_source', 'mean_measure', 'compare_source', 'Panel', 'panel_of',
+           'feature_panel', 'show_panel', 'show_gaps']
 
 # %% ../nbs/43_feature_panel.ipynb #8f0d71c7
 from dataclasses import dataclass, replace
@@ -14,10 +14,9 @@ import numpy as np
 
 from .alignment import Alignment, align_distances, feature_distances, pair_distances, partial_spearman
 from .feature_sources import STATE, FeatureSource, ProbeData, source_tokens
-from .intervals import demo_mean_interval
+from .intervals import Interval, demo_mean_interval, markdown_table
 from .latent_suite import STYLES
 from .measured import Measured, measured
-from .metrics import markdown_table
 from .plot import OKABE_ITO, new_axes
 from .probes import ProbeConfig, ProbeResult, linear_probe, r2, train_probe
 from .progress import progress_bar
@@ -158,8 +157,8 @@ def mean_measure(
 )->Measured:
     "A mean over frames, and its differences."
     (_, own), *others = of.items()
-    alone, pairs = demo_mean_interval(own, groups=demo), {name: (x, demo_mean_interval(own - x, groups=demo)) for name, x in others}
-    return Measured(name, alone.value, (alone.low, alone.high), {name: (float(x.mean()), p.low, p.high) for name, (x, p) in pairs.items()}, "lower")
+    value, *ends = demo_mean_interval(own, groups=demo)
+    return Measured(name, value, tuple(ends), {n: (float(x.mean()), *demo_mean_interval(own - x, groups=demo)[1:]) for n, x in others}, "lower")
 
 def compare_source(
     report:SourceReport, # of a source
@@ -184,23 +183,11 @@ def compare_source(
     return out | (dict(near=rho("near", "cos", at)) if len(at := np.flatnonzero(a.gap == near)) else {})
 
 # %% ../nbs/43_feature_panel.ipynb #fc39ddd4
-def _plain(x): return None if np.isnan(x) else float(x) # of JSON's types
-
-def plain_measure(m):
-    "Value, interval and differences of a measure."
-    differences = {f"minus {name}": [_plain(v) for v in (m.value - x, low, high)] for name, (x, low, high) in (m.references or {}).items()}
-    return dict(value=_plain(m.value), low=_plain(m.interval[0]), high=_plain(m.interval[1]), **differences)
-
 def _plain_alignment(score):
     "All distances, angles as they are and wrapped, with their intervals; and each gap."
-    rho = {f"{name}, {angles}": [_plain(v) for v in (x, *score.interval[name, angles])] for (name, angles), x in score.rho.items()}
-    return dict(pairs=score.pairs, pixels=_plain(score.pixels), **rho, per_gap={str(g): {n: _plain(x) for n, x in of.items()} for g, of in score.per_gap.items()})
-
-def _said(x, low, high, sign=""):
-    "A number and its interval, with as many digits as its size asks for."
-    if np.isnan(x): return "does not apply"
-    form = f"{sign}.{3 if abs(x) < 1 else 1 if abs(x) < 100 else 0}f"
-    return f"{x:{form}} ({low:{form}} to {high:{form}})"
+    plain = lambda x: Interval(x).plain()[0]
+    rho = {f"{name}, {angles}": x.plain() for (name, angles), x in score.rho.items()}
+    return dict(pairs=score.pairs, pixels=plain(score.pixels), **rho, per_gap={str(g): {n: plain(x) for n, x in of.items()} for g, of in score.per_gap.items()})
 
 @dataclass(repr=False)
 class Panel:
@@ -219,14 +206,13 @@ class Panel:
         return markdown_table(["source", "tokens", *(heads[k] for k in keys)], rows)
 
     def _repr_markdown_(self):
-        difference = lambda m: _said(m.value - m.references[self.reference][0], *m.references[self.reference][1:], "+") if self.reference in (m.references or {}) else ""
         r = self.reports[self.reference]
-        return (f"{self._table(lambda m: _said(m.value, *m.interval))}\n\n{len(r.demo)} judged frames of {len(np.unique(r.demo))} demonstrations; 95 % intervals over demonstrations. "
-                f"Errors of networks in spreads of the state. Minus {self.reference}, on the same frames:\n\n{self._table(difference)}")
+        return (f"{self._table(lambda m: format(m) or 'does not apply')}\n\n{len(r.demo)} judged frames of {len(np.unique(r.demo))} demonstrations; 95 % intervals over demonstrations. "
+                f"Errors of networks in spreads of the state. Minus {self.reference}, on the same frames:\n\n{self._table(lambda m: format(m.minus(self.reference), '+'))}")
 
     def metrics(self):
         "Plain numbers for metrics.json; None for what does not apply."
-        return {name: dict(tokens=list(r.shape), gap=r.gap, measures={k: plain_measure(m) for k, m in self.measures[name].items()},
+        return {name: dict(tokens=list(r.shape), gap=r.gap, measures={k: m.metrics() for k, m in self.measures[name].items()},
                            networks={k: dict(train=p.train, val=p.val, last=p.last) for k, p in (("proprio", r.proprio), ("cloning", r.cloning)) if p},
                            alignment=_plain_alignment(r.aligned.score) if r.aligned else {}) for name, r in self.reports.items()}
 

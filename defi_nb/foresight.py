@@ -12,10 +12,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .feature_panel import MEASURES, plain_measure, compare_source, probe_tokens
+from .feature_panel import MEASURES, compare_source, probe_tokens
 from .feature_sources import ProbeData, at_step, gather, gfdm_tokens, pool
+from .intervals import Interval, markdown_table
 from .latent_suite import STYLES
-from .metrics import markdown_table
 from .plot import OKABE_ITO, new_axes
 from .progress import progress_bar
 from .spec import CONTROL_HZ
@@ -46,8 +46,7 @@ def present_and_text(
 
 def _cell(m):
     "A value and its difference to the present frame's."
-    at = (m.references or {}).get(PRESENT)
-    return f"{m.value:.3g}" + (f"; {m.value - at[0]:+.3g} ({at[1]:+.3g} to {at[2]:+.3g})" if at else "")
+    return "; ".join(filter(None, (str(Interval(m.value)), f"{m.minus(PRESENT):+}")))
 
 @dataclass(repr=False)
 class Foresight:
@@ -75,7 +74,7 @@ class Foresight:
 
     def metrics(self):
         "Plain numbers for metrics.json."
-        return {line: {str(j): {k: plain_measure(m) for k, m in self.measures[line, j].items()} for j in self.frames} for line in self.lines}
+        return {line: {str(j): {k: m.metrics() for k, m in self.measures[line, j].items()} for j in self.frames} for line in self.lines}
 
 def foresight(
     lines:dict, # name -> function that gives features of all predicted frames, see `forward_lines`; the references are taken from the first

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .experts import Expert
 from .gfdm import GFDM
-from .metrics import markdown_table
+from .intervals import markdown_table
 from .playtable import PlayTable
 from .policy import CoupledPolicy
 from .spec import VIEWS, Batch

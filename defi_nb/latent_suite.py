@@ -47,7 +47,7 @@ def code_measures(
     rows[1] = replace(rows[1], note="by position " + ", ".join(f"{p/size:.2f}" for p in apart["per_position"][:8]) + ("" if len(apart["per_position"]) <= 8 else ", ..."))
     rows[2] = replace(rows[2], note=f"{apart['tuples']} different tuples in {len(demo)} pairs")
     if book is None: return rows + [missing(names[3], "this quantiser has no table of codes")]
-    return rows + [Measured(names[3], float(len(duplicate_codes(book))), (float("nan"),)*2, None, "lower")]
+    return rows + [Measured(names[3], float(len(duplicate_codes(book))), better="lower")]
 
 # %% ../nbs/41_latent_suite.ipynb #c4ada316
 def decoder_measures(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARM_DIMS', 'PROTOCOL', 'action_error', 'psnr', 'ssim', 'chain_rates', 'wilson', 'bounded_mean_interval',
            'anytime_interval', 'fingerprint', 'protocol_name', 'task_table', 'check_row', 'write_row', 'read_row',
-           'EvalResult', 'markdown_table', 'ResultTable', 'task_markdown', 'show_rates', 'Comparison', 'compare']
+           'EvalResult', 'ResultTable', 'task_markdown', 'show_rates', 'Comparison', 'compare']
 
 # %% ../nbs/32_metrics.ipynb #4d45bf0f
 import json
@@ -22,6 +22,7 @@ from scipy import stats
 from . import __version__
 from .calvin import first_sequences, sequences_digest
 from .files import json_digest, write_whole
+from .intervals import Interval, markdown_table
 
 # %% ../nbs/32_metrics.ipynb #c013225f
 ARM_DIMS = ("x", "y", "z", "roll", "pitch", "yaw") # of an action, before the gripper
@@ -86,9 +87,10 @@ def wilson(
     successes:int, # 0..attempts
     attempts:int, # at least 1
     level:float=.95, # confidence
-)->tuple: # low, high in [0, 1]
-    "Wilson's confidence interval of a success rate."
-    return tuple(map(float, stats.binomtest(int(successes), int(attempts)).proportion_ci(level, method="wilson")))
+)->Interval: # in [0, 1]
+    "A success rate with Wilson's confidence interval."
+    low, high = stats.binomtest(int(successes), int(attempts)).proportion_ci(level, method="wilson")
+    return Interval(float(successes/attempts), float(low), float(high))
 
 # %% ../nbs/32_metrics.ipynb #8d25551a
 def bounded_mean_interval(
@@ -97,12 +99,12 @@ def bounded_mean_interval(
     level:float=.95, # confidence
     draws:int=10_000, # of the weights
     seed:int=0, # of the draws
-)->tuple: # low, high
-    "Bootstrap interval, by chain, of the mean of bounded numbers; honest also where all chains are equal."
+)->Interval:
+    "Mean of bounded numbers with its bootstrap interval, by chain; honest also where all chains are equal."
     values = np.asarray(values, float)
     weights = np.random.default_rng(seed).dirichlet(np.ones(len(values) + 1), draws)
     low, high = (weights @ np.append(values, b) for b in bounds)
-    return float(np.quantile(low, (1 - level)/2)), float(np.quantile(high, (1 + level)/2))
+    return Interval(float(values.mean()), float(np.quantile(low, (1 - level)/2)), float(np.quantile(high, (1 + level)/2)))
 
 # %% ../nbs/32_metrics.ipynb #97e9f03d
 def anytime_interval(
@@ -239,13 +241,13 @@ class EvalResult:
     @property
     def interval(self):
         bounds = 0, self.protocol["length"]
-        return tuple(anytime_interval(self.solved, bounds)[-1].tolist()) if self.early else bounded_mean_interval(self.solved, bounds)
+        return tuple(anytime_interval(self.solved, bounds)[-1].tolist()) if self.early else bounded_mean_interval(self.solved, bounds)[1:]
 
     @property
     def rate_intervals(self):
         reached = np.asarray(self.solved)[:, None] >= np.arange(1, self.protocol["length"] + 1)
         if self.early: return [tuple(anytime_interval(r, (0, 1))[-1].tolist()) for r in reached.T]
-        return [wilson(r.sum(), len(r)) for r in reached.T]
+        return [wilson(r.sum(), len(r))[1:] for r in reached.T]
 
     @property
     def task_success(self): return float(np.mean([t["successes"]/t["attempts"] for t in self.tasks.values()]))
@@ -266,14 +268,6 @@ class EvalResult:
         return cls(**{f.name: row[f.name] for f in fields(cls) if f.name in row})
 
 # %% ../nbs/32_metrics.ipynb #648b5261
-def markdown_table(
-    header, # names of the columns
-    rows, # each a list of cells
-)->str: # markdown
-    "A table in markdown: the first column to the left, the others to the right."
-    lines = [header, [":--", *["--:"]*(len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
 def _said(value): # a value of the protocol
     "A value as it is shown: lists with commas, digests shortened."
     if isinstance(value, (list, tuple)): return ", ".join(map(str, value))
@@ -289,10 +283,9 @@ class ResultTable:
         return [k for k in PROTOCOL if len({json.dumps(r.protocol[k]) for r in self.results}) > 1]
 
     def _row(self, result):
-        n, (low, high) = len(result.solved), result.interval
-        percent = [f"{100*r:.0f} ({100*a:.0f}–{100*b:.0f})" for r, (a, b) in zip(result.rates, result.rate_intervals)]
-        return [result.policy, *percent, f"**{result.average_length:.2f}** ({low:.2f}–{high:.2f})",
-                f"{100*result.task_success:.0f}", n, *(_said(result.protocol[k]) for k in self._shown())]
+        percent = [Interval(r, *ends).scaled(100) for r, ends in zip(result.rates, result.rate_intervals)]
+        average = Interval(result.average_length, *result.interval)
+        return [result.policy, *percent, f"**{average:.2f}**", f"{100*result.task_success:.0f}", len(result.solved), *(_said(result.protocol[k]) for k in self._shown())]
 
     def _shown(self): return [k for k in self.differing() if k != "chains"] # which has its column anyway
 
@@ -313,9 +306,7 @@ def task_markdown(
     "Success of each task, with Wilson's interval; a task is only tried when those before it in its chain were solved."
     rows = []
     for task, t in result.tasks.items():
-        low, high = wilson(t["successes"], t["attempts"])
-        share = f"{100*t['successes']/t['attempts']:.0f} ({100*low:.0f}–{100*high:.0f})"
-        rows.append([task, t["attempts"], t["successes"], share])
+        rows.append([task, t["attempts"], t["successes"], wilson(t["successes"], t["attempts"]).scaled(100)])
     return markdown_table(["task", "attempts", "successes", "success, %"], rows)
 
 @patch
@@ -346,15 +337,12 @@ class Comparison:
     "Difference of two average lengths."
     first:str # name of the first row
     second:str # name of the second
-    difference:float # first minus second, tasks
-    interval:tuple # 95 %, tasks
+    difference:Interval # first minus second, 95 %, tasks
     chains:int # that both ran
 
     def __str__(self):
-        low, high = self.interval
-        said = "more" if low > 0 else "less" if high < 0 else "not separable from no difference"
-        return (f"{self.first} − {self.second}: {self.difference:+.2f} tasks ({low:+.2f} to {high:+.2f}, 95 %, "
-                f"{self.chains} chains, paired): {said}.")
+        found = {"above": "more", "below": "less", "open": "not separable from no difference"}[self.difference.side]
+        return f"{self.first} − {self.second}: {self.difference:+.2f} tasks (95 %, {self.chains} chains, paired): {found}."
 
     def _repr_markdown_(self): return str(self)
 
@@ -373,5 +361,6 @@ def compare(
                          f"{b.get(k)}): evaluate both by one protocol, or name in `varying` what is meant to differ")
     n, length = min(len(first.solved), len(second.solved)), first.protocol["length"]
     gap, bounds = np.subtract(first.solved[:n], second.solved[:n]), (-length, length)
-    interval = tuple(anytime_interval(gap, bounds)[-1].tolist()) if first.early or second.early else bounded_mean_interval(gap, bounds)
-    return Comparison(first.policy, second.policy, float(gap.mean()), interval, n)
+    if not (first.early or second.early): difference = bounded_mean_interval(gap, bounds)
+    else: difference = Interval(float(gap.mean()), *anytime_interval(gap, bounds)[-1].tolist())
+    return Comparison(first.policy, second.policy, difference, n)

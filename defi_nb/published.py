@@ -12,7 +12,7 @@ from importlib import resources
 
 import numpy as np
 
-from .metrics import markdown_table
+from .intervals import Interval, markdown_table
 
 # %% ../nbs/38_published.ipynb #d86e5781
 ROUNDING = .005 + 5*.0005 # how far a printed average may be from the sum of printed rates, tasks
@@ -66,7 +66,6 @@ def published_markdown(
         said = f"**≠ {p.sum:.2f}**, the sum of its rates" if p.contradicts else "" if p.sum is not None else "rates not at hand"
         cells.append((p.average, [p.name, *rates, f"{p.average:.2f}{noise}", "; ".join(t for t in (said, p.note) if t), p.source]))
     for r in results:
-        low, high = r.interval
         rates = [f"**{100*x:.1f}**" for x in r.rates]
-        cells.append((r.average_length, [f"**{r.policy}**", *rates, f"**{r.average_length:.2f}** ({low:.2f}–{high:.2f})", f"{len(r.solved)} chains", "measured here"]))
+        cells.append((r.average_length, [f"**{r.policy}**", *rates, f"**{Interval(r.average_length, *r.interval):.2f}**", f"{len(r.solved)} chains", "measured here"]))
     return markdown_table(["method", "1", "2", "3", "4", "5", "average length", "", "source"], [row for _, row in sorted(cells, key=lambda c: c[0])])

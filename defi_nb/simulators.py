@@ -21,8 +21,9 @@ import numpy as np
 
 from . import __version__
 from .files import json_digest, write_whole
+from .intervals import Interval, markdown_table
 from .libero_suites import FLIPS, STEP_CAPS, libero_episodes
-from .metrics import markdown_table, wilson
+from .metrics import wilson
 from .progress import progress_bar
 from .sim_rules import SUCCESS_MODES, UNITS, ActionUnits, check_mode, first_of_each, scores
 from .sim_setup import BENCHMARKS, RECIPES, check_environment, environment_of, findings_text, make_environment, python_of, read_settings
@@ -160,7 +161,7 @@ def result_of(
     rows, versions = sorted(rows, key=lambda row: row["number"]), header["versions"]
     protocol = header["protocol"] | {what: versions[what] for what in ("simulator", "renderer")}
     counted = scores(rows)
-    for task in counted["tasks"].values(): task["interval"] = wilson(task["successes"], task["attempts"])
+    for task in counted["tasks"].values(): task["interval"] = wilson(task["successes"], task["attempts"])[1:]
     steps = sum(row["steps"] for row in rows)
     return {**header, "protocol": protocol, "fingerprint": json_digest(protocol), "benchmark": protocol["benchmark"], "suite": protocol["suite"],
             "stand_in": protocol["benchmark"] == "replay", "complete": len(rows) == protocol["episodes"], **counted,
@@ -170,7 +171,7 @@ def result_markdown(
     result:dict, # of `result_of`
 )->str: # markdown
     "A result as a table, with what it was computed from."
-    percent = lambda rate, ends: f"{100*rate:.1f} ({100*ends[0]:.0f}–{100*ends[1]:.0f})"
+    percent = lambda rate, ends: Interval(rate, *ends).scaled(100)
     rows = [[name, t["attempts"], t["successes"], percent(t["rate"], t["interval"])] for name, t in result["tasks"].items()]
     rows.append(["**mean of tasks**", "", "", f"**{percent(result['average'], result['average_interval'])}**"])
     title = "**Not a score**: a stand-in played recordings back, and the recorded expert's success is counted.\n\n"*result["stand_in"]

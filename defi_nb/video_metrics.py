@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COPY', 'MEASURES', 'cosine_distance', 'squared_distance', 'feature_distance', 'motion_energy', 'motion_agreement',
            'frechet_gaussians', 'frechet', 'clip_features', 'Projection', 'fit_projection', 'Frechet',
-           'frechet_distance', 'VideoScores', 'score_videos', 'said', 'show_by_time', 'HeldClips', 'held_out_clips']
+           'frechet_distance', 'VideoScores', 'score_videos', 'show_by_time', 'HeldClips', 'held_out_clips']
 
 # %% ../nbs/40_video_metrics.ipynb #95856378
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .episodes import WindowDataset
-from .intervals import group_numbers, demo_mean_interval
-from .metrics import markdown_table, psnr, ssim
+from .intervals import Interval, demo_mean_interval, group_numbers, markdown_table
+from .metrics import psnr, ssim
 from .plot import new_axes
 from .robots import RobotSamples
 from .sources import piece_samples, split_units
@@ -128,9 +128,7 @@ def fit_projection(
 @dataclass
 class Frechet:
     "A Fréchet distance with what is needed to read it."
-    distance:float # of all clips, squared units of the features
-    low:float # of its interval
-    high:float # likewise
+    distance:Interval # of all clips, squared units of the features
     halves:float # predictions for one half against true clips of the other, mean over halves
     floor:float # true clips of one half against those of the other, mean over the same halves
     clips:int # number of clips
@@ -155,7 +153,7 @@ def frechet_distance(
         rows.append((frechet(p[first], t[~first]), frechet(t[first], t[~first]), frechet(p[first], t[first])))
     (halves, floor, _), whole, n = np.mean(rows, 0), frechet(p, t), len(true)
     reach = np.sqrt(2)*torch.special.erfinv(torch.tensor(level)).item()*np.std([r[2] for r in rows], ddof=1)
-    return Frechet(whole, max(0., whole - reach), whole + reach, float(halves), float(floor), n, p.shape[1], (project.kept(true), project.kept(predicted)))
+    return Frechet(Interval(whole, max(0., whole - reach), whole + reach), float(halves), float(floor), n, p.shape[1], (project.kept(true), project.kept(predicted)))
 
 # %% ../nbs/40_video_metrics.ipynb #b2b09ec8
 COPY = "copy of the present" # name of the baseline
@@ -171,8 +169,8 @@ class VideoScores:
     groups:np.ndarray # (N,) demonstration of each clip
     times:tuple # T-1, seconds after the present of the foreseen frames
 
-    def value(self, name, measure, less=None): # name of a prediction; of a measure; of a prediction to be subtracted clip by clip
-        "(estimate, low, high) of a measure."
+    def value(self, name, measure, less=None)->Interval: # name of a prediction; of a measure; of a prediction to be subtracted clip by clip
+        "Estimate of a measure."
         minus = lambda get: get(name) - (0 if less is None else get(less))
         if measure == "motion": return demo_mean_interval(minus(self.energies.get), self.energies["true"], self.groups)
         values = minus(self.agreements.get) if measure == "agreement" else minus(lambda n: self.frames[n][measure].mean(1))
@@ -216,24 +214,13 @@ def score_videos(
     return VideoScores(frames, energy, {n: motion_agreement(v, true).double().numpy() for n, v in predictions.items()}, found, of, tuple(times))
 
 # %% ../nbs/40_video_metrics.ipynb #872b21d8
-def said(
-    value:tuple, # estimate, low, high
-    sign:bool=False, # whether a plus is written
-)->str: # such as "0.12 (0.10–0.15)"
-    "An estimate with its interval, to as many places as tell them apart."
-    mid, low, high = value
-    if not any(value): return "0"
-    if np.isnan(low): return f"{mid:{'+' if sign else ''}.3g}" # of a single demonstration
-    places = int(np.clip(1 - np.floor(np.log10(max(high - low, abs(mid)*1e-3, 1e-6))), 1, 5))
-    return f"{mid:{'+' if sign else ''}.{places}f} ({low:.{places}f} to {high:.{places}f})"
-
 @patch
 def _repr_markdown_(self:VideoScores):
     "Three tables."
     title = lambda m: MEASURES.get(m, m)
-    best = markdown_table(["prediction", *map(title, self.measures)], [[n, *(said(self.value(n, m)) for m in self.measures)] for n in self.frames])
-    minus = markdown_table([f"minus the {COPY}", *map(title, self.measures)], [[n, *(said(self.value(n, m, COPY), True) for m in self.measures)] for n in self.frames if n != COPY])
-    rows = [[n, said((f.distance, f.low, f.high)), f"{f.halves:.4g}", f"{f.floor:.4g}", f"{f.kept[1]:.0%}"] for n, f in self.frechet.items()]
+    best = markdown_table(["prediction", *map(title, self.measures)], [[n, *(self.value(n, m) for m in self.measures)] for n in self.frames])
+    minus = markdown_table([f"minus the {COPY}", *map(title, self.measures)], [[n, *(f"{self.value(n, m, COPY):+}" for m in self.measures)] for n in self.frames if n != COPY])
+    rows = [[n, f.distance, f"{f.halves:.4g}", f"{f.floor:.4g}", f"{f.kept[1]:.0%}"] for n, f in self.frechet.items()]
     about = next(iter(self.frechet.values()), None)
     sets = [] if about is None else [markdown_table(["Fréchet distance", "of all", "between halves", "floor", "variance seen"], rows),
                                      f"Of {about.clips} clips in {about.dims} dimensions, which hold {about.kept[0]:.0%} of the true clips' variance. Compare \"between halves\" with \"floor\"."]
