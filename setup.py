@@ -19,5 +19,5 @@ setup(
     package_data={"defi_nb": ["assets/**/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("calvin", "harness", "trackers", "dev")},
-    entry_points={"console_scripts": ["defi-nb=defi_nb.run:main"], "nbdev": ["defi_nb=defi_nb._modidx:d"]},
+    entry_points={"console_scripts": ["defi-nb=defi_nb.run.cli:main"], "nbdev": ["defi_nb=defi_nb._modidx:d"]},
 )

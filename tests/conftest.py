@@ -14,8 +14,13 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGIN
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
-LIBRARY = [*sorted((ROOT/"nbs").glob("[0-9]*.ipynb"))]
+LIBRARY = sorted((ROOT/"nbs").glob("[0-9]*/[0-9]*.ipynb"))
 RUNS = [p for p in sorted((ROOT/"nbs").glob("[a-z]*.ipynb")) if p.stem != "index"]
+
+
+def module(path):
+    "The module that a library notebook exports, such as eval.rollout; a run notebook's name."
+    return f"{path.parent.name[3:]}.{path.stem[3:]}" if path in LIBRARY else path.stem
 
 
 def pytest_collection_modifyitems(items):
@@ -46,22 +51,22 @@ def toy(tmp_path):
     (tmp_path/"nbs").mkdir()
     (tmp_path/"settings.ini").write_text("[DEFAULT]\n")
     parameters = 'n: int = 1  # how far\npause: float = 0.0  # seconds a step\nout: str = ""  # folder of the run'
-    start = "from defi_nb import run\nparams = run.check_injected(globals())\nfolder = run.run_folder({!r}, params)"
+    start = "from defi_nb.run import cli\nparams = cli.check_injected(globals())\nfolder = cli.run_folder({!r}, params)"
     write_notebook(tmp_path/"nbs/count.ipynb", "# Count\n\n> counts", parameters, start.format("count"),
                    "import time\nfor i in range(n):\n    print('step', i, flush=True)\n    time.sleep(pause)",
-                   "run.write_metrics(folder, {'n': n})")
+                   "cli.write_metrics(folder, {'n': n})")
     write_notebook(tmp_path/"nbs/chain.ipynb", "# Chain\n\n> counts twice", parameters, start.format("chain"),
                    "jobs = [('count', {'n': n, 'pause': pause}, folder/name) for name in ('one', 'two')]",
-                   "run.write_metrics(folder, {'both': run.run_notebooks(jobs)})")
+                   "cli.write_metrics(folder, {'both': cli.run_notebooks(jobs)})")
     return tmp_path
 
 
 TRAIN = '''
 import time
 import torch
-from defi_nb.episodes import WindowDataset, fake_frames
-from defi_nb.recipe import TrainConfig
-from defi_nb.train import fit
+from defi_nb.data.episodes import WindowDataset, fake_frames
+from defi_nb.train.config import TrainConfig
+from defi_nb.train.fit import fit
 class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -73,7 +78,7 @@ class Net(torch.nn.Module):
 frames = fake_frames({"open_drawer": 3})
 cfg = TrainConfig(steps=steps, batch_size=6, warmup=2, log_every=1, save_every=1000, device="cpu", num_threads=1)
 model = Net()
-history = fit(model, WindowDataset(frames, frames.windows, chunk=10), cfg, run.project_root()/ckpt, record=folder)
+history = fit(model, WindowDataset(frames, frames.windows, chunk=10), cfg, cli.project_root()/ckpt, record=folder)
 '''
 
 
@@ -83,6 +88,6 @@ def learn(tmp_path):
     (tmp_path/"nbs").mkdir()
     (tmp_path/"settings.ini").write_text("[DEFAULT]\n")
     parameters = 'steps: int = 12  # of training\npause: float = 0.0  # seconds a step\nckpt: str = "ckpts/net"  # checkpoint\nout: str = ""  # folder of the run'
-    start = "from defi_nb import run\nparams = run.check_injected(globals())\nfolder = run.run_folder('learn', params)"
-    write_notebook(tmp_path/"nbs/learn.ipynb", "# Learn\n\n> learns", parameters, start, TRAIN, "run.write_metrics(folder, {'loss': history[-1]['loss']})")
+    start = "from defi_nb.run import cli\nparams = cli.check_injected(globals())\nfolder = cli.run_folder('learn', params)"
+    write_notebook(tmp_path/"nbs/learn.ipynb", "# Learn\n\n> learns", parameters, start, TRAIN, "cli.write_metrics(folder, {'loss': history[-1]['loss']})")
     return tmp_path

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from defi_nb.episodes import WindowDataset, fake_frames
-from defi_nb.recipe import TrainConfig
-from defi_nb.train import fit
-from defi_nb.vq import VectorQuantizer
+from defi_nb.data.episodes import WindowDataset, fake_frames
+from defi_nb.train.config import TrainConfig
+from defi_nb.train.fit import fit
+from defi_nb.models.vq import VectorQuantizer
 
 
 class Layer(nn.Module):
@@ -57,9 +57,9 @@ class Coded(Net):
 
 def stage(name):
     "A tiny stage of ours and made-up data for it."
-    from defi_nb.embedded import fresh_model
-    from defi_nb.encoders import load_encoders
-    from defi_nb.policy import PlainConfig, PlainPolicy
+    from defi_nb.run.pretrained import fresh_model
+    from defi_nb.models.encoders import load_encoders
+    from defi_nb.models.policy import PlainConfig, PlainPolicy
     import numpy as np
     encoders, frames, rng = load_encoders("tiny"), fake_frames({"open_drawer": 2}, image_size=8), np.random.default_rng(0)
     if name == "plain":

@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from defi_nb.action_adapter import AdapterConfig
-from defi_nb.attention import policy_gradients, policy_maps, policy_occlusion
-from defi_nb.dino_forward import DinoForward, DinoForwardConfig, fit_dino
-from defi_nb.encoders import load_encoders
-from defi_nb.gfdm import GFDM, GFDMConfig, fit_encoders, for_features
-from defi_nb.gidm import GIDM, GIDMConfig
-from defi_nb.policy import CoupledPolicy, PlainConfig, PlainPolicy, PolicyConfig
-from defi_nb.recording import load_records, record, save_records
-from defi_nb.spec import DataSpec, fake_batch
+from defi_nb.models.action_adapter import AdapterConfig
+from defi_nb.viz.attention import policy_gradients, policy_maps, policy_occlusion
+from defi_nb.models.gfdm_dino import DinoForward, DinoForwardConfig, fit_dino
+from defi_nb.models.encoders import load_encoders
+from defi_nb.models.gfdm import GFDM, GFDMConfig, fit_encoders, for_features
+from defi_nb.models.gidm import GIDM, GIDMConfig
+from defi_nb.models.policy import CoupledPolicy, PlainConfig, PlainPolicy, PolicyConfig
+from defi_nb.viz.attention_recorder import load_records, record, save_records
+from defi_nb.core.spec import DataSpec, fake_batch
 
 SPEC = DataSpec.tiny()
 

@@ -4,8 +4,8 @@ import copy
 import pytest
 import torch
 
-from defi_nb.inverse_dynamics import AuxInverseDynamics, InverseDynamicsConfig
-from defi_nb.vision_tokens import VisionTokens
+from defi_nb.train.inverse_dynamics import AuxInverseDynamics, InverseDynamicsConfig
+from defi_nb.models.direct_policy import VisionTokens
 
 CAMERAS, CHUNK, IMAGE = 2, 4, 63 # the last is the token that stands for a patch
 
@@ -87,7 +87,7 @@ def test_data_parallelism_waits_for_no_parameter(pi0, batch):
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    from defi_nb.vision_tokens import freeze_unused
+    from defi_nb.models.direct_policy import freeze_unused
     aux = attach(pi0)
     step = Both(pi0, aux)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -124,13 +124,14 @@ SMALL = dict(size=32, stem=(8, 16), dim=32, depth=1)
 @pytest.fixture(scope="module")
 def direct(tmp_path_factory):
     "A direct policy trained alone, with the auxiliary loss at weight 0, with it, and with its options, each in its folder."
-    from defi_nb.action_adapter import AdapterConfig
-    from defi_nb.auxiliary import InverseBeside, encoder_pair, fit_inverse
-    from defi_nb.direct import DirectConfig, DirectPolicy
-    from defi_nb.encoders import load_acting_encoders
-    from defi_nb.episodes import WindowDataset, fake_frames
-    from defi_nb.models import model_info
-    from defi_nb.train import TrainConfig, fit
+    from defi_nb.models.action_adapter import AdapterConfig
+    from defi_nb.train.auxiliary import InverseBeside, encoder_pair, fit_inverse
+    from defi_nb.models.direct_policy import DirectConfig, DirectPolicy
+    from defi_nb.models.encoders import load_acting_encoders
+    from defi_nb.data.episodes import WindowDataset, fake_frames
+    from defi_nb.weights.load import model_info
+    from defi_nb.train.config import TrainConfig
+    from defi_nb.train.fit import fit
     folder, encoders, frames = tmp_path_factory.mktemp("direct"), load_acting_encoders("tiny"), fake_frames(dict(open_drawer=3), image_size=64)
     data = WindowDataset(frames, frames.windows, offsets=(0, 10), chunk=10, video=True)
     cfg = TrainConfig(steps=4, batch_size=8, warmup=1, log_every=2, ema_decay=.9, device="cpu")
@@ -160,9 +161,9 @@ def test_a_policy_keeps_nothing_of_its_auxiliary_loss(direct):
 def test_a_direct_policy_acts_as_the_others_do(direct):
     import numpy as np
 
-    from defi_nb.models import load_to_act
-    from defi_nb.rollout import obs_to_batch, predict
-    from defi_nb.serve import contract_of
+    from defi_nb.weights.load import load_to_act
+    from defi_nb.eval.rollout import obs_to_batch, predict
+    from defi_nb.serve.server import contract_of
     folder, policies, _ = direct
     rng = np.random.default_rng(0)
     obs = [dict(rgb_obs=dict(rgb_static=rng.integers(0, 256, (200, 200, 3), np.uint8), rgb_gripper=rng.integers(0, 256, (84, 84, 3), np.uint8)), robot_obs=rng.normal(size=15)) for _ in range(2)]

@@ -10,12 +10,13 @@ import pytest
 import torch
 from conftest import ENV
 
-from defi_nb.calvin import initial_obs
-from defi_nb.calvin_data import finish_split, read_calvin, write_segment
-from defi_nb.calvin_lazy import PLAY, SCENE_BLOCKS, open_calvin, order_blocks, pack_vectors
-from defi_nb.decode import resize_image
-from defi_nb.episodes import Window, WindowDataset, take_fraction
-from defi_nb.tabletop import layout_of
+from defi_nb.sim.calvin_tasks import initial_obs
+from defi_nb.data.calvin import read_calvin
+from defi_nb.data.record import finish_split, write_segment
+from defi_nb.data.calvin import PLAY, SCENE_BLOCKS, open_calvin, order_blocks, pack_vectors
+from defi_nb.core.video import resize_image
+from defi_nb.data.episodes import Window, WindowDataset, take_fraction
+from defi_nb.sim.scene import layout_of
 
 REAL = Path(__file__).resolve().parents[2]/"shared"/"data"/"calvin_mini"
 
@@ -106,7 +107,7 @@ def test_only_what_is_needed_is_touched(folder, tmp_path):
 
 FILL = """
 import sys
-from defi_nb.calvin_lazy import open_calvin, pack_vectors
+from defi_nb.data.calvin import open_calvin, pack_vectors
 frames = open_calvin(sys.argv[1], cache=sys.argv[2], n_workers=1)
 print("ready", flush=True)
 pack_vectors(frames)

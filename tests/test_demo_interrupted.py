@@ -11,8 +11,8 @@ from conftest import BIN, ENV, ROOT, RUNS
 from test_interrupt import processes_in, wait_for
 from test_runs import SMALL, arguments
 
-from defi_nb.metrics import EvalResult
-from defi_nb.models import checkpoint_digest
+from defi_nb.eval.results import EvalResult
+from defi_nb.weights.load import checkpoint_digest
 
 KILLS = 12
 

@@ -16,12 +16,13 @@ import pytest
 import torch
 from conftest import BIN, ENV
 
-from defi_nb import check_calvin
-from defi_nb.calvin_data import finish_split, write_npz, write_segment
-from defi_nb.decode import fake_video, write_video
-from defi_nb.doctor import NOTE, dataset_state, examine, require_sound
-from defi_nb.episodes import Window
-from defi_nb.run import main
+from defi_nb.doctor import calvin as check_calvin
+from defi_nb.core.npz import write_npz
+from defi_nb.data.record import finish_split, write_segment
+from defi_nb.core.video import fake_video, write_video
+from defi_nb.doctor.examine import NOTE, dataset_state, examine, require_sound
+from defi_nb.data.episodes import Window
+from defi_nb.run.cli import main
 
 FIXTURES, REAL = Path(__file__).parent/"fixtures", Path(__file__).resolve().parents[2]/"shared"/"data"
 real = pytest.mark.skipif(not REAL.exists(), reason="the real recordings are not beside this checkout")

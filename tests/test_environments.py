@@ -18,15 +18,17 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from defi_nb import calvin_checkout, real_calvin
-from defi_nb.calvin import COLOURS, ROBOT_START, TASKS, first_sequences, initial_obs, initial_states, solved_tasks
-from defi_nb.calvin_checkout import calvin_missing, calvin_oracle, calvin_root
-from defi_nb.env_process import EnvProcess
-from defi_nb.evaluation import evaluate, read_records
-from defi_nb.experts import Expert, start_for, start_of
-from defi_nb.playtable import PlayTable, euler_to_quat, waving
-from defi_nb.real_calvin import RealCalvin, real_env, real_env_here, rollout_digest
-from defi_nb.rollout import EvalConfig, RandomPolicy, play_expert, playtable_env
+from defi_nb.benchmarks import calvin_install, calvin_env
+from defi_nb.sim.calvin_tasks import (
+    COLOURS, ROBOT_START, TASKS, first_sequences, initial_obs, initial_states, solved_tasks)
+from defi_nb.benchmarks.calvin_install import calvin_missing, calvin_oracle, calvin_root
+from defi_nb.benchmarks.subprocess_env import EnvProcess
+from defi_nb.eval.evaluate import evaluate, read_records
+from defi_nb.sim.experts import Expert, start_for, start_of
+from defi_nb.sim.render import euler_to_quat
+from defi_nb.sim.playtable import PlayTable, waving
+from defi_nb.benchmarks.calvin_env import RealCalvin, real_env, real_env_here, rollout_digest
+from defi_nb.eval.rollout import EvalConfig, RandomPolicy, play_expert, playtable_env
 
 MISSING = calvin_missing()
 needs_calvin = pytest.mark.skipif(bool(MISSING), reason=MISSING)
@@ -286,7 +288,7 @@ def test_renderer_and_versions(env):
         assert embedded.renderer.startswith("MuJoCo ") and embedded.versions["mujoco"] in embedded.renderer
     else:
         assert env.renderer.startswith("TinyRenderer, PyBullet 3.") and env.renderer == env.versions["renderer"]
-        assert env.versions["calvin_env"] == calvin_checkout.commit_of(calvin_root()) and len(env.versions["calvin_env source"]) == 16
+        assert env.versions["calvin_env"] == calvin_install.commit_of(calvin_root()) and len(env.versions["calvin_env source"]) == 16
         assert all(isinstance(said, str) for said in env.versions.values())
 
 
@@ -295,7 +297,7 @@ def test_renderer_and_versions(env):
 
 @needs_calvin
 def test_one_in_a_process(real):
-    code = ("from defi_nb.real_calvin import RealCalvin\nimport pybullet\nenv = RealCalvin(renderer='tiny')\n"
+    code = ("from defi_nb.benchmarks.calvin_env import RealCalvin\nimport pybullet\nenv = RealCalvin(renderer='tiny')\n"
             "try: RealCalvin(renderer='tiny')\nexcept RuntimeError as error: print(error)\n"
             "env.close(); env.close(); env = RealCalvin(renderer='tiny'); env.step([0]*7)\ndel env\n" # and again after it is closed
             "pybullet.connect(pybullet.DIRECT)\ntry: RealCalvin(renderer='tiny')\nexcept RuntimeError as error: print(error)")
@@ -307,7 +309,7 @@ def test_one_in_a_process(real):
 @needs_calvin
 def test_an_import_leaves_nothing_behind():
     code = ("import sys, warnings; warnings.simplefilter('error'); hook = sys.excepthook; path = [*sys.path]\n"
-            "from importlib.util import find_spec\nfrom defi_nb.calvin_checkout import STAND_INS\nfrom defi_nb.real_calvin import RealCalvin\nenv = RealCalvin(renderer='tiny')\n"
+            "from importlib.util import find_spec\nfrom defi_nb.benchmarks.calvin_install import STAND_INS\nfrom defi_nb.benchmarks.calvin_env import RealCalvin\nenv = RealCalvin(renderer='tiny')\n"
             "from hydra.core.global_hydra import GlobalHydra\nassert not GlobalHydra.instance().is_initialized()\n"
             "assert sys.excepthook is hook and sys.path == path\n"
             "assert all(find_spec(name) for name in STAND_INS if name in sys.modules)")
@@ -346,20 +348,20 @@ def test_a_calvin_env_that_forgets_the_led_is_warned_of(tmp_path, real):
 @needs_calvin
 def test_a_probe_that_fails_leaves_this_process_alive(monkeypatch):
     for name in ("__EGL_VENDOR_LIBRARY_FILENAMES", "__EGL_VENDOR_LIBRARY_DIRS"): monkeypatch.setenv(name, "/nowhere")
-    calvin_checkout.egl_device.cache_clear()
-    direct = subprocess.run([sys.executable, "-c", calvin_checkout._PROBE], capture_output=True)
+    calvin_install.egl_device.cache_clear()
+    direct = subprocess.run([sys.executable, "-c", calvin_install._PROBE], capture_output=True)
     assert direct.returncode != 0 # PyBullet has ended it
-    assert calvin_checkout.egl_device() == "" and not calvin_checkout.renderer_of()[0]
-    with pytest.raises(RuntimeError, match="EGL cannot draw here"): calvin_checkout.renderer_of("egl")
+    assert calvin_install.egl_device() == "" and not calvin_install.renderer_of()[0]
+    with pytest.raises(RuntimeError, match="EGL cannot draw here"): calvin_install.renderer_of("egl")
     with pytest.raises(RuntimeError, match="EGL cannot draw here"): EnvProcess(RealCalvin, "D", 32, 32, None, "egl")
     env = EnvProcess(RealCalvin, "D", 32, 32)
     assert env.renderer.startswith("TinyRenderer")
     env.close()
-    calvin_checkout.egl_device.cache_clear()
+    calvin_install.egl_device.cache_clear()
 
 
 @needs_calvin
-@pytest.mark.skipif(not calvin_checkout.egl_device(), reason="EGL cannot draw here")
+@pytest.mark.skipif(not calvin_install.egl_device(), reason="EGL cannot draw here")
 def test_egl_draws_what_tinyrenderer_draws(real):
     env = EnvProcess(RealCalvin, "D", 64, 48, None, "egl")
     assert env.renderer.startswith("EGL, ")
@@ -369,11 +371,11 @@ def test_egl_draws_what_tinyrenderer_draws(real):
     assert np.median(np.abs(smooth["depth_obs"]["depth_static"] - hard["depth_obs"]["depth_static"])) < .03
     assert rollout_digest(env, *START) == rollout_digest(real, *START) # the physics is the same
     look, used = rollout_digest(env, *START, look=10), []
-    for _ in range(4*real_calvin.FRESH):
+    for _ in range(4*calvin_env.FRESH):
         env.reset(*START)
         used.append(megabytes(env.pid))
     assert rollout_digest(env, *START, look=10) == look # EGL was started anew in between
-    assert used[-1] < used[real_calvin.FRESH] + 150 # and so keeps no old textures, of 12 MB a reset
+    assert used[-1] < used[calvin_env.FRESH] + 150 # and so keeps no old textures, of 12 MB a reset
     env.close()
 
 

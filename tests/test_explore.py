@@ -24,15 +24,15 @@ def project(tmp_path_factory):
     if given := os.environ.get("DEFI_NB_EXPLORE"): return given # a project with trained ones, to look at
     import torch
 
-    from defi_nb.calvin_data import finish_split, write_segment
-    from defi_nb.checkpoint import save_checkpoint
-    from defi_nb.encoders import load_encoders
-    from defi_nb.episodes import Window
-    from defi_nb.gfdm import GFDM, GFDMConfig, fit_encoders
-    from defi_nb.models import model_info
-    from defi_nb.playtable import PlayTable, waving
-    from defi_nb.policy import CoupledPolicy, PlainConfig, PlainPolicy, PolicyConfig
-    from defi_nb.spec import DataSpec
+    from defi_nb.data.record import finish_split, write_segment
+    from defi_nb.weights.checkpoint import save_checkpoint
+    from defi_nb.models.encoders import load_encoders
+    from defi_nb.data.episodes import Window
+    from defi_nb.models.gfdm import GFDM, GFDMConfig, fit_encoders
+    from defi_nb.weights.load import model_info
+    from defi_nb.sim.playtable import PlayTable, waving
+    from defi_nb.models.policy import CoupledPolicy, PlainConfig, PlainPolicy, PolicyConfig
+    from defi_nb.core.spec import DataSpec
     root, env = tmp_path_factory.mktemp("project"), PlayTable("D", 64, 64)
     shutil.copy(ROOT/"settings.ini", root)
     (root/"nbs").mkdir()
@@ -186,7 +186,7 @@ def test_workbench(url, browser):
     until(lambda: page.kernel("print(len(explorer.episode))") == "15")
     page.settled()
 
-    moves = page.kernel("from defi_nb.explore import time_moves; print(time_moves(explorer))")
+    moves = page.kernel("from defi_nb.explore.app import time_moves; print(time_moves(explorer))")
     page.settled()
     print(f"\nin the kernel, ms: {moves}")
     for pause in (600, 60): # milliseconds between a picture and the next key

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from defi_nb.calvin import get_sequences
-from defi_nb.encoders import load_encoders
-from defi_nb.failures import relative_error, study_failures, watch
-from defi_nb.film import film_chain
-from defi_nb.policy import fake_policies
-from defi_nb.evaluation import evaluate, read_records
-from defi_nb.rollout import EvalConfig, RandomPolicy
+from defi_nb.sim.calvin_tasks import get_sequences
+from defi_nb.models.encoders import load_encoders
+from defi_nb.eval.failures import relative_error, study_failures, watch
+from defi_nb.eval.film import film_chain
+from defi_nb.models.policy import fake_policies
+from defi_nb.eval.evaluate import evaluate, read_records
+from defi_nb.eval.rollout import EvalConfig, RandomPolicy
 
 SEQUENCES = get_sequences(2, tasks=["open_drawer", "close_drawer", "move_slider_left", "move_slider_right"], length=2)
 CONFIG = EvalConfig(scene="toy", steps=24, execute=10, group=1, sequences="2 of a toy")
@@ -87,11 +87,11 @@ STUDY = """
 import torch
 from pathlib import Path
 from test_failures import CONFIG, SEQUENCES
-from defi_nb.calvin import get_sequences
-from defi_nb.failures import study_failures
-from defi_nb.playtable import PlayTable
-from defi_nb.evaluation import evaluate, read_records
-from defi_nb.rollout import EvalConfig, NoOpPolicy
+from defi_nb.sim.calvin_tasks import get_sequences
+from defi_nb.eval.failures import study_failures
+from defi_nb.sim.playtable import PlayTable
+from defi_nb.eval.evaluate import evaluate, read_records
+from defi_nb.eval.rollout import EvalConfig, NoOpPolicy
 out = Path({out!r})
 config = EvalConfig(steps={steps}, execute=10, group=2, sequences="3 of one task")
 sequences = get_sequences(3, tasks=["open_drawer", "close_drawer"], length=1)

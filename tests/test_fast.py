@@ -12,15 +12,16 @@ import torch
 from conftest import ENV
 from safetensors.torch import save_file
 
-from defi_nb.action_adapter import ActionAdapter, AdapterConfig
-from defi_nb.bench import (PARTS, bench_parts, count_macs, empty_models, plain_act, plain_latent_actions, plain_sample, plain_tokens,
-                           random_weights, share_weights)
-from defi_nb.diffusion import exponential_sigmas
-from defi_nb.encoders import load_acting_encoders, load_encoders, read_weights
-from defi_nb.gfdm import GFDM, GFDMConfig, for_features
-from defi_nb.gidm import GIDM, GIDMConfig
-from defi_nb.policy import CoupledPolicy, PolicyConfig, batch_hand_state
-from defi_nb.spec import DataSpec, fake_batch
+from defi_nb.models.action_adapter import ActionAdapter, AdapterConfig
+from defi_nb.run.bench_inference import (
+    PARTS, bench_parts, count_macs, empty_models, plain_act, plain_latent_actions, plain_sample,
+    plain_tokens, random_weights, share_weights)
+from defi_nb.models.diffusion import exponential_sigmas
+from defi_nb.models.encoders import load_acting_encoders, load_encoders, read_weights
+from defi_nb.models.gfdm import GFDM, GFDMConfig, for_features
+from defi_nb.models.gidm import GIDM, GIDMConfig
+from defi_nb.models.policy import CoupledPolicy, PolicyConfig, batch_hand_state
+from defi_nb.core.spec import DataSpec, fake_batch
 
 
 def numbers(module): return sum(p.numel() for p in module.parameters())
@@ -129,10 +130,10 @@ ACT = """
 import json, resource, time
 from types import SimpleNamespace
 import torch
-from defi_nb.bench import empty_models, random_weights
-from defi_nb.encoders import ClipText
-from defi_nb.gfdm import for_features
-from defi_nb.spec import DataSpec, fake_batch
+from defi_nb.run.bench_inference import empty_models, random_weights
+from defi_nb.models.encoders import ClipText
+from defi_nb.models.gfdm import for_features
+from defi_nb.core.spec import DataSpec, fake_batch
 
 start = time.perf_counter()
 policy, vae = empty_models("paper")

@@ -16,16 +16,19 @@ import pytest
 import torch
 from conftest import ENV
 
-from defi_nb.calvin_data import finish_split, read_calvin, write_segment
-from defi_nb.calvin_lazy import open_calvin
-from defi_nb.decode import fake_video, read_numbers, write_video
-from defi_nb.episodes import Window, WindowDataset
-from defi_nb.lerobot import LeRobotFolder
-from defi_nb.npz import load_dict, read_npz, write_npz
-from defi_nb.rlds import RLDSFolder, RLDSKeys
-from defi_nb.robots import RobotSamples, measure_scale
-from defi_nb.safeload import read_tensors
-from defi_nb.videos import Skipped, VideoDataset, index_clips, read_annotations, read_ego4d, read_folder, read_latent, read_something
+from defi_nb.data.calvin import read_calvin
+from defi_nb.data.record import finish_split, write_segment
+from defi_nb.data.calvin import open_calvin
+from defi_nb.core.video import fake_video, read_numbers, write_video
+from defi_nb.data.episodes import Window, WindowDataset
+from defi_nb.data.lerobot import LeRobotFolder
+from defi_nb.core.npz import load_dict, read_npz, write_npz
+from defi_nb.data.rlds import RLDSFolder, RLDSKeys
+from defi_nb.data.robot_dataset import RobotSamples, measure_scale
+from defi_nb.core.safe_load import read_tensors
+from defi_nb.data.clips import (
+    Skipped, VideoDataset, index_clips, read_annotations, read_ego4d, read_folder, read_latent,
+    read_something)
 
 FIXTURES = Path(__file__).parent/"fixtures"
 RLDS_KEYS = RLDSKeys(dict(front="observation/image"), "language_instruction", hz=5, action=("action/world_vector", "action/rotation_delta", "action/gripper"))
@@ -168,11 +171,11 @@ BOMBS = """
 import resource, struct, sys, zipfile, zlib
 from pathlib import Path
 import numpy as np, torch
-from defi_nb.calvin_data import read_calvin
-from defi_nb.calvin_lazy import open_calvin
-from defi_nb.npz import load_dict, read_npz
-from defi_nb.safeload import read_tensor, read_tensors
-from defi_nb.tfrecord import read_record, scan_records
+from defi_nb.data.calvin import read_calvin
+from defi_nb.data.calvin import open_calvin
+from defi_nb.core.npz import load_dict, read_npz
+from defi_nb.core.safe_load import read_tensor, read_tensors
+from defi_nb.data.rlds import read_record, scan_records
 
 tmp, folder = map(Path, sys.argv[1:])
 class Asks:
@@ -324,15 +327,16 @@ from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
-from defi_nb.calvin_data import finish_split, finished_segments, read_calvin, write_segment
-from defi_nb.calvin_lazy import open_calvin, pack_vectors
-from defi_nb.checkpoint import load_checkpoint, save_checkpoint
-from defi_nb.decode import fake_video, read_frames, write_video
-from defi_nb.episodes import Window, WindowDataset
-from defi_nb.files import write_whole
-from defi_nb.npz import read_npz, write_npz
-from defi_nb.tfrecord import scan_records, write_records
-from defi_nb.videos import index_clips, read_folder
+from defi_nb.data.calvin import read_calvin
+from defi_nb.data.record import finish_split, finished_segments, write_segment
+from defi_nb.data.calvin import open_calvin, pack_vectors
+from defi_nb.weights.checkpoint import load_checkpoint, save_checkpoint
+from defi_nb.core.video import fake_video, read_frames, write_video
+from defi_nb.data.episodes import Window, WindowDataset
+from defi_nb.core.utils import write_whole
+from defi_nb.core.npz import read_npz, write_npz
+from defi_nb.data.rlds import scan_records, write_records
+from defi_nb.data.clips import index_clips, read_folder
 
 disk, limit, case = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 
@@ -408,7 +412,7 @@ def lazy_pack():
     assert (np.asarray(open_calvin(folder, cache=disk/"cache").scene_obs) == whole.scene_obs).all()
 
 def prepared():
-    from defi_nb.shards import encode_frames
+    from defi_nb.data.cache import encode_frames
     frames = read_calvin(recording(), size=8)
     encode = lambda x: x.float().mean((2, 3)).repeat(1, 2000) # 20 x 2 x 6000 x 2 bytes
     prepare = lambda: np.asarray(encode_frames(frames, encode, disk/"cache/codes", "wide mean", batch_size=4))
@@ -481,6 +485,6 @@ def full_disk(tiny_disk, tmp_path_factory):
 
 @pytest.mark.parametrize("case", WRITERS)
 def test_full_disk(full_disk, case):
-    if case == "prepared": pytest.importorskip("defi_nb.shards")
+    if case == "prepared": pytest.importorskip("defi_nb.data.cache")
     said = full_disk[case].result()
     assert said.endswith("rc 0") and f"done {case}" in said, said[-3000:]

@@ -4,12 +4,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ENV, LIBRARY
+from conftest import ENV, LIBRARY, module
 
-MODULES = ["defi_nb", *(f"defi_nb.{p.stem.split('_', 1)[1]}" for p in LIBRARY)]
+MODULES = ["defi_nb", *(f"defi_nb.{module(p)}" for p in LIBRARY)]
 NEVER = {"papermill", "jupyterlab", "jupyter_server", "notebook", "plotly", "ipywidgets", "nbconvert", "pytest", "torchvision", "tensorflow"}
 MODELS = {"diffusers", "transformers", "accelerate"}
-LIGHT = {"spec", "plot", "layers", "diffusion", "vq", "episodes", "calvin", "run"} # neither models nor simulator
+LIGHT = {"core.spec", "core.plot", "models.layers", "models.diffusion", "models.vq", "data.episodes", "sim.calvin_tasks", "run.cli"} # neither models nor simulator
 
 # each import in a fork of a process that has torch already, which saves two seconds a module
 PROBE = """
@@ -51,5 +51,5 @@ def test_import_has_no_side_effects(imported, name):
     assert not report["threads"], "started threads"
     assert report["grad"] and report["seed"] == imported["defi_nb"]["seed"], "changed torch's global state"
     assert not NEVER & {*report["modules"]}
-    if name == "defi_nb" or name.split(".")[1] in LIGHT:
+    if name.removeprefix("defi_nb.") in {"defi_nb", *LIGHT}:
         assert not (MODELS | {"mujoco", "matplotlib.pyplot"}) & {*report["modules"]}

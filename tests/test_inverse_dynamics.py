@@ -10,13 +10,17 @@ from scipy import stats
 from scipy.spatial.transform import Rotation
 from torch import nn
 
-from defi_nb.alignment import _left_over, feature_distances, partial_spearman, pose_distance, thumbnails
-from defi_nb.auxiliary import InverseBeside
-from defi_nb.inverse_dynamics import InverseDynamicsConfig, InverseDynamicsHead, draw_reversed, inverse_dynamics_loss, pair_loss, rest_action, reverse_batch, time_reverse
-from defi_nb.latent_actions import code_action_information, codebook_report, decoder_use, reversal_antisymmetry
-from defi_nb.probes import ProbeConfig, ProbeHead, held_out, linear_probe, r2, train_probe
-from defi_nb.robots import ActionScale
-from defi_nb.spec import Batch
+from defi_nb.analysis.alignment import (
+    _left_over, feature_distances, partial_spearman, pose_distance, thumbnails)
+from defi_nb.train.auxiliary import InverseBeside
+from defi_nb.train.inverse_dynamics import (
+    InverseDynamicsConfig, InverseDynamicsHead, draw_reversed, inverse_dynamics_loss, pair_loss,
+    rest_action, reverse_batch, time_reverse)
+from defi_nb.analysis.latent_actions import (
+    code_action_information, codebook_report, decoder_use, reversal_antisymmetry)
+from defi_nb.analysis.probes import ProbeConfig, ProbeHead, held_out, linear_probe, r2, train_probe
+from defi_nb.data.robot_dataset import ActionScale
+from defi_nb.core.spec import Batch
 
 VECTORS = Path(__file__).resolve().parents[2]/"shared"/"parity"/"inverse_dynamics_vectors.json"
 pytestmark = pytest.mark.skipif(not VECTORS.is_file(), reason="the vectors are not beside the project")
@@ -212,7 +216,7 @@ def test_probe_sizes_and_reporting(vectors, monkeypatch):
     assert cfg.steps == 1000 and len(result.curve) == case["n_val_evals_1000_steps"]
     np.testing.assert_allclose(result.val, np.mean([v for _, v in result.curve]), **close)
     said = iter(case["train_losses"]) # of the steps; what evaluations say is not asked for
-    monkeypatch.setattr("defi_nb.probes.probe_loss", lambda predicted, *_: 0*predicted.sum() + (next(said) if torch.is_grad_enabled() else 0))
+    monkeypatch.setattr("defi_nb.analysis.probes.probe_loss", lambda predicted, *_: 0*predicted.sum() + (next(said) if torch.is_grad_enabled() else 0))
     result = train_probe(np.zeros((20, 2, 3)), np.zeros((20, 2)), held_out(np.repeat(range(5), 4)), replace(cfg, steps=len(case["train_losses"])))
     np.testing.assert_allclose(result.train, case["reported_train"], **close)
 

@@ -3,12 +3,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from defi_nb.encoders import load_encoders
-from defi_nb.episodes import WindowDataset, fake_frames
-from defi_nb.gidm import GIDM, GIDMConfig
-from defi_nb.latent_auxiliary import FewLabels, LatentAuxiliaryConfig, LatentBeside
-from defi_nb.models import load_model, model_info
-from defi_nb.train import TrainConfig, fit
+from defi_nb.models.encoders import load_encoders
+from defi_nb.data.episodes import WindowDataset, fake_frames
+from defi_nb.models.gidm import GIDM, GIDMConfig
+from defi_nb.train.auxiliary import FewLabels, LatentAuxiliaryConfig, LatentBeside
+from defi_nb.weights.load import load_model, model_info
+from defi_nb.train.config import TrainConfig
+from defi_nb.train.fit import fit
 
 SMALL = GIDMConfig(in_dim=24, dim=16, enc_blocks=1, dec_blocks=1, heads=2, code_dim=8)
 

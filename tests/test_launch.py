@@ -8,14 +8,14 @@ import time
 import psutil
 from conftest import BIN, ENV, ROOT, TRAIN, command
 
-from defi_nb.train import CLOCK, read_metrics
+from defi_nb.train.fit import CLOCK, read_metrics
 
 def losses(folder): return [{k: v for k, v in row.items() if k not in CLOCK} for row in read_metrics(folder)]
 
 
 def test_two_processes_run_a_notebook(learn):
     "One record, one checkpoint; a second start finds it finished."
-    given = ["--standalone", "--nproc-per-node", "2", "-m", "defi_nb.train", "learn", "--out", "runs/two"]
+    given = ["--standalone", "--nproc-per-node", "2", "-m", "defi_nb.run.launch", "learn", "--out", "runs/two"]
     done = command("torchrun", *given, cwd=learn)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "running on 2 processes" in done.stdout and len(losses(learn/"ckpts/net")) == 12
@@ -27,14 +27,14 @@ def test_two_processes_run_a_notebook(learn):
 
 def test_accelerate_launch(learn):
     "On a machine without GPUs accelerate starts one process; its launcher and ours get on."
-    done = command("accelerate", "launch", "--cpu", "--num_processes", "1", "-m", "defi_nb.train", "learn", "--out", "runs/one", "-p", "steps", "5", cwd=learn)
+    done = command("accelerate", "launch", "--cpu", "--num_processes", "1", "-m", "defi_nb.run.launch", "learn", "--out", "runs/one", "-p", "steps", "5", cwd=learn)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "running on 1 processes" in done.stdout and len(losses(learn/"ckpts/net")) == 5
 
 
 def test_notebook_launcher(learn):
     "accelerate's debug_launcher starts processes on a CPU as notebook_launcher does on GPUs."
-    (learn/"work.py").write_text("pause, steps, ckpt, folder = 0., 12, 'ckpts/net', None\nfrom defi_nb import run\ndef work():\n" +
+    (learn/"work.py").write_text("pause, steps, ckpt, folder = 0., 12, 'ckpts/net', None\nfrom defi_nb.run import cli\ndef work():\n" +
                                    "".join(f"    {line}\n" for line in TRAIN.replace("time.sleep(pause)", "pass").splitlines()) +
                                    "if __name__ == '__main__':\n    from accelerate import debug_launcher\n    debug_launcher(work, num_processes=2)\n")
     done = subprocess.run([sys.executable, "work.py"], cwd=learn, env=ENV, capture_output=True, text=True, timeout=300)

@@ -11,9 +11,9 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from defi_nb.decode import OpenVideo, write_video
-from defi_nb.lerobot import LeRobotFolder, stored_scale
-from defi_nb.robots import RobotSamples, measure_scale
+from defi_nb.core.video import OpenVideo, write_video
+from defi_nb.data.lerobot import LeRobotFolder, stored_scale
+from defi_nb.data.robot_dataset import RobotSamples, measure_scale
 
 FIXTURES = Path(__file__).parent/"fixtures"
 TOP, WRIST = "observation.images.top", "observation.images.wrist"

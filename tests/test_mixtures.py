@@ -9,10 +9,12 @@ import torch
 from conftest import ENV
 from torch.utils.data import DataLoader
 
-from defi_nb.mixtures import (BLOCK, GIDM_WEIGHTS, MIXTURES, TABLE_12, Mixture, count_draws, indices_of, shares_by_size,
-                              shares_of, shuffled)
-from defi_nb.spec import Batch
-from defi_nb.train import StepSampler, TrainConfig, fit
+from defi_nb.data.mixtures import (
+    BLOCK, GIDM_WEIGHTS, MIXTURES, TABLE_12, Mixture, count_draws, indices_of, shares_by_size,
+    shares_of, shuffled)
+from defi_nb.core.spec import Batch
+from defi_nb.train.config import StepSampler, TrainConfig
+from defi_nb.train.fit import fit
 
 
 class Numbers:

@@ -5,7 +5,7 @@ import sys
 from multiprocessing import get_context, set_start_method
 
 import pytest
-from conftest import ENV, LIBRARY, ROOT
+from conftest import ENV, LIBRARY, ROOT, module
 
 # what most notebooks import first, and takes seconds: imported once, in a process from which each notebook's is forked
 WARM = ["pytest", "nbformat", "nbdev.test", "scipy.stats", "matplotlib.pyplot", "accelerate", "vector_quantize_pytorch", "diffusers.models.unets.unet_spatio_temporal_condition",
@@ -30,13 +30,13 @@ def run_notebook(path, said):
     set_start_method("fork", force=True) # as in a process that was started by hand
     gc.freeze() # what is there already is not looked through again
     sys.stdin = open(os.devnull)
-    os.chdir(ROOT/"nbs")
+    os.chdir(path.parent)
     from nbdev.test import test_nb
     ran, _ = test_nb(path, skip_flags=SKIPPED, basepath=ROOT)
     sys.exit(0 if ran else 1)
 
 
-@pytest.mark.parametrize("path", [*LIBRARY, ROOT/"nbs/index.ipynb"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*LIBRARY, ROOT/"nbs/index.ipynb"], ids=module)
 def test_notebook_runs(path, warm, tmp_path):
     process = warm.Process(target=run_notebook, args=(path, tmp_path/"said"))
     process.start()

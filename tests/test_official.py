@@ -16,12 +16,13 @@ import torch
 from conftest import ENV, ROOT
 from safetensors.torch import load_file, save_file
 
-from defi_nb.action_adapter import AdapterConfig
-from defi_nb.gidm import GIDM, GIDMConfig
-from defi_nb.official import OURS, export_gidm, export_policy, load_gidm, load_policy, official_name
-from defi_nb.policy import CoupledPolicy, PolicyConfig
-from defi_nb.safeload import read_tensors
-from defi_nb.spec import DataSpec
+from defi_nb.models.action_adapter import AdapterConfig
+from defi_nb.models.gidm import GIDM, GIDMConfig
+from defi_nb.weights.official import (
+    OURS, export_gidm, export_policy, load_gidm, load_policy, official_name)
+from defi_nb.models.policy import CoupledPolicy, PolicyConfig
+from defi_nb.core.safe_load import read_tensors
+from defi_nb.core.spec import DataSpec
 
 # ---- pickles by hand ----
 
@@ -131,7 +132,7 @@ def containers(folder):
 READER = """
 import copyreg, json, os, resource, sys, time
 from pathlib import Path
-from defi_nb.official import load_gidm, load_policy
+from defi_nb.weights.official import load_gidm, load_policy
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
 copyreg.add_extension("os", "system", 0xf0)
 events = []
@@ -206,11 +207,11 @@ def test_an_inert_name_is_not_imported(tmp_path):
     export_gidm(gidm, tmp_path/"a.ckpt")
     module = tmp_path/"modules"
     code = ("import sys, torch, omegaconf; omegaconf.A = type('A', (), {'__module__': 'omegaconf.a'}); sys.modules['omegaconf.a'] = omegaconf; "
-            "from defi_nb.safeload import read_tensors; torch.save({'state_dict': read_tensors(sys.argv[1]), 'hyper_parameters': omegaconf.A()}, sys.argv[2])")
+            "from defi_nb.core.safe_load import read_tensors; torch.save({'state_dict': read_tensors(sys.argv[1]), 'hyper_parameters': omegaconf.A()}, sys.argv[2])")
     environment = ENV | {"PYTHONPATH": f"{ROOT}{os.pathsep}{module}"}
     subprocess.run([sys.executable, "-c", code, str(tmp_path/"a.ckpt"), str(tmp_path/"b.ckpt")], env=environment, check=True, timeout=300)
     (tmp_path/"executed").unlink()
-    code = "import sys; from defi_nb.official import load_gidm; load_gidm(sys.argv[1]); assert 'omegaconf' not in sys.modules"
+    code = "import sys; from defi_nb.weights.official import load_gidm; load_gidm(sys.argv[1]); assert 'omegaconf' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(tmp_path/"b.ckpt")], env=environment, check=True, timeout=300)
     assert not (tmp_path/"executed").exists()
 

@@ -9,9 +9,9 @@ import pytest
 from conftest import ROOT, RUNS, command
 from test_runs import arguments
 
-from defi_nb.ckpts import find_base_model
-from defi_nb.encoders import TWINS
-from defi_nb.recorder import RecordConfig, record_demonstrations
+from defi_nb.weights.load import find_base_model
+from defi_nb.models.encoders import TWINS
+from defi_nb.data.record import RecordConfig, record_demonstrations
 
 pytestmark = pytest.mark.slow
 

@@ -1,4 +1,4 @@
-"Official weights, loaded by `defi_nb.official`, give the official release's numbers, for weights that anyone can generate (../shared/parity)."
+"Official weights, loaded by `defi_nb.weights.official`, give the official release's numbers, for weights that anyone can generate (../shared/parity)."
 import json
 import zlib
 from pathlib import Path
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from defi_nb.diffusion import exponential_sigmas, karras_sigmas, sample
-from defi_nb.official import export_policy, load_gfdm, load_gidm, load_policy, read_official
+from defi_nb.models.diffusion import exponential_sigmas, karras_sigmas, sample
+from defi_nb.weights.official import export_policy, load_gfdm, load_gidm, load_policy, read_official
 
 PARITY = Path(__file__).resolve().parents[2]/"shared"/"parity"
 pytestmark = pytest.mark.skipif(not (PARITY/"expected.npz").exists(), reason="the parity fixtures are not beside this checkout")

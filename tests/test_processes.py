@@ -12,8 +12,8 @@ import torch
 from conftest import ENV, ROOT
 from safetensors.torch import load_file
 
-from defi_nb.checkpoint import read_config
-from defi_nb.train import CLOCK, read_metrics
+from defi_nb.weights.checkpoint import read_config
+from defi_nb.train.fit import CLOCK, read_metrics
 
 SCRIPT, ALONE = ROOT/"tests/distributed.py", [sys.executable]
 CFG = {"steps": 12, "batch_size": 8, "warmup": 2, "lr": 1e-3, "log_every": 1, "save_every": 4, "ema_decay": .9, "val_every": 6}

@@ -11,7 +11,7 @@ import pytest
 
 SCRIPT = """
 import sys
-from defi_nb.recorder import RecordConfig, record_demonstrations
+from defi_nb.data.record import RecordConfig, record_demonstrations
 if __name__ == "__main__":
     config = RecordConfig(tasks=("turn_on_led", "open_drawer"), per_kind=4, chain=2, static_size=32, gripper_size=32)
     record_demonstrations(sys.argv[1], config, n_workers=int(sys.argv[2]))

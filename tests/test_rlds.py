@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from defi_nb.rlds import RLDSFolder, RLDSKeys, index_split, read_features
-from defi_nb.robots import RobotSamples, measure_scale
-from defi_nb.tfrecord import decode_example, encode_example, read_record, scan_records, write_records
+from defi_nb.data.rlds import RLDSFolder, RLDSKeys, index_split, read_features
+from defi_nb.data.robot_dataset import RobotSamples, measure_scale
+from defi_nb.data.rlds import (
+    decode_example, encode_example, read_record, scan_records, write_records)
 
 FIXTURES = Path(__file__).parent/"fixtures"
 KEYS = RLDSKeys(dict(front="observation/image", wrist="observation/wrist_image"), "language_instruction", hz=5, proprio=("observation/state",),

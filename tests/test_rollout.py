@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from defi_nb.calvin import get_sequences
-from defi_nb.evaluation import evaluate, read_records
-from defi_nb.rollout import EvalConfig
-from defi_nb.spec import ACTION_DIM
+from defi_nb.sim.calvin_tasks import get_sequences
+from defi_nb.eval.evaluate import evaluate, read_records
+from defi_nb.eval.rollout import EvalConfig
+from defi_nb.core.spec import ACTION_DIM
 
 TASKS = ["open_drawer", "close_drawer", "move_slider_left", "move_slider_right"]
 SEQUENCES = get_sequences(11, tasks=TASKS, length=2) # six groups, of which the last is not whole

@@ -107,7 +107,7 @@ def test_papermill_itself(project, form):
 def test_on_two_processes(project):
     "The same notebook on two processes at once: one checkpoint, one record."
     given = arguments(SMALL["train_coupled"] | {"policy": "plain", "ckpt": "ckpts/two", "engine": "{'accumulate': 2, 'keep': 2}"})
-    done = command("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "defi_nb.train", "train_coupled", "--out", "runs/two", *given, cwd=project)
+    done = command("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "defi_nb.run.launch", "train_coupled", "--out", "runs/two", *given, cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "running on 2 processes" in done.stdout and (project/"ckpts/two/model.safetensors").exists()
     assert (project/"runs/two/metrics.json").exists() and (project/"runs/two/rank1/metrics.json").exists()

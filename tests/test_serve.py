@@ -24,15 +24,15 @@ from conftest import ENV
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from websockets.sync.client import connect
 
-from defi_nb.checkpoint import save_checkpoint
-from defi_nb.encoders import load_encoders
-from defi_nb.models import model_info
-from defi_nb.policy import PlainConfig, PlainPolicy
-from defi_nb.rollout import NoOpPolicy
-from defi_nb.serve import Contract, PolicyServer, serving
-from defi_nb.wire import Client, pack, unpack
+from defi_nb.weights.checkpoint import save_checkpoint
+from defi_nb.models.encoders import load_encoders
+from defi_nb.weights.load import model_info
+from defi_nb.models.policy import PlainConfig, PlainPolicy
+from defi_nb.eval.rollout import NoOpPolicy
+from defi_nb.serve.server import Contract, PolicyServer, serving
+from defi_nb.serve.protocol import Client, pack, unpack
 
-CODE = "from defi_nb.serve import main; raise SystemExit(main())"
+CODE = "from defi_nb.serve.server import main; raise SystemExit(main())"
 
 
 class Looks:
@@ -128,7 +128,7 @@ def test_port_in_use():
 @pytest.mark.parametrize("argv,said", [(["noop", "--name", "front=x"], "static, gripper, state, prompt"), (["no/such/folder"], "no/such/folder"), (["noop", "--port", "99999"], "65536"),
                                        (["noop", "--batch", "0"], "at least 1"), (["noop", "--key-file", "no/such/key"], "no/such/key"), (["noop", "--host", "0.0.0.0"], "it has no key")])
 def test_wrong_arguments(argv, said, capsys):
-    from defi_nb.serve import main
+    from defi_nb.serve.server import main
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("defi-nb: ") and said in error and error.count("\n") == 1
@@ -149,8 +149,8 @@ def test_clients_share_batches_and_get_what_they_get_alone():
 
 
 def test_a_chain_over_the_wire_is_the_chain_at_home():
-    from defi_nb.calvin import get_sequences
-    from defi_nb.rollout import Chain, EvalConfig, play_policy, playtable_env
+    from defi_nb.sim.calvin_tasks import get_sequences
+    from defi_nb.eval.rollout import Chain, EvalConfig, play_policy, playtable_env
     config, sequence = EvalConfig.tiny(steps=12, static_size=40), get_sequences(2)[1] # pictures that are resized
     env = playtable_env(config)
     home = play_policy(Looks(), [env], [(1, sequence)], config)[0].actions
@@ -328,7 +328,7 @@ import json
 import numpy as np
 from vla_eval.benchmarks.base import StepBenchmark, StepResult
 from vla_eval.specs import GRIPPER_CLOSE_NEG, IMAGE_RGB, LANGUAGE, POSITION_DELTA, ROTATION_EULER
-from defi_nb.playtable import PlayTable
+from defi_nb.sim.playtable import PlayTable
 
 class Embedded(StepBenchmark):
     render_backends = frozenset({"gpu", "cpu"})
@@ -372,9 +372,9 @@ def free_port():
 def test_vla_eval_harness(tmp_path, shards):
     "Its own program plays episodes in the embedded simulator against our model server; shards do not change the actions."
     pytest.importorskip("vla_eval")
-    from defi_nb.rollout import RandomPolicy
-    from defi_nb.serve import Request, answer, contract_of
-    from defi_nb.vla_eval import harness_actions, task_number
+    from defi_nb.eval.rollout import RandomPolicy
+    from defi_nb.serve.server import Request, answer, contract_of
+    from defi_nb.serve.vla_eval import harness_actions, task_number
     (tmp_path/"standin.py").write_text(BENCHMARK)
     port = free_port()
     (tmp_path/"eval.yaml").write_text(f"""server: {{url: "ws://127.0.0.1:{port}"}}
@@ -384,7 +384,7 @@ benchmarks:
     episodes_per_task: 1
     params: {{out: "{tmp_path/'actions.jsonl'}"}}
 """)
-    code = "from defi_nb.vla_eval import main; raise SystemExit(main())"
+    code = "from defi_nb.serve.vla_eval import main; raise SystemExit(main())"
     with subprocess.Popen([sys.executable, "-c", code, "random", "--port", str(port), "--execute", "5", "--seed", "3"], stdout=subprocess.PIPE, text=True, env=ENV) as server:
         try:
             assert " for vla-eval at ws://127.0.0.1:" in server.stdout.readline()

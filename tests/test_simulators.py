@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from conftest import ENV, ROOT, last_line
 
-from defi_nb.rollout import NoOpPolicy, RandomPolicy
-from defi_nb.serve import Contract, PolicyServer, serving
-from defi_nb.sim_rules import UNITS, scores
-from defi_nb.sim_setup import ASSETS, PROBES, check_environment, environment_of, python_of
-from defi_nb.simpler import SimplerAction, simpler_episodes
-from defi_nb.simulators import BenchConfig, main, run_benchmark
-from defi_nb.workers import Patience
+from defi_nb.eval.rollout import NoOpPolicy, RandomPolicy
+from defi_nb.serve.server import Contract, PolicyServer, serving
+from defi_nb.benchmarks.suites import UNITS, scores
+from defi_nb.benchmarks.venvs import ASSETS, PROBES, check_environment, environment_of, python_of
+from defi_nb.benchmarks.suites import SimplerAction, simpler_episodes
+from defi_nb.benchmarks.harness import BenchConfig, main, run_benchmark
+from defi_nb.eval.workers import Patience
 
 COUNTS = {"google_vm": {"pick_coke_can": 300, "move_near": 240, "drawer": 216}, "google_va": {"pick_coke_can": 675, "move_near": 480, "drawer": 378},
           "widowx": dict.fromkeys(("spoon_on_towel", "carrot_on_plate", "stack_cube", "eggplant_in_basket"), 24)}
@@ -26,7 +26,7 @@ ODD = '''
 "Simulators that misbehave: stand-ins with a fault in one episode."
 import os, subprocess, sys, time
 from pathlib import Path
-from defi_nb.sim_worker import Replay
+from defi_nb.benchmarks.worker import Replay
 
 HERE = Path(__file__).parent
 
@@ -80,7 +80,7 @@ def odd(tmp_path):
     "worker(class) -> how a misbehaving stand-in's process is started."
     (tmp_path/"odd_simulators.py").write_text(ODD)
     env = dict(ENV) | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return lambda name: ([sys.executable, "-m", "defi_nb.sim_worker"], env, f"odd_simulators:{name}", {})
+    return lambda name: ([sys.executable, "-m", "defi_nb.benchmarks.worker"], env, f"odd_simulators:{name}", {})
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_end_to_end_and_the_same_with_more_workers(url, recordings, tmp_path):
 
 RUN = """
 import json, sys
-from defi_nb.simulators import BenchConfig, run_benchmark
+from defi_nb.benchmarks.harness import BenchConfig, run_benchmark
 url, out, recordings, command, env, simulator = json.loads(sys.argv[1])
 run_benchmark(BenchConfig("replay"), url, out, recordings=recordings, worker=(command, env, simulator, {}), progress=False)
 """
@@ -252,7 +252,7 @@ def test_a_simulators_process_sees_this_package_and_nothing_else_of_ours(tmp_pat
     (tmp_path/"defi_nb.json").write_text("{}")
     env = environment_of(tmp_path)
     assert [p.name for p in Path(env["PYTHONPATH"]).iterdir()] == ["defi_nb"]
-    code = "import sys, defi_nb.sim_worker; print(*sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'scipy', 'fastcore', 'mujoco', 'matplotlib'}))"
+    code = "import sys, defi_nb.benchmarks.worker; print(*sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'scipy', 'fastcore', 'mujoco', 'matplotlib'}))"
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == "", done.stderr
 

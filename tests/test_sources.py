@@ -17,21 +17,23 @@ import pytest
 import torch
 from conftest import ENV
 
-from defi_nb.decode import fake_video, write_video
-from defi_nb.encoders import load_encoders
-from defi_nb.episodes import fake_frames
-from defi_nb.gfdm import GFDM, GFDMConfig, fit_encoders
-from defi_nb.gidm import GIDM, GIDMConfig
-from defi_nb.models import load_to_act, model_info
-from defi_nb.own import write_own
-from defi_nb.policy import CoupledPolicy, PlainConfig, PlainPolicy, PolicyConfig
-from defi_nb.prepare import encode_samples, keep_texts
-from defi_nb.robots import RobotSamples
-from defi_nb.rundata import policy_data, reading_of, video_data
-from defi_nb.shards import shard_rows
-from defi_nb.sources import Reading, ShareLog, open_source
-from defi_nb.spec import CONTROL_HZ, DataSpec
-from defi_nb.train import TrainConfig, fit
+from defi_nb.core.video import fake_video, write_video
+from defi_nb.models.encoders import load_encoders
+from defi_nb.data.episodes import fake_frames
+from defi_nb.models.gfdm import GFDM, GFDMConfig, fit_encoders
+from defi_nb.models.gidm import GIDM, GIDMConfig
+from defi_nb.weights.load import load_to_act, model_info
+from defi_nb.data.csv_folder import write_own
+from defi_nb.models.policy import CoupledPolicy, PlainConfig, PlainPolicy, PolicyConfig
+from defi_nb.data.cache import encode_samples, keep_texts
+from defi_nb.data.robot_dataset import RobotSamples
+from defi_nb.run.datasets import policy_data, reading_of, video_data
+from defi_nb.data.cache import shard_rows
+from defi_nb.data.load import Reading, open_source
+from defi_nb.train.fit import ShareLog
+from defi_nb.core.spec import CONTROL_HZ, DataSpec
+from defi_nb.train.config import TrainConfig
+from defi_nb.train.fit import fit
 
 FIXTURES = Path(__file__).parent/"fixtures"
 REAL = next((p for p in (Path(__file__).resolve().parents[i]/"shared"/"data" for i in (2, 3)) if p.is_dir()), Path("no real data"))
@@ -40,7 +42,7 @@ CFG = TrainConfig(steps=2, batch_size=2, warmup=1, device="cpu", log_every=1)
 CLIP_TIMES = tuple(i*SPEC.frame_stride/CONTROL_HZ for i in range(SPEC.frames))
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["pytest", "nbformat", "defi_nb.models", "defi_nb.rundata"]) # all that this file imports, once
+processes.set_forkserver_preload(["pytest", "nbformat", "defi_nb.weights.load", "defi_nb.run.datasets"]) # all that this file imports, once
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +82,8 @@ def ego4d(root):
 
 
 def calvin(root):
-    from defi_nb.calvin_data import finish_split, write_segment
-    from defi_nb.episodes import Window
+    from defi_nb.data.record import finish_split, write_segment
+    from defi_nb.data.episodes import Window
     frames, n = fake_frames({"open_drawer": 2, "turn_on_led": 2}, length=12, image_size=64), 48
     arrays = dict(rel_actions=frames.action, robot_obs=frames.robot_obs, scene_obs=frames.scene_obs, **{f"rgb_{v}": x for v, x in frames.video.items()})
     write_segment(root/"training", 0, {k: v[:n] for k, v in arrays.items()}, "D", [Window(w.start, w.end, w.task, w.text, "D") for w in frames.windows])
@@ -268,7 +270,7 @@ def test_processes_share_the_work(tmp_path, whole):
 
 COUNTING = """
 import os, sys, numpy as np
-from defi_nb.shards import shard_rows
+from defi_nb.data.cache import shard_rows
 def compute(lo, hi):
     with open(sys.argv[2], "a") as f: f.write(f"{lo}\\n")
     import time; time.sleep(.01)
@@ -292,7 +294,7 @@ def test_a_stale_key_is_never_read(tmp_path, capsys):
     def encode(x): calls.append(len(x)); return x.float().mean((-1, -2))
     def codes(identity="one", size=32):
         piece, = open_source(f"{tmp_path}/v", size)
-        from defi_nb.sources import piece_samples
+        from defi_nb.data.load import piece_samples
         return encode_samples([piece_samples(piece, piece.units, size=size)], encode, "latent", tmp_path/"codes", identity)[0]
     first = codes()
     calls.clear()
@@ -326,8 +328,8 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(tmp_path, bytes_):
 def test_too_small_a_disk_is_refused_before_it_begins(tmp_path, monkeypatch):
     import collections
 
-    from defi_nb import shards
-    monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: collections.namedtuple("u", "total used free")(10**6, 10**6 - 500, 500))
+    from defi_nb.data import cache
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: collections.namedtuple("u", "total used free")(10**6, 10**6 - 500, 500))
     calls = []
     def compute(lo, hi): calls.append(lo); return np.ones((hi - lo, 100))
     with pytest.raises(ValueError, match=r"200 rows of 200 bytes, 40 kB in all, and the disk has 500 bytes"): shard_rows(tmp_path/"rows", 200, compute, dict(of=1))
@@ -360,12 +362,12 @@ def test_sentences_are_kept_bit_for_bit(tmp_path, encoders):
 
 def test_a_child_run_is_no_rank_of_its_parent(toy, monkeypatch):
     "The notebook that makes a missing checkpoint must not wait for the other processes of the training that misses it."
-    from defi_nb import run
+    from defi_nb.run import cli
     monkeypatch.chdir(toy)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"): monkeypatch.setenv(name, "1")
     class Started(Exception): pass
     def popen(*args, env, **kw):
         assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"} & env.keys() and "PATH" in env
         raise Started
-    monkeypatch.setattr(run.subprocess, "Popen", popen)
-    with pytest.raises(Started): run.run_notebook("count", {}, "runs/count")
+    monkeypatch.setattr(cli.subprocess, "Popen", popen)
+    with pytest.raises(Started): cli.run_notebook("count", {}, "runs/count")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import LIBRARY, ROOT, RUNS, command
+from conftest import LIBRARY, ROOT, RUNS, command, module
 
 IGNORE = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
 
@@ -51,20 +51,20 @@ def cells(path, kind): return [c for c in json.loads(path.read_text())["cells"] 
 def source(cell): return "".join(cell["source"])
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", LIBRARY, ids=module)
 def test_library_notebook(path):
     assert re.match(r"# .+\n+> .+", source(cells(path, "markdown")[0])), "opens with `# Title` and `> one line`"
     code = [source(c) for c in cells(path, "code")]
-    assert sum(s.startswith("#| default_exp ") for s in code) == 1
+    assert [s.split()[2] for s in code if s.startswith("#| default_exp ")] == [module(path)]
     widgets = "widgets" in json.loads(path.read_text())["metadata"] or any("vnd.jupyter.widget" in mime for c in cells(path, "code") for o in c["outputs"] for mime in o.get("data", {}))
     assert not widgets, "progress bars stored as dead widgets: execute it with DEFI_NB_PROGRESS=60 in the environment"
     assert len(json.dumps([c["outputs"] for c in cells(path, "code")])) < 500_000, "outputs of more than 500 KB"
-    order = {p.stem.split("_", 1)[1]: int(p.stem.split("_")[0]) for p in LIBRARY}
-    me = int(path.stem.split("_")[0])
+    earlier = {module(p) for p in LIBRARY[:LIBRARY.index(path)]}
     for node in (n for s in code if re.match(r"#\| exports?\b", s) for n in ast.walk(ast.parse(s))):
         if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "defi_nb": continue
-        names = [node.module.split(".")[1]] if "." in node.module else [a.name for a in node.names]
-        assert all(order.get(name, -1) < me for name in names), f"imports upward: {ast.unparse(node)}"
+        if node.module == "defi_nb": continue # its version
+        names = [node.module] if node.module.count(".") == 2 else [f"{node.module}.{a.name}" for a in node.names]
+        assert {name.removeprefix("defi_nb.") for name in names} <= earlier, f"imports upward: {ast.unparse(node)}"
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
@@ -79,6 +79,31 @@ def test_run_notebook(path):
         assert not cell["outputs"] and cell["execution_count"] is None, "run notebooks have no outputs in git"
         defined = [n for n in ast.walk(ast.parse(source(cell))) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
         assert not defined and not re.match(r"#\| exports?\b", source(cell)), "definitions belong in the library"
+
+
+FLOORS = {p.parent.name[3:] for p in LIBRARY}
+NAMED = re.compile(rf"`(?:defi_nb\.)?((?:{'|'.join(FLOORS)})\.[a-z_]+)(?:\.(\w+))?(?!\w)")
+
+
+def test_names_in_text_exist():
+    "What prose and comments call `floor.room` or `floor.room.name` is there, and no notebook is called by a number."
+    defined = {module(p): (ROOT/"defi_nb"/f"{module(p).replace('.', '/')}.py").read_text() for p in LIBRARY}
+    texts = {(p.name, i): source(c) for p in [*LIBRARY, *RUNS, ROOT/"nbs/index.ipynb"] for i, c in enumerate(json.loads(p.read_text())["cells"])}
+    texts |= {(name, 0): (ROOT/name).read_text() for name in ("README.md", "LOG.md", "NOTICE", "data/README.md", "ckpts/README.md")}
+    stale = []
+    for where, text in texts.items():
+        named = [m for m in NAMED.finditer(text) if not re.search(r"\.(pkl|json)$", m[1])] # a file's name
+        stale += [(where, m[0]) for m in named if m[1] not in defined or (m[2] and not re.search(rf"\b{m[2]}\b", defined[m[1]]))]
+        stale += [(where, m) for m in re.findall(r"`\d\d_[a-z_]+`", text)]
+    assert not stale
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, ROOT/"nbs/index.ipynb"], ids=module)
+def test_links_between_notebooks_lead_somewhere(path):
+    links = [link for c in cells(path, "markdown") for link in re.findall(r"\]\(([^)#]+\.ipynb)", source(c)) if "://" not in link]
+    base = ROOT if path.stem == "index" else path.parent # the index is also the README, which lies at the top
+    assert not [link for link in links if not (base/link).is_file()]
+    if path in LIBRARY: assert links[-2 if path not in (LIBRARY[0], LIBRARY[-1]) else -1:], "ends with links to its neighbours"
 
 
 def test_no_path_of_one_machine_is_written_anywhere():

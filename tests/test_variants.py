@@ -4,17 +4,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from defi_nb.checkpoint import load_state
-from defi_nb.embedded import fresh_model, variant_name
-from defi_nb.encoders import load_encoders
-from defi_nb.gidm import ENCODERS
-from defi_nb.models import load_model, model_info
-from defi_nb.paper_tables import ROWS
-from defi_nb.policy import CoupledPolicy, PolicyConfig
-from defi_nb.run import check_parameters
-from defi_nb.spec import DataSpec, fake_batch
-from defi_nb.train import TrainConfig, fit
-from defi_nb.vq import QUANTISERS
+from defi_nb.weights.checkpoint import load_state
+from defi_nb.run.pretrained import fresh_model, variant_name
+from defi_nb.models.encoders import load_encoders
+from defi_nb.models.gidm import ENCODERS
+from defi_nb.weights.load import load_model, model_info
+from defi_nb.eval.published import ROWS
+from defi_nb.models.policy import CoupledPolicy, PolicyConfig
+from defi_nb.run.cli import check_parameters
+from defi_nb.core.spec import DataSpec, fake_batch
+from defi_nb.train.config import TrainConfig
+from defi_nb.train.fit import fit
+from defi_nb.models.vq import QUANTISERS
 
 SPEC, STEPS = DataSpec.tiny(), 3
 

@@ -17,12 +17,15 @@ import torch
 from conftest import ENV
 from torch.utils.data import DataLoader
 
-from defi_nb import decode
-from defi_nb.decode import fake_video, index_files, read_frames, read_numbers, scan_video, write_video
-from defi_nb.spec import DataSpec, check_batch
-from defi_nb.train import TrainConfig, fit
-from defi_nb.videos import (Clip, EveryOther, Skipped, VideoDataset, WholeClip, index_clips, nearest, read_annotations,
-                            read_ego4d, read_folder, read_latent, read_something, scan_latent)
+from defi_nb.core import video as decode
+from defi_nb.core.video import (
+    fake_video, index_files, read_frames, read_numbers, scan_video, write_video)
+from defi_nb.core.spec import DataSpec, check_batch
+from defi_nb.train.config import TrainConfig
+from defi_nb.train.fit import fit
+from defi_nb.data.clips import (
+    Clip, EveryOther, Skipped, VideoDataset, WholeClip, index_clips, nearest, read_annotations,
+    read_ego4d, read_folder, read_latent, read_something, scan_latent)
 
 REAL = Path(__file__).resolve().parents[2]/"shared"/"data"/"real_clips"
 real = pytest.mark.skipif(not REAL.exists(), reason="the real clips are not beside this checkout")
@@ -238,7 +241,7 @@ def test_index_survives_kills_and_sees_changes(tmp_path):
 
 def test_index_after_kill_9(tmp_path):
     for i in range(150): write_video(tmp_path/f"v/{i}.mp4", fake_video(2, 16))
-    script = ("import sys, time; from defi_nb import decode; slow = decode.scan_video\n"
+    script = ("import sys, time; from defi_nb.core import video as decode; slow = decode.scan_video\n"
               "def scan(p): time.sleep(.02); return len(slow(p))\n"
               f"print('go', flush=True); decode.index_files([f'{tmp_path}/v/{{i}}.mp4' for i in range(150)], scan, '{tmp_path}/index.jsonl', n_workers=1, every=.1)")
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=ENV)

@@ -1,9 +1,10 @@
 """Make README.md from nbs/index.ipynb (or, with --check, say whether it is up to date).
 
 Markdown cells are taken as they are, code cells as Python blocks followed by what they printed. Four lines are filled in:
-`<!-- library -->` by a table of the library notebooks, `<!-- runs -->` by one of the run notebooks, `<!-- demo -->` and
+`<!-- library -->` by a table of the floors of the library, `<!-- runs -->` by one of the run notebooks, `<!-- demo -->` and
 `<!-- ablations -->` by what is measured and kept in results/.
 """
+import ast
 import json
 import re
 import sys
@@ -25,15 +26,23 @@ def about(path):
 
 
 def table(paths, columns):
-    rows = [(f"[`{p.stem}`](nbs/{p.name})", *(f"`{t}`" if i == 0 else t for i, t in enumerate(about(p)))) for p in paths]
-    if len(columns) == 2: rows = [(row[0], row[2]) for row in rows]
+    rows = [(f"[`{about(p)[0]}`]({p.relative_to(ROOT).as_posix()})", about(p)[1]) for p in paths]
     return "\n".join("| " + " | ".join(row) + " |" for row in (columns, ["---"]*len(columns), *rows))
 
 
+def floors():
+    "A row a floor: its folder, what its package's docstring says, and its rooms."
+    rows = [("floor", "what a line there knows about", "rooms"), ("---",)*3]
+    for folder in sorted(NBS.glob("[0-9]*/")):
+        about_floor = ast.get_docstring(ast.parse((ROOT/"defi_nb"/folder.name[3:]/"__init__.py").read_text(encoding="utf-8")))
+        rooms = (f"[{p.stem[3:]}]({p.relative_to(ROOT).as_posix()})" for p in sorted(folder.glob("[0-9]*.ipynb")))
+        rows.append((f"`{folder.name[3:]}`", about_floor.rstrip("."), ", ".join(rooms)))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def tables():
-    library = sorted(NBS.glob("[0-9]*.ipynb"))
     runs = [p for p in sorted(NBS.glob("[a-z]*.ipynb")) if p.stem != "index"]
-    return {"library": table(library, ["notebook", "module", "what it is for"]), "runs": table(runs, ["notebook", "what it does"])}
+    return {"library": floors(), "runs": table(runs, ["notebook", "what it does"])}
 
 
 POLICIES = {"coupled": "coupled policy", "plain": "plain: the same adapter on the present frames", "untrained": "coupled network, untrained",
@@ -41,7 +50,7 @@ POLICIES = {"coupled": "coupled policy", "plain": "plain: the same adapter on th
 
 
 def demo():
-    from defi_nb.metrics import EvalResult
+    from defi_nb.eval.results import EvalResult
     rows = [("policy", "average length of 5", "1 to 5 in a row, %", "mean of tasks, %"), (":--", "--:", "--:", "--:")]
     for name, said in POLICIES.items():
         r = EvalResult.load(ROOT/"results"/"demo"/f"{name}.json")

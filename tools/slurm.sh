@@ -16,7 +16,7 @@ export MASTER="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)" POR
 
 srun --kill-on-bad-exit=1 bash -c '
   exec "$BIN/python" -m torch.distributed.run --nnodes "$NODES" --node-rank "$SLURM_NODEID" --nproc-per-node "$PROCESSES" \
-    --master-addr "$MASTER" --master-port "$PORT" -m defi_nb.train "$@"' bash "$@"
+    --master-addr "$MASTER" --master-port "$PORT" -m defi_nb.run.launch "$@"' bash "$@"
 status=$?
 
 out=$(printf "%s\n" "$@" | sed -n "/^--out$/{n;p;}")

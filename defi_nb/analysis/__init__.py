@@ -1,0 +1,1 @@
+"What features and latent actions hold."

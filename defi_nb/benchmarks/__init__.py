@@ -1,0 +1,1 @@
+"Simulators that are not ours: calvin_env, SimplerEnv, LIBERO."

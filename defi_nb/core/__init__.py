@@ -1,0 +1,1 @@
+"The data contract, plots, video files, statistics, files and processes."

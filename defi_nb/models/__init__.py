@@ -1,0 +1,1 @@
+"The method: encoders, GFDM, GIDM, action adapter, policies."

@@ -1,0 +1,1 @@
+"Policies over the wire, and robots that use them."

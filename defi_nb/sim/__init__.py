@@ -1,0 +1,1 @@
+"CALVIN's rules, and the embedded simulator."

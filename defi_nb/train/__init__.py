@@ -1,0 +1,1 @@
+"Optimiser, devices, the training loop, auxiliary losses."
