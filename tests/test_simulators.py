@@ -13,7 +13,7 @@ from conftest import ENV, ROOT, last_line
 
 from defi_nb.eval.rollout import NoOpPolicy, RandomPolicy
 from defi_nb.serve.server import Contract, PolicyServer, serving
-from defi_nb.benchmarks.suites import UNITS, scores
+from defi_nb.benchmarks.suites import ACTION_UNITS, scores
 from defi_nb.benchmarks.venvs import ASSETS, PROBES, check_environment, environment_of, python_of
 from defi_nb.benchmarks.suites import SimplerAction, simpler_episodes
 from defi_nb.benchmarks.harness import BenchConfig, main, run_benchmark
@@ -130,7 +130,7 @@ def test_a_tasks_score_is_a_mean_of_means():
 def test_a_policys_action_becomes_a_robots():
     "CALVIN's units on both robots: metres, axis times angle, and each robot's own gripper."
     action = [1, 0, -.5, 0, 0, 1, 1]
-    widowx, google = (SimplerAction(robot, UNITS["calvin"], hold=2) for robot in ("widowx", "google_robot_static"))
+    widowx, google = (SimplerAction(robot, ACTION_UNITS["calvin"], hold=2) for robot in ("widowx", "google_robot_static"))
     assert widowx(action) == pytest.approx([.02, 0, -.01, 0, 0, .05, 1])
     grips = [float(google([*action[:6], grip])[6]) for grip in (1, -1, 1, -1, -1)]
     assert grips == [0, 1, 1, 1, 1] # closing is held for two steps, opening in them unheard; then the next change, again a closing

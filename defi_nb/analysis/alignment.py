@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from ..core.stats import Interval, markdown_table
-
 # %% ../../nbs/08_analysis/01_alignment.ipynb #cc1f07b7
 def _left_over(rank, explained):
     "Residuals of the least-squares line through another ranking; None where nothing but rounding is left."
@@ -94,14 +92,16 @@ def draw_pairs(
 @dataclass
 class Alignment:
     "How well distances of features follow distances of poses."
-    rho:dict # (distance of features, "raw" or "wrapped" angles) -> `Interval` of the partial Spearman over all pairs
+    rho:dict # (distance of features, "raw" or "wrapped" angles) -> partial Spearman over all pairs
+    interval:dict # the same -> 95 % interval over demonstrations
     per_gap:dict # gap -> {distance of features: partial Spearman, angles wrapped}
     pixels:float # Spearman of pictures and poses, angles wrapped
     pairs:int # number of them
 
     def _repr_markdown_(self):
-        table = markdown_table(["distance of features", "angles", "partial Spearman with poses"], [[*key, rho] for key, rho in self.rho.items()])
-        return f"{table}\n\n{self.pairs} pairs; 95 % intervals over demonstrations. Pictures alone: {self.pixels:.3f}."
+        rows = [f"| {name} | {angles} | {rho:.3f} ({low:.3f} to {high:.3f}) |" for (name, angles), rho in self.rho.items() for low, high in [self.interval[name, angles]]]
+        return "\n".join(["| distance of features | angles | partial Spearman with poses |", "| :-- | :-- | --: |", *rows]) + \
+            f"\n\n{self.pairs} pairs; 95 % intervals over demonstrations. Pictures alone: {self.pixels:.3f}."
 
 # %% ../../nbs/08_analysis/01_alignment.ipynb #24f890d5
 def _partials(distances, pose, pixels, take):
@@ -129,9 +129,8 @@ def align_distances(
     pixels, segment = np.asarray(pixels), np.asarray(segment)
     per_gap = {int(g): {name: rho for (name, angles), rho in _partials(distances, poses, pixels, np.asarray(gap) == g).items() if angles == "wrapped"}
                for g in (np.unique(gap) if gap is not None else ())}
-    ends = _over_segments(distances, poses, pixels, segment, draws, seed, level)
-    rho = {key: Interval(x, *ends[key]) for key, x in _partials(distances, poses, pixels, slice(None)).items()}
-    return Alignment(rho, per_gap, float(stats.spearmanr(pixels, poses["wrapped"]).statistic), len(pixels))
+    return Alignment(_partials(distances, poses, pixels, slice(None)), _over_segments(distances, poses, pixels, segment, draws, seed, level),
+                     per_gap, float(stats.spearmanr(pixels, poses["wrapped"]).statistic), len(pixels))
 
 def pair_distances(
     pose, # (N,6) position and Euler angles of the hand; the head of CALVIN's robot_obs

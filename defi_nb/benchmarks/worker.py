@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from .suites import (
-    CAMERAS, NO_MOTION, ActionUnits, SimplerAction, is_over, libero_action, libero_instruction,
-    libero_observation, maniskill3_id, verdict)
+    CAMERAS, NO_MOTION, ActionUnits, SimplerAction, episode_success, is_over, libero_action,
+    libero_instruction, libero_observation, maniskill3_id)
 from ..core.utils import json_digest
 from ..serve.protocol import Client, ServerError
 
@@ -262,7 +262,7 @@ def play_episode(
             over = ended or is_over(config.mode, solved, cap)
             if over: break
     if config.record: _keep_frames(frames, Path(config.record)/f"episode{episode['number']:05d}.npz", prompt)
-    return {"success": verdict(config.mode, solved), "steps": len(solved), "solved_at": solved.index(True) + 1 if any(solved) else None,
+    return {"success": episode_success(config.mode, solved), "steps": len(solved), "solved_at": solved.index(True) + 1 if any(solved) else None,
             "looks": looks, "prompt": prompt, "seconds": round(sum(spent.values()), 3), **{part: round(s, 3) for part, s in spent.items()}}
 
 def _ask(infer, seen, prompt, send, noise):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROUNDING', 'OTHER', 'UNTRAINED', 'ROWS', 'SETS', 'Published', 'published', 'standard_error', 'published_markdown',
-           'Row', 'choose_rows', 'paper_cell', 'show_shares']
+           'Row', 'choose_rows', 'paper_cell', 'show_by_fraction']
 
 # %% ../../nbs/07_eval/09_published.ipynb #debc7c08
 import json
@@ -151,7 +151,7 @@ def paper_cell(
     return f"{row.paper:.2f} (n={row.chains}{'; ' + row.note if row.note else ''})"
 
 # %% ../../nbs/07_eval/09_published.ipynb #14e79934
-def show_shares(
+def show_by_fraction(
     table:list, # of an `ablations` run, as in its metrics.json
     x:str = "data_frac", # "data_frac", share of labels, or "video_share", share of further video
     ax = None, # axes to draw into

@@ -24,7 +24,7 @@ from ..sim.segmentation import (
 from .attention import gidm_gradients, gidm_maps, gidm_occlusion
 from .attention_maps import overlay
 from defi_nb.viz.faithfulness import (
-    MEASURES, MapStudy, centre_map, kept_score, measure_map, overlap_rows, removal_rows,
+    OVERLAP_MEASURES, MapStudy, centre_map, kept_score, measure_map, overlap_rows, removal_rows,
     show_faithfulness)
 
 # %% ../../nbs/09_viz/04_attention_study.ipynb #c870670e
@@ -168,7 +168,7 @@ def mask_studies(
     what:str, # name of the mask
     clusters, # (N,) which demonstration each pair is of
     untrained:Looks|None=None, # of the same pairs, with random weights
-    measures:tuple=tuple(MEASURES), # which of them
+    measures:tuple=tuple(OVERLAP_MEASURES), # which of them
 )->list: # of `MapStudy`, one a measure
     "Does the heat lie on a mask? Pairs in which it is not seen are left out."
     seen = (shares.mean(1) > 0) & (shares.mean(1) < 1)
@@ -182,7 +182,7 @@ def mask_studies(
     if untrained:
         random = overlap_rows(flat(untrained), shares, centre)
         for k in measures: rivals[k]["random weights"] = {n: random[k][n] for n in untrained.maps}
-    return [MapStudy(f"{MEASURES[k]} on {what}", {n: found[k][n] for n in own}, rivals[k], clusters) for k in measures]
+    return [MapStudy(f"{OVERLAP_MEASURES[k]} on {what}", {n: found[k][n] for n in own}, rivals[k], clusters) for k in measures]
 
 def removal_studies(
     looks:Looks, # with areas
