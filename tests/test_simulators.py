@@ -80,7 +80,7 @@ def odd(tmp_path):
     "worker(class) -> how a misbehaving stand-in's process is started."
     (tmp_path/"odd_simulators.py").write_text(ODD)
     env = dict(ENV) | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return lambda name: ([sys.executable, "-m", "defi_nb.benchmarks.worker"], env, f"odd_simulators:{name}", {})
+    return lambda name: (sys.executable, env, f"odd_simulators:{name}", {})
 
 
 @pytest.fixture
@@ -149,17 +149,17 @@ def test_end_to_end_and_the_same_with_more_workers(url, recordings, tmp_path):
 RUN = """
 import json, sys
 from defi_nb.benchmarks.harness import BenchConfig, run_benchmark
-url, out, recordings, command, env, simulator = json.loads(sys.argv[1])
-run_benchmark(BenchConfig("replay"), url, out, recordings=recordings, worker=(command, env, simulator, {}), progress=False)
+url, out, recordings, python, env, simulator = json.loads(sys.argv[1])
+run_benchmark(BenchConfig("replay"), url, out, recordings=recordings, worker=(python, env, simulator, {}), progress=False)
 """
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2])
 def test_killed_at_any_moment_it_goes_on(url, recordings, tmp_path, odd, rows):
     "SIGKILL before the first row and after one and two; the simulator's process goes with its parent, and the result is that of an undisturbed run."
-    command, env, simulator, _ = odd("Slow")
+    python, env, simulator, _ = odd("Slow")
     out = tmp_path/"killed"
-    process = subprocess.Popen([sys.executable, "-c", RUN, json.dumps([url, str(out), recordings, command, env, simulator])], env=env, cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-c", RUN, json.dumps([url, str(out), recordings, python, env, simulator])], env=env, cwd=ROOT)
     journal, deadline = out/"episodes.jsonl", time.monotonic() + 60
     while time.monotonic() < deadline and not (journal.is_file() and len(journal.read_text().splitlines()) > rows): time.sleep(.01)
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
@@ -274,8 +274,8 @@ def test_a_real_simulator_steps_and_renders(url, tmp_path, benchmark, name, task
 
 
 def test_interrupt_ends_the_simulators(url, recordings, tmp_path, odd):
-    command, env, simulator, _ = odd("Slow")
-    process = subprocess.Popen([sys.executable, "-c", RUN, json.dumps([url, str(tmp_path/"out"), recordings, command, env, simulator])], env=env, cwd=ROOT, stderr=subprocess.PIPE)
+    python, env, simulator, _ = odd("Slow")
+    process = subprocess.Popen([sys.executable, "-c", RUN, json.dumps([url, str(tmp_path/"out"), recordings, python, env, simulator])], env=env, cwd=ROOT, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (tmp_path/"out/episodes.jsonl").is_file(): time.sleep(.02)
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()

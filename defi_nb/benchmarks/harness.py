@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODES', 'USUAL', 'record_stand_in', 'BenchConfig', 'episodes_of', 'units_of', 'benchmark_protocol', 'episode_pool',
-           'mean_of_tasks_interval', 'result_of', 'result_markdown', 'worker_command', 'run_benchmark', 'served_policy',
+           'mean_of_tasks_interval', 'result_of', 'result_markdown', 'worker_python', 'run_benchmark', 'served_policy',
            'main']
 
 # %% ../../nbs/12_benchmarks/06_harness.ipynb #0c5a2dd8
@@ -26,10 +26,10 @@ from .suites import (
 from .venvs import (
     BENCHMARKS, PIP_RECIPES, check_environment, environment_of, findings_text, make_environment,
     python_of, read_settings)
-from .worker import SIMULATORS, PlayConfig
+from .worker import SIMULATORS, PlayConfig, episode_player
 from ..core.stats import Interval, markdown_table, wilson
 from ..core.utils import json_digest, progress_bar, write_whole
-from ..eval.workers import Journal, Patience, Pool, command_worker
+from ..eval.workers import Journal, Patience, Pool, start_workers
 from ..serve.protocol import Client
 
 # %% ../../nbs/12_benchmarks/06_harness.ipynb #f20b4619
@@ -125,7 +125,7 @@ def _without_paths(episode): # so that a digest does not depend on where a recor
 
 # %% ../../nbs/12_benchmarks/06_harness.ipynb #23b81e29
 def episode_pool(
-    command:list, # that starts a worker
+    python:str, # the simulator's interpreter
     env:dict, # its variables
     config:PlayConfig, # how it plays
     on_row, # called with each episode and its row
@@ -134,7 +134,7 @@ def episode_pool(
     log="worker.log", # file for what the simulators print
 )->Pool: # of episodes
     "Watched simulators."
-    start = partial(command_worker, command=command, env=env, first=asdict(config), log=log)
+    start = start_workers(partial(episode_player, config), "the config", log=log, python=python, env=env)
     name = lambda e: f"episode {e['number']} ({e['task']}, {e['variant']})"
     return Pool(start, name, on_row, on_ready=on_ready, patience=patience, advice=f"what the simulator said is in {log}")
 
@@ -182,17 +182,16 @@ def result_markdown(
     return f"{title}{part}{markdown_table(['task', 'episodes', 'solved', 'success, % (95 %)'], rows)}\n\n{how}"
 
 # %% ../../nbs/12_benchmarks/06_harness.ipynb #ad964d4b
-def worker_command(
+def worker_python(
     benchmark:str, # "simpler", "libero" or "replay"
     folder, # of the simulator's environment; None for "replay"
-)->tuple: # (command, variables, "module:Class", settings)
+)->tuple: # (interpreter, variables, "module:Class", settings)
     "How a worker of a benchmark is started."
-    module = ["-m", "defi_nb.benchmarks.worker"]
-    if benchmark == "replay": return [sys.executable, *module], dict(os.environ), SIMULATORS["replay"], {}
+    if benchmark == "replay": return sys.executable, dict(os.environ), SIMULATORS["replay"], {}
     settings = read_settings(folder)
     if settings["simulator"] not in BENCHMARKS[benchmark]:
         raise ValueError(f"{folder} holds {settings['simulator']}, which does not play {benchmark}: give the folder of {' or '.join(BENCHMARKS[benchmark])}")
-    return [str(python_of(folder)), *module], environment_of(folder), SIMULATORS[settings["simulator"]], settings
+    return str(python_of(folder)), environment_of(folder), SIMULATORS[settings["simulator"]], settings
 
 def run_benchmark(
     config:BenchConfig, # which episodes, and how
@@ -205,7 +204,7 @@ def run_benchmark(
     patience:Patience=Patience(), # with a simulator
     record:bool=False, # keep the pictures that the policy saw, in `out`/frames
     progress:bool=True, # show a bar
-    worker=None, # (command, variables, "module:Class", settings); None: `worker_command`
+    worker=None, # (interpreter, variables, "module:Class", settings); None: `worker_python`
 )->dict: # the result, which is also in `result.json`
     "Play a benchmark against a policy server."
     episodes, out = episodes_of(config, recordings), Path(out)
@@ -214,7 +213,7 @@ def run_benchmark(
     header = {"policy": server.get("policy", "unknown"), "checkpoint": server.get("checkpoint", ""), "version": __version__, "protocol": protocol}
     journal = Journal(out, header, "episode", "number", ("success", "steps"))
     todo = [e for e in episodes if e["number"] not in journal.rows]
-    command, env, simulator, settings = worker or worker_command(config.benchmark, folder)
+    python, env, simulator, settings = worker or worker_python(config.benchmark, folder)
     play = PlayConfig(simulator, url, key, protocol["success"], protocol["execute"], protocol["units"], config.hold, config.flip, tuple(protocol["sent"]), protocol["seed"],
                       record=str((out/"frames").resolve()) if record else "", settings=settings)
     with progress_bar(total=len(episodes), initial=len(journal.rows), desc=protocol["suite"], unit="episode", disable=not progress) as bar:
@@ -223,7 +222,7 @@ def run_benchmark(
             bar.update()
         def on_ready(versions, server): journal.begin(versions=versions)
         out.mkdir(parents=True, exist_ok=True)
-        episode_pool(command, env, play, on_row, on_ready, patience, out/"worker.log").run(todo, n_workers)
+        episode_pool(python, env, play, on_row, on_ready, patience, out/"worker.log").run(todo, n_workers)
     result = result_of(journal.header, journal.rows.values())
     write_whole(out/"result.json", json.dumps(result, indent=1, allow_nan=False))
     return result

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['progress_bar', 'atomic', 'write_whole', 'read_jsonl', 'write_jsonl', 'append_jsonl', 'json_digest', 'format_bytes',
-           'folder_bytes', 'project_root', 'sendable', 'portable_error', 'start_python']
+           'folder_bytes', 'project_root', 'sendable', 'portable_error', 'start_python', 'JobError', 'received',
+           'play_jobs']
 
 # %% ../../nbs/00_core/02_utils.ipynb #3ce46b49
 import errno
@@ -16,6 +17,7 @@ import pickle
 import select
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -172,13 +174,50 @@ def _run(target, number): # number of the open file that leads to the parent
 
 def start_python(
     target:str, # "module:function" that the process calls with its connection
+    python:str=sys.executable, # interpreter, perhaps of another virtual environment
+    env:dict|None=None, # its variables; None: ours, and our `sys.path`
     **kw, # of `subprocess.Popen`, such as `stdout`
 )->tuple: # (subprocess.Popen, connection to it)
-    "Start a process of this Python, with our `sys.path`, that ends when this process does."
+    "Start a process that ends when this one does; it leads a session of its own."
     pipe, theirs = Pipe()
     code = f"from defi_nb.core.utils import _run; _run({target!r}, {theirs.fileno()})"
-    path = os.pathsep.join(p or os.getcwd() for p in sys.path)
-    process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.PIPE,
-                               env=os.environ | {"PYTHONPATH": path}, start_new_session=True, **kw)
+    env = env or os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+    process = subprocess.Popen([python, "-uc", code], env=env, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()], start_new_session=True, **kw)
     theirs.close()
     return process, pipe
+
+# %% ../../nbs/00_core/02_utils.ipynb #08fa7a10
+class JobError(Exception):
+    "A job that failed: JobError(why, again), where `again` says whether another try could end otherwise."
+
+def received(
+    pipe, # a connection
+): # yields
+    "What comes through a connection, until the other end is gone."
+    while True:
+        try: yield pipe.recv()
+        except (EOFError, OSError): return
+
+def play_jobs(
+    pipe, # connection through which a player comes, the arguments of this process, and jobs
+):
+    "Play jobs for the process at the other end."
+    lock, last = threading.Lock(), (None, 0.)
+    def say(kind, **more):
+        with lock: pipe.send({"kind": kind, **more})
+    def beat(stage="step"):
+        nonlocal last
+        if stage != last[0] or time.monotonic() - last[1] > 1:
+            last = stage, time.monotonic()
+            say("stage", stage=stage)
+    try:
+        with pickle.loads(pipe.recv_bytes())(*pipe.recv(), beat=beat) as (play, about):
+            say("ready", **about)
+            for job in received(pipe):
+                last = None, 0.
+                play(job, lambda row: say("row", row=row))
+                say("done")
+    except (JobError, TimeoutError, ConnectionError) as error:
+        why, again = error.args if isinstance(error, JobError) else (f"{type(error).__name__}: {error}", True)
+        say("error", error=why, again=again)
+    except Exception as error: say("error", error=portable_error(error), again=False)

@@ -25,7 +25,7 @@ from ..core.stats import anytime_interval
 from ..core.utils import progress_bar
 from .results import EvalResult, task_table
 from .rollout import EvalConfig, on_device, play_policy, playtable_env
-from .workers import Journal, Patience, Pool, cores, python_workers, read_journal
+from .workers import Journal, Patience, Pool, cores, read_journal, start_workers
 from ..models.encoders import weights_digest
 from ..sim.calvin_tasks import check_tasks, get_sequences, sequences_digest
 from ..weights.checkpoint import git_commit
@@ -90,7 +90,7 @@ class _Beating:
 
 @contextmanager
 def _player(policy, config, make_env, play, keep, device, beat=lambda: None):
-    "play_group(group, on_chain), with one thread and the policy in evaluation mode; afterwards as it was."
+    "(play_group(group, on_chain), {}), with one thread and the policy in evaluation mode; afterwards as it was."
     if isinstance(policy, partial): policy = on_device(policy(), device)
     envs, threads, training = [], torch.get_num_threads(), getattr(policy, "training", False)
     def play_group(group, on_chain):
@@ -100,7 +100,7 @@ def _player(policy, config, make_env, play, keep, device, beat=lambda: None):
         play(policy, envs, group, config, on_end)
     torch.set_num_threads(1)
     if hasattr(policy, "eval"): policy.eval()
-    try: yield play_group
+    try: yield play_group, {}
     finally:
         for env in envs: env.close()
         torch.set_num_threads(threads)
@@ -192,12 +192,12 @@ def evaluate(
         player = partial(_player, policy, config, make_env, play, tuple(keep))
         if not todo or _enough(config, journal, n) is not None: pass
         elif n_workers == 0:
-            with player(devices[0]) as play_group:
+            with player(devices[0]) as (play_group, _):
                 for group in todo:
                     play_group(group, partial(on_chain, group))
                     if on_group(): break
         else:
-            start = python_workers(player, "the policy or environment", devices)
+            start = start_workers(player, "the policy or environment", [(d,) for d in devices])
             Pool(start, lambda group: f"chains {[i for i, _ in group]}", on_chain, on_group, on_again=on_again,
                  patience=Patience(patience, patience, retries + 1), advice=_ADVICE).run(todo, n_workers or cores())
     if out: journal.refresh()
