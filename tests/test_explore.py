@@ -1,4 +1,4 @@
-"JupyterLab in a headless browser opens the workbench, moves it, asks it something else, and takes steps in the simulator."
+"JupyterLab in a headless browser opens the workbench, moves it, queries it with another instruction, and takes steps in the simulator."
 import base64
 import json
 import os
@@ -38,8 +38,8 @@ def project(tmp_path_factory):
     (root/"nbs").mkdir()
     obs, rows = env.reset(), []
     for k in range(14):
-        pictures = {f"rgb_{v}": obs["rgb_obs"][f"rgb_{v}"] for v in ("static", "gripper")}
-        rows.append(pictures | dict(rel_actions=waving(k), robot_obs=obs["robot_obs"], scene_obs=obs["scene_obs"]))
+        images = {f"rgb_{v}": obs["rgb_obs"][f"rgb_{v}"] for v in ("static", "gripper")}
+        rows.append(images | dict(rel_actions=waving(k), robot_obs=obs["robot_obs"], scene_obs=obs["scene_obs"]))
         obs = env.step(waving(k))[0]
     write_segment(root/"data/waves_D_D/training", 0, {k: np.stack([row[k] for row in rows]) for k in rows[0]}, "D", [Window(0, 13, "open_drawer", "open the drawer")])
     finish_split(root/"data/waves_D_D/training")
@@ -78,7 +78,7 @@ const code = arguments[0]; let out = ''; window.answer = null;
 const future = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({code, store_history: false});
 future.onIOPub = m => { if (m.header.msg_type === 'stream') out += m.content.text; if (m.header.msg_type === 'error') out += m.content.evalue; };
 future.done.then(() => { window.answer = [out]; });"""
-PICTURE = """
+IMAGE = """
 const [n, done] = arguments, image = document.querySelectorAll('.defi-explorer .widget-image')[n];
 fetch(image.src).then(r => r.arrayBuffer()).then(b => { let s = ''; for (const x of new Uint8Array(b)) s += String.fromCharCode(x); done(btoa(s)); });"""
 LATENCY = """
@@ -100,7 +100,7 @@ class Page:
         self.driver.execute_script(IN_KERNEL, code)
         return until(lambda: self.driver.execute_script("return window.answer"))[0].strip()
 
-    def picture(self, n=0): return base64.b64decode(self.driver.execute_async_script(PICTURE, n))
+    def image(self, n=0): return base64.b64decode(self.driver.execute_async_script(IMAGE, n))
     def trace(self, name, axis): return self.driver.execute_script("return Array.from(document.querySelector('.defi-explorer .js-plotly-plot').data.find(t => t.name == arguments[0])[arguments[1]])", name, axis)
     def text(self): return self.driver.execute_script("return document.querySelector('.defi-explorer').innerText")
     def all(self, selector): return self.driver.find_elements("css selector", f".defi-explorer {selector}")
@@ -113,9 +113,9 @@ class Page:
         Select(box.find_element("css selector", "select")).select_by_visible_text(option)
 
     def settled(self):
-        "Wait until the kernel is done and the browser shows the kernel's picture; returns that picture."
+        "Wait until the kernel is done and the browser shows the kernel's image; returns that image."
         shown = base64.b64decode(self.kernel("explorer.wait(); import base64; print(base64.b64encode(explorer.strip.value).decode())"))
-        until(lambda: self.picture() == shown)
+        until(lambda: self.image() == shown)
         return shown
 
 
@@ -134,64 +134,64 @@ def test_workbench(url, browser):
 
     # the scrubber
     handle, numbers = page.all(".noUi-handle")[0], page.text()
-    codes = page.picture(2)
+    codes = page.image(2)
     handle.click()
     handle.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
     until(lambda: page.trace("cursor 0", "x") == [5, 5])
     assert np.allclose(page.trace("cursor 0", "y"), [-2.2, 2.2], atol=1e-3)
     after = page.settled()
-    assert after != before and page.picture(2) != codes and page.text() != numbers and "0.17 s of 0.43 s" in page.text()
-    chunk = json.loads(page.kernel("import json; print(json.dumps((2*explorer.sessions[0].known(explorer.ask)['chunk'][-1, :, 0]).tolist()))"))
+    assert after != before and page.image(2) != codes and page.text() != numbers and "0.17 s of 0.43 s" in page.text()
+    chunk = json.loads(page.kernel("import json; print(json.dumps((2*explorer.sessions[0].cached(explorer.query)['chunk'][-1, :, 0]).tolist()))"))
     assert np.allclose(page.trace("x 0", "y")[:10], chunk, atol=1e-4) and page.trace("x 0", "x")[0] == 5
     place = json.loads(page.kernel("print(json.dumps(explorer.episode.robot_obs[5, :3].tolist()))"))
     assert np.allclose([page.trace("now", a)[0] for a in "xyz"], place, atol=1e-6)
 
-    # two selectors and a button: the picture changes, the motion does not
+    # two selectors and a button: the strip changes, the motion does not
     motion = page.trace("coupled's chunk", "z")
     page.select("layer", "block 1")
-    until(lambda: page.picture() != after)
+    until(lambda: page.image() != after)
     layer = page.settled()
     page.select("head", "2")
-    until(lambda: page.picture() != layer)
+    until(lambda: page.image() != layer)
     head = page.settled()
     assert "layer block 1, head 2" in page.text() and page.trace("coupled's chunk", "z") == motion
     page.button("gripper").click()
-    until(lambda: page.picture() != head)
+    until(lambda: page.image() != head)
     assert "of the static camera" in until(lambda: "of the static camera" in page.text() and page.text())
     page.button("static").click()
-    until(lambda: page.picture() == head)
+    until(lambda: page.image() == head)
 
     # another instruction
     field = next(b for b in page.all(".widget-text") if b.find_element("css selector", "label").text == "instruction").find_element("css selector", "input")
     field.send_keys(Keys.CONTROL, "a")
     field.send_keys("push the blue block", Keys.ENTER)
-    until(lambda: "push the blue block" in page.kernel("print(explorer.ask.text)"))
+    until(lambda: "push the blue block" in page.kernel("print(explorer.query.text)"))
     other = page.settled()
     assert other != head and "asked for 'push the blue block'" in page.text() and page.trace("coupled's chunk", "z") != motion
 
     # the simulator: the policy once, and keys that are not the notebook's
     page.button("go on from here").click()
     until(lambda: "0 control steps" in page.text())
-    page.button("policy: one look").click()
+    page.button("policy: one plan").click()
     until(lambda: "10 control steps (10 by coupled, 0 by hand)" in page.text())
     keys = page.all("input.defi-keys")[0]
     for n, key in enumerate("dda ", 1):
         keys.send_keys(key)
         until(lambda n=n: f"by coupled, {n} by hand" in page.text())
     assert "gripper closed" in page.text() and len(browser.find_elements("css selector", ".jp-Notebook .jp-Cell")) == cells
-    path = json.loads(page.kernel("print(json.dumps(explorer.pilot.path()[:, 2].tolist()))"))
+    path = json.loads(page.kernel("print(json.dumps(explorer.teleop.path()[:, 2].tolist()))"))
     until(lambda: len(page.trace("live", "z")) == 15)
     assert np.allclose(page.trace("live", "z"), path, atol=1e-6)
-    page.button("look at this run").click()
+    page.button("open this run").click()
     until(lambda: page.kernel("print(len(explorer.episode))") == "15")
     page.settled()
 
     moves = page.kernel("from defi_nb.explore.app import time_moves; print(time_moves(explorer))")
     page.settled()
     print(f"\nin the kernel, ms: {moves}")
-    for pause in (600, 60): # milliseconds between a picture and the next key
+    for pause in (600, 60): # milliseconds between an image and the next key
         took = browser.execute_async_script(LATENCY, pause)
-        print(f"from key to picture in the browser, {pause} ms apart: median {np.median(took):.0f} ms, 95th percentile {np.percentile(took, 95):.0f} ms")
+        print(f"from key to image in the browser, {pause} ms apart: median {np.median(took):.0f} ms, 95th percentile {np.percentile(took, 95):.0f} ms")
     if shot := os.environ.get("DEFI_NB_SCREENSHOT"): browser.save_screenshot(shot)
     severe = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert not severe

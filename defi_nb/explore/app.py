@@ -12,236 +12,255 @@ import threading
 import time
 from functools import partial
 
+import ipywidgets as w
 import numpy as np
-from PIL import Image
 from fastcore.basics import patch
 
-from ..core.plot import show_strip
 from ..core.spec import CONTROL_HZ, VIEWS
 from ..eval.film import caption_frame
-from .export import STILLS, View, show_report, still
+from .export import STATIC_VIEWS, View, show_report, static_view
 from .panels import (
-    LANES, Shown, layer_options, motion_figure, numbers_table, paint_codes, paint_strip,
-    paint_table, png_bytes)
-from .session import PARTS, Ask, Background, Episode, Session, nearest_first
-from .teleop import KEYS, Pilot, key_action, key_field
-from ..viz.attention_maps import Maps
+    LANES, Painting, ViewState, layer_options, motion_figure, numbers_table, paint_video)
+from .session import PARTS, Background, Episode, Query, Session, nearest_first
+from .teleop import KEYS, Teleop, key_action, key_field
 
 # %% ../../nbs/10_explore/04_app.ipynb #d073a15d
 class Explorer:
     "The workbench; in the last line of a cell it shows itself."
     def __init__(self,
         session:Session, # a policy and an episode
-        second:Session|None=None, # another policy with the same episode, to stand beside it
-        side:int=168, # of the pictures, pixels
-        execute:int=10, # actions of a chunk that a policy executes in the simulator before it looks again
+        second:Session|None=None, # another policy with the same episode, to compare
+        side:int=168, # of the frames, pixels
+        execute:int=10, # actions of a chunk that a policy executes in the simulator before it plans again
     ):
-        if second is not None and second.episode is not session.episode: raise ValueError(f"{second.name} is given {second.episode.name}, {session.name} {session.episode.name}: build both sessions with the same episode")
-        if second is not None and second.name == session.name: raise ValueError(f"both policies are called {session.name!r}: give one of them another name")
-        self.sessions, self.side, self.execute, self.pilot = (session,) + (second,)*(second is not None), side, execute, None
-        self.first, self.lock, self.drawn, self.sent, self.quiet = session.episode, threading.RLock(), {}, {}, None
-        self._controls()
-        self._panels()
-        self._live()
-        self._export()
-        self._begin()
-        self._arrange()
+        if second is not None and second.episode is not session.episode:
+            raise ValueError(f"{second.name} is given {second.episode.name}, {session.name} {session.episode.name}: "
+                             "build both sessions with the same episode")
+        if second is not None and second.name == session.name:
+            raise ValueError(f"both policies are called {session.name!r}: give one of them another name")
+        self.sessions = (session,) + (second,)*(second is not None)
+        self.side, self.execute, self.teleop, self.first = side, execute, None, session.episode
+        self.lock, self.drawn, self.sent, self.quiet = threading.RLock(), {}, {}, None
+        for build in (self._query_widgets, self._choice_widgets, self._panel_widgets, self._simulator_widgets,
+                      self._export_widgets, self._start, self._arrange): build()
 
     @property
     def episode(self): return self.sessions[0].episode
 
     @property
-    def watched(self): return "DEFI_NB_PROGRESS" not in os.environ # it says that nobody looks on: see `progress`
+    def interactive(self): return "DEFI_NB_PROGRESS" not in os.environ # set where nobody watches: see `progress`
 
     @property
-    def ask(self): return Ask(self.time.value, self.text.value.strip() or self.episode.text, self.seed.value, self.steps.value)
+    def query(self):
+        text = self.text.value.strip() or self.episode.text
+        return Query(self.time.value, text, self.seed.value, self.steps.value)
 
     @property
-    def shown(self): # see `Shown`
+    def state(self): # see `ViewState`
         "What is chosen now."
-        live = None if self.pilot is None else self.pilot.path()
-        return Shown(self.sessions, self.ask, self.view.value, self.map.value or "", self.layer.value or "mean", self.head.value, self.query.value or "", self.heat.value, self.level.value, live)
+        live = None if self.teleop is None else self.teleop.path()
+        return ViewState(self.sessions, self.query, self.view.value, self.map.value or "", self.layer.value or "mean",
+                         self.head.value, self.map_query.value or "", self.heat.value, self.level.value, live)
 
-    def _say(self, text, wrong=False): self.status.value = f'<span style="color:{"#b00020" if wrong else "#555"}">{html.escape(text)}</span>'
+# %% ../../nbs/10_explore/04_app.ipynb #7ae5e990
+@patch
+def _set_status(self:Explorer, text, error=None):
+    if error is not None: text += f"{type(error).__name__}: {error}"
+    self.status.value = f'<span style="color:{"#555" if error is None else "#b00020"}">{html.escape(text)}</span>'
 
-    def _guarded(self, call):
-        "A callback whose errors are shown in place."
-        def guarded(*args):
-            try: return call(*args)
-            except Exception as error: self._say(f"{type(error).__name__}: {error}", wrong=True)
-        return guarded
+@patch
+def _guarded(self:Explorer, call):
+    "A callback whose errors are shown in place."
+    def guarded(*args):
+        try: return call(*args)
+        except Exception as error: self._set_status("", error)
+    return guarded
+
+@patch
+def _button(self:Explorer, text, call, tip):
+    "A button with a guarded callback."
+    button = w.Button(description=text, tooltip=tip, layout=w.Layout(width="auto"))
+    button.on_click(self._guarded(lambda _: call()))
+    return button
 
 # %% ../../nbs/10_explore/04_app.ipynb #e3d5ce06
+def _labelled(kind, label, width, *args, size=308, **kw):
+    "A widget with its label to the left, both widths in pixels; size 0 fills the row."
+    layout = w.Layout(width=f"{size}px") if size else w.Layout(flex="1 1 auto")
+    style = dict(description_width=f"{width}px")
+    if "button_width" in kw: style["button_width"] = f"{kw.pop('button_width')}px"
+    return kind(*args, description=label, layout=layout, style=style, **kw)
+
 @patch
-def _controls(self:Explorer):
-    "Everything that can be chosen."
-    import ipywidgets as w
-    wide, n = w.Layout(width="308px"), len(self.episode)
-    style = dict(description_width="74px")
-    pick = partial(w.Dropdown, layout=wide, style=style)
-    self.time = w.IntSlider(0, 0, n - 1, description="control step", continuous_update=True, layout=w.Layout(flex="1 1 auto"), style=dict(description_width="84px"))
+def _query_widgets(self:Explorer):
+    "What the policy is asked."
+    n = len(self.episode)
+    self.time = _labelled(w.IntSlider, "control step", 84, 0, 0, n - 1, size=0)
     self.play = w.Play(min=0, max=n - 1, interval=150, show_repeat=False)
     w.jslink((self.play, "value"), (self.time, "value"))
-    self.clock = w.HTML(layout=w.Layout(width="150px"))
-    self.text = w.Text(self.episode.text, description="instruction", continuous_update=False, layout=w.Layout(flex="1 1 auto"), style=dict(description_width="84px"))
-    self.recorded = w.Button(description="as recorded", tooltip="the episode's own instruction", layout=w.Layout(width="110px"))
-    self.recorded.on_click(lambda _: setattr(self.text, "value", self.episode.text))
-    self.view = w.ToggleButtons(options=[v for v in VIEWS if v in self.episode.video], description="camera", style=dict(description_width="74px", button_width="88px"), layout=wide)
-    self.heat = w.Checkbox(True, description="attention on the pictures", indent=False, layout=wide)
-    self.map, self.layer, self.head, self.query = (pick(description=d) for d in ("attention", "layer", "head", "query"))
-    self.steps = w.ToggleButtons(options=[1, 2, 5, 10, 20], value=10, description="video steps", tooltips=["of the sampler of the predicted video"]*5, style=dict(description_width="74px", button_width="41px"), layout=wide)
-    self.level = w.IntSlider(1, 1, 1, description="action step", layout=wide, style=style)
-    self.seed = w.BoundedIntText(0, min=0, max=10**6, description="noise", layout=wide, style=style)
-    self.status, self.progress = w.HTML(), w.IntProgress(0, 0, n*len(self.sessions), layout=w.Layout(width="120px", height="14px"), style=dict(bar_color="#1f77b4"))
+    self.text = _labelled(w.Text, "instruction", 84, self.episode.text, size=0, continuous_update=False)
+    self.recorded = self._button("as recorded", lambda: setattr(self.text, "value", self.episode.text),
+                                 "the episode's own instruction")
+    self.steps = _labelled(w.ToggleButtons, "video steps", 74, options=[1, 2, 5, 10, 20], value=10, button_width=41,
+                           tooltips=["of the sampler of the predicted video"]*5)
+    self.seed = _labelled(w.BoundedIntText, "noise", 74, min=0, max=10**6)
 
 @patch
-def _panels(self:Explorer):
+def _choice_widgets(self:Explorer):
+    "What is shown of the answer."
+    views = [v for v in VIEWS if v in self.episode.video]
+    self.view = _labelled(w.ToggleButtons, "camera", 74, options=views, button_width=88)
+    self.heat = w.Checkbox(True, description="attention on the frames", indent=False)
+    self.map, self.layer, self.head, self.map_query = (
+        _labelled(w.Dropdown, label, 74) for label in ("attention", "layer", "head", "query"))
+    self.level = _labelled(w.IntSlider, "action step", 74, 1, 1, 1)
+
+@patch
+def _panel_widgets(self:Explorer):
     "Everything that is shown, empty as yet."
-    import ipywidgets as w
-    image = lambda **kw: w.Image(format="png", layout=w.Layout(object_fit="contain", object_position="0 0", **kw))
-    self.strip, self.codes, self.table, self.scene = image(), image(), image(display="none"), image(display="none")
-    self.numbers, self.notes, self.said = w.HTML(), w.HTML(), w.HTML()
+    image = lambda display="": w.Image(layout=w.Layout(object_fit="contain", object_position="0 0", display=display))
+    self.strip, self.codes, self.table, self.scene = image(), image(), image("none"), image("none")
+    self.clock, self.numbers, self.notes, self.run_status, self.status = (w.HTML() for _ in range(5))
+    self.progress = w.IntProgress(0, 0, len(self.episode)*len(self.sessions), style=dict(bar_color="#1f77b4"),
+                                  layout=w.Layout(width="120px", height="14px"))
+
+# %% ../../nbs/10_explore/04_app.ipynb #080950b6
+def _offer(selector, options):
+    "Set a selector's options, and keep its value where it is one of them."
+    if tuple(selector.options) == tuple(options): return
+    value, selector.options = selector.value, tuple(options)
+    selector.value = value if value in options else options[0]
 
 @patch
-def _begin(self:Explorer):
-    "Compute the present moment, from which selectors and axes are taken, and begin to compute the others."
-    from plotly.graph_objects import Figure, FigureWidget
-    for s in self.sessions: s.answer(self.ask, ("chunk", "codes", "maps"))
-    self.level.max = self.level.value = max(len(s.known(self.ask)["chunk"]) for s in self.sessions)
-    self._offer()
-    self.sent = self.shown.lines()
-    self.order, self.motion = list(self.sent), (FigureWidget if self.watched else Figure)(motion_figure(self.sent, self.shown.names, len(self.episode)))
-    self.ahead = Background(self._told)
-    self._redraw()
-    self._want()
-    for c in (self.time, self.text, self.seed, self.steps): c.observe(self._guarded(self._asked), "value")
-    for c in (self.view, self.heat, self.map, self.layer, self.head, self.query, self.level): c.observe(self._guarded(self._chosen), "value")
-
-@patch
-def _offer(self:Explorer):
+def _update_options(self:Explorer):
     "Bring the selectors up to date with the answers that are there."
-    def offer(selector, options):
-        if tuple(selector.options) == tuple(options): return
-        kept = selector.value
-        selector.options = tuple(options)
-        selector.value = kept if kept in options else options[0]
     self.quiet = threading.get_ident() # what this thread changes now, it draws itself
     try:
-        names = list(dict.fromkeys(n for s in self.sessions for n in s.known(self.ask).get("maps", {})))
+        names = list(dict.fromkeys(n for s in self.sessions for n in s.cached(self.query).get("maps", {})))
         if not names: return
-        offer(self.map, sorted(names, key=lambda n: (n != "latent action x patch", "patch" not in n)))
-        if (found := next((m for m in self.shown.found() if m is not None), None)) is None: return
-        offer(self.layer, layer_options(found))
-        offer(self.head, ("mean",) if self.layer.value == "rollout" or found.weights.shape[1] == 1 else ("mean", *range(found.weights.shape[1])))
-        offer(self.query, found.queries)
+        _offer(self.map, sorted(names, key=lambda n: (n != "latent action x patch", "patch" not in n)))
+        attention = next((m for m in self.state.attention() if m is not None), None)
+        if attention is None: return
+        _offer(self.layer, layer_options(attention))
+        heads = attention.weights.shape[1]
+        _offer(self.head, ("mean", *range(heads)) if self.layer.value != "rollout" and heads > 1 else ("mean",))
+        _offer(self.map_query, attention.queries)
     finally: self.quiet = None
 
 # %% ../../nbs/10_explore/04_app.ipynb #e5edb99f
 @patch
+def _keys(self:Explorer, s):
+    "What each panel depends on."
+    cached = [session.cached(s.query) for session in s.sessions]
+    part = lambda *names: tuple(id(c.get(name)) for name in names for c in cached)
+    coded = sum(("codes", t, s.query.text) in x.cache for x in s.sessions for t in range(len(s.episode)))
+    heat, moment = (s.map, s.layer, s.head, s.map_query), (id(s.episode), s.query, s.view)
+    return dict(clock=moment, strip=(moment, part("future", "maps"), s.heat, heat),
+                codes=(id(s.episode), s.t, s.query.text, coded), table=(moment, part("maps"), heat),
+                numbers=(moment, part("future", "maps", "chunk"), s.level, heat),
+                notes=(moment, part("maps"), heat, s.heat),
+                motion=(moment, part("chunk"), s.level, self.teleop and len(self.teleop.actions)))
+
+@patch
 def _redraw(self:Explorer):
     "Bring every panel up to date whose content has changed."
     with self.lock:
-        s, n = self.shown, len(self.episode)
-        known = [session.known(s.ask) for session in s.sessions]
-        part = lambda *names: tuple(id(k.get(name)) for name in names for k in known)
-        coded = sum(("codes", t, s.ask.text) in session.kept for session in s.sessions for t in range(n))
-        heat, moment = (s.map, s.layer, s.head, s.query), (id(s.episode), s.ask, s.view)
-        self._draw("clock", moment, self._set_clock)
-        self._draw("strip", (moment, part("future", "maps"), s.heat, heat), self._paint_strip)
-        self._draw("codes", (id(s.episode), s.t, s.ask.text, coded), self._paint_codes)
-        self._draw("table", (moment, part("maps"), heat), self._paint_table)
-        self._draw("numbers", (moment, part("future", "maps", "chunk"), s.level, heat), self._write_numbers)
-        self._draw("notes", (moment, part("maps"), heat, s.heat), self._write_notes)
-        self._draw("motion", (moment, part("chunk"), s.level, self.pilot and len(self.pilot.seen)), self._move)
+        state = self.state
+        for name, key in self._keys(state).items():
+            if self.drawn.get(name) == key: continue
+            getattr(self, f"_draw_{name}")(state)
+            self.drawn[name] = key
 
 @patch
-def _draw(self:Explorer, name, key, make):
-    "Draw a panel if its key is not the last one's."
-    if self.drawn.get(name) == key: return
-    make(self.shown)
-    self.drawn[name] = key
+def _draw_clock(self:Explorer, s):
+    self.clock.value = f"{s.t/CONTROL_HZ:.2f} s of {(len(s.episode) - 1)/CONTROL_HZ:.2f} s"
 
 @patch
-def _set_clock(self:Explorer, s): self.clock.value = f"{s.t/CONTROL_HZ:.2f} s of {(len(s.episode) - 1)/CONTROL_HZ:.2f} s"
+def _draw_strip(self:Explorer, s): self.strip.value = s.strip_panel(self.side).image()
 
 @patch
-def _paint_strip(self:Explorer, s):
-    rows, captions, heats = s.pictures()
-    self.strip.value = png_bytes(paint_strip(rows, captions, self.side, heats))
+def _draw_codes(self:Explorer, s): self.codes.value = s.codes_panel(96 + 4*(self.side + 4)).image()
 
 @patch
-def _paint_codes(self:Explorer, s):
-    size = {x.name: x.policy.cfg.gidm.codes for x in s.sessions if x.coupled}
-    self.codes.value = png_bytes(paint_codes(s.code_rows(), size, s.t, 92 + 4*(self.side + 4)))
+def _draw_table(self:Explorer, s):
+    panel = s.table_panel(96 + 4*(self.side + 4))
+    self.table.layout.display = "none" if panel is None else ""
+    if panel is not None: self.table.value = panel.image()
 
 @patch
-def _paint_table(self:Explorer, s):
-    "The table of attention between tokens, where that is what is chosen."
-    found = next((m for m in s.found() if m is not None), None)
-    if found is None or isinstance(found, Maps): self.table.layout.display = "none"; return
-    table = found.table(s.layer, s.head if s.layer != "rollout" else "mean")
-    self.table.value = png_bytes(paint_table(table, found.queries, found.keys, found.queries.index(s.query), (92 + 4*(self.side + 4), 300)))
-    self.table.layout.display = ""
+def _draw_numbers(self:Explorer, s): self.numbers.value = numbers_table(s.measures())
 
 @patch
-def _write_numbers(self:Explorer, s): self.numbers.value = numbers_table(s.measures())
+def _draw_notes(self:Explorer, s):
+    lines = "<br>".join(html.escape(x) for x in (s.caption(), *s.notes()) if x)
+    self.notes.value = f'<div style="font-size:12px;line-height:1.35;color:#444">{lines}</div>'
 
 @patch
-def _write_notes(self:Explorer, s):
-    self.notes.value = '<div style="font-size:12px;line-height:1.35;color:#444">' + "<br>".join(html.escape(x) for x in (s.caption(), *s.notes()) if x) + "</div>"
-
-@patch
-def _move(self:Explorer, s):
-    "Send the lines of the motion that have changed."
+def _draw_motion(self:Explorer, s):
+    "Send the lines that have changed."
     same = lambda a, b: a is not None and all(np.array_equal(a[k], b[k], equal_nan=True) for k in b)
     new = {n: line for n, line in s.lines().items() if not same(self.sent.get(n), line)}
     with self.motion.batch_update():
         for trace, name in zip(self.motion.data, self.order):
             for axis, values in new.get(name, {}).items(): trace[axis] = values
-            if name == "live" and (self.pilot is not None) != bool(trace.visible): trace.visible = self.pilot is not None
+            if name == "live" and (s.live is not None) != bool(trace.visible): trace.visible = s.live is not None
     self.sent |= new
 
 # %% ../../nbs/10_explore/04_app.ipynb #9f0da469
 @patch
-def _want(self:Explorer):
-    "Ask for the present moment, then for all others."
-    now = self.ask
-    self.ahead.want([(s, Ask(t, now.text, now.seed, now.steps)) for t in nearest_first(len(self.episode), now.t) for s in self.sessions], urgent=len(self.sessions))
-
-@patch
-def _asked(self:Explorer, change=None):
-    "The question has changed."
-    if self.quiet == threading.get_ident(): return
-    if change is not None: self._say("")
-    with self.lock:
-        self._offer()
-        self._redraw()
-    self._want()
-
-@patch
-def _chosen(self:Explorer, change=None):
+def _on_choice_changed(self:Explorer, change=None):
     "What is shown of the answer has changed."
     if self.quiet == threading.get_ident(): return
     with self.lock:
-        self._offer()
+        self._update_options()
         self._redraw()
 
 @patch
-def _told(self:Explorer, session, ask, error):
+def _on_query_changed(self:Explorer, change=None):
+    "The query has changed: request the present moment, then all others."
+    if self.quiet == threading.get_ident(): return
+    if change is not None: self._set_status("")
+    self._on_choice_changed()
+    order = nearest_first(len(self.episode), self.time.value)
+    self.ahead.request([(s, self._at(t)) for t in order for s in self.sessions], urgent=len(self.sessions))
+
+@patch
+def _at(self:Explorer, t):
+    "The present query at another control step."
+    now = self.query
+    return Query(t, now.text, now.seed, now.steps)
+
+@patch
+def _on_answer(self:Explorer, session, query, error):
     "A part of an answer is there; called in the thread."
-    if error is not None: return self._say(f"{session.name} at control step {ask.t}: {type(error).__name__}: {error}", wrong=True)
-    try:
-        with self.lock:
-            if ask == self.ask: self._offer()
-            self._redraw()
-            now = self.ask
-            self.progress.value = sum(len(s.known(Ask(t, now.text, now.seed, now.steps))) + len(s.lacks) == len(PARTS) for s in self.sessions for t in range(len(self.episode)))
-    except Exception as e: self._say(f"{type(e).__name__}: {e}", wrong=True)
+    if error is not None: return self._set_status(f"{session.name} at control step {query.t}: ", error)
+    with self.lock:
+        if query == self.query: self._update_options()
+        self._redraw()
+        queries = [(s, self._at(t)) for s in self.sessions for t in range(len(self.episode))]
+        self.progress.value = sum(len(s.cached(q)) + len(s.missing) == len(PARTS) for s, q in queries)
+
+# %% ../../nbs/10_explore/04_app.ipynb #280edc2e
+@patch
+def _start(self:Explorer):
+    "Compute the present moment, and begin to compute the others."
+    from plotly.graph_objects import Figure, FigureWidget
+    for s in self.sessions: s.answer(self.query, ("chunk", "codes", "maps"))
+    self.level.max = self.level.value = max(len(s.cached(self.query)["chunk"]) for s in self.sessions)
+    self._update_options()
+    self.sent = self.state.lines()
+    self.order, figure = list(self.sent), motion_figure(self.sent, self.state.names, len(self.episode))
+    self.motion = (FigureWidget if self.interactive else Figure)(figure)
+    self.ahead = Background(lambda *answer: self._guarded(self._on_answer)(*answer))
+    self._on_query_changed()
+    choices = self.view, self.heat, self.map, self.layer, self.head, self.map_query, self.level
+    for c in (self.time, self.text, self.seed, self.steps): c.observe(self._guarded(self._on_query_changed), "value")
+    for c in choices: c.observe(self._guarded(self._on_choice_changed), "value")
 
 @patch
 def wait(self:Explorer,
     seconds:float=600, # at most
-): # whether all is there
+)->bool: # whether all is there
     "Until all moments are computed."
     return self.ahead.wait(seconds)
 
@@ -250,12 +269,15 @@ def close(self:Explorer):
     "End the thread."
     self.ahead.close()
 
+# %% ../../nbs/10_explore/04_app.ipynb #4ede94b0
 @patch
-def look_at(self:Explorer,
+def open_episode(self:Explorer,
     episode:Episode, # with the same cameras
 ):
-    "Look at another episode with the same policies."
-    if set(episode.video) != set(self.episode.video) or (episode.action is None) != (self.episode.action is None): raise ValueError(f"{episode.name} has other cameras than {self.episode.name}, or one of them has no actions: open it with another Explorer")
+    "Show another episode with the same policies."
+    if set(episode.video) != set(self.episode.video) or (episode.action is None) != (self.episode.action is None):
+        raise ValueError(f"{episode.name} has other cameras than {self.episode.name}, or one of them has no actions: "
+                         "open it with another Explorer")
     with self.lock:
         self.sessions = tuple(Session(s.policy, episode, s.name, s.memory) for s in self.sessions)
         self.quiet, n = threading.get_ident(), len(episode)
@@ -263,116 +285,129 @@ def look_at(self:Explorer,
         self.time.max = self.play.max = n - 1
         self.text.value, self.quiet = episode.text, None
         self.progress.max, self.title.value, self.sent = n*len(self.sessions), self._title(), {}
-        with self.ahead.hold():
-            for s in self.sessions: s.answer(self.ask, ("chunk", "codes", "maps"))
-        fresh = motion_figure(self.shown.lines(), self.shown.names, n).layout
+        with self.ahead.pause():
+            for s in self.sessions: s.answer(self.query, ("chunk", "codes", "maps"))
+        fresh = motion_figure(self.state.lines(), self.state.names, n).layout
         with self.motion.batch_update():
             self.motion.layout.xaxis.range = fresh.xaxis.range
             for axis in ("xaxis", "yaxis", "zaxis"): self.motion.layout.scene[axis].range = fresh.scene[axis].range
-    self._asked()
+    self._on_query_changed()
 
 # %% ../../nbs/10_explore/04_app.ipynb #55c04f44
 @patch
-def _live(self:Explorer):
+def _simulator_widgets(self:Explorer):
     "The simulator's widgets."
-    import ipywidgets as w
-    button = lambda text, call, tip: (b := w.Button(description=text, tooltip=tip, layout=w.Layout(width="auto")), b.on_click(self._guarded(lambda _: call())))[0]
-    self.begin = button("go on from here", self.go_on, "put the simulator into the state of the present moment")
-    self.driver = w.Dropdown(options=[s.name for s in self.sessions], description="policy", layout=w.Layout(width="220px", display="" if len(self.sessions) > 1 else "none"), style=dict(description_width="44px"))
-    self.look = button("policy: one look", self.look_once, "let the policy look once, and do what it wants")
+    self.begin = self._button("go on from here", self.go_on, "put the simulator into the state of the present moment")
+    self.driver = _labelled(w.Dropdown, "policy", 44, size=220, options=[s.name for s in self.sessions])
+    if len(self.sessions) == 1: self.driver.layout.display = "none"
+    self.once = self._button("policy: one plan", self.replan, "query the policy once, and execute its plan")
     self.run = w.Play(min=0, max=10**6, interval=120, show_repeat=False, tooltip="let the policy act on and on")
     self.run.observe(self._guarded(lambda change: self.policy_step()), "value")
-    self.review = button("look at this run", lambda: self.look_at(self.pilot.episode()) if self.pilot else self._started(), "open what has happened as an episode")
-    self.back = button("back to the recording", lambda: self.look_at(self.first), "open the episode with which this began")
-    self.keys = key_field([*KEYS, " ", "Enter"], self._guarded(self.press), "click here and steer: a d left right, w s away near, r f up down, j l turn, i k u o tilt, space gripper, Enter policy")
-    self.hands = [w.FloatSlider(0, min=-1, max=1, step=.05, description=name, readout_format=".2f", layout=w.Layout(width="300px"), style=dict(description_width="50px")) for name in LANES[:6]]
-    self.grip = w.ToggleButtons(options=[("open", 1), ("close", -1)], description="gripper", style=dict(description_width="50px", button_width="70px"))
-    self.times = w.BoundedIntText(1, min=1, max=60, description="times", layout=w.Layout(width="120px"), style=dict(description_width="50px"))
-    self.act = button("do it", lambda: self.hand([*(h.value for h in self.hands), self.grip.value], self.times.value), "one control step for each time")
+    self.review = self._button("open this run", lambda: self.open_episode(self._started().episode()),
+                               "open what has happened as an episode")
+    self.back = self._button("back to the recording", lambda: self.open_episode(self.first),
+                             "open the episode with which this began")
+    self.keys = key_field([*KEYS, " ", "Enter"], self._guarded(self.press),
+                          "click here and steer: a d left right, w s away near, r f up down, j l turn, i k u o tilt, "
+                          "space gripper, Enter policy")
+    self.sliders = [_labelled(w.FloatSlider, name, 50, 0, min=-1, max=1, step=.05, size=300) for name in LANES[:6]]
+    self.grip = w.ToggleButtons(options=[("open", 1), ("close", -1)], description="gripper",
+                                style=dict(description_width="50px", button_width="70px"))
+    self.times = _labelled(w.BoundedIntText, "times", 50, 1, min=1, max=60, size=120)
+    action = lambda: [*(slider.value for slider in self.sliders), self.grip.value]
+    self.do = self._button("do it", lambda: self.act(action(), self.times.value), "one control step for each time")
 
 @patch
 def _started(self:Explorer):
-    "The pilot, or an error that says how to get one."
-    if self.pilot is None: raise ValueError("the simulator has not been started: press 'go on from here' first")
-    return self.pilot
+    "The simulator, or an error that says how to get one."
+    if self.teleop is None: raise ValueError("the simulator has not been started: press 'go on from here' first")
+    return self.teleop
 
+# %% ../../nbs/10_explore/04_app.ipynb #f5073c1d
 @patch
 def go_on(self:Explorer):
     "Put the simulator into the state of the present moment."
-    self.pilot = Pilot(self.episode, self.time.value)
-    self.grip.value = self.pilot.gripper
-    self._say(f"the simulator goes on from control step {self.time.value}")
-    self._after()
-
-@patch
-def _driver(self:Explorer): return next(s for s in self.sessions if s.name == self.driver.value)
+    self.teleop = Teleop(self.episode, self.time.value)
+    self._set_status(f"the simulator goes on from control step {self.time.value}")
+    self._on_step()
 
 @patch
 def _plan(self:Explorer):
-    "Let the policy look."
-    s, pilot = self._driver(), self._started()
-    with self.ahead.hold(), s.lock: pilot.look(s.policy, self.ask.text, s.policy.cfg.spec.image_size, s.policy.cfg.spec.chunk, min(self.execute, s.policy.cfg.spec.chunk), self.seed.value)
+    "Query the policy that is chosen to drive."
+    s, teleop = next(s for s in self.sessions if s.name == self.driver.value), self._started()
+    spec = s.policy.cfg.spec
+    with self.ahead.pause(), s.lock:
+        teleop.replan(s.policy, self.query.text, spec.image_size, spec.chunk, min(self.execute, spec.chunk), self.seed.value)
 
 @patch
-def look_once(self:Explorer):
-    "Let the policy look, and do what it wants."
+def replan(self:Explorer):
+    "Query the policy, and execute its plan."
     self._plan()
-    self.pilot.follow()
-    self._after()
+    self.teleop.execute()
+    self._on_step()
 
 @patch
 def policy_step(self:Explorer):
-    "One control step of the policy, which looks again when its plan is done."
+    "One control step of the policy, which plans again when its plan is done."
     if not self._started().plan: self._plan()
-    self.pilot.follow(1)
-    self._after()
+    self.teleop.execute(1)
+    self._on_step()
+
+@patch
+def act(self:Explorer,
+    action, # (7,) in [-1, 1]
+    times:int=1, # control steps
+):
+    "Steer by hand."
+    for _ in range(times): self._started().step(action)
+    self._on_step()
 
 @patch
 def press(self:Explorer,
     key:str, # of `KEYS`, the space bar or "Enter"
 ):
-    "A key was pressed."
-    if key == "Enter": return self.look_once()
-    pilot = self._started()
-    self.hand(key_action(key, pilot.gripper))
+    "Do what a key stands for."
+    if key == "Enter": self.replan()
+    else: self.act(key_action(key, self._started().gripper))
 
+# %% ../../nbs/10_explore/04_app.ipynb #84222c0e
 @patch
-def hand(self:Explorer,
-    action, # (7,) in [-1, 1]
-    times:int=1, # control steps
-):
-    "Steer by hand."
-    pilot = self._started()
-    for _ in range(times): pilot.step(action)
-    self.grip.value = pilot.gripper
-    self._after()
-
-@patch
-def _after(self:Explorer):
+def _on_step(self:Explorer):
     "Show where the simulator is."
-    pilot, n = self.pilot, len(self.pilot.actions)
-    by = f"{pilot.by.count('policy')} by {self.driver.value}, {pilot.by.count('hand')} by hand"
-    self.scene.value = png_bytes(Image.fromarray(caption_frame(pilot.obs, f"{self.ask.text}: {'solved' if pilot.solved else 'not solved yet'}, {n} steps", "solved" if pilot.solved else "now", 256)))
-    self.scene.layout.display = ""
-    x, y, z = pilot.obs["robot_obs"][:3]
-    self.said.value = f'<span style="font-size:12px">{n} control steps ({html.escape(by)}); hand at {x:.3f}, {y:.3f}, {z:.3f} m; gripper {"open" if pilot.gripper > 0 else "closed"}</span>'
+    teleop, n = self.teleop, len(self.teleop.actions)
+    by = f"{teleop.by.count('policy')} by {self.driver.value}, {teleop.by.count('hand')} by hand"
+    text = f"{self.query.text}: {'solved' if teleop.solved else 'not solved yet'}, {n} steps"
+    frame = caption_frame(teleop.obs, text, "solved" if teleop.solved else "now", 256)
+    scene = Painting(frame.shape[1], frame.shape[0])
+    scene.add_image(0, 0, scene.width, scene.height, frame)
+    self.scene.value, self.scene.layout.display = scene.image(), ""
+    x, y, z = teleop.obs["robot_obs"][:3]
+    self.grip.value = teleop.gripper
+    self.run_status.value = (f'<span style="font-size:12px">{n} control steps ({html.escape(by)}); end effector at '
+                             f'{x:.3f}, {y:.3f}, {z:.3f} m; gripper {"open" if teleop.gripper > 0 else "closed"}</span>')
     self._redraw()
 
 # %% ../../nbs/10_explore/04_app.ipynb #7cf5c099
+def _run_view(run):
+    "What happened in the simulator."
+    def frames():
+        rows = [dict(rgb_obs={f"rgb_{v}": x[i] for v, x in run.video.items()}) for i in range(len(run))]
+        return np.stack([caption_frame(obs, f"{run.text}  {i/CONTROL_HZ:.1f} s", height=256) for i, obs in enumerate(rows)])
+    return View(run.name, lambda: paint_video(run.video, CONTROL_HZ), frames)
+
 @patch
 def as_view(self:Explorer,
-    name:str, # one of `STILLS`, or "live"
+    name:str, # one of `STATIC_VIEWS`, or "live"
 )->View:
     "A panel as it is now."
-    if name != "live":
-        if name not in STILLS: raise ValueError(f"no view is called {name!r}: choose one of {', '.join(STILLS)}, live")
-        with self.ahead.hold(): return still(self.shown, name)
-    run = self._started().episode()
-    return View(run.name, lambda: show_strip(run.video, min(8, len(run))), frames=lambda: np.stack([caption_frame(dict(rgb_obs={f"rgb_{v}": x[i] for v, x in run.video.items()}), f"{run.text}  {i/CONTROL_HZ:.1f} s", height=256) for i in range(len(run))]))
+    if name == "live": return _run_view(self._started().episode())
+    if name not in STATIC_VIEWS:
+        raise ValueError(f"no view is called {name!r}: choose one of {', '.join(STATIC_VIEWS)}, live")
+    with self.ahead.pause(): return static_view(self.state, name)
 
 @patch
 def save(self:Explorer,
-    name:str, # one of `STILLS`, or "live"
+    name:str, # one of `STATIC_VIEWS`, or "live"
     path, # ending in .png, .svg, .mp4 or .html
 ): # the path
     "Write a panel as it is now."
@@ -381,48 +416,52 @@ def save(self:Explorer,
 @patch
 def report(self:Explorer,
     t:int|None=None, # control step; None: where the scrubber is
-    names:tuple=tuple(STILLS), # of the panels
+    names:tuple=tuple(STATIC_VIEWS), # of the panels
 )->None:
-    "Show the panels of a moment as pictures that stay."
+    "Show the panels of a moment as images that stay."
     if t is not None:
-        if not 0 <= t < len(self.episode): raise ValueError(f"t is {t}: {self.episode.name} has control steps 0 to {len(self.episode) - 1}")
+        if not 0 <= t < len(self.episode):
+            raise ValueError(f"t is {t}: {self.episode.name} has control steps 0 to {len(self.episode) - 1}")
         self.time.value = t
-    with self.ahead.hold(): show_report(self.shown, names)
+    with self.ahead.pause(): show_report(self.state, names)
 
 @patch
-def _export(self:Explorer):
+def _export_widgets(self:Explorer):
     "The widgets that write."
-    import ipywidgets as w
-    self.what = w.Dropdown(options=(*STILLS, "live"), value="heatmap", description="export", layout=w.Layout(width="220px"), style=dict(description_width="50px"))
+    self.what = _labelled(w.Dropdown, "export", 50, size=220, options=(*STATIC_VIEWS, "live"), value="heatmap")
     self.where = w.Text("heatmap.png", layout=w.Layout(width="220px"))
-    self.what.observe(lambda change: setattr(self.where, "value", f"{change.new}.{self.where.value.rsplit('.', 1)[-1]}"), "value")
-    self.write = w.Button(description="write", tooltip=".png, .svg, .mp4 or .html", layout=w.Layout(width="70px"))
-    self.write.on_click(self._guarded(lambda _: self._say(f"written: {self.save(self.what.value, self.where.value).resolve()}")))
+    name = lambda change: f"{change.new}.{self.where.value.rsplit('.', 1)[-1]}"
+    self.what.observe(lambda change: setattr(self.where, "value", name(change)), "value")
+    write = lambda: self._set_status(f"written: {self.save(self.what.value, self.where.value).resolve()}")
+    self.write = self._button("write", write, ".png, .svg, .mp4 or .html")
 
 # %% ../../nbs/10_explore/04_app.ipynb #b83bc4c9
 @patch
-def _title(self:Explorer): return f"<b>{html.escape(' and '.join(self.shown.names))}</b>: {html.escape(self.episode.name)}"
+def _title(self:Explorer): return f"<b>{html.escape(' and '.join(self.state.names))}</b>: {html.escape(self.episode.name)}"
+
+def _row(*items): return w.HBox(items, layout=w.Layout(align_items="center", flex_flow="row wrap"))
 
 @patch
 def _arrange(self:Explorer):
     "The widgets, in their places."
-    import ipywidgets as w
-    row = lambda *items, **kw: w.HBox(items, layout=w.Layout(align_items="center", flex_flow="row wrap", **kw))
     self.title = w.HTML(self._title())
-    choices = w.VBox([self.view, self.heat, self.map, self.layer, self.head, self.query, self.steps, self.level, self.seed, self.numbers], layout=w.Layout(width="330px", margin="0 0 0 12px"))
-    pictures = w.VBox([self.strip, self.table, self.codes, self.notes])
-    live = w.VBox([row(self.begin, self.driver, self.look, self.run, self.review, self.back), self.keys,
-                   row(self.scene, w.VBox([*self.hands, row(self.grip), row(self.times, self.act)])), self.said])
-    self.box = w.VBox([row(self.title, self.progress, self.status), row(self.text, self.recorded), row(self.time, self.play, self.clock),
-                       w.HBox([pictures, choices], layout=w.Layout(flex_flow="row wrap")), *([self.motion] if self.watched else []), w.HTML("<b>In the simulator</b>") if self.episode.scene else w.HTML(""), *([live] if self.episode.scene else []),
-                       row(self.what, self.where, self.write)])
+    choices = w.VBox([self.view, self.heat, self.map, self.layer, self.head, self.map_query, self.steps, self.level,
+                      self.seed, self.numbers], layout=w.Layout(width="330px", margin="0 0 0 12px"))
+    panels = w.HBox([w.VBox([self.strip, self.table, self.codes, self.notes]), choices], layout=w.Layout(flex_flow="row wrap"))
+    steer = w.VBox([*self.sliders, _row(self.grip), _row(self.times, self.do)])
+    live = [w.HTML("<b>In the simulator</b>"), _row(self.begin, self.driver, self.once, self.run, self.review, self.back),
+            self.keys, _row(self.scene, steer), self.run_status]
+    self.box = w.VBox([_row(self.title, self.progress, self.status), _row(self.text, self.recorded),
+                       _row(self.time, self.play, self.clock), panels, *[self.motion]*self.interactive,
+                       *(live if self.episode.scene else []), _row(self.what, self.where, self.write)])
     self.box.add_class("defi-explorer")
 
 @patch
 def _ipython_display_(self:Explorer):
     from IPython.display import Markdown, display
-    if not self.watched: display(Markdown(f"*{' and '.join(self.shown.names)} on {self.episode.name}: open this notebook in JupyterLab to move; `report` shows it as pictures.*"))
-    else: display(self.box)
+    if self.interactive: return display(self.box)
+    display(Markdown(f"*{' and '.join(self.state.names)} on {self.episode.name}: open this notebook in JupyterLab to move; "
+                     "`report` shows it as images.*"))
 
 # %% ../../nbs/10_explore/04_app.ipynb #16879943
 def time_moves(
