@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'STYLE', 'STATIC_VIEWS', 'View', 'view_page', 'video_view', 'future_view', 'denoising_view', 'heat_film',
-           'heatmap_view', 'codes_view', 'actions_view', 'path_view', 'static_view', 'show_report']
+           'heatmap_view', 'codes_view', 'motion_view', 'static_view', 'show_report']
 
 # %% ../../nbs/10_explore/02_export.ipynb #b2c4e395
 import base64
 import html
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,6 @@ from ..core.utils import atomic
 from ..core.video import encode_mp4
 from .panels import (
     COVER, ViewState, default_columns, paint_strip, paint_video, resize_square)
-from .session import future_frames
 from ..viz.attention_maps import overlay
 
 # %% ../../nbs/10_explore/02_export.ipynb #90bb3f6b
@@ -57,7 +57,7 @@ def view_page(
     return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
             f"<style>{STYLE}</style>{program}</head>\n<body>{body}</body></html>\n")
 
-# %% ../../nbs/10_explore/02_export.ipynb #5a3e1de2
+# %% ../../nbs/10_explore/02_export.ipynb #2091d8eb
 @patch
 def save(self:View,
     path, # its ending, one of `SUFFIXES`, says as what
@@ -66,7 +66,7 @@ def save(self:View,
     "Write a view as an image, a video or a page."
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"can't write a view to {path}: its name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+        raise ValueError(f"can't write a view to {path}: its name must end in {', '.join(SUFFIXES[:-1])} or .html")
     if path.suffix == ".mp4" and self.frames is None:
         raise ValueError(f"{self.title!r} does not move, so it can't be written to {path}: choose .png, .svg or .html")
     if path.suffix == ".mp4": content = encode_mp4(self.frames(), self.hz)
@@ -85,7 +85,8 @@ def video_view(
 )->View:
     "The episode."
     e = state.episode
-    return View(f"{e.name}: {e.text}", lambda: paint_video(e.video, CONTROL_HZ), lambda: _side_by_side(e.video.values()))
+    return View(f"{e.name}: {e.text}", lambda: paint_video(e.video, CONTROL_HZ),
+                lambda: _side_by_side(e.video.values()))
 
 def future_view(
     state:ViewState, # the moment
@@ -97,7 +98,7 @@ def future_view(
                 f"{state.query.text!r} in {state.query.steps} steps of the sampler", state.strip_panel,
                 lambda: _side_by_side(whole), CONTROL_HZ/max(1, state.sessions[0].offsets[1]))
 
-# %% ../../nbs/10_explore/02_export.ipynb #e30ee6e3
+# %% ../../nbs/10_explore/02_export.ipynb #d965868e
 def denoising_view(
     state:ViewState, # the moment
     steps:tuple=(1, 2, 5, 10, 20), # of the samplers
@@ -113,7 +114,7 @@ def denoising_view(
         offsets = [able[0].offsets[c] for c in columns]
         rows = {f"{s.name}, {n} step{'s'*(n > 1)}": list(video[state.view][columns])
                 for s in able for n, video in s.futures(state.query, steps).items()}
-        rows["recorded"] = list(future_frames(state.episode, state.t, offsets)[state.view])
+        rows["recorded"] = list(state.episode.frames_after(state.t, offsets)[state.view])
         return paint_strip(rows, state.frames()[1])
     return View(f"the video predicted at control step {state.t}, by the sampler's steps", draw)
 
@@ -128,7 +129,8 @@ def heat_film(
         now = replace(state, query=replace(state.query, t=t))
         for s in now.sessions: s.answer(now.query, ("maps",))
         heats = [now.heat_maps(i).get("present") for i in range(len(now.sessions))]
-        film.append(np.concatenate([overlay(resize_square(frame, side), h, alpha=COVER) for h in heats if h is not None], 1))
+        frame = resize_square(frame, side)
+        film.append(np.concatenate([overlay(frame, h, alpha=COVER) for h in heats if h is not None], 1))
     return np.stack(film)
 
 def heatmap_view(
@@ -152,31 +154,28 @@ def codes_view(
     codes = state.codes()
     if all(isinstance(c, str) for c in codes.values()):
         raise ValueError("there are no codes to show: " + "; ".join(f"{n} is {c}" for n, c in codes.items()))
-    width = max(784, 96 + 14*min(len(state.episode), 64))
-    return View(f"codes over time, asked for {state.query.text!r}", lambda: state.codes_panel(width))
+    wide = replace(state, side=max(state.side, 14*min(len(state.episode), 64)//4 - 3)) # room for numbers
+    return View(f"codes over time, asked for {state.query.text!r}", wide.codes_panel)
 
-def actions_view(
+def motion_view(
     state:ViewState, # the moment
+    part:str="path", # the end effector's "path" in space, or its "actions" over time
 )->View:
-    "Actions over time, recorded and predicted."
-    return View(f"actions from control step {state.t}", lambda: state.motion_panel(("actions",)))
+    "One half of the motion, recorded and predicted."
+    return View(f"{part} from control step {state.t}", lambda: state.motion_panel((part,)))
 
-def path_view(
-    state:ViewState, # the moment
-)->View:
-    "The end effector in space, recorded and predicted."
-    return View(f"the end effector's path from control step {state.t}", lambda: state.motion_panel(("path",)))
-
-# %% ../../nbs/10_explore/02_export.ipynb #cc7b3958
+# %% ../../nbs/10_explore/02_export.ipynb #ca24b566
 STATIC_VIEWS = dict(video=video_view, future=future_view, heatmap=heatmap_view, codes=codes_view,
-                    actions=actions_view, path=path_view, denoising=denoising_view) # name -> what makes it
+                    actions=partial(motion_view, part="actions"), path=motion_view,
+                    denoising=denoising_view) # name -> what makes it
 
 def static_view(
     state:ViewState, # the moment
     name:str, # one of `STATIC_VIEWS`
 )->View:
     "A panel as a view; what it needs and is not known is computed."
-    if name not in STATIC_VIEWS: raise ValueError(f"no view is called {name!r}: choose one of {', '.join(STATIC_VIEWS)}")
+    if name not in STATIC_VIEWS:
+        raise ValueError(f"no view is called {name!r}: choose one of {', '.join(STATIC_VIEWS)}")
     for s in state.sessions: s.answer(state.query)
     return STATIC_VIEWS[name](state)
 

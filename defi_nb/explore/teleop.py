@@ -57,7 +57,7 @@ class Teleop:
         for kept, x in ((self.observations, obs), (self.actions, action), (self.by, by)): kept.append(x)
         self.solved = self.solved or self._solved(info)
 
-# %% ../../nbs/10_explore/03_teleop.ipynb #aee0245c
+# %% ../../nbs/10_explore/03_teleop.ipynb #8c0cba1d
 @patch
 def replan(self:Teleop,
     policy, # with `act(batch, noise)`
@@ -80,7 +80,7 @@ def execute(self:Teleop,
     "Do what is planned."
     for action in self.plan[:steps]: self.step(action, "policy")
 
-# %% ../../nbs/10_explore/03_teleop.ipynb #7265d852
+# %% ../../nbs/10_explore/03_teleop.ipynb #8b69a7b9
 @patch
 def path(self:Teleop)->np.ndarray: # (n+1,3) metres
     "Where the end effector has been."
@@ -97,8 +97,9 @@ def episode(self:Teleop)->Episode:
                    stack(lambda obs: obs["robot_obs"]), stack(lambda obs: obs["scene_obs"]), e.scene, e.task)
 
 # %% ../../nbs/10_explore/03_teleop.ipynb #bcdce656
+# key -> (number of the action, direction)
 KEYS = {"a": (0, -1), "d": (0, 1), "s": (1, -1), "w": (1, 1), "f": (2, -1), "r": (2, 1),
-        "u": (3, -1), "o": (3, 1), "k": (4, -1), "i": (4, 1), "j": (5, -1), "l": (5, 1)} # key -> (number of the action, direction)
+        "u": (3, -1), "o": (3, 1), "k": (4, -1), "i": (4, 1), "j": (5, -1), "l": (5, 1)}
 
 def key_action(
     key:str, # one of `KEYS`, or " "
@@ -134,7 +135,7 @@ function render({ model, el }) {
 export default { render };
 """ # the widget's part in the browser
 
-# %% ../../nbs/10_explore/03_teleop.ipynb #9b896b6b
+# %% ../../nbs/10_explore/03_teleop.ipynb #f7e761eb
 @cache
 def _key_field_class():
     "The widget's class; whoever works without a page never needs anywidget."
