@@ -58,7 +58,7 @@ class Painting:
 
     def _repr_png_(self): return self.image()
 
-# %% ../../nbs/10_explore/01_panels.ipynb #1c4309b7
+# %% ../../nbs/10_explore/01_panels.ipynb #961182a5
 def png_bytes(
     image:Image.Image, # of any size
     **kw, # as for Pillow's `save`
@@ -68,7 +68,7 @@ def png_bytes(
     image.save(out, "PNG", **kw)
     return out.getvalue()
 
-# %% ../../nbs/10_explore/01_panels.ipynb #9e3bbc2c
+# %% ../../nbs/10_explore/01_panels.ipynb #a7f0461f
 @lru_cache(8192)
 def _glyphs(text, size, anchor, upright):
     "A text in white on black, and where its upper left corner lies from its anchor."
@@ -103,7 +103,7 @@ def png(self:Painting,
             canvas.paste(color, (round(x*s + dx), round(y*s + dy)), mask)
     return png_bytes(canvas, compress_level=level)
 
-# %% ../../nbs/10_explore/01_panels.ipynb #15f4fa9f
+# %% ../../nbs/10_explore/01_panels.ipynb #5cf3410c
 def _add_svg(svg, kind, x, y, *mark):
     "Add a mark to an SVG element."
     def add(tag, **attrs):
@@ -122,7 +122,8 @@ def _add_svg(svg, kind, x, y, *mark):
             cell = add("rect", x=x + j*w, y=y + i*h, width=w, height=h, fill="none", pointer_events="all")
             ET.SubElement(cell, "title").text = label(i, j)
     else:
-        (text, size, color, anchor, upright), lines = mark, mark[0].split("\n")
+        text, size, color, anchor, upright = mark
+        lines = text.split("\n")
         for i, line in enumerate(lines):
             dy = (i - (len(lines) - 1)/2)*1.25*size + .35*size
             add("text", x=0, y=dy, fill=color, font_size=size, text_anchor=dict(l="start", m="middle", r="end")[anchor],
@@ -136,7 +137,7 @@ def html(self:Painting)->str:
     for mark in self.marks: _add_svg(svg, *mark)
     return ET.tostring(svg, encoding="unicode")
 
-# %% ../../nbs/10_explore/01_panels.ipynb #64d7609c
+# %% ../../nbs/10_explore/01_panels.ipynb #16de7271
 COVER = .62 # weight of the hottest patch's colour, so that the image under it is still to be seen
 
 def resize_square(
@@ -179,7 +180,7 @@ def paint_strip(
             elif frame is not None: _paint_frame(strip, x, y, side, frame, heat, top)
     return strip
 
-# %% ../../nbs/10_explore/01_panels.ipynb #25c61292
+# %% ../../nbs/10_explore/01_panels.ipynb #3cc03985
 def paint_video(
     video:dict, # name -> (N,H,W,3) uint8, all of one length
     hz:float, # frames a second
@@ -199,7 +200,7 @@ def code_colours(
     light = np.where(np.arange(n) % 2, 150, 95)[:, None]
     return (colormaps["hsv"](hue, bytes=True)[:, :3]*.45 + light).clip(0, 255).astype(np.uint8)
 
-# %% ../../nbs/10_explore/01_panels.ipynb #ea5820d3
+# %% ../../nbs/10_explore/01_panels.ipynb #969c5f86
 def _paint_code_rows(panel, codes, n, t, x, y, width, height):
     "The codes (N,Q) of one policy, of its n, and a frame about column t."
     step, row = width/len(codes), height/codes.shape[1]
@@ -265,7 +266,7 @@ LIVE = OKABE_ITO["green"] # of the simulator's
 UNITS = (100*POSITION_UNIT,)*3 + (ROTATION_UNIT,)*3 + (1.,) # of actions: cm, rad, -1 to 1
 LANES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 
-# %% ../../nbs/10_explore/01_panels.ipynb #2e33e77e
+# %% ../../nbs/10_explore/01_panels.ipynb #d0c8f53a
 def _broken(paths):
     "Several paths (S,k,3) as one line (S*(k+1),3), not a number between two."
     ends = [np.pad(p.astype(float), ((0, 1), (0, 0)), constant_values=np.nan) for p in paths]
@@ -335,7 +336,7 @@ def _space(lines):
     centre, half = (low + high)/2, np.maximum((high - low)/2, .12)
     return np.stack([centre - half, centre + half], 1)
 
-# %% ../../nbs/10_explore/01_panels.ipynb #b7bff2d7
+# %% ../../nbs/10_explore/01_panels.ipynb #cfe48144
 def _path_layout(lines, domain):
     "The axes in space."
     look = dict(nticks=5, backgroundcolor="#f6f6f6", gridcolor="#dddddd")
@@ -357,7 +358,7 @@ def _actions_layout(steps, domain):
     time = dict(domain=domain, range=[-.5, steps + .5], title="control step", anchor="y3")
     return dict(xaxis=time, annotations=key, **axes)
 
-# %% ../../nbs/10_explore/01_panels.ipynb #496f9f16
+# %% ../../nbs/10_explore/01_panels.ipynb #49f99777
 def motion_figure(
     lines:dict, # from `motion_lines`
     names:list, # of the policies
@@ -399,7 +400,7 @@ def _print_space(ax, scene):
     ax.tick_params(labelsize=7)
     if ax.get_legend_handles_labels()[1]: ax.legend(fontsize=7, loc="upper left")
 
-# %% ../../nbs/10_explore/01_panels.ipynb #4f8712a7
+# %% ../../nbs/10_explore/01_panels.ipynb #902f4512
 def print_figure(
     figure, # plotly figure, from `motion_figure`
 ): # matplotlib figure
@@ -422,7 +423,7 @@ def print_figure(
     if keys[-1] != "scene": axes[keys[-1]].set_xlabel(layout.xaxis.title.text)
     return page
 
-# %% ../../nbs/10_explore/01_panels.ipynb #cc5e627c
+# %% ../../nbs/10_explore/01_panels.ipynb #721f1d13
 class Chart:
     "A plotly figure as a drawing."
     def __init__(self, figure): self.figure = figure # from `motion_figure`

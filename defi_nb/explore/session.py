@@ -51,7 +51,7 @@ class Episode:
         views = [f"no {view} camera: a policy is given grey in its place" for view in VIEWS if view not in self.video]
         return views + ["no robot: its state is taken to be the arm's home posture"]*(self.robot_obs is None)
 
-# %% ../../nbs/10_explore/00_session.ipynb #6eae401b
+# %% ../../nbs/10_explore/00_session.ipynb #cc7f039c
 def window_episode(
     frames:Frames, # with images
     window:Window, # one of its windows
@@ -65,7 +65,7 @@ def window_episode(
                    part(frames.robot_obs, np.float64), part(frames.scene_obs, np.float64),
                    window.scene if embedded else "", window.task)
 
-# %% ../../nbs/10_explore/00_session.ipynb #1096c2f5
+# %% ../../nbs/10_explore/00_session.ipynb #d13fdf86
 def clip_episode(
     path, # of a video file
     text:str, # what is done in it
@@ -98,7 +98,7 @@ def state(self:Episode, t)->np.ndarray: # (15,) CALVIN's robot_obs at row t
     return _home_state() if self.robot_obs is None else self.robot_obs[t]
 
 @patch
-def batch(self:Episode,
+def observe(self:Episode,
     t:int, # row
     text:str, # instruction
     size:int, # height and width of the images, pixels
@@ -132,7 +132,7 @@ class Query:
         return dict(chunk=("chunk", *noise), codes=("codes", *moment), maps=("maps", *noise),
                     future=("future", *noise, self.steps))
 
-# %% ../../nbs/10_explore/00_session.ipynb #a34cd69e
+# %% ../../nbs/10_explore/00_session.ipynb #3399a007
 class Session:
     "A policy and an episode."
     def __init__(self,
@@ -173,7 +173,7 @@ class Session:
 @patch
 def batch(self:Session, query:Query)->Batch: # of one sample
     "The moment as the policy observes it."
-    return self.episode.batch(query.t, query.text, self.policy.cfg.spec.image_size)
+    return self.episode.observe(query.t, query.text, self.policy.cfg.spec.image_size)
 
 @patch
 def noise(self:Session, query:Query)->Tensor: # (1,K,7) standard normal
@@ -194,7 +194,7 @@ def futures(self:Session,
     return {n: {view: f.permute(0, 2, 3, 1).contiguous().numpy() for view, f in zip(views, video)}
             for n, video in videos.items()}
 
-# %% ../../nbs/10_explore/00_session.ipynb #0d5867da
+# %% ../../nbs/10_explore/00_session.ipynb #e971aabd
 @torch.no_grad()
 def _codes(session, query):
     "(Q,) codes."
@@ -210,7 +210,7 @@ _PARTS = dict(chunk=_chunk, codes=_codes, maps=lambda s, q: policy_maps(s.policy
               future=lambda s, q: s.futures(q, (q.steps,))[q.steps])
 PARTS = tuple(_PARTS) # of an answer, quick ones first
 
-# %% ../../nbs/10_explore/00_session.ipynb #df04d92c
+# %% ../../nbs/10_explore/00_session.ipynb #28675e24
 def _bytes(x):
     "What an answer's part takes."
     if isinstance(x, Tensor | np.ndarray): return x.nbytes
@@ -278,7 +278,7 @@ class Background:
     def _wake(self):
         with self.change: self.change.notify_all()
 
-# %% ../../nbs/10_explore/00_session.ipynb #47793a59
+# %% ../../nbs/10_explore/00_session.ipynb #738d427d
 @patch
 def _part(self:Background, session, query):
     "The first part of an answer that is missing, and for which there is room."
@@ -307,7 +307,7 @@ def _work(self:Background):
         except Exception as e: error = e
         self.notify(session, query, error)
 
-# %% ../../nbs/10_explore/00_session.ipynb #55f7198a
+# %% ../../nbs/10_explore/00_session.ipynb #793596e9
 @patch
 def wait(self:Background,
     seconds:float=600, # at most

@@ -57,7 +57,7 @@ class Teleop:
         for kept, x in ((self.observations, obs), (self.actions, action), (self.by, by)): kept.append(x)
         self.solved = self.solved or self._solved(info)
 
-# %% ../../nbs/10_explore/03_teleop.ipynb #8c0cba1d
+# %% ../../nbs/10_explore/03_teleop.ipynb #ce3df30a
 @patch
 def replan(self:Teleop,
     policy, # with `act(batch, noise)`
@@ -80,7 +80,7 @@ def execute(self:Teleop,
     "Do what is planned."
     for action in self.plan[:steps]: self.step(action, "policy")
 
-# %% ../../nbs/10_explore/03_teleop.ipynb #8b69a7b9
+# %% ../../nbs/10_explore/03_teleop.ipynb #28eb5540
 @patch
 def path(self:Teleop)->np.ndarray: # (n+1,3) metres
     "Where the end effector has been."
@@ -92,7 +92,7 @@ def episode(self:Teleop)->Episode:
     stack, e = lambda part: np.stack([part(obs) for obs in self.observations]), self.source
     rest = np.zeros(ACTION_DIM, np.float32)
     rest[-1] = self.gripper # nothing has been done at the last row yet
-    return Episode({view: stack(lambda obs: obs["rgb_obs"][f"rgb_{view}"]) for view in VIEWS}, e.text,
+    return Episode({view: stack(lambda obs, view=view: obs["rgb_obs"][f"rgb_{view}"]) for view in VIEWS}, e.text,
                    f"live, from row {self.t} of {e.name}", np.stack([*self.actions, rest]),
                    stack(lambda obs: obs["robot_obs"]), stack(lambda obs: obs["scene_obs"]), e.scene, e.task)
 
@@ -135,7 +135,7 @@ function render({ model, el }) {
 export default { render };
 """ # the widget's part in the browser
 
-# %% ../../nbs/10_explore/03_teleop.ipynb #f7e761eb
+# %% ../../nbs/10_explore/03_teleop.ipynb #4f4d3e96
 @cache
 def _key_field_class():
     "The widget's class; whoever works without a page never needs anywidget."
