@@ -179,7 +179,8 @@ class Pool:
             for number in range(min(n_workers, len(self.todo))): self.live.append(self.start(self.inbox, number))
             while self.todo or any(w.job is not None for w in self.live):
                 if self._next_message(): return
-                for worker in [*self.live]: self._check_silence(worker)
+                if self.inbox.empty(): # all that was sent has been heard
+                    for worker in [*self.live]: self._check_silence(worker)
         finally:
             for worker in self.live: worker.kill()
 
