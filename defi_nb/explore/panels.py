@@ -10,13 +10,13 @@ __all__ = ['INK', 'FAINT', 'GREY', 'SCREEN_DPI', 'LABEL', 'COVER', 'XYZ', 'OURS'
 
 # %% ../../nbs/10_explore/01_panels.ipynb #c2ca9ec0
 import base64
-import html
 import io
 import textwrap
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
+from html import escape
 
 import numpy as np
 import torch
@@ -626,8 +626,8 @@ def numbers_table(
     "Numbers, one policy a column."
     names = list(dict.fromkeys(m for row in measured.values() for m in row))
     cell = lambda x: f'<td style="padding:0 14px 0 0;text-align:left;white-space:nowrap">{x}</td>'
-    rows = [["", *(f"<b>{html.escape(n)}</b>" for n in measured)]]
-    rows += [[html.escape(n), *(_formatted(n, row.get(n)) for row in measured.values())] for n in names]
+    rows = [["", *(f"<b>{escape(n)}</b>" for n in measured)]]
+    rows += [[escape(n), *(_formatted(n, row.get(n)) for row in measured.values())] for n in names]
     body = "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)
     return f'<table style="font-size:12px;line-height:1.35">{body}</table>'
 
