@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import pytest
+
+import defi_nb
 from conftest import ENV, LIBRARY, module
 
 MODULES = ["defi_nb", *(f"defi_nb.{module(p)}" for p in LIBRARY)]
@@ -53,3 +55,12 @@ def test_import_has_no_side_effects(imported, name):
     assert not NEVER & {*report["modules"]}
     if name.removeprefix("defi_nb.") in {"defi_nb", *LIGHT}:
         assert not (MODELS | {"mujoco", "matplotlib.pyplot"}) & {*report["modules"]}
+
+
+def test_the_package_is_light_and_gives_its_main_names_when_they_are_used():
+    code = "import sys, defi_nb; print(json.dumps([sorted({'torch', 'numpy', 'mujoco'} & {*sys.modules}), defi_nb.__all__, dir(defi_nb)]))"
+    done = subprocess.run([sys.executable, "-c", "import json; " + code], env=ENV, capture_output=True, text=True)
+    loaded, names, listed = json.loads(done.stdout)
+    assert not loaded and {*names} <= {*listed}
+    assert all(getattr(defi_nb, name).__module__.startswith("defi_nb.") for name in names)
+    with pytest.raises(AttributeError, match="no attribute 'GFDN'"): defi_nb.GFDN
