@@ -11,11 +11,11 @@ import torch
 from conftest import ENV
 
 from defi_nb.sim.calvin_tasks import initial_obs
-from defi_nb.data.calvin import read_calvin
+from defi_nb.data.calvin import covered_rows, read_index
 from defi_nb.data.record import finish_split, write_segment
-from defi_nb.data.calvin import PLAY, SCENE_BLOCKS, open_calvin, order_blocks, pack_vectors
+from defi_nb.data.calvin import PLAY, SCENE_BLOCKS, open_calvin, order_blocks
 from defi_nb.core.video import resize_image
-from defi_nb.data.episodes import Window, WindowDataset, take_fraction
+from defi_nb.data.episodes import Frames, Window, WindowDataset, take_fraction
 from defi_nb.sim.scene import layout_of
 
 REAL = Path(__file__).resolve().parents[2]/"shared"/"data"/"calvin_mini"
@@ -34,6 +34,16 @@ def folder(tmp_path_factory):
     return root
 
 
+def by_numpy(folder, size=None, views=("static", "gripper"), annotations="lang_annotations", windows_only=False, scene=""):
+    "A split in memory, each frame read by numpy alone."
+    root, ids, segments, windows, _ = read_index(folder, annotations=annotations, scene=scene)
+    if windows_only: ids, segments, windows = covered_rows(ids, segments, windows)
+    frames = [dict(np.load(root/f"episode_{i:07d}.npz")) for i in ids]
+    fit = lambda x: x if size is None else resize_image(x, size)
+    vectors = (np.stack([f[k] for f in frames]).astype(np.float32) for k in ("rel_actions", "robot_obs", "scene_obs"))
+    return Frames({v: np.stack([fit(f[f"rgb_{v}"]) for f in frames]) for v in views}, *vectors, segments, windows)
+
+
 def equal(lazy, whole, rows):
     for view, pictures in whole.video.items(): assert (lazy.video[view][rows] == pictures[rows]).all()
     for key in ("action", "robot_obs", "scene_obs"): assert (getattr(lazy, key)[rows] == getattr(whole, key)[rows]).all()
@@ -42,12 +52,12 @@ def equal(lazy, whole, rows):
 
 @pytest.mark.parametrize("kw", [{}, dict(size=16), dict(windows_only=True), dict(annotations=None), dict(views=("gripper",))])
 def test_equals_what_is_read_whole(folder, tmp_path, kw):
-    lazy, whole, rng = open_calvin(folder, cache=tmp_path, **kw), read_calvin(folder, **kw), np.random.default_rng(0)
+    lazy, whole, rng = open_calvin(folder, cache=tmp_path, **kw), by_numpy(folder, **kw), np.random.default_rng(0)
     for rows in (7, -1, slice(3, 50, 4), rng.integers(0, len(whole), (4, 6)), np.arange(len(whole))): equal(lazy, whole, rows)
 
 
 def test_samples_are_the_same(folder):
-    lazy, whole = (WindowDataset(f, f.windows, offsets=(0, 3, 9), chunk=10, video=True, min_left=3) for f in (open_calvin(folder, size=16), read_calvin(folder, size=16)))
+    lazy, whole = (WindowDataset(f, f.windows, offsets=(0, 3, 9), chunk=10, video=True, min_left=3) for f in (open_calvin(folder, size=16), by_numpy(folder, size=16)))
     order = np.random.default_rng(0).permutation(len(whole))
     for context in ("fork", "spawn"):
         loader = torch.utils.data.DataLoader(lazy, sampler=np.array_split(order, 5), batch_size=None, num_workers=1, multiprocessing_context=context)
@@ -58,9 +68,9 @@ def test_samples_are_the_same(folder):
 
 def test_the_real_recording():
     if not REAL.exists(): pytest.skip("no recording of the real environment here")
-    lazy, whole = open_calvin(REAL, scene="D"), read_calvin(REAL, scene="D")
+    lazy, whole = open_calvin(REAL, scene="D"), by_numpy(REAL, scene="D")
     equal(lazy, whole, np.arange(len(whole)))
-    equal(open_calvin(REAL, scene="D", size=64), read_calvin(REAL, scene="D", size=64), [0, 100, 266])
+    equal(open_calvin(REAL, scene="D", size=64), by_numpy(REAL, scene="D", size=64), [0, 100, 266])
     with np.load(REAL/"training/episode_0000060.npz") as z:
         assert (lazy.video["static"][60] == z["rgb_static"]).all() and (lazy.action[60] == z["rel_actions"].astype(np.float32)).all()
         assert (open_calvin(REAL, size=64).video["static"][60] == resize_image(z["rgb_static"], 64)).all()
@@ -69,7 +79,7 @@ def test_the_real_recording():
 
 
 def test_windows_by_scene_task_and_share(folder):
-    whole = read_calvin(folder).windows
+    whole = by_numpy(folder).windows
     assert [w.scene for w in open_calvin(folder, scenes="AC", tasks=("open_drawer",)).windows] == ["C", "A", "A"]
     assert open_calvin(folder, data_frac=.5).windows == take_fraction(whole, .5)
     covered = np.zeros(160, bool)
@@ -94,7 +104,7 @@ def test_blocks_have_one_order_in_all_scenes():
 def test_only_what_is_needed_is_touched(folder, tmp_path):
     here = tmp_path/"some"
     shutil.copytree(folder, here)
-    window = read_calvin(folder).windows[4]
+    window = by_numpy(folder).windows[4]
     numbers = np.concatenate([np.arange(a, a + n) for a, n in ((0, 40), (60, 25), (100, 30), (140, 12), (160, 33), (900, 20))])
     keep = {f"episode_{numbers[r]:07d}.npz" for r in range(window.start, window.end + 1)} | {f"episode_{numbers[2]:07d}.npz"}
     for path in here.glob("training/episode_*.npz"):
@@ -107,16 +117,16 @@ def test_only_what_is_needed_is_touched(folder, tmp_path):
 
 FILL = """
 import sys
-from defi_nb.data.calvin import open_calvin, pack_vectors
+from defi_nb.data.calvin import open_calvin
 frames = open_calvin(sys.argv[1], cache=sys.argv[2], n_workers=1)
 print("ready", flush=True)
-pack_vectors(frames)
+frames.action[:]
 """
 
 
 def test_a_pack_survives_kills_and_is_shared(folder, tmp_path):
     "Killed while it fills, then filled by two processes at once: every row is right, and the frames are not needed again."
-    whole = read_calvin(folder)
+    whole = by_numpy(folder)
     fill = [sys.executable, "-c", FILL, str(folder), str(tmp_path/"cache")]
     killed = subprocess.Popen(fill, env=ENV, stdout=subprocess.PIPE)
     killed.stdout.readline()
@@ -128,14 +138,23 @@ def test_a_pack_survives_kills_and_is_shared(folder, tmp_path):
     lazy.action.pack.files.root = tmp_path/"away"
     again = pickle.loads(pickle.dumps(lazy))
     for key in ("action", "robot_obs", "scene_obs"): assert (np.asarray(getattr(again, key)) == getattr(whole, key)).all()
-    path = next((tmp_path/"cache").glob("*.bin"))
-    data = bytearray(path.read_bytes())
-    rng = np.random.default_rng(0)
-    for at in rng.integers(0, len(data), 20): data[at] ^= 1 << rng.integers(8) # a disk that forgets
-    path.write_bytes(data)
+    for view, images in whole.video.items(): assert (again.video[view][:] == images).all() # they were kept with the vectors
+    rng, kept = np.random.default_rng(0), sorted((tmp_path/"cache").glob("*.bin"))
+    assert [p.name.split("-")[0] for p in kept] == ["gripper", "static", "vectors"]
+    for path in kept:
+        data = bytearray(path.read_bytes())
+        for at in rng.integers(0, len(data), 20): data[at] ^= 1 << rng.integers(8) # a disk that forgets
+        path.write_bytes(data)
     mended = open_calvin(folder, cache=tmp_path/"cache")
-    pack_vectors(mended)
-    assert (np.asarray(mended.action) == whole.action).all() and (np.asarray(mended.scene_obs) == whole.scene_obs).all()
+    equal(mended, whole, np.arange(len(whole)))
+
+
+def test_images_are_kept_up_to_a_bound(folder, tmp_path):
+    whole = by_numpy(folder)
+    for keep, files in ((1e-9, 1), (1., 3)):
+        lazy = open_calvin(folder, cache=tmp_path/str(keep), keep_gb=keep)
+        equal(lazy, whole, np.arange(len(whole)))
+        assert len(list((tmp_path/str(keep)).glob("*.bin"))) == files
 
 
 def test_another_recording_gets_another_pack(folder, tmp_path):

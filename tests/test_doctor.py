@@ -21,8 +21,11 @@ from defi_nb.core.npz import write_npz
 from defi_nb.data.record import finish_split, write_segment
 from defi_nb.core.video import fake_video, write_video
 from defi_nb.doctor.examine import NOTE, dataset_state, examine, require_sound
-from defi_nb.data.episodes import Window
+from defi_nb.data.episodes import Reading, Window
+from defi_nb.data.robot_dataset import measure_scale
 from defi_nb.run.cli import main
+from defi_nb.data.load import Asked, open_piece
+from defi_nb.data.clips import scan_latent
 
 FIXTURES, REAL = Path(__file__).parent/"fixtures", Path(__file__).resolve().parents[2]/"shared"/"data"
 real = pytest.mark.skipif(not REAL.exists(), reason="the real recordings are not beside this checkout")
@@ -287,6 +290,33 @@ def test_damage_is_found_and_named(sets, tmp_path, name, what, damage, severity,
     assert report.sound == (not report.of("error")) and not (folder/"executed").exists()
     if severity != "error": assert report.sound, str(report)
     for text in (str(report), report._repr_html_(), report._repr_markdown_(), report.to_json()): assert "Traceback" not in text
+
+
+def read_as_a_run(folder):
+    "How many windows, clips or episodes a run gets of a folder, every sample of which is read."
+    piece = open_piece(Asked(folder, name=folder.name), 32, Reading(hz=10.))
+    acts, clip = piece.data.actions, piece.units[0]
+    scale = measure_scale(piece.data) if acts and not piece.data.normalised else None
+    sets = [piece.samples((0., .2), chunk=2*acts, scale=scale, size=32)]
+    if stored := [scan_latent(p)[1:] for p in getattr(clip, "latents", {}).values()]: sets += [piece.samples((0., .2), latent=True)]*piece.data.stores_latents(stored[0])
+    for ds in sets:
+        for lo in range(0, len(ds), 64): ds[lo:lo + 64]
+    return len(piece.units)
+
+
+JUDGED = {("calvin", "actions in metres"), ("calvin", "no actions"), ("calvin", "black pictures"), ("calvin", "the same picture"), # what can be read and makes no sense
+          ("release", "NaN action"), ("release", "latents without their factor"), ("release", "latents multiplied twice")} # actions that no run reads; a scale that a run is not told
+
+
+@pytest.mark.parametrize("name,what,damage,severity,said,where", DAMAGES, ids=[f"{d[0]}: {d[1]}" for d in DAMAGES])
+def test_doctor_and_reader_agree(sets, tmp_path, name, what, damage, severity, said, where):
+    "What the doctor calls an error, a run refuses, or leaves out; and it refuses nothing else."
+    folder = folder_of(tmp_path, name)
+    shutil.copytree(folder_of(sets, name), folder)
+    damage(folder)
+    try: refused = read_as_a_run(folder) < read_as_a_run(folder_of(sets, name))
+    except (ValueError, FileNotFoundError): refused = True
+    assert refused == (severity == "error" and (name, what) not in JUDGED)
 
 
 # ---- time, interruption, the command, training's question

@@ -16,7 +16,6 @@ import pytest
 import torch
 from conftest import ENV
 
-from defi_nb.data.calvin import read_calvin
 from defi_nb.data.record import finish_split, write_segment
 from defi_nb.data.calvin import open_calvin
 from defi_nb.core.video import fake_video, read_numbers, write_video
@@ -78,8 +77,7 @@ def unzipped(name):
 
 
 READ = { # kind -> how a whole set of it is made, and how all of it is read
-    "calvin": (calvin, lambda f: WindowDataset(r := read_calvin(f), r.windows, offsets=(0, 2), chunk=10, video=True)[:]),
-    "calvin lazily": (calvin, lambda f: WindowDataset(r := open_calvin(f), r.windows, offsets=(0, 2), chunk=10, video=True)[:]),
+    "calvin": (calvin, lambda f: WindowDataset(r := open_calvin(f), r.windows, offsets=(0, 2), chunk=10, video=True)[:]),
     "release": (release, lambda f: VideoDataset(index_clips(read_annotations(f), latent=True), latent=True)[:]),
     "clips": (clips, lambda f: VideoDataset(index_clips(read_folder(f, "captions.csv")))[:]),
     "lerobot 2.1": (unzipped("lerobot_v21"), lambda f: RobotSamples(s := LeRobotFolder(f), times=(0, .2), chunk=3, size=64, scale=measure_scale(s, "min_max"))[:]),
@@ -155,7 +153,7 @@ def test_a_pickle_runs_nothing(tmp_path, made):
         good = path.read_bytes()
         for bad in (dict(language=Bomb(marker)), [Bomb(marker)], Bomb(marker)):
             np.save(path, np.array(bad, object) if isinstance(bad, list) else bad, allow_pickle=True)
-            for read_it in (read, READ["calvin lazily"][1]): refused(partial(read_it, folder), path.name)
+            refused(partial(read, folder), path.name)
         path.write_bytes(good)
     np.savez(folder/"training/episode_0000003.npz", **{k: np.array([Bomb(marker)]) for k in frames(1)})
     refused(lambda: read(folder), "episode_0000003.npz", "objects")
@@ -171,7 +169,6 @@ BOMBS = """
 import resource, struct, sys, zipfile, zlib
 from pathlib import Path
 import numpy as np, torch
-from defi_nb.data.calvin import read_calvin
 from defi_nb.data.calvin import open_calvin
 from defi_nb.core.npz import load_dict, read_npz
 from defi_nb.core.safe_load import read_tensor, read_tensors
@@ -219,8 +216,7 @@ bombs = {
     "long text": lambda: load_dict(npy("f.npy", b"\\x80\\x04\\x8d" + struct.pack("<Q", HUGE) + b".")),
     "nested": lambda: load_dict(npy("g.npy", b"\\x80\\x04" + b")" + b"\\x85"*200000 + b".")),
     "laughs": lambda: load_dict(npy("h.npy", b"\\x80\\x04]" + b"2\\x86"*60 + b".")),
-    "segments": lambda: read_calvin(folder),
-    "segments, lazily": lambda: open_calvin(folder),
+    "segments": lambda: open_calvin(folder),
     "lying member": lambda: read_npz(tmp/"lying.npz", ("rgb_static",)),
     "latent of bytes": lambda: read_tensor(archive("i.pt", pickle.dumps(Asks(bytearray, (HUGE,))))),
     "latent remembered": lambda: read_tensor(archive("j.pt", b"\\x80\\x02}r\\xff\\xff\\xff\\x7f.")),
@@ -253,10 +249,10 @@ def test_wrong_dtypes(tmp_path, made):
     for key, value in (("rgb_static", good["rgb_static"]/255), ("rgb_static", good["rgb_static"][..., 0]), ("rgb_gripper", good["rgb_gripper"].astype(np.int16)),
                        ("rel_actions", good["rel_actions"].astype(str)), ("robot_obs", good["robot_obs"][:14]), ("scene_obs", good["scene_obs"].astype(int))):
         write_npz(path, dict(good) | {key: value})
-        for read_it in (read, READ["calvin lazily"][1]): refused(partial(read_it, folder), path.name, key, str(value.dtype))
+        refused(partial(read, folder), path.name, key, str(value.dtype))
     for value in (np.nan, 5.):
         write_npz(path, dict(good) | dict(rel_actions=np.full(7, value)))
-        for read_it in (read, READ["calvin lazily"][1]): refused(partial(read_it, folder), path.name)
+        refused(partial(read, folder), path.name)
     for value in (torch.ones(9, 4, 8, 8, dtype=torch.int32), torch.ones(4, 8, 8), torch.ones(0, 4, 8, 8)):
         torch.save(value, tmp_path/"latent.pt")
         refused(lambda: read_latent(tmp_path/"latent.pt", [0]), "latent.pt", str(value.dtype))
@@ -289,7 +285,7 @@ def test_empty_captions(tmp_path, made):
     notes = load_dict(path)
     notes["language"]["ann"][1] = "  "
     np.save(path, notes)
-    for kind in ("calvin", "calvin lazily"): refused(partial(READ[kind][1], folder), "auto_lang_ann.npy", "frames 9 to 19", "no instruction")
+    refused(partial(READ["calvin"][1], folder), "auto_lang_ann.npy", "frames 9 to 19", "no instruction")
 
 
 def test_one_frame(tmp_path, made):
@@ -300,9 +296,8 @@ def test_one_frame(tmp_path, made):
     text = refused(lambda: VideoDataset(ready, min_left_seconds=1.), "none of 1 clips")
     assert "take other clips or times" in text
     folder, read = made("calvin")
-    for kind in ("calvin", "calvin lazily"):
-        batch = READ[kind][1](folder)
-        assert batch.text[-1] == "turn off the light" and (batch.video[-1, :, 0] == batch.video[-1, :, 1]).all() and (batch.action[-1, 1:, :6] == 0).all()
+    batch = read(folder)
+    assert batch.text[-1] == "turn off the light" and (batch.video[-1, :, 0] == batch.video[-1, :, 1]).all() and (batch.action[-1, 1:, :6] == 0).all()
     for kind in ("lerobot 2.1", "lerobot 3.0"): assert 1 in LeRobotFolder(READ[kind][0](tmp_path/kind)).lengths
 
 
@@ -327,9 +322,8 @@ from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
-from defi_nb.data.calvin import read_calvin
 from defi_nb.data.record import finish_split, finished_segments, write_segment
-from defi_nb.data.calvin import open_calvin, pack_vectors
+from defi_nb.data.calvin import open_calvin, read_vectors
 from defi_nb.weights.checkpoint import load_checkpoint, save_checkpoint
 from defi_nb.core.video import fake_video, read_frames, write_video
 from defi_nb.data.episodes import Window, WindowDataset
@@ -389,35 +383,40 @@ def recorder():
     before, later = files(folder), segment(40)
     with full(2**12 if limit else 2**16): fails(lambda: write_segment(folder, 100, later, "A", window(40)), "episode_")
     assert list(finished_segments(folder)) == [0] and not [f for f in files(folder) if f.endswith(".tmp")] and set(before) <= set(files(folder))
-    assert len(read_calvin(folder.parent)) == 20 # as it was
+    assert len(open_calvin(folder.parent)) == 20 # as it was
     write_segment(folder, 100, later, "A", window(40)) # goes on when there is room
     finish_split(folder)
-    assert (read_calvin(folder.parent).video["static"][20:] == later["rgb_static"]).all()
+    assert (open_calvin(folder.parent).video["static"][20:] == later["rgb_static"]).all()
 
 def unpacked():
     folder = recording()
-    with full(2**14): fails(lambda: read_calvin(folder, cache=disk/"cache"), "rgb_", "make room")
-    assert not files(disk/"cache")
-    assert (read_calvin(folder, cache=disk/"cache").video["static"] == read_calvin(folder).video["static"]).all()
+    whole = {v: np.asarray(x) for v, x in open_calvin(folder).video.items()}
+    with full(2**14), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for view, x in open_calvin(folder, cache=disk/"cache").video.items(): assert (np.asarray(x) == whole[view]).all() # read all the same
+    assert any("static-full" in str(w.message) and "make room" in str(w.message) for w in caught), caught
+    for _ in range(2):
+        for view, x in open_calvin(folder, cache=disk/"cache").video.items(): assert (np.asarray(x) == whole[view]).all()
 
 def lazy_pack():
     folder = recording(200)
-    whole = read_calvin(folder)
+    whole = read_vectors(open_calvin(folder))
     with full(2**13), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         frames = open_calvin(folder, cache=disk/"cache")
         for _ in range(2): assert (np.asarray(frames.action) == whole.action).all()
     assert any("cannot be written" in str(w.message) and "make room" in str(w.message) for w in caught), caught
-    pack_vectors(open_calvin(folder, cache=disk/"cache"))
+    open_calvin(folder, cache=disk/"cache").action[:]
     assert (np.asarray(open_calvin(folder, cache=disk/"cache").scene_obs) == whole.scene_obs).all()
 
 def prepared():
-    from defi_nb.data.cache import encode_frames
-    frames = read_calvin(recording(), size=8)
+    from defi_nb.data.episodes import FrameTable
+    from defi_nb.data.cache import encode_images
+    frames = open_calvin(recording(), size=8)
     encode = lambda x: x.float().mean((2, 3)).repeat(1, 2000) # 20 x 2 x 6000 x 2 bytes
-    prepare = lambda: np.asarray(encode_frames(frames, encode, disk/"cache/codes", "wide mean", batch_size=4))
+    prepare = lambda: np.asarray(encode_images(FrameTable(frames), encode, disk/"cache/codes", "wide mean", batch_size=4))
     with full(2**15): fails(prepare, "cache/codes")
-    assert np.allclose(prepare()[:, 0, :3], frames.video["static"].mean((1, 2)), atol=.1)
+    assert np.allclose(prepare()[:, 0, :3], frames.video["static"][:].mean((1, 2)), atol=.1)
 
 def checkpoint():
     model, other = nn.Linear(128, 128), nn.Linear(128, 128)

@@ -51,7 +51,7 @@ def test_equals_what_tensorflow_datasets_reads(toy, split):
         action, proprio = source.vectors(e)
         assert n == len(expected("is_first")) and (proprio == expected("observation/state")).all()
         assert (action == np.concatenate([expected(k) for k in KEYS.action], 1).astype(np.float32)).all()
-        assert source.texts(e, range(n)) == [bytes(x).decode() for x in expected("language_instruction")]
+        assert source.instructions(e, range(n)) == [bytes(x).decode() for x in expected("language_instruction")]
         assert (np.stack(source.pictures(e, range(n), "wrist")) == expected("observation/wrist_image")).all() # PNG
         jpeg = np.stack(source.pictures(e, range(n), "front")).astype(int) - expected("observation/image")
         assert np.abs(jpeg).max() <= 2 # two decoders of JPEG round differently
@@ -96,7 +96,7 @@ def test_any_order_and_any_process_give_the_same(toy):
 
 def test_empty_language_and_an_episode_of_one_frame(toy):
     source = RLDSFolder(toy, KEYS)
-    assert 0 < len(source.lengths) < 5 and all(t.strip() for e in range(len(source.lengths)) for t in source.texts(e, [0]))
+    assert 0 < len(source.lengths) < 5 and all(t.strip() for e in range(len(source.lengths)) for t in source.instructions(e, [0]))
     everyone = RLDSFolder(toy, KEYS, keep_unlabelled=True)
     one = int(np.flatnonzero(everyone.lengths == 1)[0])
     batch = RobotSamples(everyone, times=(0, 1), chunk=3, size=24, scale=measure_scale(everyone), episodes=[one])[:]

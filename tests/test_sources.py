@@ -29,7 +29,8 @@ from defi_nb.data.cache import encode_samples, keep_texts
 from defi_nb.data.robot_dataset import RobotSamples
 from defi_nb.run.datasets import policy_data, reading_of, video_data
 from defi_nb.data.cache import shard_rows
-from defi_nb.data.load import Reading, open_source
+from defi_nb.data.episodes import Reading
+from defi_nb.data.load import Asked, open_piece, read_where
 from defi_nb.train.fit import ShareLog
 from defi_nb.core.spec import CONTROL_HZ, DataSpec
 from defi_nb.train.config import TrainConfig
@@ -108,7 +109,7 @@ def test_each_format_through_each_stage(made, encoders, where, monkeypatch):
     pairs, _, _ = video_data(where, "", "dino", encoders, CFG, lambda p: (0, p.gap), reading=reading, unchecked=True)
     gidm = GIDM(GIDMConfig.tiny(), encoders.t5)
     assert np.isfinite(fit(gidm, pairs, CFG)[-1]["loss"])
-    if isinstance(pieces[0].data, list):
+    if not pieces[0].data.actions:
         with pytest.raises(ValueError, match="a policy learns from one dataset with actions"): policy_data(where, "latent", encoders, CFG, reading=reading, unchecked=True)
         return
     demo = policy_data(where, "latent", encoders, CFG, reading=reading, unchecked=True)
@@ -199,10 +200,10 @@ def test_named_mixtures_say_what_is_missing(made, capsys):
     (made/"mix").mkdir()
     (made/"mix/ssv2").symlink_to(made/"ssv2")
     (made/"mix/bridge").symlink_to(made/"videos")
-    pieces = open_source(f"release_gfdm:{made}/mix", 64)
+    pieces = [open_piece(a, 64) for a in read_where(f"release_gfdm:{made}/mix")]
     assert [(p.name, p.weight) for p in pieces] == [("ssv2", .4), ("bridge", .2)]
     assert "missing are fractal, calvin_abc" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="holds none of"): open_source(f"table_12:{made}/videos", 64)
+    with pytest.raises(ValueError, match="holds none of"): read_where(f"table_12:{made}/videos")
 
 
 def test_what_does_not_fit_is_named(made, encoders, monkeypatch):
@@ -293,9 +294,8 @@ def test_a_stale_key_is_never_read(tmp_path, capsys):
     calls = []
     def encode(x): calls.append(len(x)); return x.float().mean((-1, -2))
     def codes(identity="one", size=32):
-        piece, = open_source(f"{tmp_path}/v", size)
-        from defi_nb.data.load import piece_samples
-        return encode_samples([piece_samples(piece, piece.units, size=size)], encode, "latent", tmp_path/"codes", identity)[0]
+        piece = open_piece(Asked(tmp_path/"v", name="v"), size)
+        return encode_samples([piece.samples(size=size)], encode, "latent", [tmp_path/"codes"], identity)[0]
     first = codes()
     calls.clear()
     assert (codes()[:].latent == first[:].latent).all() and sum(calls) == 1 # the one that shows how much it would take

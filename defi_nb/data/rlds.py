@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['write_records', 'scan_records', 'read_record', 'decode_example', 'encode_example', 'RLDSKeys', 'read_features',
-           'find_shards', 'index_shard', 'index_split', 'RLDSFolder']
+           'find_shards', 'index_shard', 'index_split', 'step_features', 'image_keys', 'text_keys', 'action_keys',
+           'known_set', 'rlds_keys', 'RLDSFolder', 'open_rlds']
 
 # %% ../../nbs/02_data/07_rlds.ipynb #3cb25ac9
 import hashlib
@@ -21,7 +22,9 @@ from filelock import FileLock
 from google_crc32c import value as crc32c
 
 from ..core.utils import atomic, progress_bar
-from .robot_dataset import Recent, decode_picture
+from .episodes import PLAIN, Reading, choose_cameras
+from .mixtures import TABLE_12
+from .robot_dataset import Recent, RobotSource, decode_picture
 
 # %% ../../nbs/02_data/07_rlds.ipynb #4a54b3df
 def _masked(data):
@@ -286,8 +289,45 @@ def _index(paths, kept, instruction, width, keep):
         lines.append(line)
     return lines
 
+# %% ../../nbs/02_data/07_rlds.ipynb #cebfe899
+def step_features(features): # of `read_features`, those of a step
+    return {k.removeprefix("steps/"): f for k, f in features.items() if k.startswith("steps/")}
+
+def image_keys(steps): # keys of the images, below steps/
+    stored = lambda kind, shape, dtype: kind == "image" or kind == "tensor" and dtype == "uint8" and len(shape) == 3
+    return [k for k, f in steps.items() if "depth" not in k and stored(*f)]
+
+def text_keys(steps, known=None): # keys that may hold the instruction, the likeliest first
+    letters = lambda k, dtype: "instruction" in k and dtype.startswith("int") # Language Table's way
+    found = [k for k, f in steps.items() if f[0] == "text" or f[2] in ("string", "object") or letters(k, f[2])]
+    return sorted(found, key=lambda k: (not known or k != known.text, "instruction" not in k))
+
+def action_keys(steps): # keys whose numbers make an action
+    numbers = lambda f: f[0] == "tensor" and f[2].startswith("float")
+    return [k for k, f in steps.items() if k.split("/")[0] == "action" and numbers(f) and "terminate" not in k]
+
+def known_set(name): # of Table 12; None: another
+    return next((d for d in TABLE_12.values() if name in (d.name, *d.builder.split())), None)
+
+def rlds_keys(
+    folder:Path, # of one version of a dataset
+    name:str, # of the dataset; in `TABLE_12`, or it is guessed from the features
+    reading:Reading=PLAIN, # cameras, hz, columns, relative
+)->RLDSKeys:
+    "Where an RLDS dataset keeps images, instruction and action."
+    steps, known = step_features(read_features(folder)), known_set(name)
+    images, texts, numbers = image_keys(steps), text_keys(steps, known), action_keys(steps)
+    if known and not reading.cameras: cameras = [f"observation/{k}" for k in (known.image, known.wrist) if k]
+    else: cameras = [next(k for k in images if k.endswith(c)) for c in choose_cameras([k.split("/")[-1] for k in images], reading.cameras)]
+    hz = reading.hz or (known.hz if known else 0)
+    if not texts: raise ValueError(f"{folder} has no instruction among {', '.join(steps)}: it cannot be learned from by language")
+    if not hz: raise ValueError(f"{folder} does not say how many steps a second it has, and {name!r} is not in Table 12: give hz")
+    size = sum(int(np.prod(steps[k][1])) for k in numbers)
+    relative = tuple(range(size - 1)) if reading.relative is None else tuple(map(int, reading.relative))
+    return RLDSKeys({k.split("/")[-1]: k for k in cameras}, texts[0], hz, tuple(numbers), tuple(map(int, reading.columns)) or None, relative)
+
 # %% ../../nbs/02_data/07_rlds.ipynb #5303aa59
-class RLDSFolder:
+class RLDSFolder(RobotSource):
     "A split of an RLDS dataset on disk, as a source of `RobotSamples`."
     def __init__(self,
         folder:Path, # of one version, such as bridge/1.0.0
@@ -332,12 +372,18 @@ def _check_keys(keys, features, folder):
     text = lambda f: f[0] == "text" or f[0] == "tensor" and (f[2] in ("string", "object") or f[2].startswith("int"))
     wanted = [("views", k, picture) for k in keys.views.values()] + [("instruction", keys.instruction, text)]
     wanted += [(field, k, numbers) for field in ("action", "proprio") for k in getattr(keys, field)]
-    steps = {k.removeprefix("steps/"): f for k, f in features.items() if k.startswith("steps/")}
+    steps = step_features(features)
     for field, key, fits in wanted:
         if key not in steps or not fits(steps[key]):
             what = f"is {' '.join(map(str, steps[key]))}" if key in steps else "is not in this dataset"
             raise ValueError(f"{folder}: {field} {key!r} {what}; it has {[k for k, f in steps.items() if fits(f)]} for that: correct the keys")
     if not 0 < keys.hz < 1e4: raise ValueError(f"{folder}: hz is {keys.hz}; it is the number of steps a second")
+
+def open_rlds(version, name, reading=PLAIN, cache=None): # folder of one version; the run's name for it
+    "An RLDS dataset as a run reads it; Table 12 may know it by the run's name, its folder's, or its own."
+    own = str(_read_json(version/"dataset_info.json").get("name"))
+    called = (name, version.resolve().parent.name, version.name, own)
+    return RLDSFolder(version, rlds_keys(version, next(filter(known_set, called), name), reading), cache=cache)
 
 @patch
 def _episode(self:RLDSFolder, e):
@@ -376,7 +422,7 @@ def vectors(self:RLDSFolder,
     return None if action is None else action[:, self.columns], join(self.keys.proprio)
 
 @patch
-def texts(self:RLDSFolder,
+def instructions(self:RLDSFolder,
     e:int, # episode
     rows, # of the episode
 )->list: # of strings

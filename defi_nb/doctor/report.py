@@ -135,6 +135,10 @@ class Exam:
         try: return f()
         except Exception as e: self.fail(what, where, e) # a bad file may set off anything
 
+    def last_word(self, folder, read): # () -> the dataset, opened as a run opens it
+        "Where nothing is wrong so far, what the reader refuses is."
+        if not any(f.severity == "error" for f in self.findings.values()): self.attempt("the reader refuses the folder", folder, read)
+
     def left(self): return max(self.begin + self.seconds - time.monotonic(), 0.) # seconds; all is looked at regardless
 
 # %% ../../nbs/03_doctor/00_report.ipynb #cf96b9db

@@ -19,9 +19,7 @@ from torch import Tensor
 from ..core.plot import new_axes
 from ..core.spec import Batch
 from ..core.stats import Interval, demo_mean_interval, group_numbers, markdown_table
-from ..data.episodes import WindowDataset
-from ..data.load import piece_samples, split_units
-from ..data.robot_dataset import RobotSamples
+from ..data.load import split_units
 
 # %% ../../nbs/07_eval/05_video_metrics.ipynb #5506c203
 def _unit(
@@ -274,16 +272,6 @@ def show_by_time(
     return ax
 
 # %% ../../nbs/07_eval/05_video_metrics.ipynb #5211057f
-def _located(samples):
-    "Unit of each sample, and whether all its frames lie in it."
-    if isinstance(samples, WindowDataset):
-        which, row = samples.anchors[samples.index].T
-        return which, row + samples.offsets[-1] <= samples.ends[which]
-    if isinstance(samples, RobotSamples):
-        which, row = samples.locate(slice(None))
-        return which, row + samples.offsets[-1] < samples.source.lengths[which]
-    return np.searchsorted(samples.ends, np.arange(len(samples)), side="right"), np.ones(len(samples), bool)
-
 @dataclass
 class HeldClips:
     "Clips to be predicted."
@@ -308,13 +296,13 @@ def held_out_clips(
     parts, views = [], min(len(piece.views) for piece in pieces)
     for p, piece in enumerate(pieces):
         units = split_units(piece)[1]
-        samples = piece_samples(piece, units, times, times[-1]/2, size=size, views=views)
-        which, inside = _located(samples)
+        samples = piece.samples(times, stride=times[-1]/2, units=units, size=size, views=views)
+        which, inside = samples.inside()
         if not inside.any(): raise ValueError(f"{piece.name}: no held-out demonstration is as long as a clip, {times[-1]:g} s")
         i = np.flatnonzero(inside)
         i = i[np.unique(np.linspace(0, len(i) - 1, min(clips, len(i))).round().astype(int))]
         batch = samples[i.tolist()]
-        tasks = [None if isinstance(samples, RobotSamples) else getattr(units[w], "task", None) for w in which[i]]
+        tasks = [getattr(units[w], "task", None) for w in which[i]]
         parts.append((batch.video, batch.text, [f"{p} {w}" for w in which[i]], [task or text for task, text in zip(tasks, batch.text)]))
     video, text, groups, kinds = zip(*parts)
     return HeldClips(Batch(sum(map(list, text), []), video=torch.cat(video)), group_numbers(sum(groups, []), sum(map(len, groups))), sum(kinds, []))

@@ -7,7 +7,6 @@ __all__ = ['feature_file', 'feature_bytes', 'foreseen', 'fresh_model', 'variant_
            'trained_policy']
 
 # %% ../../nbs/13_run/04_pretrained.ipynb #3402f1bf
-import hashlib
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -19,8 +18,7 @@ from filelock import FileLock
 
 from ..core.spec import VIEWS, DataSpec, preset_of
 from ..core.utils import project_root
-from ..data.cache import CodedSamples, RowSamples, shard_rows
-from ..data.episodes import WindowDataset, frames_identity
+from ..data.cache import RowSamples, shard_rows
 from ..data.load import where_name
 from ..models.encoders import weights_digest
 from ..models.gfdm import GFDM, GFDMConfig, fit_encoders
@@ -54,28 +52,18 @@ def feature_bytes(
 
 def foreseen(
     policy, # `models.policy.CoupledPolicy`, whose GFDM is frozen
-    samples, # `WindowDataset` or `CodedSamples`, with what GFDM reads of the present frame
+    samples, # with what GFDM reads of the present frame
     path, # of the shards to make, without their key
     pair:bool=False, # with the future's features too; then samples have frames 0 and k
 ): # the same samples with `feature` instead
     "GFDM's one-step features of every sample, computed once and kept."
     of = pair_features if pair else CoupledPolicy.features
     def compute(lo, hi): return of(policy, samples[np.arange(lo, hi)])
-    identity = dict(gfdm=weights_digest(policy.gfdm, policy.gfdm.cfg), frames=policy.cfg.frames, **_seen_by(samples))
+    identity = dict(gfdm=weights_digest(policy.gfdm, policy.gfdm.cfg), frames=policy.cfg.frames, **samples.digest())
     if policy.cfg.views != VIEWS: identity["views"] = policy.cfg.views
     if pair: identity["pair"] = policy.cfg.spec.chunk
     feature = shard_rows(path, len(samples), compute, identity, batch_size=32, most_rows=1024) # one thread: GFDM's network is stopped half-way by hooks, which threads would share
-    if isinstance(samples, CodedSamples): return RowSamples(samples.blind, feature, "feature")
-    return WindowDataset(samples.frames, samples.windows, chunk=samples.chunk, stride=samples.stride, min_left=samples.min_left,
-                         sample_arrays=dict(feature=feature))
-
-def _seen_by(samples):
-    "What the features of samples depend on besides GFDM; of pictures that come from shards, the shards' key."
-    if isinstance(samples, CodedSamples):
-        robots = samples.samples
-        return dict(codes=samples.codes.folder.name, samples=[robots.stride, robots.offsets.tolist(), hashlib.sha256(robots.episodes.tobytes()).hexdigest()[:16]])
-    codes = {name: a.folder.name for name, a in samples.arrays.items() if hasattr(a, "folder")}
-    return dict(data=frames_identity(samples.frames), codes=codes, samples=hashlib.sha256(samples.anchors.tobytes() + repr(samples.windows).encode()).hexdigest()[:16])
+    return RowSamples(samples.blind, feature, "feature")
 
 # %% ../../nbs/13_run/04_pretrained.ipynb #9f319fcf
 def fresh_model(
@@ -102,7 +90,7 @@ def fresh_model(
 
 def variant_name(
     kind:str, # "gfdm", "gidm", "coupled", "plain" or "direct"
-    split:str, # see `split_folder`
+    split:str, # of the recording
     preset:str="tiny", # "tiny" or "paper"
     **variant, # parameters of the run that makes it, and their values
 )->str: # such as "gidm-tiny-D_D-mlp"; what is the default is not named
