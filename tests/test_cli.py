@@ -12,6 +12,10 @@ def test_list_and_params():
         shown = command("defi-nb", "params", path.stem)
         assert shown.returncode == 0, shown.stderr
         assert all("#" in line and line.split("#")[1].strip() for line in shown.stdout.splitlines()), "a parameter has no comment"
+        assert "# None" not in shown.stdout, "a key of a dictionary has no comment"
+    keys = [line.strip().split(" #")[0] for line in command("defi-nb", "params", "train_coupled").stdout.splitlines() if line.startswith(" ")]
+    assert "variant.quantiser: str = 'vq' " in keys and "pretrained.gfdm: str = '' " in keys and "auxiliary.weight: float = 0.3 " in keys
+    assert not any(key.startswith("auxiliary.tokens") for key in keys), "the policy's own, not an option"
 
 
 @pytest.mark.parametrize("form", ["papermill, two paths", "papermill, one path", "defi-nb"])

@@ -43,7 +43,7 @@ def test_paper_preset(tmp_path):
     for path in RUNS: shutil.copy(path, tmp_path/"nbs")
     base_models(tmp_path/"ckpts")
     record_demonstrations(tmp_path/"data/mine", RecordConfig(tasks=("open_drawer",), per_kind=3))
-    common = {"preset": "paper", "split": "data/mine", "steps": 1, "batch_size": 1}
+    common = {"preset": "paper", "split": "data/mine", "steps": 1, "engine.batch_size": 1}
     for name in ("pretrain_gfdm", "pretrain_gidm", "train_coupled"):
         done = command("defi-nb", "run", name, *arguments(common), cwd=tmp_path, timeout=1800)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr

@@ -10,20 +10,21 @@ import pytest
 from conftest import ROOT, RUNS, command, last_line
 
 DATA = {"tasks": "open_drawer,move_slider_left,turn_on_led,lift_red_block_table,push_pink_block_right", "demos": 5} # of five kinds
-TRAIN = {"steps": 4, "batch_size": 4}
+TRAIN = {"steps": 4, "engine.batch_size": 4}
 EVAL = {"tasks": DATA["tasks"], "chains": 2}
 SMALL = { # run notebook -> its parameters at a size that takes seconds; the first makes the data and the models that the others find
-    "train_coupled": DATA | TRAIN | {"pretrain_steps": 4},
+    "train_coupled": DATA | TRAIN | {"pretrained.steps": 4},
     "monitor": {},
     "pretrain_gfdm": DATA | TRAIN | {"ckpt": "ckpts/forward"},
     "pretrain_gidm": DATA | TRAIN | {"ckpt": "ckpts/inverse"},
-    "eval_gidm": DATA | {"stride": 10, "fit_pairs": 40, "probe_steps": 2, "replays": 12, "scenes": "AD", "gaps": "5", "shares": "1", "clips": 1},
-    "eval_features": DATA | {"learn": 4, "judge": 3, "stride": 8, "sources": "gfdm,gidm", "project": 4, "hidden": 4, "steps": 2, "gaps": "8", "pairs": 9, "denoising": "1", "draws": 3},
+    "eval_gidm": DATA | {"stride": 10, "probes": "{'pairs': 40, 'steps': 2, 'gaps': '5', 'fractions': '1'}", "replays": 12, "scenes": "AD", "clips": 1},
+    "eval_features": DATA | {"probes": "{'train_demos': 4, 'test_demos': 3, 'stride': 8, 'project': 4, 'hidden': 4, 'steps': 2}",
+                             "sources": "gfdm,gidm", "gaps": "8", "pairs": 9, "denoising": "1", "draws": 3},
     "gidm_reversal": DATA | TRAIN | {"arms": "penalty,labels", "seeds": 1, "fit_pairs": 40, "ckpts": "ckpts/reversal"},
     "eval_calvin": EVAL | {"steps": 20, "film": 1},
     "eval_gfdm": DATA | {"gfdm": "ckpts/forward", "clips": 6, "steps": "1,2", "dims": 1, "strips": 1},
     "denoising": DATA | {"moments": 1, "steps": "1,2", "schedule": 2, "clips": 4, "noises": 2},
-    "failures": DATA | {"chains": 1, "steps": 20, "failures": 1, "control": 1, "draws": 1, "fitted": 32, "samples": 16, "film": 1},
+    "failures": DATA | {"chains": 1, "steps": 20, "failures": 1, "control": 1, "draws": 1, "future.train_samples": 32, "future.test_samples": 16, "film": 1},
     "explore": DATA | {"at": 3, "steps": 1, "text": "close the drawer"},
     "pretrain_encoders": {"tasks": DATA["tasks"], "demos": 8, "vae_steps": 2, "dino_steps": 2, "text_steps": 2, "data": "data/encoders", "assets": "assets"},
     "pipeline": DATA | {"chains": 2, "steps_gfdm": 4, "steps_gidm": 4, "steps_policy": 4, "ckpts": "ckpts/pipeline"},
@@ -34,7 +35,7 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "bench_serve": {"requests": 3, "clients": "2", "seconds": 0.2, "side": 32},
     "eval_simulators": {},
     "own_data": {"demos": 4, "steps": 4, "batch_size": 4},
-    "state_aliasing": DATA | TRAIN | {"arms": "BC, PTR", "seeds": 1, "learn": 6, "judge": 6, "probe_steps": 2, "pairs": 10},
+    "state_aliasing": DATA | {"steps": 4, "batch_size": 4, "arms": "BC, PTR", "seeds": 1, "learn": 6, "judge": 6, "probe_steps": 2, "pairs": 10},
     "attention": DATA | {"pairs": 8, "columns": 2, "draws": 1, "video": "data/example_lab"},
     "ablations": DATA | {"rows": "coupled, without GFDM pretraining, plain: no video, MLP inverse model", "chains": 1, "fractions": "1.0", "seeds": 1, "steps": 4,
                          "pretrain_steps": 4, "ckpts": "ckpts/pipeline"},
@@ -45,10 +46,14 @@ WRONG = [ # run notebook, parameters, what the one-line error must say
     ("train_coupled", {"data_frac": 0}, "data_frac"),
     ("train_coupled", {"data_frac": "half"}, "parameter data_frac is 'half', which is not of type float"),
     ("train_coupled", {"tasks": "open_the_door"}, "open_the_door"),
-    ("train_coupled", {"gfdm": "ckpts/none"}, "ckpts/none holds no finished gfdm checkpoint"),
-    ("train_coupled", {"gfdm": "ckpts/inverse"}, "inverse"), # a checkpoint of another kind
-    ("train_coupled", {"gidm": "ckpts/inverse", "quantiser": "fsq"}, "give quantiser=vq, or another gidm"),
+    ("train_coupled", {"pretrained.gfdm": "ckpts/none"}, "ckpts/none holds no finished gfdm checkpoint"),
+    ("train_coupled", {"pretrained.gfdm": "ckpts/inverse"}, "inverse"), # a checkpoint of another kind
+    ("train_coupled", {"pretrained.gidm": "ckpts/inverse", "variant.quantiser": "fsq"}, "give variant.quantiser=vq, or another gidm"),
     ("train_coupled", {"policy": "plain", "auxiliary": "{'weight': 0.1}"}, "inverse dynamics goes with a direct or a coupled policy"),
+    ("train_coupled", {"quantiser": "fsq"}, "unknown parameter 'quantiser': it is a key of variant; give -p variant.quantiser fsq"),
+    ("train_coupled", {"pretrain_steps": 4}, "unknown parameter 'pretrain_steps': did you mean 'pretrained.steps'?"),
+    ("train_coupled", {"variant.quantizer": "fsq"}, "variant has no key 'quantizer': did you mean 'quantiser'? It takes train, views, extract_step"),
+    ("train_coupled", {"variant": "quantiser=fsq"}, "parameter variant is 'quantiser=fsq', which is not of type dict"),
     ("state_aliasing", {"arms": "BC, AUX2"}, "no arm is called 'AUX2'; choose of BC, AUX, PTR"),
     ("eval_gidm", {"model": "ckpts/forward"}, "holds a GFDM; expected GIDM or CoupledPolicy"),
     ("eval_features", {"policy": "ckpts/inverse"}, "holds a GIDM; expected CoupledPolicy"),
@@ -62,9 +67,9 @@ WRONG = [ # run notebook, parameters, what the one-line error must say
     ("eval_calvin", {"split": "A_B"}, "no split is called 'A_B'"),
     ("pretrain_gfdm", {"split": "data/none"}, "data/none is not there: give the folder of a dataset"),
     ("pretrain_gfdm", {"split": "D_D*1, data/example_lab"}, "give a weight to each of the datasets, or to none"),
-    ("train_coupled", {"split": "data/example_lab", "columns": "knee"}, "no column 'knee'"),
+    ("train_coupled", {"split": "data/example_lab", "reading.columns": "knee"}, "no column 'knee'"),
     ("own_data", {"data": "data/playtable-D_D"}, "actions"),
-    ("pretrain_gidm", {"split": "data/example_lab", "labels": 0.5}, "example_lab (own): actions beside video are read from recordings of the simulator"),
+    ("pretrain_gidm", {"split": "data/example_lab", "auxiliary.labels": 0.5}, "example_lab (own): actions beside video are read from recordings of the simulator"),
     ("eval_simulators", {"benchmark": "libero"}, "make one with `defi-nb bench setup simpler` or `defi-nb bench setup libero`"),
     ("eval_simulators", {"benchmark": "gazebo"}, "no benchmark is called 'gazebo': choose simpler, libero"),
     ("pretrain_gfdm", {"preset": "paper"}, "the public ones come with defi-nb ckpts"),
@@ -98,7 +103,7 @@ def test_run(project, name):
 @pytest.mark.skipif("train_coupled" not in SMALL, reason="nothing to run yet")
 @pytest.mark.parametrize("form", [["runs/executed.ipynb"], []], ids=["two paths", "one path"])
 def test_papermill_itself(project, form):
-    given = arguments(SMALL["train_coupled"] | {"data_frac": 0.5})
+    given = [*arguments(DATA | {"steps": 4, "data_frac": 0.5}), "-p", "engine", "{'batch_size': 4}", "-p", "pretrained", "{'steps': 4}"]
     done = command("papermill", "nbs/train_coupled.ipynb", *form, *given, cwd=project)
     assert done.returncode == 0, done.stderr
     assert form or done.stdout.startswith("{")
@@ -106,7 +111,7 @@ def test_papermill_itself(project, form):
 
 def test_on_two_processes(project):
     "The same notebook on two processes at once: one checkpoint, one record."
-    given = arguments(SMALL["train_coupled"] | {"policy": "plain", "ckpt": "ckpts/two", "engine": "{'accumulate': 2, 'keep': 2}"})
+    given = arguments(DATA | TRAIN | {"policy": "plain", "ckpt": "ckpts/two", "engine": "{'accumulate': 2, 'keep': 2}"})
     done = command("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "defi_nb.run.launch", "train_coupled", "--out", "runs/two", *given, cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "running on 2 processes" in done.stdout and (project/"ckpts/two/model.safetensors").exists()
@@ -126,7 +131,7 @@ def test_inverse_dynamics_beside_the_coupled_policy(project):
 
 def test_folder_as_split(project):
     "A recording in CALVIN's format is read where it lies, through both pretrainings and the policy."
-    given = TRAIN | {"split": "data/playtable-D_D", "tasks": "open_drawer,lift_red_block_table", "pretrain_steps": 4}
+    given = TRAIN | {"split": "data/playtable-D_D", "tasks": "open_drawer,lift_red_block_table", "pretrained.steps": 4}
     done = command("defi-nb", "run", "train_coupled", "--out", "runs/folder", *arguments(given), cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(p.name for p in (project/"ckpts").glob("*-tiny-playtable-D_D")) == [f"{kind}-tiny-playtable-D_D" for kind in ("coupled", "gfdm", "gidm")]
@@ -134,7 +139,7 @@ def test_folder_as_split(project):
 
 def test_own_data_through_every_stage(project):
     "A folder of videos and CSV files, which test_run[own_data] has made, from pretraining to the coupled policy; and in a mixture with the simulator's."
-    given = TRAIN | {"split": "data/example_lab", "pretrain_steps": 4}
+    given = TRAIN | {"split": "data/example_lab", "pretrained.steps": 4}
     done = command("defi-nb", "run", "train_coupled", "--out", "runs/own_coupled", *arguments(given), cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((project/"ckpts/coupled-tiny-example_lab/config.json").read_text())["info"]["action_scale"]["labels"][0] == "x_m"

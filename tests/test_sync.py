@@ -76,6 +76,10 @@ def test_run_notebook(path):
     assert nb["metadata"]["kernelspec"]["language"] == "python", "papermill needs the kernel's language"
     assert "skip_exec: true" in source(cells(path, "markdown")[0]), "left out by nbdev-test: tests/test_runs.py runs it"
     for cell in code:
+        lines, given = source(cell).splitlines(), "parameters" in cell["metadata"].get("tags", [])
+        declared = [line for line in lines if re.match(r"\w+ *:", line)]
+        assert len(declared) <= 18 if given else len(lines) <= 12, f"{len(lines)} lines: what branches or is long belongs in the library"
+        assert max(map(len, lines), default=0) <= (120 if given else 100), f"too long: {max(lines, key=len)}"
         assert not cell["outputs"] and cell["execution_count"] is None, "run notebooks have no outputs in git"
         defined = [n for n in ast.walk(ast.parse(source(cell))) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
         assert not defined and not re.match(r"#\| exports?\b", source(cell)), "definitions belong in the library"

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from defi_nb.weights.checkpoint import load_state
-from defi_nb.run.pretrained import fresh_model, variant_name
+from defi_nb.run.pretrained import checkpoint_name, fresh_model
 from defi_nb.models.encoders import load_encoders
 from defi_nb.models.gidm import ENCODERS
 from defi_nb.weights.load import load_model, model_info
@@ -56,10 +56,10 @@ def train(model, data, encoders, folder):
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_row_is_taken_by_the_run_notebooks(row):
     taken = check_parameters("train_coupled", row.parameters())
-    check_parameters("pretrain_gfdm", row.gfdm)
-    check_parameters("pretrain_gidm", row.gidm)
-    assert taken["quantiser"] in QUANTISERS and taken["inverse"] in ENCODERS
-    names = [variant_name(kind, "D_D", **given) for kind, given in (("gfdm", row.gfdm), ("gidm", row.gidm))]
+    check_parameters("pretrain_gfdm", dict(variant=row.gfdm))
+    check_parameters("pretrain_gidm", dict(variant=row.gidm))
+    assert taken["variant"]["quantiser"] in QUANTISERS and taken["variant"]["inverse"] in ENCODERS
+    names = [checkpoint_name(kind, "D_D", **given) for kind, given in (("gfdm", row.gfdm), ("gidm", row.gidm))]
     assert [name.count("-") > 2 for name in names] == [bool(row.gfdm), bool(row.gidm)] # another model, another folder
 
 

@@ -6,7 +6,8 @@
 __all__ = ['codebook_report', 'duplicate_codes', 'decoder_use', 'code_action_information', 'action_bins', 'auroc',
            'reversal_antisymmetry', 'reversal_purity', 'idle_norm', 'code_agreement', 'Pairs', 'window_pairs',
            'Inferred', 'inner_gidm', 'as_read', 'infer', 'decode', 'foreseen_frames', 'policy_pairs', 'replay',
-           'replayed_pairs', 'Transfer', 'transfer', 'nearest_frames']
+           'replayed_pairs', 'Transfer', 'transfer', 'nearest_frames', 'reconstruction_errors', 'pair_gap',
+           'played_again']
 
 # %% ../../nbs/08_analysis/02_latent_actions.ipynb #9e83689d
 from dataclasses import dataclass, fields, replace
@@ -18,6 +19,7 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from ..core.spec import VIEWS, Batch
+from ..data.episodes import evenly_spaced
 from ..models.gidm import GIDM, prepare_texts
 from ..models.policy import CoupledPolicy
 from ..models.vq import code_usage, perplexity
@@ -349,3 +351,44 @@ def nearest_frames(
 )->np.ndarray: # (N,) number of the nearest true frame
     "The true frames that look most like decoded ones."
     return torch.cdist(features.flatten(1), known.flatten(1)).argmin(1).numpy()
+
+# %% ../../nbs/08_analysis/02_latent_actions.ipynb #66f790b4
+@torch.inference_mode()
+def reconstruction_errors(
+    model:GIDM, # with a decoder
+    batch:Batch, # with `dino` (B,V,2,P,D) and `text`, on the model's device; the first view is looked at
+    t5, # `models.encoders.T5TextEncoder`
+)->tuple: # name -> mean squared error of the second frame's features; the `vq.LatentTuple` of the pairs
+    "What an inverse model's reconstruction is worth."
+    device, features = batch.dino.device, batch.dino[:, 0]
+    text, mask = (t.to(device) for t in t5(batch.text))
+    reconstruction, latent = model.reconstruct(features, text, mask)
+    shuffled = model.decode(features[:, 0], latent.latent_actions.roll(1, 0), text, mask)
+    predicted = dict(reconstruction=reconstruction, shuffled_codes=shuffled, copy=features[:, 0])
+    return {k: float((x - features[:, 1]).square().mean()) for k, x in predicted.items()}, latent
+
+# %% ../../nbs/08_analysis/02_latent_actions.ipynb #1b7eca84
+def pair_gap(
+    model, # a `GIDM` or a `CoupledPolicy`
+    info:dict, # of its checkpoint
+)->int: # control steps
+    "The steps between the two frames that a model was trained with."
+    if not isinstance(model, CoupledPolicy): return info.get("gap", 10)
+    first, second = model.cfg.spec.gidm_frames
+    return model.cfg.spec.frame_stride*(second - first)
+
+# %% ../../nbs/08_analysis/02_latent_actions.ipynb #81805cd0
+def played_again(
+    pairs:Pairs, # held-out pairs of the embedded simulator's recording
+    dino, # `encoders.dino`
+    n:int, # of them, spread evenly; 0: none
+    scenes:str, # letters
+    home:str, # the test scene, played last
+    view:str="static", # camera
+)->dict|None: # see `replayed_pairs`; None: n is 0
+    "Some held-out motions again in other scenes."
+    if not n: return None
+    some = pairs[evenly_spaced(len(pairs), n)]
+    played = replayed_pairs(some, dino, sorted(scenes, key=lambda s: s == home), view=view)
+    print(f"{len(played[home])} of {len(some)} motions went alike in scenes {scenes}, and are compared")
+    return played

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['DIRECTIONS', 'code_table', 'show_code_table', 'top_clips', 'show_clips', 'film_clips', 'bin_names', 'action_table',
            'show_action_table', 'show_reversal', 'show_transfer', 'embed_2d', 'tsne_2d', 'action_direction',
-           'show_embedding']
+           'show_embedding', 'code_figures', 'code_clips', 'show_first_transfers', 'show_maps']
 
 # %% ../../nbs/08_analysis/04_latent_plots.ipynb #29c59f9a
 import numpy as np
 import torch
 
-from defi_nb.analysis.latent_actions import (
-    Inferred, Pairs, Transfer, code_action_information, codebook_report, nearest_frames,
-    reversal_purity)
+from .latent_actions import (
+    Inferred, Pairs, Transfer, action_bins, code_action_information, codebook_report,
+    nearest_frames, reversal_purity)
 from ..core.plot import OKABE_ITO, new_axes, show_frames
 from ..core.spec import POSITION_UNIT, ROTATION_UNIT
 
@@ -225,3 +225,59 @@ def show_embedding(
     ax.title.set_fontsize(9)
     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, .5), title="hand moves", title_fontsize=7)
     return ax
+
+# %% ../../nbs/08_analysis/04_latent_plots.ipynb #0f113abd
+def code_figures(
+    got:Inferred, # of held-out pairs
+    back:Inferred, # of the same pairs the other way round
+    action, # (N,n,7) of the pairs
+    codes:int, # size of the codebook
+    position:int=0, # of the tuple
+    seed:int=0, # of the bins of actions
+)->dict: # name -> figure; empty for a continuous latent
+    "How codes are used, which actions they go with, and what they become on the way back."
+    if got.codes is None: return {}
+    bins, centres = action_bins(action, 8, seed)
+    axes = dict(codes=show_code_table(code_table(got.codes, codes)), reversal=show_reversal(got.codes[:, position], back.codes[:, position], codes),
+                code_actions=show_action_table(got.codes[:, position], bins, codes, bin_names(centres)))
+    return {name: ax.figure for name, ax in axes.items()}
+
+def code_clips(
+    got:Inferred, # of held-out pairs
+    demo, # (N,) demonstration of each
+    codes:int, # size of the codebook
+    position:int=0, # of the tuple
+    most:int=4, # codes
+)->dict: # "code 3" -> numbers of pairs; empty where no code stands for a token
+    "The clips of the codes that are used most."
+    if got.codes is None or got.codes.shape[1] != got.z.shape[1]: return {}
+    used = np.argsort(-np.bincount(got.codes[:, position], minlength=codes), kind="stable")[:most]
+    return {f"code {c}": top_clips(got, demo, c, position) for c in used.tolist()}
+
+# %% ../../nbs/08_analysis/04_latent_plots.ipynb #e34c6bd0
+def show_first_transfers(
+    played:dict, # scene -> `Pairs` of the same events, see `analysis.latent_actions.replayed_pairs`
+    moved:Transfer, # from `away` to `home`
+    away:str, # scene whose latents were taken
+    home:str, # scene in which they were decoded
+    held:Pairs, # held-out pairs, for the nearest true frames
+): # matplotlib axes
+    "One transfer of each demonstration, at most eight."
+    apart = [i for d in np.unique(played[home].demo) for i in np.flatnonzero(played[home].demo == d)[:1]][:8]
+    pictures = held.pictures.reshape(-1, *held.pictures.shape[2:])
+    ax = show_transfer(played[away], played[home], moved, held.features.flatten(0, 1), pictures, apart, truth=True)
+    ax.set_title(f"latents of scene {away}, carried to scene {home}", fontsize=9)
+    return ax
+
+def show_maps(
+    latents, # (N,...)
+    action, # (N,n,7) of the pairs
+    seed:int=0, # of t-SNE
+): # figure
+    "Latents by the direction of the action: two principal components, and t-SNE."
+    import matplotlib.pyplot as plt
+    points, share = embed_2d(latents)
+    maps = {f"principal components ({share.sum():.0%} of the variance)": points, "t-SNE": tsne_2d(latents, seed=seed)}
+    axes = plt.subplots(1, 2, figsize=(9.8, 3.6), dpi=80, layout="constrained")[1]
+    for ax, (name, x) in zip(axes, maps.items()): show_embedding(x, action_direction(action), ax, name)
+    return axes[0].figure

@@ -6,7 +6,8 @@
 __all__ = ['ACTION_PARTS', 'STYLES', 'codebook', 'code_measures', 'decoder_measures', 'action_targets', 'probe_features',
            'action_measures', 'network_measures', 'alignment_measures', 'information_measures', 'leak_measures',
            'consecutive', 'time_measures', 'agreement_measures', 'joined', 'scene_measures', 'transfer_measures',
-           'label_curve', 'horizon_curve', 'show_curve', 'latent_suite']
+           'label_curve', 'horizon_curve', 'show_curve', 'latent_suite', 'curve_pairs', 'show_label_and_horizon',
+           'curve_metrics']
 
 # %% ../../nbs/08_analysis/03_latent_report.ipynb #440bf0bc
 from dataclasses import fields, replace
@@ -19,7 +20,7 @@ from .alignment import partial_spearman, pose_distance, thumbnails
 from .latent_actions import (
     Inferred, Pairs, action_bins, auroc, code_action_information, code_agreement,
     codebook_report, decode, duplicate_codes, idle_norm, infer, inner_gidm,
-    reversal_antisymmetry, reversal_purity, transfer)
+    reversal_antisymmetry, reversal_purity, transfer, window_pairs)
 from .probes import held_out, linear_probe, network_error, r2
 from ..core.plot import OKABE_ITO, new_axes
 from ..core.stats import Measured, Suite, measured, missing
@@ -392,3 +393,33 @@ def latent_suite(
              "Is it the same for the same event?": (scene_measures(model, untrained, replays, fit, known) if replays else []) + views,
              "Does it do the same elsewhere?": transfer_measures(model, held, replays)}
     return Suite({name: rows for name, rows in parts.items() if rows})
+
+# %% ../../nbs/08_analysis/03_latent_report.ipynb #b394fba0
+def curve_pairs(
+    frames, # `data.episodes.Frames`
+    windows:tuple, # demonstrations that probes are trained on, and held-out ones
+    codes, # see `analysis.latent_actions.window_pairs`
+    view:str, # camera
+    most:int, # pairs for training, at most
+): # function of a gap, for `horizon_curve`
+    "The pairs of a recording at any gap."
+    def at(gap): return tuple(window_pairs(frames, some, codes, gap, 5, view, n) for some, n in zip(windows, (most, None)))
+    return at
+
+def show_label_and_horizon(
+    labels:dict, # from `label_curve`
+    horizon:dict, # from `horizon_curve`; empty: none
+): # figure
+    "What probes read with few labels, and from frames that are further apart."
+    import matplotlib.pyplot as plt
+    n = 1 + bool(horizon)
+    axes = plt.subplots(1, n, figsize=(1 + 4*n, 3), dpi=80, layout="constrained", squeeze=False)[1][0]
+    show_curve(labels, axes[0], "fraction of the demonstrations with labels", log=True)
+    if horizon: show_curve(horizon, axes[1], "control steps between the frames")
+    return axes[0].figure
+
+def curve_metrics(
+    curve:dict, # number -> `Measured`
+)->dict: # of JSON types
+    "A curve as numbers."
+    return {str(x): dict(value=m.value, low=m.interval[0], high=m.interval[1], references={k: v[0] for k, v in m.references.items()}) for x, m in curve.items()}

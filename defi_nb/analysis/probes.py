@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PENALTIES', 'held_out', 'linear_probe', 'r2', 'ProbeConfig', 'ProbeHead', 'frame_losses', 'probe_loss', 'ProbeResult',
-           'train_probe', 'network_error']
+           'train_probe', 'network_error', 'scene_targets', 'scene_r2']
 
 # %% ../../nbs/08_analysis/00_probes.ipynb #c6764854
 from dataclasses import dataclass
@@ -184,3 +184,26 @@ def network_error(
     both = (np.concatenate([x, test]) - mean)/np.where(spread > 1e-6, spread, 1)
     cfg = ProbeConfig(*x.shape[1:], out=y.shape[1], batch_size=64, lr=1e-3, steps=steps, every=steps)
     return train_probe(both, np.concatenate([y, true]), np.arange(len(both)) >= len(x), cfg, seed).last
+
+# %% ../../nbs/08_analysis/00_probes.ipynb #ab95d68a
+def scene_targets(
+    robot_obs:np.ndarray, # (N,15) CALVIN's
+    scene_obs:np.ndarray, # (N,24) CALVIN's
+    colours:tuple, # of the three blocks
+)->dict: # name -> (N,), in CALVIN's units
+    "The numbers of a state that an encoder should hold, by name."
+    robot = dict(zip(("x", "y", "z", "opening"), robot_obs[:, [0, 1, 2, 6]].T))
+    doors = dict(zip(("slider", "drawer", "switch"), scene_obs[:, [0, 1, 3]].T))
+    places = [f"{colour} {axis}" for colour in colours for axis in "xyz"]
+    return robot | doors | dict(zip(places, scene_obs[:, [6, 7, 8, 12, 13, 14, 18, 19, 20]].T))
+
+def scene_r2(
+    features:np.ndarray, # (N,...) of an encoder
+    targets:dict, # from `scene_targets`
+    held:np.ndarray, # (N,) bool, test rows
+)->dict: # name -> R2 of a ridge probe on the test rows, to three places; None for a number that does not change
+    "What a linear map reads of each number of the state."
+    state, penalty = np.stack([*targets.values()], 1), .02*(~held).sum()
+    predicted = linear_probe(features[~held], state[~held], None, features[held], (penalty,))
+    explained = r2(predicted, state[held], 0).tolist()
+    return {name: round(v, 3) if np.isfinite(v) else None for name, v in zip(targets, explained)}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'new_axes', 'to_hwc', 'show_frames', 'show_strip', 'show_actions', 'read_history', 'show_curves',
-           'show_usage']
+           'show_usage', 'save_figure']
 
 # %% ../../nbs/00_core/01_plot.ipynb #c50e1614
 import json
@@ -157,3 +157,13 @@ def show_usage(
     ax.set(xlabel="code, most frequent first", ylabel="share of uses, %")
     ax.legend(fontsize=7)
     return ax
+
+# %% ../../nbs/00_core/01_plot.ipynb #2a6429e5
+def save_figure(
+    drawn, # a figure, or the axes of one, in any arrangement
+    path, # of the PNG
+    dpi:int=100, # dots an inch
+):
+    "Write a figure to a file; what a `show_` function returns will do."
+    one = np.ravel(np.asarray(drawn, object))[0]
+    getattr(one, "figure", one).savefig(path, dpi=dpi, bbox_inches="tight")

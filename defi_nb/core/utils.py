@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['progress_bar', 'atomic', 'write_whole', 'read_jsonl', 'write_jsonl', 'append_jsonl', 'json_digest', 'format_bytes',
            'folder_bytes', 'project_root', 'sendable', 'portable_error', 'start_python', 'JobError', 'received',
-           'play_jobs']
+           'play_jobs', 'cpu_hours']
 
 # %% ../../nbs/00_core/02_utils.ipynb #3ce46b49
 import errno
@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import pickle
+import resource
 import select
 import subprocess
 import sys
@@ -221,3 +222,9 @@ def play_jobs(
         why, again = error.args if isinstance(error, JobError) else (f"{type(error).__name__}: {error}", True)
         say("error", error=why, again=again)
     except Exception as error: say("error", error=portable_error(error), again=False)
+
+# %% ../../nbs/00_core/02_utils.ipynb #8c4c4b26
+def cpu_hours()->float: # hours of processor time
+    "What this process and its finished children have used."
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in spent)/3600

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLAIN', 'DataSource', 'check_fraction', 'rows_of', 'Reading', 'choose_cameras', 'Window', 'Frames', 'fake_frames',
            'check_frames', 'Rows', 'concat_frames', 'take_fraction', 'split_windows', 'count_tasks', 'show_tasks',
-           'Samples', 'FrameTable', 'ImageTable', 'CodedSamples', 'WindowDataset', 'frames_identity']
+           'Samples', 'FrameTable', 'ImageTable', 'CodedSamples', 'WindowDataset', 'frames_identity', 'evenly_spaced']
 
 # %% ../../nbs/02_data/00_episodes.ipynb #cea97d89
 import hashlib
@@ -490,3 +490,11 @@ def frames_identity(
     for v in frames.video.values(): digest.update(np.ascontiguousarray(v[some]).tobytes())
     views = {k: list(v.shape[1:]) for k,v in frames.video.items()}
     return dict(rows=len(frames), views=views, digest=digest.hexdigest()[:16])
+
+# %% ../../nbs/02_data/00_episodes.ipynb #014a6433
+def evenly_spaced(
+    size:int, # of the dataset
+    n:int, # numbers wanted; fewer come where the dataset is smaller
+)->np.ndarray: # of ints in [0, size), each once, in order
+    "Indices spread evenly over a dataset, its first and last among them."
+    return np.unique(np.linspace(0, size - 1, min(n, size)).round().astype(int))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'replay_to', 'TaskStart', 'play_task', 'verdict', 'study_task', 'watch', 'relative_error', 'FailureReport',
-           'choose_tasks', 'study_failures', 'show_failures']
+           'choose_tasks', 'study_failures', 'show_failures', 'film_studied']
 
 # %% ../../nbs/07_eval/08_failures.ipynb #fa693a28
 import copy
@@ -22,7 +22,8 @@ from ..core.plot import new_axes
 from ..core.spec import VIEWS, Batch
 from ..core.stats import Interval, bounded_mean_interval, markdown_table, wilson
 from ..core.utils import append_jsonl, progress_bar, read_jsonl, write_jsonl
-from .film import recorded_looks
+from ..core.video import save_video
+from .film import film_chain, recorded_looks
 from .rollout import (
     Chain, EvalConfig, chain_noise, obs_to_batch, playtable_env, predict)
 from .true_future import (
@@ -326,3 +327,22 @@ def show_failures(
     ax.invert_yaxis()
     ax.legend(fontsize=7, loc="lower center", bbox_to_anchor=(.5, 1), ncols=2)
     return ax
+
+# %% ../../nbs/07_eval/08_failures.ipynb #eb0e15a5
+def film_studied(
+    policy:CoupledPolicy, # that was studied
+    report:FailureReport, # from `study_failures`
+    records:list, # of the evaluation's chains, with their actions
+    sequences, # (initial state, task names) of all chains
+    config:EvalConfig, # of the evaluation
+    folder, # for the videos
+    most:int, # failed tasks, and as many solved ones
+): # yields (title, path of a video)
+    "Each studied task again, with the frames that the policy predicted."
+    chains = {r["chain"]: r for r in records}
+    for row in report.failed[:most] + report.control[:most]:
+        record, sequence, number = chains[row["chain"]], sequences[row["chain"]], row["number"]
+        looks = [r["look"] for r in watch(policy, record, sequence, config, only=number)]
+        path = Path(folder)/f"{row['task']}-{row['chain']}-{'solved' if row['solved'] else 'failed'}.mp4"
+        outcome = "solved" if row["solved"] else f"failed because of {VERDICTS[row['verdict']]}"
+        yield f"{row['text']}: {outcome}", save_video(film_chain(record, sequence, config, looks=looks, only=number), path)

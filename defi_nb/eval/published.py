@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROUNDING', 'OTHER', 'UNTRAINED', 'ROWS', 'SETS', 'Published', 'published', 'standard_error', 'published_markdown',
-           'Row', 'choose_rows', 'paper_cell', 'show_by_fraction']
+           'Row', 'choose_rows', 'paper_cell', 'show_by_fraction', 'AblationRun', 'ablation_runs', 'ablation_table',
+           'ablation_markdown', 'share_figures']
 
 # %% ../../nbs/07_eval/09_published.ipynb #debc7c08
 import json
@@ -14,7 +15,7 @@ from importlib import resources
 import numpy as np
 
 from ..core.plot import new_axes
-from ..core.stats import Interval, markdown_table
+from ..core.stats import Interval, bounded_mean_interval, markdown_table
 
 # %% ../../nbs/07_eval/09_published.ipynb #d86e5781
 ROUNDING = .005 + 5*.0005 # how far a printed average may be from the sum of printed rates, tasks
@@ -81,13 +82,17 @@ class Row:
     paper:float|None = None # the paper's average length, in [0, 5]; None: not known to us, or not in the paper
     chains:int = 1000 # over how many chains the paper's number is, as far as its rates tell
     note:str = "" # what to know about the paper's number
-    train:dict = field(default_factory=dict) # parameters of `train_coupled`
-    gfdm:dict = field(default_factory=dict) # parameters of `pretrain_gfdm`
-    gidm:dict = field(default_factory=dict) # parameters of `pretrain_gidm`
+    train:dict = field(default_factory=dict) # parameters of `train_coupled`, keys of its dictionaries as "variant.views"
+    gfdm:dict = field(default_factory=dict) # keys of `pretrain_gfdm`'s variant
+    gidm:dict = field(default_factory=dict) # keys of `pretrain_gidm`'s variant
 
     def parameters(self)->dict: # parameter -> value
-        "What `train_coupled` has to be told: its own parameters, and which kinds of models it starts from."
-        return self.train | {n: v for n, v in (self.gfdm | self.gidm).items() if n not in ("video", "video_frac")}
+        "Parameters of `train_coupled`: its own, and which kinds of models it starts from."
+        return self.train | {f"variant.{n}": v for n, v in (self.gfdm | self.gidm).items() if n not in ("video", "video_frac")}
+
+    @property
+    def starts_from(self): # kinds of pretrained models that it needs
+        return tuple(k for k in ("gfdm", "gidm") if self.train.get(f"pretrained.{k}") != UNTRAINED and self.train.get("policy") != "plain")
 
     @property
     def video_share(self): # of the further video, that both models were pretrained on: 0 is none, 1 all of it; None: not the same for both
@@ -101,25 +106,25 @@ UNTRAINED = "untrained"
 
 ROWS = (
     Row("coupled", (1, 4, 6, 7, 8, 9), 4.51, note="the full model"),
-    Row("static view", (1,), train=dict(views="static")),
-    Row("without GIDM pretraining", (4,), chains=125, train=dict(gidm=UNTRAINED)),
-    Row("without GFDM pretraining", (4,), 3.28, 125, train=dict(gfdm=UNTRAINED)),
-    Row("without either pretraining", (), train=dict(gfdm=UNTRAINED, gidm=UNTRAINED)),
+    Row("static view", (1,), train={"variant.views": "static"}),
+    Row("without GIDM pretraining", (4,), chains=125, train={"pretrained.gidm": UNTRAINED}),
+    Row("without GFDM pretraining", (4,), 3.28, 125, train={"pretrained.gfdm": UNTRAINED}),
+    Row("without either pretraining", (), train={"pretrained.gfdm": UNTRAINED, "pretrained.gidm": UNTRAINED}),
     Row("other scenes for both", (5,), 4.51, note="the full model", gfdm=OTHER, gidm=OTHER),
     Row("other scenes for GIDM", (5,), chains=125, gidm=OTHER),
     Row("other scenes for GFDM", (5,), 4.34, 125, gfdm=OTHER),
     Row("own scene only", (5,), 3.92, 125, "its rates sum to 4.34 and are those of the row above"),
     Row("a quarter of the other scenes", **_share(.25)), Row("half of the other scenes", **_share(.5)),
-    Row("features of step 5", (6,), 4.45, 125, train=dict(extract_step=5)),
+    Row("features of step 5", (6,), 4.45, 125, train={"variant.extract_step": 5}),
     Row("DINO forward model", (6,), 3.70, 125, gfdm=dict(forward="dino")),
     Row("MLP inverse model", (7,), 3.42, 125, gidm=dict(inverse="mlp")),
     Row("transformer inverse model", (7,), 4.22, 125, gidm=dict(inverse="transformer")),
     _quantiser("mixture", "Gaussian mixture", tables=(8,), paper=4.12, note="its rates sum to 4.21"),
     _quantiser("binning", "simple binning", tables=(8,), paper=3.98, note="its rates sum to 4.10"),
     _quantiser("continuous", "continuous latent", tables=(8,), paper=4.20, note="its rates sum to 4.27"),
-    Row("adapter only", (9,), 4.33, note="its rates sum to 4.32", train=dict(train="adapter")),
-    Row("GFDM and adapter", (9,), train=dict(train="gfdm,adapter")),
-    Row("all trained", (9,), train=dict(train="gfdm,gidm,adapter")),
+    Row("adapter only", (9,), 4.33, note="its rates sum to 4.32", train={"variant.train": "adapter"}),
+    Row("GFDM and adapter", (9,), train={"variant.train": "gfdm,adapter"}),
+    Row("all trained", (9,), train={"variant.train": "gfdm,gidm,adapter"}),
     Row("plain: no video", train=dict(policy="plain")),
     _quantiser("ema", "codebook by running means"), _quantiser("fsq", "finite scalar quantisation"),
     _quantiser("lfq", "lookup-free quantisation"), _quantiser("residual", "residual quantisation"))
@@ -173,3 +178,54 @@ def show_by_fraction(
     ax.grid(alpha=.3)
     ax.legend(fontsize=7)
     return ax
+
+# %% ../../nbs/07_eval/09_published.ipynb #4750bb70
+@dataclass(frozen=True)
+class AblationRun:
+    "One training of a row."
+    row:Row # which variant
+    data_frac:float # fraction of the demonstrations whose actions are used
+    seed:int # of the training
+
+    @property
+    def name(self): # of its folders
+        return f"{self.row.name.split(':')[0].replace(' ', '_')}-{self.data_frac:g}-{self.seed}"
+
+def ablation_runs(
+    rows:list, # of `Row`
+    fractions:list, # of the demonstrations
+    seeds:int, # trainings of each
+)->list: # of `AblationRun`
+    "All trainings, those of one fraction and seed together."
+    return [AblationRun(row, fraction, seed) for fraction in fractions for seed in range(seeds) for row in rows]
+
+def ablation_table(
+    runs:list, # of `AblationRun`
+    results:list, # of `eval.results.EvalResult`, one of each
+)->list: # of dicts, a row each, the largest fraction first
+    "What an `ablations` run has measured."
+    known, groups, table = {run.row.name: run.row for run in runs}, {}, []
+    for run, result in zip(runs, results, strict=True): groups.setdefault((-run.data_frac, run.row.name), []).append(result)
+    for (fraction, name), found in sorted(groups.items(), key=lambda g: g[0][0]):
+        solved, of, row = sum((r.solved for r in found), []), len(found), known[name]
+        table.append(dict(row=name, data_frac=-fraction, average_length=sum(solved)/len(solved), interval=bounded_mean_interval(solved, (0, 5))[1:],
+                          task_success=sum(r.task_success for r in found)/of, seeds=[r.average_length for r in found], chains=len(solved), paper=row.paper))
+    return table
+
+# %% ../../nbs/07_eval/09_published.ipynb #bfad5bab
+def ablation_markdown(
+    table:list, # from `ablation_table`
+)->str:
+    "The table, with each seed and the paper's number."
+    known = {row.name: row for row in ROWS}
+    cells = [[t["row"], f"{t['data_frac']:g}", f"**{t['average_length']:.2f}** ({t['interval'][0]:.2f}–{t['interval'][1]:.2f})", f"{100*t['task_success']:.0f}",
+              ", ".join(f"{x:.2f}" for x in t["seeds"]), t["chains"], paper_cell(known[t["row"]])] for t in table]
+    return markdown_table(["policy", "share of labels", "average length of 5", "mean of tasks, %", "each seed", "chains", "the paper's"], cells)
+
+def share_figures(
+    table:list, # from `ablation_table`
+)->dict: # "data_frac" (Figure 4) and "video_share" (Figure 8) -> figure, where there is more than one fraction
+    "Average length against the fraction of labels and of further video."
+    known = {row.name: row for row in ROWS}
+    values = dict(data_frac={t["data_frac"] for t in table}, video_share={known[t["row"]].video_share for t in table})
+    return {x: show_by_fraction(table, x).figure for x, found in values.items() if len(found) > 1}

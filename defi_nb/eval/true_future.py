@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ExpertAhead', 'seen_codes', 'batch_codes', 'shown_tokens', 'fit_translator', 'Informed', 'misled', 'future_losses',
-           'best_way', 'losses_markdown', 'foresee', 'frame_offsets']
+           'best_way', 'losses_markdown', 'foresee', 'frame_offsets', 'future_batches', 'ways_to_show']
 
 # %% ../../nbs/07_eval/07_true_future.ipynb #a326a7d1
 import copy
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..core.spec import VIEWS, Batch
 from ..core.stats import markdown_table
+from ..data.episodes import WindowDataset, evenly_spaced, split_windows
 from ..models.gfdm import GFDM
 from ..models.policy import CoupledPolicy
 from ..sim.experts import Expert
@@ -261,3 +262,29 @@ def frame_offsets(
     "When the frames are due that a policy's forward model foresees."
     spec = policy.cfg.spec
     return tuple(spec.frame_stride*i for i in range(1, spec.frames))
+
+# %% ../../nbs/07_eval/07_true_future.ipynb #7e032e35
+def future_batches(
+    policy:CoupledPolicy, # with a forward model
+    frames, # `data.episodes.Frames` of its recording
+    arrays:dict, # what the forward model reads of every frame, see `run.datasets.encoded`
+    sizes:tuple, # samples for training and for testing, at most
+    chunk:int, # K, actions of a sample
+)->tuple: # two lists of `Batch` of about 64 samples: for training, held out
+    "Present and coming frames of demonstrations, with their actions."
+    train, held = split_windows(frames.windows, .05)
+    offsets, parts = (0, *frame_offsets(policy)), []
+    for windows, n in zip((train, held or train), sizes):
+        ds = WindowDataset(frames, windows, offsets=offsets, chunk=chunk, stride=10, arrays=arrays)
+        parts.append([ds[part] for part in np.array_split(evenly_spaced(len(ds), n), max(1, min(n, len(ds))//64))])
+    return tuple(parts)
+
+def ways_to_show(
+    policy:CoupledPolicy, # with a forward model
+    batches:list, # for training, from `future_batches`
+    sigma:float, # noise level
+    ridge:float, # see `fit_translator`
+    translate:bool, # whether a translation is tried too
+)->list: # of `Informed`
+    "The ways in which a true future takes the place of a predicted one."
+    return [Informed(policy, sigma)] + ([Informed(policy, sigma, fit_translator(policy, batches, sigma, ridge))] if translate else [])

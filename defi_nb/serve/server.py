@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NAMES', 'MAX_SIDE', 'MAX_TEXT', 'PLAYERS', 'Contract', 'contract_of', 'Request', 'read_request', 'request_noise',
            'requests_to_batch', 'answer', 'PolicyError', 'PolicyServer', 'serving', 'read_key', 'check_host',
-           'load_served', 'main', 'round_trips', 'throughput']
+           'load_served', 'main', 'round_trips', 'throughput', 'bench_observation', 'show_throughput',
+           'throughput_cells']
 
 # %% ../../nbs/11_serve/01_server.ipynb #6418fc71
 import asyncio
@@ -444,3 +445,29 @@ def throughput(
         end.set()
         for future in asking: future.result()
     return dict(clients=clients, batch=server.batch, answers=rate, rows=sum(n*k for n, k in server.batches.items())/sum(server.batches.values()))
+
+# %% ../../nbs/11_serve/01_server.ipynb #1df2f15b
+def bench_observation(
+    side:int, # pixels of the images
+)->dict: # as a robot sends it
+    "An observation with two random images."
+    images = {name: np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8) for name in ("observation/image", "observation/wrist_image")}
+    return images | {"observation/state": np.zeros(15), "prompt": "open the drawer"}
+
+def show_throughput(
+    rows:dict, # name -> list of rows of `throughput`, by number of clients
+): # matplotlib axes
+    "Answers a second over the number of clients."
+    from matplotlib import pyplot as plt
+    ax = plt.subplots(figsize=(4, 2.6), layout="constrained")[1]
+    for name, found in rows.items(): ax.plot([r["clients"] for r in found], [r["answers"] for r in found], "o-", label=name)
+    ax.set(xlabel="clients", ylabel="answers a second", ylim=(0, None))
+    ax.legend()
+    return ax
+
+def throughput_cells(
+    one_by_one:list, # rows of `throughput`
+    batched:list, # rows of the same numbers of clients
+)->list: # of rows of text, for a table
+    "Answers a second one by one and batched."
+    return [[a["clients"], f"{a['answers']:.1f}", f"{b['answers']:.1f}", f"{b['rows']:.1f}", f"{b['answers']/a['answers']:.2f}"] for a, b in zip(one_by_one, batched)]

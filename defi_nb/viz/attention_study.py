@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NONE', 'KINDS', 'NO_MODEL', 'GivenPairs', 'pairs_of', 'mean_attention', 'rollout', 'gradient_weighted', 'occluded',
            'change', 'query_heats', 'Looks', 'look', 'others_mean', 'pair_shares', 'mask_studies', 'removal_studies',
-           'measure_kinds', 'measure_queries', 'show_beside']
+           'measure_kinds', 'measure_queries', 'show_beside', 'show_queries', 'mask_ceiling', 'report_studies',
+           'arm_answer']
 
 # %% ../../nbs/09_viz/04_attention_study.ipynb #fafcb93b
 from collections.abc import Callable
@@ -16,16 +17,17 @@ import torch
 from torch import Tensor
 
 from ..analysis.latent_actions import as_read, foreseen_frames, inner_gidm
+from ..core.plot import show_frames
 from ..core.spec import VIEWS, Batch
 from ..core.utils import progress_bar
 from ..models.gidm import GIDM, prepare_texts
 from ..sim.segmentation import (
     moved_block, moving_mask, patch_share, recorded_masks, task_things)
 from .attention import gidm_gradients, gidm_maps, gidm_occlusion
-from .attention_maps import overlay
-from defi_nb.viz.faithfulness import (
-    OVERLAP_MEASURES, MapStudy, centre_map, kept_score, measure_map, overlap_rows, removal_rows,
-    show_faithfulness)
+from .attention_maps import on_grid, overlay, overlay_video
+from .faithfulness import (
+    OVERLAP_MEASURES, MapStudy, centre_map, kept_score, measure_map, overlap, overlap_rows,
+    removal_rows, show_faithfulness)
 
 # %% ../../nbs/09_viz/04_attention_study.ipynb #c870670e
 @dataclass
@@ -230,3 +232,42 @@ def show_beside(
         left.set(title=name, xticks=[], yticks=[])
         show_faithfulness(faithful, right, name)
     return axes
+
+# %% ../../nbs/09_viz/04_attention_study.ipynb #2eef7be8
+def show_queries(
+    pairs:GivenPairs, # from `pairs_of`
+    second:Tensor, # (N,3,H,W) the pairs' second frames
+): # matplotlib axes; their title says how bright the brightest patch is
+    "A row of frames for each latent action, its attention laid over them."
+    heats = on_grid(query_heats(pairs)[:, :, 1])
+    rows = {f"latent action {q + 1}": overlay_video(second, heat, float(heats.max())) for q, heat in enumerate(heats)}
+    ax = show_frames({"second frame": second} | rows, [f"pair {i + 1}" for i in range(len(second))])
+    ax.set_title(f"brightest: {heats.max():.2f} of a latent action's attention", fontsize=9)
+    return ax
+
+def mask_ceiling(
+    shares:dict, # name of a mask -> (N,P) fractions of each patch, from `pair_shares`
+)->dict: # name -> AUROC
+    "What the mask itself reaches, taken as a map of patches."
+    return {name: float(np.mean([overlap(s, s)["auroc"] for s in share if 0 < s.mean() < 1])) for name, share in shares.items()}
+
+# %% ../../nbs/09_viz/04_attention_study.ipynb #dfd5645d
+def report_studies(
+    trained:Looks, # of the model
+    untrained:Looks|None, # of the same network with random weights; None where there are no masks
+    shares:dict, # from `pair_shares`; empty: no masks
+    of:np.ndarray, # (N,) demonstration of each pair
+)->list: # of `viz.faithfulness.MapStudy`
+    "What maps are worth: where patches are removed, and on the true masks."
+    studies, ceiling = removal_studies(trained, of), mask_ceiling(shares)
+    for name, share in shares.items():
+        print(f"{name}: {share.mean():.1%} of the frame, seen in {(share.mean(1) > 0).sum()} of {len(share)} pairs; AUROC of the mask itself {ceiling[name]:.3f}")
+        studies += mask_studies(trained, share, name, of, untrained, ("heat", "auroc", "pointing") if "moving" in name else ("auroc",))
+    return studies
+
+def arm_answer(
+    studies:list, # from `report_studies`
+)->str: # sentences
+    "Whether attention lies on the moving arm."
+    found = [s.conclusion() for s in studies if s.measure.endswith("moving arm and gripper")]
+    return " ".join(found or ["No masks were drawn, so whether the maps lie on the moving arm was not measured."])

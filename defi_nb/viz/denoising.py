@@ -6,11 +6,13 @@
 __all__ = ['check_draws', 'future_noise', 'sample_schedules', 'sample_estimates', 'future_steps', 'estimate_steps',
            'draw_pictures', 'frame_scores', 'show_future_steps', 'MotionSteps', 'motion_steps', 'show_motion_steps',
            'many_futures', 'spread_map', 'show_spread', 'without_text', 'chunk_steps', 'hand_path', 'executed_path',
-           'fan_steps', 'fan_cube', 'show_fan', 'show_fan_dimensions', 'futures_film', 'fan_film']
+           'fan_steps', 'fan_cube', 'show_fan', 'show_fan_dimensions', 'futures_film', 'fan_film', 'predicts_frames',
+           'Moment', 'denoise_moment', 'moment_figures', 'motion_over_steps', 'Fan', 'action_fan']
 
 # %% ../../nbs/09_viz/05_denoising.ipynb #21c51b7f
 import copy
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -411,3 +413,105 @@ def fan_film(
         frames.append(np.asarray(ax.figure.canvas.buffer_rgba())[..., :3].copy())
         plt.close(ax.figure)
     return frames
+
+# %% ../../nbs/09_viz/05_denoising.ipynb #e81c28d5
+def predicts_frames(
+    policy, # any
+)->bool:
+    "Whether a policy predicts frames that can be drawn, step by step."
+    return isinstance(getattr(policy, "gfdm", None), GFDM)
+
+@dataclass
+class Moment:
+    "One held-out moment, and what the forward model predicts from it."
+    true:Tensor # (V,T,3,H,W) what happened
+    text:str # the instruction
+    whole:dict # steps of the schedule -> (V,T,3,H,W)
+    estimates:dict # step of the one schedule -> (V,T,3,H,W)
+    several:dict # shortest and longest schedule -> (N,V,T,3,H,W), of N noises
+
+    def spreads(self, views): # {steps: {view: standard deviation over the noises, in [0, 255]}}
+        return {str(n): {view: spread_map(x)[v, 1:].square().mean().sqrt() for v, view in enumerate(views)} for n, x in self.several.items()}
+
+def denoise_moment(
+    model:GFDM, # the forward model
+    encoders, # `models.encoders.Encoders`
+    sample:Batch, # one, with `video` (1,V,T,3,H,W)
+    schedules:tuple, # numbers of steps
+    schedule:int, # steps of the one schedule whose estimates are followed
+    noises:int, # for the spread
+    seed:int, # of these
+)->Moment:
+    "Predict the future of one moment in several ways."
+    given = model, encoders.vae, encoders.vae.encode(sample.video[0, :, 0]), sample.text[0]
+    followed = tuple(n for n in schedules if n <= schedule)
+    return Moment(sample.video[0], sample.text[0], future_steps(*given, schedules), estimate_steps(*given, followed, schedule),
+                  many_futures(*given, (schedules[0], schedules[-1]), noises, seed))
+
+def moment_figures(
+    moment:Moment, # from `denoise_moment`
+    dino, # `models.encoders.Dino`, for the distances
+    views:tuple, # names of the cameras
+    times:tuple, # seconds of the frames
+    schedule:int, # steps of the one schedule
+)->dict: # (kind, view) -> figure
+    "The strips of one moment, a figure for each kind and camera."
+    figures = {}
+    for v, view in enumerate(views):
+        axes = dict(schedules=show_future_steps(moment.whole, moment.true, dino, v, times), spread=show_spread(moment.several, v, times),
+                    estimates=show_future_steps(moment.estimates, moment.true, dino, v, times, word=f"of {schedule}, step"))
+        for name, ax in axes.items():
+            ax[0, 0].figure.suptitle(f"{moment.text} ({view})", fontsize=9)
+            figures[name, view] = ax[0, 0].figure
+    return figures
+
+# %% ../../nbs/09_viz/05_denoising.ipynb #d1098176
+def motion_over_steps(
+    model:GFDM, # the forward model
+    encoders, # `models.encoders.Encoders`
+    batch:Batch, # N clips with `video`
+    groups, # (N,) demonstration of each
+    schedule:int, # steps
+    generator:torch.Generator, # of the noise
+)->list: # of `MotionSteps`, one for each camera
+    "What each step of one schedule knows of the motion."
+    at = tuple(sorted({k for k in (1, 2, 5, 8, 10, 12, 14, 16, 18, schedule) if k <= schedule}))
+    latents = encoders.vae.encode(batch.video[:, :, 0])
+    noise = torch.randn(*latents.shape[:2], *model.noise.shape, generator=generator)
+    drawn = draw_pictures(partial(sample_estimates, steps=schedule, at=at), model, encoders.vae, latents, batch.text, noise)
+    return [motion_steps({k: x[:, v] for k, x in drawn.items()}, batch.video[:, v], groups) for v in range(latents.shape[1])]
+
+@dataclass
+class Fan:
+    "Chunks of actions over many noises at one moment, and the paths of the end effector that they ask for."
+    text:str # the instruction
+    chunks:Tensor # (N,S,K,A) at each step of the sampler
+    paths:Tensor # (N,S,K+1,3), m
+    demo:Tensor # (K+1,3), the demonstration's
+    recorded:Tensor # (K,A), likewise
+    gap_mm:Tensor|None = None # (K+1,) mean distance of asked and executed paths; None: not executed
+
+    def numbers(self): # for the record
+        ends, off = self.paths[:, :, -1], self.paths[:, :, -1] - self.demo[-1]
+        executed = {} if self.gap_mm is None else dict(asked_minus_executed_mm=self.gap_mm)
+        return dict(text=self.text, spread_cm=100*ends.std(0).square().sum(-1).sqrt(), off_demonstration_cm=100*off.norm(dim=-1).mean(0)) | executed
+
+    def __str__(self):
+        n = self.numbers()
+        spread, off = n["spread_cm"], n["off_demonstration_cm"]
+        executed = "" if self.gap_mm is None else f"; asked and executed paths end {self.gap_mm[-1]:.1f} mm apart"
+        return (f"{self.text}: ends of the paths spread by {spread[0]:.1f} cm at step 1 and {spread[-1]:.1f} cm at the last; "
+                f"off the demonstration's by {off[0]:.1f} and {off[-1]:.1f} cm{executed}")
+
+def action_fan(
+    policy, # with a sampler of actions
+    sample:Batch, # one, with `action` and `proprio`
+    noises:int, # chunks
+    generator:torch.Generator, # of the noise
+    env=None, # `sim.playtable.PlayTable` at that moment, in which the last chunks are executed too; None: they are not
+)->Fan:
+    "Chunks of actions from many noises at one moment."
+    chunks = chunk_steps(policy, sample, torch.randn(noises, *sample.action.shape[1:], generator=generator))
+    asked = hand_path(chunks, sample.proprio[0])
+    gap = None if env is None else 1000*torch.stack([(hand_path(c, env.robot_obs()) - executed_path(env, c)).norm(dim=-1) for c in chunks[:, -1]]).mean(0)
+    return Fan(sample.text[0], chunks, asked, hand_path(sample.action[0], sample.proprio[0]), sample.action[0], gap)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'BASE_MODELS', 'BUILDERS', 'BaseModel', 'find_base_model', 'safetensors_fault', 'base_model_fault',
            'ckpt_table', 'ckpt_text', 'choose_files', 'get_base_model', 'model_info', 'stored_scale_of', 'load_model',
-           'load_to_act', 'is_finished', 'checkpoint_digest']
+           'load_to_act', 'is_finished', 'checkpoint_digest', 'count_parameters']
 
 # %% ../../nbs/05_weights/01_load.ipynb #423b106c
 import hashlib
@@ -249,3 +249,11 @@ def checkpoint_digest(
     "What identifies a checkpoint's weights."
     read_config(folder) # an error that says what is missing
     return hashlib.sha256((Path(folder)/"model.safetensors").read_bytes()).hexdigest()[:16]
+
+# %% ../../nbs/05_weights/01_load.ipynb #6208da0c
+def count_parameters(
+    model, # any
+    trained:bool=False, # only those that training changes
+)->int:
+    "The number of weights."
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)

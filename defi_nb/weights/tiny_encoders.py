@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHARACTERS', 'vae_twin', 'VAEObjective', 'patch_components', 'start_linear', 'set_scaling', 'dino_twin',
            'PatchPrediction', 'clip_tokenizer', 't5_tokenizer', 'clip_twin', 't5_twin', 'Paraphrases', 'Sentences',
-           'save_twin']
+           'save_twin', 'show_decoded']
 
 # %% ../../nbs/05_weights/03_tiny_encoders.ipynb #fd63c3ee
 import json
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.plot import show_frames
 from ..core.spec import Batch
 from ..models.encoders import VAE, Dino, no_bars
 
@@ -278,3 +279,14 @@ def save_twin(
     for file in Path(folder).glob("*.safetensors"): file.chmod(0o644) # readable by all, as the other files are
     if tokenizer is not None: tokenizer.save_pretrained(folder)
     return Path(folder)
+
+# %% ../../nbs/05_weights/03_tiny_encoders.ipynb #5c4f68f7
+def show_decoded(
+    vae:VAE, # with its decoder
+    video:Tensor, # (N,V,3,H,W) uint8 frames
+    views:tuple=("static", "gripper"), # V names
+): # matplotlib axes
+    "Frames of each camera, and what the VAE makes of them."
+    decoded = vae.decode(vae.encode(video))
+    pairs = {"true": video, "decoded": decoded}
+    return show_frames({f"{view}, {kind}": x[:, v] for v, view in enumerate(views) for kind, x in pairs.items()})
