@@ -12,7 +12,6 @@ import threading
 import time
 from dataclasses import replace
 
-import ipywidgets as w
 import numpy as np
 from PIL import Image
 from fastcore.basics import patch
@@ -81,6 +80,7 @@ def _guarded(self:Explorer, call):
 @patch
 def _button(self:Explorer, text, call, tip):
     "A button with a guarded callback."
+    import ipywidgets as w
     button = w.Button(description=text, tooltip=tip, layout=w.Layout(width="auto"))
     button.on_click(self._guarded(lambda _: call()))
     return button
@@ -88,6 +88,7 @@ def _button(self:Explorer, text, call, tip):
 # %% ../../nbs/10_explore/04_app.ipynb #e3d5ce06
 def _labelled(kind, label, width, *args, size=308, **kw):
     "A widget with its label to the left, both widths in pixels; size 0 fills the row."
+    import ipywidgets as w
     layout = w.Layout(width=f"{size}px") if size else w.Layout(flex="1 1 auto")
     style = dict(description_width=f"{width}px")
     if "button_width" in kw: style["button_width"] = f"{kw.pop('button_width')}px"
@@ -97,6 +98,7 @@ def _labelled(kind, label, width, *args, size=308, **kw):
 @patch
 def _query_widgets(self:Explorer):
     "What the policy is asked."
+    import ipywidgets as w
     n = len(self.episode)
     self.time = _labelled(w.IntSlider, "control step", 84, 0, 0, n - 1, size=0)
     self.play = w.Play(min=0, max=n - 1, interval=150, show_repeat=False)
@@ -111,6 +113,7 @@ def _query_widgets(self:Explorer):
 @patch
 def _choice_widgets(self:Explorer):
     "What is shown of the answer."
+    import ipywidgets as w
     views = [v for v in VIEWS if v in self.episode.video]
     self.view = _labelled(w.ToggleButtons, "camera", 74, options=views, button_width=88)
     self.heat = w.Checkbox(True, description="attention on the frames", indent=False)
@@ -121,6 +124,7 @@ def _choice_widgets(self:Explorer):
 @patch
 def _panel_widgets(self:Explorer):
     "Everything that is shown, empty as yet."
+    import ipywidgets as w
     image = lambda display="": w.Image(layout=w.Layout(object_fit="contain", object_position="0 0", display=display))
     self.strip, self.codes, self.table, self.scene = image(), image(), image("none"), image("none")
     self.clock, self.numbers, self.notes, self.run_status, self.status = (w.HTML() for _ in range(5))
@@ -274,6 +278,7 @@ def open_episode(self:Explorer,
 @patch
 def _simulator_widgets(self:Explorer):
     "The simulator's widgets."
+    import ipywidgets as w
     self.begin = self._button("go on from here", self.go_on, "put the simulator into the state of the present moment")
     self.driver = _labelled(w.Dropdown, "policy", 44, size=220, options=[s.name for s in self.sessions])
     if len(self.sessions) == 1: self.driver.layout.display = "none"
@@ -397,6 +402,7 @@ def report(self:Explorer,
 @patch
 def _export_widgets(self:Explorer):
     "The widgets that write."
+    import ipywidgets as w
     self.what = _labelled(w.Dropdown, "export", 50, size=220, options=(*STATIC_VIEWS, "live"), value="heatmap")
     self.where = w.Text("heatmap.png", layout=w.Layout(width="220px"))
     name = lambda change: f"{change.new}.{self.where.value.rsplit('.', 1)[-1]}"
@@ -409,11 +415,14 @@ def _export_widgets(self:Explorer):
 def _title(self:Explorer):
     return f"<b>{html.escape(' and '.join(self.state.names))}</b>: {html.escape(self.episode.name)}"
 
-def _row(*items): return w.HBox(items, layout=w.Layout(align_items="center", flex_flow="row wrap"))
+def _row(*items):
+    import ipywidgets as w
+    return w.HBox(items, layout=w.Layout(align_items="center", flex_flow="row wrap"))
 
 @patch
 def _arrange(self:Explorer):
     "The widgets, in their places."
+    import ipywidgets as w
     self.title = w.HTML(self._title())
     choices = w.VBox([self.view, self.heat, self.map, self.layer, self.head, self.map_query, self.steps, self.level,
                       self.seed, self.numbers], layout=w.Layout(width="330px", margin="0 0 0 12px"))
