@@ -24,8 +24,9 @@ def module(path):
 
 
 def pytest_collection_modifyitems(items):
-    "The run notebooks build on one another, in one process: they begin first, and the rest fills the others."
-    items.sort(key=lambda item: item.path.stem != "test_runs")
+    "The longest first, each in one process: the run notebooks, which build on one another, and the library's; the rest fills up."
+    longest = ["test_runs", "test_notebooks"]
+    items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
 
 
 def command(*args, cwd=ROOT, timeout=600, **kwargs):

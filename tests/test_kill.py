@@ -2,7 +2,6 @@
 
 20 kill points by default, 200 with `pytest -m slow`. Two saves that are not atomic are tried as well: the same check must find out.
 """
-import multiprocessing
 import os
 import random
 import shutil
@@ -12,6 +11,7 @@ import time
 import pytest
 import torch
 from torch import nn
+from warm import processes
 
 from defi_nb.weights import checkpoint
 from defi_nb.weights.checkpoint import has_checkpoint, load_state, read_config
@@ -19,9 +19,6 @@ from defi_nb.data.episodes import WindowDataset, fake_frames
 from defi_nb.train.config import TrainConfig
 from defi_nb.train.fit import CLOCK, fit, read_metrics
 from defi_nb.models.vq import VectorQuantizer
-
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["pytest", "torch._dynamo", "defi_nb.train.fit", "defi_nb.data.episodes"])
 
 CFG = TrainConfig(steps=40, batch_size=8, warmup=5, log_every=2, save_every=4, ema_decay=.95, num_threads=1, accumulate=2, keep=2, val_every=8, device="cpu")
 CALLS = "rename", "replace", "rmdir", "fsync", "link", "unlink" # of the disk, that a save consists of

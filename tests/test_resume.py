@@ -1,5 +1,4 @@
 "Kill processes with SIGKILL in the middle of their work; what they leave must be usable, and resuming must be exact."
-import multiprocessing
 import os
 import random
 import signal
@@ -7,17 +6,13 @@ import time
 
 import torch
 from torch import nn
+from warm import processes
 
 from defi_nb.weights import checkpoint
 from defi_nb.weights.checkpoint import load_checkpoint, load_state, save_checkpoint
 from defi_nb.data.episodes import WindowDataset, fake_frames
 from defi_nb.train.config import TrainConfig
 from defi_nb.train.fit import CLOCK, fit, read_metrics
-
-# A fork server imports torch once and never computes, so its children start fast and inherit no threads.
-# torch's optimisers import torch._dynamo at their first use, which takes seconds.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["pytest", "torch._dynamo", "defi_nb.train.fit", "defi_nb.data.episodes"])
 
 CFG = TrainConfig(steps=60, batch_size=8, warmup=5, log_every=2, save_every=5, ema_decay=.95, num_threads=1)
 

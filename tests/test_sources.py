@@ -1,7 +1,6 @@
 "Any format becomes samples that all stages learn from; preparation survives kill -9, is shared by processes, and is never stale."
 import hashlib
 import json
-import multiprocessing
 import resource
 import shutil
 import signal
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ENV
+from warm import processes
 
 from defi_nb.core.video import fake_video, write_video
 from defi_nb.models.encoders import load_encoders
@@ -41,9 +41,6 @@ REAL = next((p for p in (Path(__file__).resolve().parents[i]/"shared"/"data" for
 SPEC = DataSpec.tiny()
 CFG = TrainConfig(steps=2, batch_size=2, warmup=1, device="cpu", log_every=1)
 CLIP_TIMES = tuple(i*SPEC.frame_stride/CONTROL_HZ for i in range(SPEC.frames))
-
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["pytest", "nbformat", "defi_nb.weights.load", "defi_nb.run.datasets"]) # all that this file imports, once
 
 
 @pytest.fixture(scope="module")
