@@ -4,16 +4,19 @@ import json
 import pytest
 from conftest import ROOT, RUNS, command, last_line
 
+from defi_nb.run.cli import main
 
-def test_list_and_params():
+
+def test_list_and_params(capsys):
     listed = command("defi-nb", "list")
     assert listed.returncode == 0 and [line.split()[0] for line in listed.stdout.splitlines()] == [p.stem for p in RUNS]
     for path in RUNS:
-        shown = command("defi-nb", "params", path.stem)
-        assert shown.returncode == 0, shown.stderr
-        assert all("#" in line and line.split("#")[1].strip() for line in shown.stdout.splitlines()), "a parameter has no comment"
-        assert "# None" not in shown.stdout, "a key of a dictionary has no comment"
-    keys = [line.strip().split(" #")[0] for line in command("defi-nb", "params", "train_coupled").stdout.splitlines() if line.startswith(" ")]
+        assert main(["params", path.stem]) == 0
+        shown = capsys.readouterr().out
+        assert all("#" in line and line.split("#")[1].strip() for line in shown.splitlines()), "a parameter has no comment"
+        assert "# None" not in shown, "a key of a dictionary has no comment"
+    main(["params", "train_coupled"])
+    keys = [line.strip().split(" #")[0] for line in capsys.readouterr().out.splitlines() if line.startswith(" ")]
     assert "variant.quantiser: str = 'vq' " in keys and "pretrained.gfdm: str = '' " in keys and "auxiliary.weight: float = 0.3 " in keys
     assert not any(key.startswith("auxiliary.tokens") for key in keys), "the policy's own, not an option"
 
