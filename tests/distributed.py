@@ -88,5 +88,8 @@ def main(job):
     (out/f"rank{rank}.json").write_text(json.dumps({"history": history, "digest": digest}))
 
 
-if __name__ == "__main__":
-    for job in json.loads(sys.argv[1]): main(job)
+def run_jobs(jobs):
+    for job in jobs: main(job)
+
+
+if __name__ == "__main__": run_jobs(json.loads(sys.argv[1]))

@@ -7,22 +7,13 @@ import time
 
 import psutil
 from conftest import BIN, ENV, ROOT, TRAIN, command
+from warm import forked
 
+from defi_nb.run.launch import main
 from defi_nb.train.fit import CLOCK, read_metrics
 
+
 def losses(folder): return [{k: v for k, v in row.items() if k not in CLOCK} for row in read_metrics(folder)]
-
-
-def test_two_processes_run_a_notebook(learn):
-    "One record, one checkpoint; a second start finds it finished."
-    given = ["--standalone", "--nproc-per-node", "2", "-m", "defi_nb.run.launch", "learn", "--out", "runs/two"]
-    done = command("torchrun", *given, cwd=learn)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "running on 2 processes" in done.stdout and len(losses(learn/"ckpts/net")) == 12
-    assert json.loads((learn/"runs/two/metrics.json").read_text()) == json.loads((learn/"runs/two/rank1/metrics.json").read_text())
-    assert "finished already" in command("torchrun", *given, cwd=learn).stdout
-    wrong = command("torchrun", *given[:-2], "-p", "step", "3", cwd=learn)
-    assert wrong.returncode != 0 and "unknown parameter 'step': did you mean 'steps'?" in wrong.stderr
 
 
 def test_accelerate_launch(learn):
@@ -30,6 +21,8 @@ def test_accelerate_launch(learn):
     done = command("accelerate", "launch", "--cpu", "--num_processes", "1", "-m", "defi_nb.run.launch", "learn", "--out", "runs/one", "-p", "steps", "5", cwd=learn)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "running on 1 processes" in done.stdout and len(losses(learn/"ckpts/net")) == 5
+    wrong = forked(main, ["learn", "-p", "step", "3"], cwd=learn)
+    assert wrong.returncode == 2 and "unknown parameter 'step': did you mean 'steps'?" in wrong.stderr
 
 
 def test_notebook_launcher(learn):

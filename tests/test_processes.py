@@ -1,6 +1,7 @@
 "Two processes with gloo: the same losses as one at the same global batch, uneven shares, sharded or not, killed and resumed."
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,12 +11,14 @@ import psutil
 import pytest
 import torch
 from conftest import ENV, ROOT
+from distributed import run_jobs
 from safetensors.torch import load_file
+from warm import forked
 
 from defi_nb.weights.checkpoint import read_config
 from defi_nb.train.fit import CLOCK, read_metrics
 
-SCRIPT, ALONE = ROOT/"tests/distributed.py", [sys.executable]
+SCRIPT = ROOT/"tests/distributed.py"
 CFG = {"steps": 12, "batch_size": 8, "warmup": 2, "lr": 1e-3, "log_every": 1, "save_every": 4, "ema_decay": .9, "val_every": 6}
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -26,11 +29,17 @@ def environment(): return ENV | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONP
 def a_job(out, cfg, model="net", **more): return {"model": model, "cfg": CFG | cfg, "out": str(out), **more}
 
 
-def launch(launcher, *jobs, fails=False):
-    "Each job on all processes, one after the other; what each process ended a job with lies in the job's folder."
-    done = subprocess.run([*launcher, str(SCRIPT), json.dumps(jobs)], env=environment(), capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+def launch(*jobs, fails=False):
+    "Each job on two processes, one after the other; what each process ended a job with lies in the job's folder."
+    done = subprocess.run([*TWO, str(SCRIPT), json.dumps(jobs)], env=environment(), capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
     assert (done.returncode != 0) == fails, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stderr
+
+
+def alone(*jobs, status=0):
+    "The same on one process."
+    done = forked(run_jobs, jobs, cwd=ROOT)
+    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 def ended(out): return [json.loads(p.read_text()) for p in sorted(out.glob("rank*.json"))]
@@ -45,10 +54,16 @@ STAGES = {"gfdm": {"sharded": True}, "gidm": {}, "plain": {}}
 def folder(tmp_path_factory):
     "What two processes made of all jobs that need no kill, and one process of the same."
     folder = tmp_path_factory.mktemp("processes")
-    launch(ALONE, *[a_job(folder/f"one{n}", {"batch_size": n}) for n in (7, 8)], a_job(folder/"begun", {}, die_at=6), fails=True)
-    launch(TWO, *[a_job(folder/name, cfg) for name, cfg in ALIKE.items()], *[a_job(folder/name, SHORT | cfg, name) for name, cfg in STAGES.items()],
-           a_job(folder/"whole", {"steps": 30}, "coded"), a_job(folder/"begun", {"sharded": True}))
+    alone(*[a_job(folder/f"one{n}", {"batch_size": n}) for n in (7, 8)], a_job(folder/"begun", {}, die_at=6), status=-signal.SIGKILL)
+    said = launch(*[a_job(folder/name, cfg) for name, cfg in ALIKE.items()], *[a_job(folder/name, SHORT | cfg, name) for name, cfg in STAGES.items()],
+                  a_job(folder/"whole", {"steps": 30}, "coded"), a_job(folder/"begun", {"sharded": True}),
+                  a_job(folder/"refused", {"sharded": True}, "coded"), fails=True)
+    (folder/"refused.txt").write_text(said)
     return folder
+
+
+def test_a_codebook_is_not_sharded(folder):
+    assert "this model has a codebook that restarts dead codes, which a sharded one cannot" in (folder/"refused.txt").read_text()
 
 
 def timeless(rows): return [{k: v for k, v in r.items() if k not in CLOCK} for r in rows]
@@ -100,21 +115,17 @@ def test_killed_and_resumed(folder, tmp_path):
     "Started again with two, they end bit for bit where undisturbed ones end; finished by one, a sharded run has the weights that one has."
     sharded = a_job(tmp_path/"sharded", {"sharded": True, "steps": 12}, pause=.05)
     assert killed(cut := a_job(tmp_path/"cut", {"steps": 30}, "coded")) < 30 and killed(sharded) < 12
-    launch(TWO, cut)
+    launch(cut)
     whole, resumed = ended(folder/"whole"), ended(tmp_path/"cut")
     assert {r["digest"] for r in whole + resumed} == {whole[0]["digest"]}
     assert timeless(whole[0]["history"]) == timeless(resumed[0]["history"])
-    launch(ALONE, sharded)
+    alone(sharded)
     same_weights(folder/"one8", tmp_path/"sharded")
 
 
 @pytest.mark.slow
 def test_one_of_two_dies(folder, tmp_path):
     "Its launcher ends the other, and started again they end as if nothing had happened."
-    launch(TWO, a_job(tmp_path, {"steps": 30}, "coded", die_at=6), fails=True)
-    launch(TWO, a_job(tmp_path, {"steps": 30}, "coded"))
+    launch(a_job(tmp_path, {"steps": 30}, "coded", die_at=6), fails=True)
+    launch(a_job(tmp_path, {"steps": 30}, "coded"))
     assert ended(folder/"whole")[0]["digest"] == ended(tmp_path)[0]["digest"]
-
-
-def test_a_codebook_is_not_sharded(tmp_path):
-    assert "this model has a codebook that restarts dead codes, which a sharded one cannot" in launch(TWO, a_job(tmp_path, {"sharded": True}, "coded"), fails=True)

@@ -4,10 +4,13 @@
 """
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT, RUNS, command, last_line
+from warm import defi_nb, forked
+
+from defi_nb.run import launch
+from defi_nb.train.fit import CLOCK
 
 DATA = {"tasks": "open_drawer,move_slider_left,turn_on_led,lift_red_block_table,push_pink_block_right", "demos": 5} # of five kinds
 TRAIN = {"steps": 4, "engine.batch_size": 4}
@@ -76,6 +79,13 @@ WRONG = [ # run notebook, parameters, what the one-line error must say
 ]
 
 
+BY_COMMAND = ("train_coupled", "eval_calvin", "explore") # with kernels of their own and, where runs start runs, new interpreters; the others in forks
+WRONG_BY_COMMAND = WRONG[:2] # found before the run and in a cell
+
+
+def run(name, *given, cwd): return (command if name in BY_COMMAND else defi_nb)(*["defi-nb"]*(name in BY_COMMAND), "run", name, *given, cwd=cwd)
+
+
 def arguments(params): return [part for name, value in params.items() for part in ("-p", name, value)]
 
 
@@ -95,35 +105,35 @@ def test_every_run_notebook_has_a_small_size():
 
 @pytest.mark.parametrize("name", SMALL)
 def test_run(project, name):
-    done = command("defi-nb", "run", name, "--out", f"runs/{name}", *arguments(SMALL[name]), cwd=project)
+    done = run(name, "--out", f"runs/{name}", *arguments(SMALL[name]), cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (project/"runs"/name/"metrics.json").exists() and (project/"runs"/name/f"{name}.html").exists()
 
 
-@pytest.mark.skipif("train_coupled" not in SMALL, reason="nothing to run yet")
-@pytest.mark.parametrize("form", [["runs/executed.ipynb"], []], ids=["two paths", "one path"])
-def test_papermill_itself(project, form):
+def test_papermill_itself(project):
     given = [*arguments(DATA | {"steps": 4, "data_frac": 0.5}), "-p", "engine", "{'batch_size': 4}", "-p", "pretrained", "{'steps': 4}"]
-    done = command("papermill", "nbs/train_coupled.ipynb", *form, *given, cwd=project)
+    done = command("papermill", "nbs/train_coupled.ipynb", *given, cwd=project)
     assert done.returncode == 0, done.stderr
-    assert form or done.stdout.startswith("{")
+    assert done.stdout.startswith("{")
 
 
 def test_on_two_processes(project):
-    "The same notebook on two processes at once: one checkpoint, one record."
-    given = arguments(DATA | TRAIN | {"policy": "plain", "ckpt": "ckpts/two", "engine": "{'accumulate': 2, 'keep': 2}"})
-    done = command("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "defi_nb.run.launch", "train_coupled", "--out", "runs/two", *given, cwd=project)
+    "The same notebook on two processes at once: one checkpoint, one record; a second start finds it finished."
+    given = ["train_coupled", "--out", "runs/two", *arguments(DATA | TRAIN | {"policy": "plain", "ckpt": "ckpts/two", "engine": "{'accumulate': 2, 'keep': 2}"})]
+    done = command("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "defi_nb.run.launch", *given, cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "running on 2 processes" in done.stdout and (project/"ckpts/two/model.safetensors").exists()
-    assert (project/"runs/two/metrics.json").exists() and (project/"runs/two/rank1/metrics.json").exists()
-    shown = command("defi-nb", "run", "monitor", "-p", "run", "runs/two", cwd=project)
+    first, second = (json.loads((project/"runs/two"/name).read_text()) for name in ("metrics.json", "rank1/metrics.json"))
+    assert first.keys() == second.keys() and not [k for k in first if k not in CLOCK and first[k] != second[k]]
+    assert "finished already" in forked(launch.main, list(map(str, given)), cwd=project).stdout
+    shown = defi_nb("run", "monitor", "-p", "run", "runs/two", cwd=project)
     assert shown.returncode == 0, shown.stdout + shown.stderr
 
 
 def test_inverse_dynamics_beside_the_coupled_policy(project):
     "From a real pair, whose features are kept beside those of the present."
     given = DATA | TRAIN | {"ckpt": "ckpts/beside", "auxiliary": "{'pair': 'real', 'p_reverse': 0.5}"}
-    done = command("defi-nb", "run", "train_coupled", "--out", "runs/beside", *arguments(given), cwd=project)
+    done = defi_nb("run", "train_coupled", "--out", "runs/beside", *arguments(given), cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "inverse" in json.loads((project/"ckpts/beside/metrics.jsonl").read_text().splitlines()[-1])
     assert list((project/"data/playtable-D_D-encoded").glob("feature-*-1-pair-*"))
@@ -132,7 +142,7 @@ def test_inverse_dynamics_beside_the_coupled_policy(project):
 def test_folder_as_split(project):
     "A recording in CALVIN's format is read where it lies, through both pretrainings and the policy."
     given = TRAIN | {"split": "data/playtable-D_D", "tasks": "open_drawer,lift_red_block_table", "pretrained.steps": 4}
-    done = command("defi-nb", "run", "train_coupled", "--out", "runs/folder", *arguments(given), cwd=project)
+    done = defi_nb("run", "train_coupled", "--out", "runs/folder", *arguments(given), cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(p.name for p in (project/"ckpts").glob("*-tiny-playtable-D_D")) == [f"{kind}-tiny-playtable-D_D" for kind in ("coupled", "gfdm", "gidm")]
 
@@ -140,22 +150,17 @@ def test_folder_as_split(project):
 def test_own_data_through_every_stage(project):
     "A folder of videos and CSV files, which test_run[own_data] has made, from pretraining to the coupled policy; and in a mixture with the simulator's."
     given = TRAIN | {"split": "data/example_lab", "pretrained.steps": 4}
-    done = command("defi-nb", "run", "train_coupled", "--out", "runs/own_coupled", *arguments(given), cwd=project)
+    done = defi_nb("run", "train_coupled", "--out", "runs/own_coupled", *arguments(given), cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((project/"ckpts/coupled-tiny-example_lab/config.json").read_text())["info"]["action_scale"]["labels"][0] == "x_m"
-    done = command("defi-nb", "run", "pretrain_gfdm", "--out", "runs/mixture", *arguments(DATA | TRAIN | {"split": "D_D*1,data/example_lab*3", "ckpt": "ckpts/mixture"}), cwd=project)
+    done = defi_nb("run", "pretrain_gfdm", "--out", "runs/mixture", *arguments(DATA | TRAIN | {"split": "D_D*1,data/example_lab*3", "ckpt": "ckpts/mixture"}), cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(json.loads((project/"runs/mixture/metrics.json").read_text())["shares"]) == {"playtable-D_D", "example_lab"}
 
 
-@pytest.fixture(scope="module")
-def refused(project):
-    "What the runs with wrong parameters said, three at a time: place in `WRONG` -> a future."
-    with ThreadPoolExecutor(3) as pool:
-        yield [pool.submit(command, "defi-nb", "run", name, *arguments(SMALL[name] | params), cwd=project) for name, params, _ in WRONG]
-
-
-@pytest.mark.parametrize("place", range(len(WRONG)), ids=[f"{name}-{said}" for name, _, said in WRONG])
-def test_wrong_input(refused, place):
-    done = refused[place].result()
-    assert done.returncode in (1, 2) and WRONG[place][2] in last_line(done.stderr), done.stderr
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: f"{wrong[0]}-{wrong[2]}")
+def test_wrong_input(project, wrong):
+    name, params, said = wrong
+    given = ("run", name, *arguments(SMALL[name] | params))
+    done = command("defi-nb", *given, cwd=project) if wrong in WRONG_BY_COMMAND else defi_nb(*given, cwd=project)
+    assert done.returncode in (1, 2) and said in last_line(done.stderr), done.stderr
