@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 
 _HOMES = {"Batch": "core.spec", "DataSpec": "core.spec", "PlayTable": "sim.playtable", "record_demonstrations": "data.record",
           "GFDM": "models.gfdm", "GIDM": "models.gidm", "CoupledPolicy": "models.policy", "PlainPolicy": "models.policy",
-          "load_model": "weights.load", "TrainConfig": "train.config", "fit": "train.fit", "evaluate": "eval.evaluate"}
+          "load_dataset": "data.load", "load_model": "weights.load", "TrainConfig": "train.config", "fit": "train.fit", "evaluate": "eval.evaluate"}
 __all__ = [*_HOMES]
 
 

@@ -1362,6 +1362,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'defi_nb.data.load.find_named': ('02_data/load.html#find_named', 'defi_nb/data/load.py'),
                                    'defi_nb.data.load.join_recordings': ('02_data/load.html#join_recordings', 'defi_nb/data/load.py'),
                                    'defi_nb.data.load.list_clips': ('02_data/load.html#list_clips', 'defi_nb/data/load.py'),
+                                   'defi_nb.data.load.load_dataset': ('02_data/load.html#load_dataset', 'defi_nb/data/load.py'),
                                    'defi_nb.data.load.mix': ('02_data/load.html#mix', 'defi_nb/data/load.py'),
                                    'defi_nb.data.load.open_piece': ('02_data/load.html#open_piece', 'defi_nb/data/load.py'),
                                    'defi_nb.data.load.read_where': ('02_data/load.html#read_where', 'defi_nb/data/load.py'),

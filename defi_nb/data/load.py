@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NEEDS', 'SPLITS', 'VIDEO', 'ALIASES', 'NAMED', 'walk_names', 'any_name', 'calvin_splits', 'rlds_version',
            'release_splits', 'something_splits', 'run_split', 'ego4d_parts', 'list_clips', 'detect_format', 'Asked',
-           'find_named', 'read_where', 'where_name', 'Piece', 'open_piece', 'split_units', 'join_recordings', 'mix']
+           'find_named', 'read_where', 'where_name', 'Piece', 'open_piece', 'load_dataset', 'split_units',
+           'join_recordings', 'mix']
 
 # %% ../../nbs/02_data/10_load.ipynb #fd862106
 import math
@@ -254,6 +255,17 @@ def open_piece(
     data = _open(kind, asked.folder, asked.name, size, reading, cache and Path(cache)/f"{asked.name}-index", latent)
     gap = float(np.mean(TABLE_12[asked.name].gap_seconds)) if asked.name in TABLE_12 else 1.
     return Piece(asked.name, kind, data, asked.weight, gap)
+
+# %% ../../nbs/02_data/10_load.ipynb #5b0e7c12
+def load_dataset(
+    where:str, # folder of a dataset in any format of `NEEDS`, perhaps with the format before it, as in lerobot:/data/mine
+    size:int, # height and width of images that are kept once they are read (CALVIN's), pixels; for others `samples` takes it
+    reading:Reading=PLAIN, # what the data do not say
+)->Piece: # with `units`, `texts`, `views` and `samples`
+    "Open one dataset."
+    asked = read_where(where)
+    if len(asked) > 1: raise ValueError(f"{where!r} names {len(asked)} datasets: open them one by one, or mix them (`mix`)")
+    return open_piece(asked[0], size, reading)
 
 # %% ../../nbs/02_data/10_load.ipynb #a1f24a0e
 def split_units(
