@@ -6,7 +6,7 @@
 __all__ = ['LATENT_SCALE', 'SUFFIXES', 'FILE_COLUMNS', 'TEXT_COLUMNS', 'scan_latent', 'read_latent', 'Clip', 'refuse', 'Skipped',
            'index_clips', 'nearest', 'BySeconds', 'WholeClip', 'EveryOther', 'VideoDataset', 'text_of_name',
            'find_captions', 'read_folder', 'scan_annotation', 'annotated_clip', 'list_annotations', 'read_annotations',
-           'label_text', 'template_text', 'read_something', 'narration_text', 'read_ego4d', 'Clips', 'open_clips']
+           'template_text', 'read_something', 'narration_text', 'read_ego4d', 'Clips', 'open_clips']
 
 # %% ../../nbs/02_data/02_clips.ipynb #363c7109
 import csv
@@ -447,7 +447,7 @@ def _json(path, what):
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: it holds {what}") from None
     except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON ({e}): download it again") from None
 
-def label_text(row): # an entry of the labels
+def _label_text(row): # an entry of the labels
     "The label as written by hand, or the template filled in where there is none."
     if row.get("label"): return row["label"]
     parts, text = list(row.get("placeholders", ())), row.get("template", "")
@@ -462,7 +462,7 @@ def read_something(
     split:str="train", # "train" or "validation"
     labels:str="labels", # folder of the lists
     videos:str="20bn-something-something-v2", # folder of the webm files
-    text=label_text, # entry -> caption: `label_text`, `template_text`, or one of yours
+    text=_label_text, # entry -> caption: `_label_text`, `template_text`, or one of yours
     on_problem=refuse, # or a `Skipped()`
 )->list: # of `Clip`, for `index_clips`
     "Clips of Something-Something-v2."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_records', 'scan_records', 'read_record', 'decode_example', 'encode_example', 'RLDSKeys', 'read_features',
            'find_shards', 'index_shard', 'index_split', 'step_features', 'image_keys', 'text_keys', 'action_keys',
-           'known_set', 'rlds_keys', 'RLDSFolder', 'open_rlds']
+           'known_set', 'RLDSFolder', 'open_rlds']
 
 # %% ../../nbs/02_data/07_rlds.ipynb #3cb25ac9
 import hashlib
@@ -309,7 +309,7 @@ def action_keys(steps): # keys whose numbers make an action
 def known_set(name): # of Table 12; None: another
     return next((d for d in TABLE_12.values() if name in (d.name, *d.builder.split())), None)
 
-def rlds_keys(
+def _rlds_keys(
     folder:Path, # of one version of a dataset
     name:str, # of the dataset; in `TABLE_12`, or it is guessed from the features
     reading:Reading=PLAIN, # cameras, hz, columns, relative
@@ -383,7 +383,7 @@ def open_rlds(version, name, reading=PLAIN, cache=None): # folder of one version
     "An RLDS dataset as a run reads it; Table 12 may know it by the run's name, its folder's, or its own."
     own = str(_read_json(version/"dataset_info.json").get("name"))
     called = (name, version.resolve().parent.name, version.name, own)
-    return RLDSFolder(version, rlds_keys(version, next(filter(known_set, called), name), reading), cache=cache)
+    return RLDSFolder(version, _rlds_keys(version, next(filter(known_set, called), name), reading), cache=cache)
 
 @patch
 def _episode(self:RLDSFolder, e):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUANTISERS', 'Quantised', 'VectorQuantizer', 'code_usage', 'perplexity', 'usage_logs', 'restart_logs',
-           'straight_through', 'LibraryQuantizer', 'factors', 'FSQuantizer', 'LFQuantizer', 'ResidualQuantizer',
-           'Continuous', 'Binning', 'GaussianMixture', 'build_quantiser']
+           'straight_through', 'LibraryQuantizer', 'FSQuantizer', 'LFQuantizer', 'ResidualQuantizer', 'Continuous',
+           'Binning', 'GaussianMixture', 'build_quantiser']
 
 # %% ../../nbs/04_models/02_vq.ipynb #50998250
 import math
@@ -133,7 +133,7 @@ class LibraryQuantizer(nn.Module):
         return Quantised(straight_through(z, e), indices, loss.sum(), F.mse_loss(e, z.detach()), F.mse_loss(z, e))
 
 # %% ../../nbs/04_models/02_vq.ipynb #2af33c6a
-def factors(
+def _factors(
     n_codes:int, # S
 )->tuple: # of numbers, 4 as often as it divides, that multiply to S
     "Split a number of codes into small factors."
@@ -150,7 +150,7 @@ class FSQuantizer(nn.Module):
     ):
         super().__init__()
         from vector_quantize_pytorch import FSQ
-        self.fsq = FSQ(factors(n_codes), dim=dim)
+        self.fsq = FSQ(_factors(n_codes), dim=dim)
 
     def forward(self,
         z:Tensor, # (B,Q,D) latents
@@ -193,7 +193,7 @@ class ResidualQuantizer(nn.Module):
     ):
         super().__init__()
         from vector_quantize_pytorch import ResidualVQ
-        self.sizes = factors(n_codes)
+        self.sizes = _factors(n_codes)
         self.vq = ResidualVQ(dim=dim, num_quantizers=len(self.sizes), codebook_size=self.sizes, commitment_weight=commitment, rotation_trick=False, **options)
 
     def forward(self,

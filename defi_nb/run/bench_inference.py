@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['SVD_VAE', 'PARTS', 'plain_sample', 'plain_tokens', 'plain_latent_actions', 'plain_act', 'random_weights',
-           'empty_models', 'share_weights', 'Part', 'vae_part', 'gfdm_part', 'text_part', 'gidm_part', 'former_part',
-           'adapter_part', 'in_precision', 'bench_parts', 'count_macs', 'peak_memory', 'measure', 'graphed', 'ways',
+           'empty_models', 'share_weights', 'Part', 'bench_parts', 'count_macs', 'measure', 'graphed', 'ways',
            'compare', 'show_bench', 'machine_name', 'bench_totals', 'bench_cells']
 
 # %% ../../nbs/13_run/09_bench_inference.ipynb #044d616b
@@ -147,7 +146,7 @@ class Part:
     plain:object # function without arguments that returns a tensor
     fast:object # the same, faster
 
-def vae_part(
+def _vae_part(
     vae, # `VAE` with weights
     size:int, # pixels of the square pictures
 )->Part:
@@ -156,7 +155,7 @@ def vae_part(
     encode = lambda x: vae.mode(vae.fold(x))
     return Part("VAE", lambda: torch.cat([encode(x) for x in video.split(1)]), lambda: encode(video))
 
-def gfdm_part(
+def _gfdm_part(
     gfdm:GFDM, # whole, with weights
     length:int = 20, # tokens of the text
 )->Part:
@@ -167,7 +166,7 @@ def gfdm_part(
     light, noise = share_weights(gfdm), gfdm.noise.expand(len(VIEWS), -1, -1, -1, -1) # both ways see one noise
     return Part("GFDM", lambda: plain_tokens(gfdm, latent, hidden), lambda: light.to_tokens(light.feature_maps(latent, hidden, noise)))
 
-def text_part(
+def _text_part(
     encoders, # with `clip` and `t5`
     text:str = "lift the red block from the table", # instruction
 )->Part:
@@ -177,7 +176,7 @@ def text_part(
     plain = lambda: join(torch.stack([clip.encode(text)[0] for _ in VIEWS]), clip.encode(text)[2], t5.encode(text))
     return Part("text", plain, lambda: join(clip([text]*len(VIEWS)).hidden, clip([text]).pooled, t5([text])[0]))
 
-def gidm_part(
+def _gidm_part(
     policy:CoupledPolicy, # with weights in `project`, `time_pos_emb` and `gidm`
     patches:int, # P of GFDM's features
     length:int = 8, # tokens of the text
@@ -189,7 +188,7 @@ def gidm_part(
     entering = lambda: policy.project(features) + policy.time_pos_emb
     return Part("MLP and GIDM", lambda: plain_latent_actions(policy.gidm, entering(), text), lambda: policy.gidm.encode(entering(), text).latent_actions)
 
-def former_part(
+def _former_part(
     policy:CoupledPolicy, # with weights in `video_former`
     patches:int, # P of GFDM's features
 )->Part:
@@ -197,7 +196,7 @@ def former_part(
     features = torch.randn(1, len(policy.cfg.frames), len(VIEWS)*patches, policy.cfg.feature_dim, generator=torch.Generator().manual_seed(0)).to(policy.video_former.latents)
     return Part("Video Former", *[lambda: policy.video_former(features)]*2)
 
-def adapter_part(
+def _adapter_part(
     adapter, # `ActionAdapter` with weights
     context_tokens:int, # M
 )->Part:
@@ -209,7 +208,7 @@ def adapter_part(
     return Part("adapter", lambda: plain_sample(adapter, context, noise, sigmas), lambda: adapter.sample(context, noise, sigmas))
 
 # %% ../../nbs/13_run/09_bench_inference.ipynb #08c6af19
-def in_precision(
+def _in_precision(
     f, # function without arguments
     device:str, # "cpu", "cuda", ...
     dtype:torch.dtype, # float32, or another for autocast
@@ -240,12 +239,12 @@ def bench_parts(
         for module in (policy.project, policy.gidm): random_weights(module, device)
         policy.time_pos_emb = nn.Parameter(torch.zeros(policy.time_pos_emb.shape, device=device), requires_grad=False)
     if "vae" in names: fill(vae.model)
-    make = dict(vae=lambda: vae_part(vae, cfg.spec.image_size), gfdm=lambda: gfdm_part(fill(policy.gfdm)), text=lambda: text_part(encoders),
-                gidm=lambda: gidm_part(policy, patches), former=lambda: (fill(policy.video_former), former_part(policy, patches))[1],
-                adapter=lambda: adapter_part(fill(policy.adapter), tokens))
+    make = dict(vae=lambda: _vae_part(vae, cfg.spec.image_size), gfdm=lambda: _gfdm_part(fill(policy.gfdm)), text=lambda: _text_part(encoders),
+                gidm=lambda: _gidm_part(policy, patches), former=lambda: (fill(policy.video_former), _former_part(policy, patches))[1],
+                adapter=lambda: _adapter_part(fill(policy.adapter), tokens))
     precision = dict(vae=torch.float32, gfdm=torch.float32) # diffusers' networks compute in their weights' precision as they are
     parts = {name: make[name]() for name in PARTS if name in names}
-    return [Part(p.name, *(in_precision(f, device, precision.get(name, dtype)) for f in (p.plain, p.fast))) for name, p in parts.items()]
+    return [Part(p.name, *(_in_precision(f, device, precision.get(name, dtype)) for f in (p.plain, p.fast))) for name, p in parts.items()]
 
 # %% ../../nbs/13_run/09_bench_inference.ipynb #0857fe6f
 def count_macs(
@@ -256,7 +255,7 @@ def count_macs(
     return counter.get_total_flops()//2
 
 # %% ../../nbs/13_run/09_bench_inference.ipynb #ce91c815
-def peak_memory(
+def _peak_memory(
     device:str, # "cuda" or another
     start:bool = False, # begin a new measurement where the system allows it (CUDA, Linux)
 )->float: # MB since the beginning
@@ -278,7 +277,7 @@ def measure(
     "Time and memory of a function."
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     for _ in range(warm_up): f()
-    peak_memory(device, start=True)
+    _peak_memory(device, start=True)
     ms = []
     for _ in range(repeats):
         wait()
@@ -287,7 +286,7 @@ def measure(
         wait()
         ms.append(1e3*(time.perf_counter() - start))
     median, p90 = torch.tensor(ms).quantile(torch.tensor([.5, .9])).tolist()
-    return dict(median=median, p90=p90, peak=peak_memory(device))
+    return dict(median=median, p90=p90, peak=_peak_memory(device))
 
 # %% ../../nbs/13_run/09_bench_inference.ipynb #2de63453
 def graphed(

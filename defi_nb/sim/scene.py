@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TIMESTEP', 'TABLE_Z', 'DRAWER_RANGE', 'BUTTON_RANGE', 'SWITCH_RANGE', 'FINGER_RANGE', 'ROBOT_BASE', 'HOME_QPOS',
-           'BLOCK_HALF', 'DOORS', 'LINKS', 'WALNUT', 'BEECH', 'TEAK', 'OAK', 'CHERRY', 'HONEY', 'SMOKED', 'LAYOUTS',
-           'ARM', 'GAINS', 'TORQUES', 'TCP_OFFSET', 'TILT', 'FACE', 'LIGHT_RGBA', 'BLOCK_RGBA', 'Layout', 'layout_of',
-           'places', 'make_scene_obs', 'element', 'box', 'rod', 'inertial', 'wood_png', 'robot', 'base_link', 'drawer',
-           'sliding_door', 'switch', 'button', 'plank', 'block', 'static_camera', 'build']
+           'BLOCK_HALF', 'DOORS', 'LINKS', 'WALNUT', 'BEECH', 'TEAK', 'OAK', 'LAYOUTS', 'GAINS', 'TORQUES',
+           'TCP_OFFSET', 'TILT', 'FACE', 'LIGHT_RGBA', 'BLOCK_RGBA', 'Layout', 'layout_of', 'places', 'make_scene_obs',
+           'element', 'box', 'rod', 'inertial', 'wood_png', 'robot', 'base_link', 'drawer', 'sliding_door', 'switch',
+           'button', 'plank', 'block', 'static_camera', 'build']
 
 # %% ../../nbs/01_sim/01_scene.ipynb #c907af85
 import io
@@ -48,15 +48,15 @@ class Layout:
 
 WALNUT, BEECH = ((122, 64, 46), (88, 42, 30)), ((247, 208, 156), (228, 178, 122))
 TEAK, OAK = ((172, 118, 72), (134, 86, 48)), ((172, 134, 90), (132, 98, 62))
-CHERRY, HONEY, SMOKED = ((146, 72, 46), (104, 46, 30)), ((240, 186, 122), (214, 150, 88)), ((150, 112, 72), (110, 78, 47))
+_CHERRY, _HONEY, _SMOKED = ((146, 72, 46), (104, 46, 30)), ((240, 186, 122), (214, 150, 88)), ((150, 112, 72), (110, 78, 47))
 LAYOUTS = {
-    "A": Layout(-.28, .30, -.10, .28, .10, -.10, WALNUT, CHERRY,
+    "A": Layout(-.28, .30, -.10, .28, .10, -.10, WALNUT, _CHERRY,
                 (("pink", "small"), ("blue", "big"), ("red", "middle")), (.00, .18), (-.24, .07)),
-    "B": Layout(.28, -.32, .088, .304, .18, .08, BEECH, HONEY,
+    "B": Layout(.28, -.32, .088, .304, .18, .08, BEECH, _HONEY,
                 (("red", "small"), ("blue", "big"), ("pink", "middle")), (-.15, .05), (-.03, .24)),
     "C": Layout(-.12, -.32, .06, .24, .10, .08, TEAK, WALNUT,
                 (("blue", "small"), ("red", "big"), ("pink", "middle")), (.05, .23), (-.03, .23)),
-    "D": Layout(-.12, .30, -.10, .28, .18, -.10, OAK, SMOKED,
+    "D": Layout(-.12, .30, -.10, .28, .18, -.10, OAK, _SMOKED,
                 (("red", "middle"), ("blue", "small"), ("pink", "big")), (.05, .23), (-.24, .07)),
 }
 
@@ -153,7 +153,7 @@ def wood_png(
     return buffer.getvalue()
 
 # %% ../../nbs/01_sim/01_scene.ipynb #adea67ac
-ARM = ( # of each link: position in the frame before, rotation about x, joint range, mass
+_ARM = ( # of each link: position in the frame before, rotation about x, joint range, mass
     ((0, 0, .333), 0, (-2.8973, 2.8973), 2.7),
     ((0, 0, 0), -np.pi/2, (-1.7628, 1.7628), 2.7),
     ((0, -.316, 0), np.pi/2, (-2.8973, 2.8973), 2.1),
@@ -220,7 +220,7 @@ def _hand():
 def robot()->str: # XML of the body panda_link0
     "The arm on its pedestal, the hand at the end of the chain."
     chain = _hand()
-    for i, ((pos, turn, limits, mass), shapes) in reversed(list(enumerate(zip(ARM, _shells()), 1))):
+    for i, ((pos, turn, limits, mass), shapes) in reversed(list(enumerate(zip(_ARM, _shells()), 1))):
         joint = element("joint", name=f"panda_joint{i}", class_="arm", range=limits)
         chain = element("body", joint, inertial(mass), shapes, chain, name=f"panda_link{i}", pos=pos, euler=(turn, 0, 0), gravcomp=1)
     base = rod((0, 0, 0), (0, 0, .06), .085, "cylinder", class_="shell") + rod((-.02, 0, .05), (0, 0, .10), .075, class_="shell")
