@@ -6,6 +6,7 @@ does, the executed copy and its page, runs that start runs, exit status and erro
 import gc
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -96,6 +97,7 @@ def _in_this_process():
 
     papermill_engines.register(None, Shell)
     cli.subprocess = type("Forking", (), {"Popen": Child, "PIPE": None, "STDOUT": None})
+    cli.ThreadPoolExecutor = lambda workers: ThreadPoolExecutor(1) # one run after the other: what is forked while another thread imports waits for ever
 
 
 def _defi_nb(argv):
