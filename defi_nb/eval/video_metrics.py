@@ -81,8 +81,6 @@ def feature_distance(
     return distance(dino(picture), dino(target)).cpu()
 
 # %% ../../nbs/07_eval/05_video_metrics.ipynb #3dee21f5
-def _unit(video): return video.float()/255 if video.dtype == torch.uint8 else video.float()
-
 def motion_energy(
     video:Tensor, # (...,T,3,H,W) uint8, or float in [0, 1]
 )->Tensor: # (...) >= 0

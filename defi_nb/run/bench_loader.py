@@ -18,17 +18,16 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ..data.calvin import covered_rows, read_index
-from ..data.calvin import open_calvin
-from ..core.video import resize_image, write_video
-from ..data.episodes import Frames, WindowDataset
-from ..data.lerobot import LeRobotFolder
-from ..data.rlds import RLDSFolder, RLDSKeys
-from ..data.robot_dataset import RobotSamples
 from ..core.spec import CONTROL_HZ, VIEWS, Batch, DataSpec
-from ..data.rlds import encode_example, write_records
+from ..core.utils import folder_bytes
+from ..core.video import resize_image, write_video
+from ..data.calvin import covered_rows, open_calvin, read_index
 from ..data.clips import (
     LATENT_SCALE, VideoDataset, index_clips, read_annotations, read_folder)
+from ..data.episodes import Frames, WindowDataset
+from ..data.lerobot import LeRobotFolder
+from ..data.rlds import RLDSFolder, RLDSKeys, encode_example, write_records
+from ..data.robot_dataset import RobotSamples
 
 try: import pyarrow, pyarrow.parquet
 except ImportError: raise ImportError("LeRobot's data needs pyarrow: pip install pyarrow") from None
@@ -305,7 +304,7 @@ def write_formats(
     copied = _copy_windows(source, folder/"calvin", windows)
     whole = open_calvin(folder/"calvin")
     for write in (write_clips, write_release, write_lerobot, write_rlds): write(folder/write.__name__/"1.0.0", whole)
-    return copied, whole, {p.name: sum(f.stat().st_size for f in p.rglob("*") if f.is_file())/1e6 for p in folder.iterdir()}
+    return copied, whole, {p.name: folder_bytes(p)[0]/1e6 for p in folder.iterdir()}
 
 PLAIN_WAY, LAZILY, UNPACKED = "CALVIN, the release's way", "CALVIN, lazily", "CALVIN, unpacked"
 
