@@ -107,7 +107,11 @@ def test_links_between_notebooks_lead_somewhere(path):
     links = [link for c in cells(path, "markdown") for link in re.findall(r"\]\(([^)#]+\.ipynb)", source(c)) if "://" not in link]
     base = ROOT if path.stem == "index" else path.parent # the index is also the README, which lies at the top
     assert not [link for link in links if not (base/link).is_file()]
-    if path in LIBRARY: assert links[-2 if path not in (LIBRARY[0], LIBRARY[-1]) else -1:], "ends with links to its neighbours"
+    if path not in LIBRARY: return
+    at = LIBRARY.index(path)
+    neighbours = [p for p in (LIBRARY[at - 1] if at else None, *LIBRARY[at + 1:at + 2]) if p]
+    last = re.findall(r"\]\(([^)]+)\)", source(json.loads(path.read_text())["cells"][-1]))
+    assert [(base/link).resolve() for link in last] == neighbours, "ends with links to the previous and the next notebook"
 
 
 def test_no_path_of_one_machine_is_written_anywhere():
