@@ -28,7 +28,7 @@ class AdapterConfig:
     chunk:int = 10 # actions predicted at once, K
     goal_dim:int = 64 # width of the goal (CLIP's pooled text)
     goal_hidden:int = 128 # width inside the goal's network
-    video_dim:int = 64 # width of the video tokens
+    video_dim:int = 64 # width of the video tokens; 0 if there are none
     latent_dim:int = 64 # width of the latent actions; 0 if there are none
     proprio_dim:int = 11 # numbers that describe the robot's own state; 0, as released: it is not told
     drops:tuple = (0., 0., 0.) # dropout of attention weights, residuals and feed-forward
@@ -43,6 +43,7 @@ class AdapterConfig:
     steps:int = 10 # network calls per chunk
     sample_low:float = 1. # last noise level of the sampler
     action_dim:int = ACTION_DIM # numbers of an action, A
+    proprio_dropout:float = 0. # probability in training that a sample's state is replaced by a learned token
 
     @classmethod
     def tiny(cls): return cls()
@@ -106,10 +107,12 @@ class ActionAdapter(nn.Module):
         super().__init__()
         for field, choices in dict(cross_attn=("full", "causal"), pos_embed=("learned", "none")).items():
             if (value := getattr(cfg, field)) not in choices: raise ValueError(f"{field} is {value!r}; choose one of {choices}")
+        if cfg.proprio_dropout and not cfg.proprio_dim:
+            raise ValueError(f"proprio_dropout is {cfg.proprio_dropout}, and proprio_dim 0: there is no state to hide")
         self.cfg, self.edm = cfg, EDM(cfg.sigma_data)
         two_layers = lambda width: nn.Sequential(nn.Linear(width, cfg.goal_hidden), nn.GELU(), nn.Linear(cfg.goal_hidden, cfg.dim))
         self.lang_emb = two_layers(cfg.goal_dim)
-        self.tok_emb = nn.Linear(cfg.video_dim, cfg.dim)
+        self.tok_emb = nn.Linear(cfg.video_dim, cfg.dim) if cfg.video_dim else None
         self.tok_emb_token = nn.Linear(cfg.latent_dim, cfg.dim) if cfg.latent_dim else None
         self.proprio_emb = two_layers(cfg.proprio_dim) if cfg.proprio_dim else None
         self.encoder, self.decoder = ContextEncoder(cfg), ActionDecoder(cfg)
@@ -123,21 +126,32 @@ class ActionAdapter(nn.Module):
         if not cfg.init_std:
             for block in self.decoder.blocks: nn.init.zeros_(block.adaLN_zero.modulation[1].weight)
             nn.init.zeros_(self.action_pred.weight)
+        if cfg.proprio_dropout: self.no_proprio = nn.Parameter(.02*torch.randn(1, cfg.dim))
+
+    def state_token(self,
+        proprio:Tensor|None, # (B,proprio_dim) the robot's own state
+    )->Tensor: # (B,1,D)
+        "The robot's state as a token; in training it may be hidden, see `proprio_dropout`."
+        if proprio is None:
+            raise ValueError(f"this adapter reads the robot's state ({self.cfg.proprio_dim} numbers): "
+                             "give `proprio`, or set proprio_dim=0")
+        token = self.proprio_emb(proprio)
+        if self.training and self.cfg.proprio_dropout:
+            hidden = torch.rand(len(token), 1, device=token.device) < self.cfg.proprio_dropout
+            token = torch.where(hidden, self.no_proprio.to(token), token)
+        return token[:, None]
 
     def tokens(self,
         goal:Tensor, # (B,1,goal_dim) embedding of the instruction
-        video:Tensor, # (B,N,video_dim) what is seen, or foreseen
+        video:Tensor|None = None, # (B,N,video_dim) what is seen, or predicted
         latent_actions:Tensor|None = None, # (B,Q,latent_dim) what GIDM infers
         proprio:Tensor|None = None, # (B,proprio_dim) the robot's own state, where the configuration has it
     )->Tensor: # (B,1+N+Q,D) context; one more with proprio
         "Context tokens of one width, side by side."
-        parts = [self.lang_emb(goal), self.tok_emb(video)]
+        parts = [self.lang_emb(goal)]
+        if video is not None: parts.append(self.tok_emb(video))
         if latent_actions is not None: parts.append(self.tok_emb_token(latent_actions))
-        if self.cfg.proprio_dim:
-            if proprio is None:
-                raise ValueError(f"this adapter is told the robot's state ({self.cfg.proprio_dim} numbers): "
-                                 "give `proprio`, or set proprio_dim=0")
-            parts.append(self.proprio_emb(proprio)[:, None])
+        if self.cfg.proprio_dim: parts.append(self.state_token(proprio))
         return torch.cat(parts, 1)
 
 # %% ../../nbs/04_models/06_action_adapter.ipynb #75ce51e2
