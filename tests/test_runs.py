@@ -139,6 +139,19 @@ def test_inverse_dynamics_beside_the_coupled_policy(project):
     assert list((project/"data/playtable-D_D-encoded").glob("feature-*-1-pair-*"))
 
 
+@pytest.mark.parametrize("policy", ["blind", "no_gidm", "coupled"])
+def test_baselines_and_switches(project, policy):
+    "The rows without images and without GIDM are trained and played; every switch of the coupling is a run parameter."
+    switches = {"latents": "both", "present": 1, "feature_norm": 1, "frames": "0,1,3", "gidm_frames": "0,3", "proprio_dropout": 0.5, "vq_weight": 0.5,
+                "commitment": 0.1, "restart_below": 0.0} if policy == "coupled" else {}
+    more = {"engine.lr_scale": "{'gidm': 0.05, 'project': 0.05}"} if switches else {"variant.proprio": 0}
+    given = DATA | TRAIN | {"steps": 12, "policy": policy, "ckpt": f"ckpts/row_{policy}"} | {f"variant.{n}": v for n, v in switches.items()} | more
+    done = defi_nb("run", "train_coupled", "--out", f"runs/row_{policy}", *arguments(given), cwd=project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = defi_nb("run", "eval_calvin", "--out", f"runs/played_{policy}", *arguments(SMALL["eval_calvin"] | {"policy": f"ckpts/row_{policy}", "chains": 1, "film": 0}), cwd=project)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_folder_as_split(project):
     "A recording in CALVIN's format is read where it lies, through both pretrainings and the policy."
     given = TRAIN | {"split": "data/playtable-D_D", "tasks": "open_drawer,lift_red_block_table", "pretrained.steps": 4}

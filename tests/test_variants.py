@@ -8,9 +8,10 @@ from defi_nb.weights.checkpoint import load_state
 from defi_nb.run.pretrained import checkpoint_name, fresh_model
 from defi_nb.models.encoders import load_encoders
 from defi_nb.models.gidm import ENCODERS
-from defi_nb.weights.load import load_model, model_info
+from defi_nb.weights.load import load_model, load_to_act, model_info
 from defi_nb.eval.published import ROWS
-from defi_nb.models.policy import CoupledPolicy, PolicyConfig
+from defi_nb.models.action_adapter import AdapterConfig
+from defi_nb.models.policy import BlindConfig, BlindPolicy, CoupledPolicy, PolicyConfig
 from defi_nb.run.cli import check_parameters
 from defi_nb.core.spec import DataSpec, fake_batch
 from defi_nb.train.config import TrainConfig
@@ -96,3 +97,22 @@ def test_policy_trains_what_it_names(encoders, tmp_path, forward, trained):
     assert torch.equal(model.gidm.vq.vq.codebook, book) == ("gidm" not in trained) # a frozen GIDM's running means stand still too
     batch, noise = fake_batch(SPEC), torch.randn(2, SPEC.chunk, 7)
     assert torch.equal(model.act(batch, noise), loaded.act(batch, noise))
+
+
+@pytest.mark.parametrize("fields", [dict(latents="embedding"), dict(latents="both", feature_norm=True), dict(present=True), dict(latents="none", train=("adapter",))], ids=str)
+def test_policy_with_other_inputs(encoders, tmp_path, fields):
+    ahead = fresh_model("gfdm", encoders)
+    adapter = AdapterConfig(latent_dim=0 if fields.get("latents") == "none" else 64, proprio_dropout=.5)
+    model = CoupledPolicy(PolicyConfig(feature_dim=ahead.feature_shape()[-1], adapter=adapter, **fields), encoders, ahead)
+    moved, loaded = train(model, Clips(encoders, "latent"), encoders, tmp_path)
+    assert "adapter.no_proprio" in moved and ("place" in moved) == fields.get("present", False)
+    batch, noise = fake_batch(SPEC), torch.randn(2, SPEC.chunk, 7)
+    assert torch.equal(model.act(batch, noise), loaded.act(batch, noise))
+    assert torch.allclose(load_to_act(tmp_path).act(batch, noise), loaded.act(batch, noise), atol=1e-5)
+
+
+def test_blind_policy(encoders, tmp_path):
+    model = BlindPolicy(BlindConfig(), encoders)
+    _, loaded = train(model, Clips(encoders, "latent"), encoders, tmp_path)
+    batch, noise = fake_batch(SPEC), torch.randn(2, SPEC.chunk, 7)
+    assert torch.equal(load_to_act(tmp_path).act(replace(batch, video=batch.video.flip(0)), noise), loaded.act(batch, noise))

@@ -353,8 +353,8 @@ def model_sources(
     ahead, seen = once(lambda video, text: gfdm_tokens(gfdm, encoders, video, text)), once(policy_features(policy))
     made = dict(
         gfdm=[gfdm_source(gfdm, encoders, j, None, f"GFDM, frame {j}{note}", ahead) for j in (0, last)],
-        projection=[projected_source(policy, j, f"projection, frame {j}{note}", seen) for j in (0, last)],
+        projection=[projected_source(policy, j, f"projection, frame {j}{note}", seen) for j in (0, last) if policy.gidm is not None],
         gidm=[gidm_source(gidm, encoders.dino, gap, p, f"GIDM, {said[p]}{note}") for p in parts if gidm],
-        imagined=[imagined_source(policy, p, f"GIDM in the policy, {said[p]}{note}", seen) for p in parts],
+        imagined=[imagined_source(policy, p, f"GIDM in the policy, {said[p]}{note}", seen) for p in parts if policy.gidm is not None],
         encoder=[policy_encoder(direct, f"direct policy's encoder{note}")] if direct else [])
     return [source for kind in wanted for source in made[kind]]

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..core.spec import VIEWS, Batch
 from ..data.episodes import evenly_spaced
 from ..models.gidm import GIDM, prepare_texts
-from ..models.policy import CoupledPolicy
+from ..models.policy import CoupledPolicy, check_gidm
 from ..models.vq import code_usage, perplexity
 from ..sim.playtable import PlayTable
 
@@ -206,7 +206,7 @@ def inner_gidm(
 )->GIDM:
     "The inverse model."
     if isinstance(model, GIDM): return model
-    if isinstance(model, CoupledPolicy): return model.gidm
+    if isinstance(model, CoupledPolicy): return check_gidm(model).gidm
     raise ValueError(f"a {type(model).__name__} infers no latent actions: give a GIDM or a coupled policy")
 
 def as_read(

@@ -91,7 +91,8 @@ class Row:
 
     @property
     def starts_from(self): # kinds of pretrained models that it needs
-        return tuple(k for k in ("gfdm", "gidm") if self.train.get(f"pretrained.{k}") != _UNTRAINED and self.train.get("policy") != "plain")
+        parts = dict(coupled=("gfdm", "gidm"), no_gidm=("gfdm",)).get(self.train.get("policy", "coupled"), ())
+        return tuple(k for k in parts if self.train.get(f"pretrained.{k}") != _UNTRAINED)
 
     @property
     def video_share(self): # of the further video, that both models were pretrained on: 0 is none, 1 all of it; None: not the same for both
@@ -124,12 +125,14 @@ ROWS = (
     Row("adapter only", (9,), 4.33, note="its rates sum to 4.32", train={"variant.train": "adapter"}),
     Row("GFDM and adapter", (9,), train={"variant.train": "gfdm,adapter"}),
     Row("all trained", (9,), train={"variant.train": "gfdm,gidm,adapter"}),
-    Row("plain: no video", train=dict(policy="plain")),
+    Row("without GIDM (VPP)", train=dict(policy="no_gidm")),
+    Row("plain: no video", train=dict(policy="plain")), Row("blind", train=dict(policy="blind")),
     _quantiser("ema", "codebook by running means"), _quantiser("fsq", "finite scalar quantisation"),
     _quantiser("lfq", "lookup-free quantisation"), _quantiser("residual", "residual quantisation"))
 
 # %% ../../nbs/07_eval/09_published.ipynb #62365ec9
-SETS = dict(default=("coupled", "without GIDM pretraining", "without GFDM pretraining", "plain: no video"),
+SETS = dict(default=("coupled", "without GIDM pretraining", "without GFDM pretraining", "without GIDM (VPP)",
+                    "plain: no video", "blind"),
             library=("coupled", "codebook by running means", "finite scalar quantisation", "lookup-free quantisation", "residual quantisation"),
             figure8=("own scene only", "a quarter of the other scenes", "half of the other scenes", "other scenes for both"),
             all=tuple(row.name for row in ROWS)) # name -> names of rows

@@ -111,7 +111,7 @@ def _batch_codes(
 )->Tensor: # (B,V',T,...) of the policy's cameras, on its device
     "The same of pictures that come encoded."
     codes = batch.latent if batch.dino is None else batch.dino
-    return codes[:, [VIEWS.index(view) for view in policy.cfg.views]].to(policy.time_pos_emb)
+    return codes[:, [VIEWS.index(view) for view in policy.cfg.views]].to(policy.video_former.time_pos_emb)
 
 @torch.no_grad()
 def _shown_tokens(
@@ -172,7 +172,7 @@ class Informed:
         codes:Tensor, # (B,V,T,...) of its present and coming frames, from `seen_codes`
     )->Batch: # with `feature`
         "The batch as the policy reads it when it is shown a future."
-        frames, codes = list(self.policy.cfg.frames), codes.to(self.policy.time_pos_emb)
+        frames, codes = list(self.policy.cfg.frames), codes.to(self.policy.video_former.time_pos_emb)
         tokens = _shown_tokens(self.policy.gfdm, codes, batch.text, self.sigma, hidden=self.translator is not None)
         if self.translator is None: return replace(batch, feature=tokens[:, :, frames])
         said = torch.einsum("bvpi,vpij->bvpj", _with_one(_by_patch(tokens)), self.translator.to(tokens))
@@ -249,7 +249,7 @@ def foresee(
     seed:int=0, # of its noise, the same at every look
 )->Tensor: # (B,V,T,...) codes
     "Draw the future that a policy's forward model foresees."
-    codes = codes.to(policy.time_pos_emb)
+    codes = codes.to(policy.video_former.time_pos_emb)
     if not isinstance(policy.gfdm, GFDM):
         B, V = codes.shape[:2]
         return policy.gfdm.tokens(codes.transpose(0, 1).flatten(0, 1), list(text)*V).unflatten(0, (V, B)).transpose(0, 1)

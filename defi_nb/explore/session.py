@@ -26,6 +26,7 @@ from ..data.clips import nearest
 from ..data.episodes import Frames, Window
 from ..eval.rollout import chain_noise, obs_to_batch
 from ..models.gfdm import GFDM
+from ..models.policy import BlindPolicy
 from ..sim.playtable import PlayTable
 from ..viz.attention import policy_maps
 from ..viz.denoising import chunk_steps, future_noise, future_steps, hand_path
@@ -160,12 +161,14 @@ class Session:
     def missing(self): # dict: part -> why it is not there
         "What does not apply to this policy."
         if not self.coupled:
-            why = "a plain policy: it predicts no frames and infers no latent action"
-            return dict(future=why, codes=why)
+            kind = "blind" if isinstance(self.policy, BlindPolicy) else "plain"
+            why = f"a {kind} policy: it predicts no frames and infers no latent action"
+            return dict(future=why, codes=why) | (dict(maps="a blind policy: it reads no image") if kind == "blind" else {})
         why = {}
         if not isinstance(self.policy.gfdm, GFDM):
             why["future"] = "its forward model predicts features, which no decoder turns into images"
-        if self.policy.cfg.gidm.quantiser in ("continuous", "mixture"):
+        if self.policy.gidm is None: why["codes"] = "a policy without GIDM: it infers no latent action"
+        elif self.policy.cfg.gidm.quantiser in ("continuous", "mixture"):
             why["codes"] = "its latent actions are not taken from a codebook"
         return why
 

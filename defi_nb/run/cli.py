@@ -19,7 +19,7 @@ from ast import Assign, literal_eval, parse, unparse
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
@@ -83,7 +83,8 @@ def _option_fields(
     "The keys of a dictionary parameter."
     from fastcore.docments import docments
     docs = {name: help for c in reversed(cls.__mro__[:-1]) for name, help in docments(c).items() if help} # also those of inherited fields
-    return {f.name: dict(type=f.type.__name__, default=f.default, help=docs[f.name]) for f in fields(cls) if f.init}
+    default = lambda f: f.default if f.default_factory is MISSING else f.default_factory()
+    return {f.name: dict(type=f.type.__name__, default=default(f), help=docs[f.name]) for f in fields(cls) if f.init}
 
 # %% ../../nbs/13_run/01_cli.ipynb #b66aecc9
 def _check_options(name, given, help): # a dictionary parameter's keys and their types

@@ -20,7 +20,7 @@ from .datasets import split_scenes, task_list
 from .pretrained import preset_in, trained_policy
 from ..sim.calvin_tasks import first_sequences, get_sequences, sequences_digest
 from ..sim.experts import Expert
-from ..weights.load import checkpoint_digest, load_model, load_to_act
+from ..weights.load import POLICY_CLASSES, checkpoint_digest, load_model, load_to_act
 
 # %% ../../nbs/13_run/08_players.ipynb #da9d0399
 @dataclass
@@ -35,7 +35,7 @@ class Player:
 _SCRIPTS = dict(noop=NoOpPolicy(), random=RandomPolicy(), expert=Expert) # players without weights
 
 def find_player(
-    choice:str, # a name in `_SCRIPTS`; coupled, plain or direct, trained first where missing; or a checkpoint's folder
+    choice:str, # a name in `_SCRIPTS`; one of `run.options.POLICIES`, trained first where missing; or a checkpoint's folder
     shared:dict, # parameters for `train_coupled`, `split` among them
     ckpts="ckpts", # folder of checkpoints, relative to the project's root
     untrained:bool=False, # the same network with random weights
@@ -45,7 +45,7 @@ def find_player(
     weights = trained_policy(choice, shared, ckpts)
     digest, name = checkpoint_digest(weights), weights.name
     if not untrained: return Player(partial(load_to_act, weights), name, preset_in(weights), digest)
-    random = partial(load_model, weights, expect=("CoupledPolicy", "PlainPolicy"), trained=False)
+    random = partial(load_model, weights, expect=POLICY_CLASSES, trained=False)
     return Player(random, f"{name}, untrained", preset_in(weights), f"{digest}-untrained")
 
 # %% ../../nbs/13_run/08_players.ipynb #4f40d2d0

@@ -17,10 +17,11 @@ from ..core.spec import DataSpec, preset_of
 from ..core.utils import project_root
 from ..data.episodes import show_tasks
 from ..models.direct_policy import DirectConfig, DirectPolicy, around_encoder
-from ..models.policy import CoupledPolicy, PlainConfig, PlainPolicy, PolicyConfig
+from ..models.policy import (
+    BlindConfig, BlindPolicy, CoupledPolicy, PlainConfig, PlainPolicy, PolicyConfig)
 from .datasets import (
     SPLITS, PolicyData, keep_run_texts, names_list, policy_data, reading_of, store_name)
-from .options import PolicyVariant
+from .options import POLICIES, PolicyVariant, chosen
 from .pretrained import (
     checkpoint_name, feature_bytes, feature_file, foreseen, preset_in, pretrained,
     pretrained_folder, trained_policy)
@@ -45,8 +46,7 @@ def policy_checkpoint(
     params:dict, # of the run
 )->Path: # absolute
     "The folder of the checkpoint that a run trains."
-    if params["policy"] not in ("coupled", "plain", "direct"):
-        raise ValueError(f"policy is {params['policy']!r}; choose coupled, plain or direct")
+    if params["policy"] not in POLICIES: raise ValueError(f"policy is {params['policy']!r}; choose {', '.join(POLICIES)}")
     if params["ckpt"]: return project_root()/params["ckpt"]
     made = {n: params[n] for n in ("split", "preset", "auxiliary", "data_frac", "seed")}
     name = checkpoint_name(params["policy"], **made, **params["variant"], vision_encoder=params["pretrained"]["vision_encoder"])
@@ -65,11 +65,13 @@ def policy_demonstrations(
     cfg:TrainConfig, # of the training
 )->PolicyData:
     "The demonstrations that a run's policy is trained on, and those that are held out, with what the policy reads of the present frames."
-    read = dict(coupled=dict(svd="latent", dino="dino").get(params["variant"]["forward"], "latent"), plain="latent", direct="video")[params["policy"]]
+    forward = "dino" if params["variant"]["forward"] == "dino" else "latent"
+    read = dict(coupled=forward, no_gidm=forward, plain="latent", blind="video", direct="video")[params["policy"]]
     reading, ahead = dict(params["reading"]), preset_of(DataSpec, params["preset"]).chunk*real_pairs(params["auxiliary"])
     unchecked = reading.pop("unchecked")
     given = {n: params[n] for n in ("stride", "data_frac", "tasks", "demos", "data", "preset")}
-    return policy_data(params["split"], read, encoders, cfg, **given, reading=reading_of(**reading), unchecked=unchecked, ahead=ahead)
+    demo = policy_data(params["split"], read, encoders, cfg, **given, reading=reading_of(**reading), unchecked=unchecked, ahead=ahead)
+    return replace(demo, train=demo.train.blind, held=demo.held.blind) if params["policy"] == "blind" else demo
 
 def show_demonstrations(
     demo:PolicyData, # from `policy_demonstrations`
@@ -80,42 +82,70 @@ def show_demonstrations(
     print(*(f"{n}: {low:.4g} to {high:.4g}" for n, low, high in zip(demo.labels, demo.scale.low, demo.scale.high)), sep="\n")
 
 # %% ../../nbs/13_run/06_policies.ipynb #3eef78b7
+def _adapter(base, params, robot):
+    "The configuration of the action adapter of a policy's preset, with what the run sets otherwise."
+    given = chosen(params["variant"], "proprio", "proprio_dropout")
+    numbers = {"proprio_dim": given.pop("proprio")} if "proprio" in given else {}
+    if numbers and numbers["proprio_dim"] not in (0, 11): raise ValueError(f"variant.proprio is {numbers['proprio_dim']}; it is 0 or 11")
+    if robot and numbers.get("proprio_dim"): raise ValueError("variant.proprio is 11, which only CALVIN's robot state has: leave it out, or give 0")
+    return replace(base.adapter, **given | numbers | robot)
+
+def _coupled_config(params, gfdm, views, robot):
+    "The configuration of a coupled policy, but for its GIDM."
+    variant, none = params["variant"], "none" in (params["variant"].get("latents"), "none"*(params["policy"] == "no_gidm"))
+    if none and variant.get("latents", "") not in ("", "none"):
+        raise ValueError(f"variant.latents is {variant['latents']!r}, and policy no_gidm has none: leave it out, or take policy coupled")
+    frames = {n: tuple(map(int, names_list(text))) for n, text in chosen(variant, "frames", "gidm_frames").items()}
+    switches = {n: bool(v) for n, v in chosen(variant, "present", "feature_norm").items()}
+    base = preset_of(PolicyConfig, params["preset"], feature_dim=gfdm.feature_shape()[-1], views=views, **switches, **chosen(variant, "latents", "vq_weight"))
+    pair, adapter = {n: frames.pop(n) for n in ("gidm_frames",) if n in frames}, _adapter(base, params, robot)
+    train = tuple(n for n in names_list(variant["train"]) if n != "gidm" or not none)
+    base = replace(base, spec=replace(base.spec, **pair), **frames, train=train, adapter=adapter)
+    return replace(base, latents="none", adapter=replace(adapter, latent_dim=0)) if none else base
+
 def _coupled(params, encoders, views, robot):
     "GFDM and GIDM, pretrained first where they are missing, and the policy behind them."
+    params = params | dict(variant=asdict(PolicyVariant(**params["variant"])))
     start, variant = params["pretrained"], PolicyVariant(**params["variant"])
     shared = {n: params[n] for n in ("preset", "split", "tasks", "demos", "data")}
     shared |= dict(reading={n: params["reading"][n] for n in ("cameras", "hz", "unchecked")})
     if start["steps"]: shared["steps"] = start["steps"]
     step = {} if variant.extract_step == 1 else dict(extract_step=variant.extract_step)
     gfdm = pretrained("gfdm", start["gfdm"], encoders, shared, asdict(variant), params["ckpts"], **step)
+    base = _coupled_config(params, gfdm, views, robot)
+    if base.latents == "none": return CoupledPolicy(base, encoders, gfdm)
     gidm = pretrained("gidm", start["gidm"], encoders, shared, asdict(variant), params["ckpts"])
-    base = preset_of(PolicyConfig, params["preset"], feature_dim=gfdm.feature_shape()[-1], train=names_list(variant.train), views=views)
-    config = replace(base, gidm=replace(gidm.cfg, dec_blocks=0, texts=base.gidm.texts), adapter=replace(base.adapter, **robot))
-    return CoupledPolicy(config, encoders, gfdm).start_from(gidm)
+    own = dict(dec_blocks=0, texts=base.gidm.texts) | chosen(asdict(variant), "commitment", "restart_below")
+    return CoupledPolicy(replace(base, gidm=replace(gidm.cfg, **own)), encoders, gfdm).start_from(gidm)
 
 def _direct(params, encoders, views, robot):
     "A vision encoder, pretrained where there is one, and the adapter behind it."
     given, base = params["pretrained"]["vision_encoder"], preset_of(DirectConfig, params["preset"], views=views)
     dino = f"{params['ckpts']}/{find_base_model('dino').folder}" if params["preset"] == "paper" else ""
     if given: base = around_encoder(base, project_root()/given)
-    model = DirectPolicy(replace(base, adapter=replace(base.adapter, **robot)), encoders)
+    model = DirectPolicy(replace(base, adapter=_adapter(base, params, robot)), encoders)
     if given or dino: model.start_from(project_root()/(given or dino))
     return model
 
 def _plain(params, encoders, views, robot):
     base = preset_of(PlainConfig, params["preset"], latent_channels=encoders.vae.channels)
-    return PlainPolicy(replace(base, adapter=replace(base.adapter, **robot)), encoders)
+    return PlainPolicy(replace(base, adapter=_adapter(base, params, robot)), encoders)
+
+def _blind(params, encoders, views, robot):
+    base = preset_of(BlindConfig, params["preset"])
+    return BlindPolicy(replace(base, adapter=_adapter(base, params, robot)), encoders)
 
 # %% ../../nbs/13_run/06_policies.ipynb #81b88c11
 def build_policy(
     params:dict, # of the run
     encoders, # `models.encoders.Encoders`
     demo:PolicyData, # from `policy_demonstrations`
-)->nn.Module: # a `CoupledPolicy`, `PlainPolicy` or `DirectPolicy`
+)->nn.Module: # a `CoupledPolicy`, `PlainPolicy`, `BlindPolicy` or `DirectPolicy`
     "The policy that a run trains, with the pretrained parts that it starts from; new weights are drawn from torch's generator."
     robot = {} if demo.scale is None else dict(action_dim=len(demo.labels), proprio_dim=0)
     views = names_list(params["variant"]["views"])[:len(demo.piece.views)]
-    return dict(coupled=_coupled, direct=_direct, plain=_plain)[params["policy"]](params, encoders, views, robot)
+    make = dict(coupled=_coupled, no_gidm=_coupled, direct=_direct, plain=_plain, blind=_blind)[params["policy"]]
+    return make(params, encoders, views, robot)
 
 # %% ../../nbs/13_run/06_policies.ipynb #e5b9a6f0
 def policy_samples(
@@ -125,7 +155,7 @@ def policy_samples(
     cfg:TrainConfig, # of the training
 )->tuple: # (training samples, held-out samples)
     "The samples of a run, with a frozen GFDM's features in the place of frames."
-    if params["policy"] != "coupled": return demo.train, demo.held
+    if not isinstance(model, CoupledPolicy): return demo.train, demo.held
     pair = real_pairs(params["auxiliary"])
     room = feature_bytes(model, len(demo.train) + len(demo.held), pair)/1e9
     if "gfdm" in model.cfg.train or room > params["pretrained"]["keep_gb"]:
@@ -153,7 +183,7 @@ def keep_policy_texts(
     data, # folder, relative to the project's root
 ):
     "Encode the instructions once, for all runs."
-    keep_run_texts(encoders, demo.piece.texts, data, t5=[model.cfg.gidm] if isinstance(model, CoupledPolicy) else ())
+    keep_run_texts(encoders, demo.piece.texts, data, t5=[] if getattr(model, "gidm", None) is None else [model.cfg.gidm])
 
 def policy_info(
     model:nn.Module, # from `build_policy`

@@ -24,10 +24,11 @@ from ..models.encoders import weights_digest
 from ..models.gfdm import GFDM, GFDMConfig, fit_encoders
 from ..models.gfdm_dino import DinoForward, DinoForwardConfig, fit_dino
 from ..models.gidm import GIDM, GIDMConfig
-from ..models.policy import CoupledPolicy
+from ..models.policy import CoupledPolicy, PolicyConfig
 from .cli import run_notebook
 from .datasets import names_list
-from .options import GFDMVariant, GIDMAuxiliary, GIDMVariant, PolicyVariant
+from .options import (
+    POLICIES, GFDMVariant, GIDMAuxiliary, GIDMVariant, PolicyVariant, chosen)
 from ..train.auxiliary import pair_features
 from ..weights.checkpoint import read_config
 from ..weights.load import find_base_model, is_finished, load_model
@@ -40,8 +41,10 @@ def feature_file(
     pair:bool=False, # with the future's features too, see `train.auxiliary.pair_features`
 )->str: # the name of shards, without their key
     "Where a policy's GFDM features are kept."
-    step, views = getattr(policy.gfdm.cfg, "extract_step", 1), policy.cfg.views
-    return f"feature-{weights_digest(policy.gfdm)}-{part}" + f"-step{step}"*(step != 1) + f"-{'-'.join(views)}"*(views != VIEWS) + "-pair"*pair
+    step, views, frames = getattr(policy.gfdm.cfg, "extract_step", 1), policy.cfg.views, policy.cfg.frames
+    usual = frames in (PolicyConfig.tiny().frames, PolicyConfig.paper().frames)
+    return f"feature-{weights_digest(policy.gfdm)}-{part}" + f"-step{step}"*(step != 1) + f"-{'-'.join(views)}"*(views != VIEWS) \
+        + f"-frames_{'_'.join(map(str, frames))}"*(not usual) + "-pair"*pair
 
 def feature_bytes(
     policy, # `models.policy.CoupledPolicy`
@@ -57,7 +60,7 @@ def foreseen(
     samples, # with what GFDM reads of the present frame
     path, # of the shards to make, without their key
     pair:bool=False, # with the future's features too; then samples have frames 0 and k
-): # the same samples with `feature` instead
+): # the same samples with `feature` instead, or with both where the policy reads the present too
     "GFDM's one-step features of every sample, computed once and kept."
     of = pair_features if pair else CoupledPolicy.features
     def compute(lo, hi): return of(policy, samples[np.arange(lo, hi)])
@@ -65,7 +68,7 @@ def foreseen(
     if policy.cfg.views != VIEWS: identity["views"] = policy.cfg.views
     if pair: identity["pair"] = policy.cfg.spec.chunk
     feature = shard_rows(path, len(samples), compute, identity, batch_size=32, most_rows=1024) # one thread: GFDM's network is stopped half-way by hooks, which threads would share
-    return RowSamples(samples.blind, feature, "feature")
+    return RowSamples(samples if policy.cfg.present else samples.blind, feature, "feature")
 
 # %% ../../nbs/13_run/05_pretrained.ipynb #9f319fcf
 def fresh_model(
@@ -91,15 +94,17 @@ def fresh_model(
         return model
 
 # %% ../../nbs/13_run/05_pretrained.ipynb #c38ded0d
-NAMED = dict(forward="", inverse="", quantiser="", video="video_", video_frac="share", extract_step="step", train="train_", views="",
+NAMED = dict(forward="", inverse="", quantiser="", codes="codes", queries="queries", video="video_", video_frac="share", extract_step="step", train="train_", views="",
+             latents="", present="present", feature_norm="norm", frames="frames_", gidm_frames="pair_", proprio="proprio", proprio_dropout="hidden",
+             vq_weight="vq", commitment="commitment", restart_below="restart",
              p_reverse="reverse", reversed_text="text_", antisymmetry="antisymmetry", labels="labels", label_weight="weight",
              data_frac="frac", seed="seed", vision_encoder="") # what a checkpoint's name holds, in this order -> the word before its value
 KEYS = { # kind of model -> what its name may hold, with the defaults, which are left out
     "gfdm": asdict(GFDMVariant()), "gidm": asdict(GIDMVariant()) | asdict(GIDMAuxiliary()) | dict(p_reverse=0.),
-    **{kind: asdict(PolicyVariant()) | dict(data_frac=1., seed=0, vision_encoder="") for kind in ("coupled", "plain", "direct")}}
+    **{kind: asdict(PolicyVariant()) | dict(data_frac=1., seed=0, vision_encoder="") for kind in POLICIES}}
 
 def checkpoint_name(
-    kind:str, # "gfdm", "gidm", "coupled", "plain" or "direct"
+    kind:str, # "gfdm", "gidm", or one of `run.options.POLICIES`
     split:str, # of the recording
     preset:str="tiny", # "tiny" or "paper"
     auxiliary:dict|None=None, # of a policy, see `train.auxiliary.inverse_beside`
@@ -124,8 +129,11 @@ def _made_by_one(
     Path(folder).parent.mkdir(parents=True, exist_ok=True)
     with FileLock(Path(folder).with_name(f".{Path(folder).name}.lock")): yield not is_finished(folder)
 
-def _own(kind, variant): # those of a run's choices that are the kind's own
-    return {n: v for n, v in (variant or {}).items() if n in asdict(dict(gfdm=GFDMVariant, gidm=GIDMVariant)[kind]())}
+_FINE_TUNED = "commitment", "restart_below" # a policy's own, whatever its GIDM was pretrained with
+
+def _own(kind, variant): # those of a run's choices that its pretrained model depends on
+    known = asdict(dict(gfdm=GFDMVariant, gidm=GIDMVariant)[kind]())
+    return {n: v for n, v in (variant or {}).items() if n in known and n not in _FINE_TUNED}
 
 def pretrained_folder(
     kind:str, # "gfdm" or "gidm"
@@ -156,28 +164,28 @@ def pretrained(
     **fields, # of its configuration: to be set where the weights do not depend on them, as `extract_step`
 ): # a forward or inverse model, in evaluation mode
     "A pretrained model; the default's is made first where it is missing."
-    built = {n: v for n, v in _own(kind, variant).items() if n in ("forward", "inverse", "quantiser")}
+    built = chosen(_own(kind, variant), "forward", "inverse", "quantiser", "codes", "queries")
     if choice == "untrained": return fresh_model(kind, encoders, **built, preset=shared.get("preset", "tiny"), ckpts=ckpts, **fields).eval()
     if choice and kind == "gidm" and (project_root()/choice).is_file(): return load_gidm(project_root()/choice)
     if choice and kind == "gfdm" and (project_root()/choice/"unet").is_dir(): return load_gfdm(project_root()/choice, clip=encoders.clip)
     folder = pretrained_folder(kind, choice, shared, variant, ckpts)
     expect = dict(gidm="GIDM", gfdm="DinoForward" if built.get("forward") == "dino" else "GFDM")[kind]
     model = load_model(folder, encoders, expect=(expect,), change=fields)
-    for n in ("inverse", "quantiser"):
+    for n in ("inverse", "quantiser", "codes", "queries"):
         if n in built and (has := getattr(model.cfg, n)) != built[n]:
             raise ValueError(f"{folder} holds a GIDM with {n} {has!r}, and {built[n]!r} is asked for: give variant.{n}={has}, or another gidm")
     return model
 
 # %% ../../nbs/13_run/05_pretrained.ipynb #6f2b2315
 def trained_policy(
-    choice:str, # "coupled", "plain" or "direct", the default's; or the folder of a checkpoint, relative to the project's root
+    choice:str, # one of `run.options.POLICIES`, the default's; or the folder of a checkpoint, relative to the project's root
     params:dict, # for `train_coupled`, where the default's is missing; `split` among them
     ckpts="ckpts", # folder of the default's checkpoints, relative to the project's root
 ): # absolute folder of a finished checkpoint
     "A policy's checkpoint; the default's is trained first where it is missing."
-    default = choice in ("coupled", "plain", "direct")
+    default = choice in POLICIES
     folder = project_root()/(f"{ckpts}/{checkpoint_name(choice, params['split'])}" if default else choice)
-    if not default and not is_finished(folder): raise FileNotFoundError(f"{folder} holds no finished policy: correct the path, or choose coupled, plain or direct")
+    if not default and not is_finished(folder): raise FileNotFoundError(f"{folder} holds no finished policy: correct the path, or choose {', '.join(POLICIES)}")
     with _made_by_one(folder) as missing:
         if missing:
             print(f"{folder} is not there yet: running train_coupled first")
@@ -187,7 +195,7 @@ def trained_policy(
 
 
 def model_folder(
-    choice:str, # "gfdm", "gidm", "coupled", "plain" or "direct", the default's; or the folder of a checkpoint
+    choice:str, # "gfdm", "gidm" or one of `run.options.POLICIES`, the default's; or the folder of a checkpoint
     shared:dict, # parameters for the notebook that makes a missing one, `split` among them
     variant:dict|None=None, # of a forward or inverse model, see `pretrained_folder`
     ckpts="ckpts", # folder of the default's checkpoints, relative to the project's root

@@ -20,7 +20,7 @@ from ..core.spec import ACTION_DIM, Batch
 from ..data.episodes import WindowDataset, take_fraction
 from ..models.direct_policy import DirectPolicy
 from ..models.gidm import GIDM, GIDMConfig
-from ..models.policy import CoupledPolicy
+from ..models.policy import CoupledPolicy, check_gidm
 from defi_nb.train.inverse_dynamics import (
     InverseDynamicsConfig, draw_reversed, inverse_dynamics_loss, make_heads, pair_loss,
     time_reverse)
@@ -176,6 +176,7 @@ def inverse_beside(
     rest:Tensor|None=None, # (A-1,) see `train.inverse_dynamics.rest_action`; None: no motion is 0, as in CALVIN
 )->InverseBeside:
     "Inverse dynamics beside a policy, as a run asks for it."
+    if isinstance(policy, CoupledPolicy): check_gidm(policy) # its projection is what learns
     given, fixed = dict(wanted), ("tokens", "dim", "chunk", "action_dim") # the policy's own
     fits = ("encoder",) if isinstance(policy, DirectPolicy) else ("real", "imagined") if isinstance(policy, CoupledPolicy) else ()
     if not fits: raise ValueError(f"a {type(policy).__name__} has neither a vision encoder nor a projection that learns: inverse dynamics goes with a direct or a coupled policy")

@@ -8,7 +8,7 @@ __all__ = ['RECIPES', 'TrainConfig', 'lr_at', 'trainable', 'make_optimizer', 'EM
 # %% ../../nbs/06_train/00_config.ipynb #471c7fa2
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ class TrainConfig:
     hold:int = 0 # steps at `lr` between warm-up and cosine
     schedule:str = "cosine" # after them: "cosine" down to `lr_end`, or "constant"
     lr_end:float = .05 # last learning rate of the cosine, as a share of `lr`
+    lr_scale:dict = field(default_factory=dict) # part of the model, as its parameters' names begin -> its learning rate as a multiple of `lr`, above 0
     grad_clip:float = 1. # largest norm of the gradient; 0: not clipped
     ema_decay:float = 0. # of the averaged weights; 0: no averaging
     seed:int = 0 # of sample order and noise; 0 or more
@@ -66,6 +67,8 @@ class TrainConfig:
         if self.schedule == "cosine" and self.warmup + self.hold > max(self.steps, self.warmup):
             raise ValueError(f"warmup {self.warmup} and hold {self.hold} are more than the {self.steps} steps: shorten the hold or train longer")
         if unknown := {*self.trackers_} - {*_TRACKERS}: raise ValueError(f"no tracker {sorted(unknown)[0]!r}; there are {', '.join(_TRACKERS)}")
+        for part, scale in self.lr_scale.items():
+            if not scale > 0: raise ValueError(f"lr_scale of {part} is {scale}; it is above 0 (what is not to be trained is left out of `train`)")
         if not 0 <= self.ema_decay < 1: raise ValueError(f"ema_decay is {self.ema_decay}; it is at least 0 and below 1")
 
     @classmethod
@@ -109,16 +112,27 @@ def trainable(
     "The parameters that training changes."
     return {n: p for n,p in model.named_parameters() if p.requires_grad}
 
+def _lr_scales(model, wanted): # {part: scale} -> parameter name -> scale, 1 where no part has it
+    "The learning rate of each trainable parameter as a multiple of the run's."
+    inside = lambda name, part: f"{name}.".startswith(f"{part}.")
+    names = list(trainable(model))
+    if unknown := [part for part in wanted if not any(inside(name, part) for name in names)]:
+        raise ValueError(f"lr_scale names {unknown[0]!r}, and no trained parameter of this {type(model).__name__} begins so; "
+                         f"its trained parts are {', '.join(dict.fromkeys(name.partition('.')[0] for name in names))}")
+    return {name: wanted.get(max((part for part in wanted if inside(name, part)), key=len, default=None), 1.) for name in names}
+
 def make_optimizer(
     model:nn.Module, # its trainable parameters
     cfg:TrainConfig, # lr, betas, weight decay
     beside:nn.Module|None=None, # something trained with it, in groups of its own
-)->torch.optim.AdamW: # two groups of each: decayed, not decayed
+)->torch.optim.AdamW: # two groups of each, and of each learning rate: decayed, not decayed
     "AdamW without decay of biases and norms."
-    params = list(trainable(model).values())
+    params, scales = list(trainable(model).values()), list(_lr_scales(model, cfg.lr_scale).values())
     if not params: raise ValueError(f"{type(model).__name__} has no trainable parameters: all have requires_grad=False")
     fused, others = params[0].device.type in ("cpu", "cuda"), [] if beside is None else list(trainable(beside).values())
-    groups = [dict(params=[p for p in some if (p.ndim > 1) == kernels], weight_decay=cfg.weight_decay if kernels else 0.) for some in (params, others) for kernels in (True, False)]
+    parts = [(scale, [p for p, own in zip(params, scales) if own == scale]) for scale in dict.fromkeys(scales)] + [(1., others)]
+    groups = [dict(params=[p for p in some if (p.ndim > 1) == kernels], weight_decay=cfg.weight_decay if kernels else 0., lr=cfg.lr*scale, scale=scale)
+              for scale, some in parts for kernels in (True, False)]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, fused=fused)
 
 # %% ../../nbs/06_train/00_config.ipynb #8fe4b481

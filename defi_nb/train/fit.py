@@ -165,7 +165,7 @@ def _run_identity(
     beside:nn.Module|None=None, # what is trained with it, with `identity()`
 )->dict: # of JSON values
     "What makes two runs the same run."
-    train = {k: v for k,v in plain_config(cfg).items() if k not in FREE}
+    train = {k: v for k,v in plain_config(cfg).items() if k not in FREE and not (k == "lr_scale" and not v)} # older runs had none
     size = sum(p.numel() for p in trainable(model).values())
     return {"class": type(model).__name__, "model": plain_config(getattr(model, "cfg", None)), "parameters": size,
             "train": train, "samples": len(data), "info": plain_config(info)} | ({} if beside is None else {"beside": plain_config(beside.identity())})
@@ -331,7 +331,7 @@ def fit(
         pace = Pace(history[-1]["seconds"] if history else 0.)
         with memory_hint(cfg, need):
             for step in _bar(model, cfg, done, history, main):
-                for group in engine.optimizer.param_groups: group["lr"] = lr_at(step, cfg)
+                for group in engine.optimizer.param_groups: group["lr"] = lr_at(step, cfg)*group.get("scale", 1.) # older states have none
                 engine.optimizer.zero_grad()
                 for part in range(cfg.accumulate):
                     batch, last = pace.wait(batches), part == cfg.accumulate - 1

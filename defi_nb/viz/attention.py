@@ -17,7 +17,7 @@ from ..models.gfdm_dino import DinoForward
 from ..models.gidm import prepare_texts
 from ..models.layers import group_tokens
 from ..models.policy import (
-    CoupledPolicy, PlainPolicy, batch_hand_state, goal_embedding, present_latent)
+    CoupledPolicy, PlainPolicy, batch_hand_state, goal_embedding, present_latent, present_tokens)
 from .attention_maps import (
     Maps, Matrix, frame_names, occlusion, on_grid, read_adapter, read_dino_words, read_former,
     read_gidm, read_times, read_words, show_heat, text_words)
@@ -81,7 +81,10 @@ def _context_names(
         seen = [f"{view} {row},{column}" for view in VIEWS for row in range(side) for column in range(side)]
     else:
         frames = frame_names(cfg.frames, cfg.spec.frame_stride)
-        seen = [f"{frame} token {q + 1}" for frame in frames for q in range(cfg.former_queries)] + [f"latent action {q + 1}" for q in range(cfg.gidm.queries)]
+        seen = [f"{frame} token {q + 1}" for frame in frames for q in range(cfg.former_queries)]
+        if cfg.present: seen += [f"{view} patch {p + 1}" for view in cfg.views for p in range(policy.place.shape[2])]
+        kinds = dict(code=("",), embedding=(" before the codebook",), both=("", " before the codebook"), none=())[cfg.latents]
+        seen += [f"latent action {q + 1}{kind}" for kind in kinds for q in range(cfg.gidm.queries)]
     return ("goal", *seen, *(["hand"] if cfg.adapter.proprio_dim else []))
 
 def _read_plain(policy, records, step):
@@ -93,10 +96,12 @@ def _read_plain(policy, records, step):
 def _through(cfg, matrix, tokens, latent):
     "How much of each action step comes from each patch, through video tokens and latent actions."
     T, Q, N = len(cfg.frames), cfg.former_queries, cfg.gidm.queries
-    video, action = matrix.rollout[:, 1:1 + T*Q].unflatten(1, (T, Q)), matrix.rollout[:, 1 + T*Q:1 + T*Q + N]
+    video, start = matrix.rollout[:, 1:1 + T*Q].unflatten(1, (T, Q)), matrix.keys.index("latent action 1" + " before the codebook"*(cfg.latents == "embedding")) if latent is not None else 0
     x = on_grid(torch.einsum("ktq,tqsvp->ksvp", video, tokens))
-    pair, view = [cfg.frames.index(f) for f in cfg.spec.gidm_frames], cfg.views.index(cfg.gidm.views[0])
-    if latent is not None: x[:, pair, view] += torch.einsum("kq,qfrc->kfrc", action, latent.rollout[:, :, 0])
+    if latent is not None:
+        pair, view = [cfg.frames.index(f) for f in cfg.spec.gidm_frames], cfg.views.index(cfg.gidm.views[0])
+        action = matrix.rollout[:, start:start + N*(1 + (cfg.latents == "both"))].unflatten(1, (-1, N)).sum(1)
+        x[:, pair, view] += torch.einsum("kq,qfrc->kfrc", action, latent.rollout[:, :, 0])
     return Maps("action step x patch", x[None, None], ("rollout",), matrix.queries, frame_names(cfg.frames, cfg.spec.frame_stride), cfg.views, x)
 
 def _read_coupled(policy, records, step):
@@ -104,13 +109,13 @@ def _read_coupled(policy, records, step):
     cfg, stride, latent, across = policy.cfg, policy.cfg.spec.frame_stride, None, None
     former, mixed, tokens = read_former(records, frame_names(cfg.frames, stride), cfg.views, "video_former.")
     matrix = read_adapter(records, _context_names(policy), step, "adapter.")
-    if cfg.gidm.inverse != "mlp": latent, across = read_gidm(records, cfg.gidm, tokens.shape[-1], frame_names(cfg.spec.gidm_frames, stride), cfg.gidm.views[0], "gidm.")
+    if policy.gidm is not None and cfg.gidm.inverse != "mlp": latent, across = read_gidm(records, cfg.gidm, tokens.shape[-1], frame_names(cfg.spec.gidm_frames, stride), cfg.gidm.views[0], "gidm.")
     return [_through(cfg, matrix, tokens, latent), *filter(None, (matrix, former, mixed, latent, across))]
 
 def _attending(policy):
     "Patterns of what attends in a policy, without its forward model; and the function that reads it."
     if isinstance(policy, PlainPolicy): return ["adapter.*"], _read_plain
-    if isinstance(policy, CoupledPolicy): return ["adapter.*", "video_former.*", *(["gidm.*"] if policy.cfg.gidm.inverse != "mlp" else [])], _read_coupled
+    if isinstance(policy, CoupledPolicy): return ["adapter.*", "video_former.*", *(["gidm.*"] if policy.gidm is not None and policy.cfg.gidm.inverse != "mlp" else [])], _read_coupled
     raise ValueError(f"{type(policy).__name__} is not known here: give a CoupledPolicy or a PlainPolicy, or use `record` and the readers of `viz.attention_maps`")
 
 _FORWARD = {GFDM: ["gfdm.unet.*.attn2", "gfdm.unet.*temporal_transformer_blocks.*.attn1"], DinoForward: ["gfdm.transformer_blocks.*"]} # forward model -> what of it is recorded
@@ -212,9 +217,10 @@ def seeing(
         latent = present_latent(batch, policy.encoders, cfg.spec).to(device)*policy.encoders.vae.scaling_factor
         tokens = lambda x: (policy.patch_up(x[:, :, 0]) + policy.place).flatten(1, 2)
         return group_tokens(latent.flatten(3).mT, cfg.group)[:, :, None], lambda x: policy.adapter.tokens(wide(goal, len(x)), tokens(x), proprio=wide(proprio, len(x)))
-    text, mask = (t.to(device) for t in policy.encoders.t5(prepare_texts(batch.text, cfg.gidm)))
+    text, mask = (None, None) if policy.gidm is None else (t.to(device) for t in policy.encoders.t5(prepare_texts(batch.text, cfg.gidm)))
+    present = present_tokens(policy, batch, cfg.views) if cfg.present else None
     features = (policy.features(batch) if batch.feature is None else batch.feature).to(device).float().detach()
-    return features, lambda x: policy.condition(x, *(wide(given, len(x)) for given in (text, mask, goal, proprio)))
+    return features, lambda x: policy.condition(x, *(wide(given, len(x)) for given in (text, mask, goal, proprio, present)))
 
 def acting(
     policy, # `CoupledPolicy` or `PlainPolicy`

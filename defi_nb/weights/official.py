@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.safe_load import read_tensors, state_of
 from ..core.spec import DataSpec
