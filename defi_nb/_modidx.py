@@ -2950,6 +2950,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'defi_nb.models.vq._factors': ('04_models/vq.html#_factors', 'defi_nb/models/vq.py'),
                                    'defi_nb.models.vq.build_quantiser': ('04_models/vq.html#build_quantiser', 'defi_nb/models/vq.py'),
                                    'defi_nb.models.vq.code_usage': ('04_models/vq.html#code_usage', 'defi_nb/models/vq.py'),
+                                   'defi_nb.models.vq.joint_perplexity': ('04_models/vq.html#joint_perplexity', 'defi_nb/models/vq.py'),
+                                   'defi_nb.models.vq.latent_spread': ('04_models/vq.html#latent_spread', 'defi_nb/models/vq.py'),
                                    'defi_nb.models.vq.perplexity': ('04_models/vq.html#perplexity', 'defi_nb/models/vq.py'),
                                    'defi_nb.models.vq.restart_logs': ('04_models/vq.html#restart_logs', 'defi_nb/models/vq.py'),
                                    'defi_nb.models.vq.straight_through': ('04_models/vq.html#straight_through', 'defi_nb/models/vq.py'),

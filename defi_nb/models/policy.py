@@ -18,7 +18,7 @@ from .action_adapter import ActionAdapter, AdapterConfig
 from .gfdm import GFDM, GFDMConfig, fit_encoders
 from .gidm import GIDM, GIDMConfig, prepare_texts
 from .layers import VideoFormer, group_tokens
-from .vq import usage_logs
+from .vq import latent_spread, usage_logs
 
 # %% ../../nbs/04_models/07_policy.ipynb #364a6d7d
 def present_latent(
@@ -212,7 +212,7 @@ def loss(self:CoupledPolicy,
     context, latent = self.encode_batch(batch)
     action_loss, _ = self.adapter.loss(context, batch.action.to(context.device))
     logs = dict(action=action_loss.detach(), codebook=latent.codebook_loss.detach(),
-                **usage_logs(latent.indices, self.cfg.gidm.codes))
+                latent_spread=latent_spread(latent.emb), **usage_logs(latent.indices, self.cfg.gidm.codes))
     return action_loss + self.cfg.vq_weight*latent.loss, logs
 
 # %% ../../nbs/04_models/07_policy.ipynb #88cfc4f4
