@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..core.spec import VIEWS, Batch
 from .layers import SpaceBlock, SpaceTimeBlock, feed_forward, sincos
-from .vq import build_quantiser, usage_logs
+from .vq import build_quantiser, latent_spread, usage_logs
 
 # %% ../../nbs/04_models/05_gidm.ipynb #c0d55f1f
 @dataclass(frozen=True)
@@ -261,5 +261,6 @@ def loss(self:GIDM,
     predicted, out = self.reconstruct(features, text, mask)
     mse = F.mse_loss(predicted, features[:, 1])
     logs = dict(reconstruction=mse.detach(), copy=F.mse_loss(features[:, 0], features[:, 1]),
-                codebook=out.codebook_loss.detach(), **usage_logs(out.indices, self.cfg.codes))
+                codebook=out.codebook_loss.detach(), latent_spread=latent_spread(out.emb),
+                **usage_logs(out.indices, self.cfg.codes))
     return mse + out.loss, logs

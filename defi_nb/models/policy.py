@@ -19,7 +19,7 @@ from .action_adapter import ActionAdapter, AdapterConfig
 from .gfdm import GFDM, GFDMConfig, fit_encoders
 from .gidm import GIDM, GIDMConfig, LatentActions, prepare_texts
 from .layers import VideoFormer, group_tokens
-from .vq import usage_logs
+from .vq import latent_spread, usage_logs
 
 # %% ../../nbs/04_models/07_policy.ipynb #364a6d7d
 def present_latent(
@@ -293,8 +293,9 @@ def loss(self:CoupledPolicy,
     action_loss, _ = self.adapter.loss(context, batch.action.to(context.device))
     logs = dict(action=action_loss.detach())
     if latent is None: return action_loss, logs
-    logs |= dict(codebook=latent.codebook_loss.detach(), **usage_logs(latent.indices, self.cfg.gidm.codes))
-    return action_loss + self.cfg.vq_weight*latent.loss if "gidm" in self.cfg.train else action_loss, logs
+    logs |= dict(codebook=latent.codebook_loss.detach(), latent_spread=latent_spread(latent.emb),
+                 **usage_logs(latent.indices, self.cfg.gidm.codes))
+    return action_loss + self.cfg.vq_weight*latent.loss, logs
 
 # %% ../../nbs/04_models/07_policy.ipynb #88cfc4f4
 @patch

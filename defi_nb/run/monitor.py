@@ -91,6 +91,8 @@ def state_numbers(
                "time gone": duration(row.get("seconds")), "time left": duration(state.seconds_left), "last checkpoint": f"step {state.saved}"}
     if val: numbers["validation loss"] = f"{val[-1]['val_loss']:.4g} (best {min(r['val_loss'] for r in val):.4g})"
     if "perplexity" in row: numbers["codes"] = f"{row['perplexity']:.1f} effective, {row['codes_used']:.1f} used"
+    if "joint_perplexity" in row: numbers["code tuples"] = f"{row['joint_perplexity']:.1f} effective in a batch"
+    if "latent_spread_ratio" in row: numbers["latents' spread"] = f"{row['latent_spread_ratio']:.1%} of pretraining's"
     return numbers
 
 def show_training(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMED', 'KEYS', 'feature_file', 'feature_bytes', 'foreseen', 'fresh_model', 'checkpoint_name', 'pretrained_folder',
-           'pretrained', 'trained_policy', 'model_folder', 'info_in', 'preset_in']
+           'pretrained', 'spread_log', 'trained_policy', 'model_folder', 'info_in', 'preset_in']
 
 # %% ../../nbs/13_run/05_pretrained.ipynb #3402f1bf
 from contextlib import contextmanager
@@ -30,6 +30,7 @@ from .datasets import names_list
 from .options import (
     POLICIES, GFDMVariant, GIDMAuxiliary, GIDMVariant, PolicyVariant, chosen)
 from ..train.auxiliary import pair_features
+from ..train.fit import SpreadRatio
 from ..weights.checkpoint import read_config
 from ..weights.load import find_base_model, is_finished, load_model
 from ..weights.official import load_gfdm, load_gidm
@@ -135,6 +136,9 @@ def _own(kind, variant): # those of a run's choices that its pretrained model de
     known = asdict(dict(gfdm=GFDMVariant, gidm=GIDMVariant)[kind]())
     return {n: v for n, v in (variant or {}).items() if n in known and n not in _FINE_TUNED}
 
+def _folder_name(kind, choice, shared, variant, ckpts): # as for `pretrained_folder`; relative to the project's root
+    return choice or f"{ckpts}/{checkpoint_name(kind, shared['split'], shared.get('preset', 'tiny'), **_own(kind, variant))}"
+
 def pretrained_folder(
     kind:str, # "gfdm" or "gidm"
     choice:str, # folder of a finished checkpoint, relative to the project's root; "": the default's
@@ -143,8 +147,7 @@ def pretrained_folder(
     ckpts="ckpts", # folder of the default's checkpoints, relative to the project's root
 )->Path: # absolute folder of a finished checkpoint
     "A forward or inverse model's checkpoint; the default's is made first where it is missing."
-    own = _own(kind, variant)
-    name = choice or f"{ckpts}/{checkpoint_name(kind, shared['split'], shared.get('preset', 'tiny'), **own)}"
+    own, name = _own(kind, variant), _folder_name(kind, choice, shared, variant, ckpts)
     folder = project_root()/name
     if choice and not is_finished(folder): raise FileNotFoundError(f"{folder} holds no finished {kind} checkpoint: correct the path, or leave {kind} empty for the default's")
     with _made_by_one(folder) as missing:
@@ -175,6 +178,14 @@ def pretrained(
         if n in built and (has := getattr(model.cfg, n)) != built[n]:
             raise ValueError(f"{folder} holds a GIDM with {n} {has!r}, and {built[n]!r} is asked for: give variant.{n}={has}, or another gidm")
     return model
+
+# %% ../../nbs/13_run/05_pretrained.ipynb #40978f5e
+def spread_log(
+    params:dict, # of a run that trains a policy: policy, pretrained, variant, split, preset, ckpts
+)->SpreadRatio: # which logs nothing where the policy has no GIDM, or nothing is known of its pretraining
+    "A hook for `fit`: the spread of a policy's latents relative to its GIDM's pretraining."
+    if params["policy"] != "coupled": return SpreadRatio()
+    return SpreadRatio(project_root()/_folder_name("gidm", params["pretrained"]["gidm"], params, params["variant"], params["ckpts"]))
 
 # %% ../../nbs/13_run/05_pretrained.ipynb #6f2b2315
 def trained_policy(
