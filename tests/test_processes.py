@@ -129,3 +129,21 @@ def test_one_of_two_dies(folder, tmp_path):
     launch(a_job(tmp_path, {"steps": 30}, "coded", die_at=6), fails=True)
     launch(a_job(tmp_path, {"steps": 30}, "coded"))
     assert ended(folder/"whole")[0]["digest"] == ended(tmp_path)[0]["digest"]
+
+
+ENCODE = """
+import os, torch
+from defi_nb.data.cache import _in_threads
+conv, x, count = torch.nn.Conv2d(32, 64, 3, padding=1), torch.randn(32, 32, 32, 32), lambda: len(os.listdir("/proc/self/task"))
+before, done = count(), []
+with torch.inference_mode():
+    for _ in _in_threads(lambda lo, hi: done.append((conv(x), count())), [(i, i + 1) for i in range(4)], 2): pass
+print(max(n for _, n in done) - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="the system does not list a process's threads")
+def test_encoding_in_two_threads_starts_no_others():
+    "A thread of ours that let OpenMP start its own would have the machine compute on twice as many threads as it has cores."
+    run = subprocess.run([sys.executable, "-c", ENCODE], env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=120)
+    assert run.stdout.strip() == "2", run.stderr

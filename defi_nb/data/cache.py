@@ -140,8 +140,9 @@ def _check_space(folder, about, missing):
 def _in_threads(f, ranges, n_workers):
     "f(lo, hi) of each range, in order, a few of them ahead."
     if n_workers <= 1: yield from (f(*r) for r in ranges); return
-    threads, pool, ahead = torch.get_num_threads(), ThreadPoolExecutor(n_workers), []
+    threads, ahead = torch.get_num_threads(), []
     torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,)) # OpenMP counts its threads for each of ours
     try:
         for r in ranges:
             ahead.append(pool.submit(f, *r))

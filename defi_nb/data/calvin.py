@@ -467,7 +467,8 @@ def open_recording(
 )->Frames:
     "A recording in CALVIN's format as a run reads it."
     scenes, ours = named_scenes(folder)[0], (Path(folder)/split/"recording.json").exists()
-    frames = open_calvin(folder, split, views=None, size=size, windows_only=not ours, scene=scenes if len(scenes) == 1 else "", cache=cache)
+    scene, keep_gb = scenes if len(scenes) == 1 else "", 0. if ours else 8.
+    frames = open_calvin(folder, split, None, size, windows_only=not ours, scene=scene, cache=cache, keep_gb=keep_gb)
     return replace(frames, windows=_choose_windows(frames.windows, tasks, name=str(folder))) if tasks else frames
 
 _IN_MEMORY = 200_000 # frames whose vectors are read at once, 37 MB

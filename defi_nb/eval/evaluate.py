@@ -24,7 +24,7 @@ import torch
 from .. import __version__
 from ..core.stats import anytime_interval, markdown_table
 from ..core.utils import progress_bar
-from .results import EvalResult, task_table
+from .results import EvalResult, closing_table, task_table
 from .rollout import EvalConfig, on_device, play_policy, playtable_env
 from .workers import Journal, Patience, Pool, cores, read_journal, start_workers
 from ..models.encoders import weights_digest
@@ -125,8 +125,9 @@ def _finish(journal, sequences, n, config, out, versions):
     steps = [s for r in records for s in r["steps"][:r["solved"]]]
     seconds = sum(max(r["seconds"] for r in records[i:i + config.group]) for i in range(0, n, config.group))
     notes = {"steps_of_solved_tasks": float(np.mean(steps)) if steps else None} | ({"events": journal.events} if journal.events else {})
-    result = EvalResult(**journal.header, solved=counts, tasks=task_table([chain for _, chain in sequences[:n]], counts),
-                        seconds=round(seconds, 1), notes=notes, versions=versions)
+    chains = [chain for _, chain in sequences[:n]]
+    result = EvalResult(**journal.header, solved=counts, tasks=task_table(chains, counts), versions=versions, notes=notes,
+                        closings=closing_table(records, chains), seconds=round(seconds, 1))
     if out: result.save(Path(out)/"result.json")
     return result
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROTOCOL', 'chain_rates', 'fingerprint', 'protocol_name', 'task_table', 'write_row', 'read_row', 'EvalResult',
-           'ResultTable', 'task_markdown', 'show_rates', 'Comparison', 'compare']
+           'closing_table', 'closing_markdown', 'ResultTable', 'task_markdown', 'family_markdown', 'show_rates',
+           'Comparison', 'compare']
 
 # %% ../../nbs/07_eval/00_results.ipynb #4d45bf0f
 import json
@@ -19,7 +20,8 @@ from .. import __version__
 from ..core.stats import (
     Interval, anytime_interval, bounded_mean_interval, markdown_table, wilson)
 from ..core.utils import json_digest, write_whole
-from ..sim.calvin_tasks import first_sequences, sequences_digest
+from ..sim.calvin_tasks import (
+    first_sequences, needs_images, sequences_digest, task_family)
 
 # %% ../../nbs/07_eval/00_results.ipynb #a0440bfc
 def chain_rates(
@@ -133,6 +135,7 @@ class EvalResult:
     versions:dict = field(default_factory=dict) # of what it was measured with: Python, torch, git commit, device
     seconds:float = 0. # spent playing, summed over processes
     notes:dict = field(default_factory=dict) # anything else worth keeping, JSON types
+    closings:list = field(default_factory=list) # a row per attempt that closed the gripper to grasp, see `closing_table`
 
     @property
     def rates(self): return chain_rates(self.solved, self.protocol["length"])
@@ -172,6 +175,49 @@ class EvalResult:
         row = read_row(path)
         return cls(**{f.name: row[f.name] for f in fields(cls) if f.name in row})
 
+# %% ../../nbs/07_eval/00_results.ipynb #fe460770
+@patch
+def families(self:EvalResult)->dict: # family -> {"attempts", "successes"}; "needs images" and "fixtures" are sums of families
+    "How often the tasks of each family were tried and solved."
+    table = {name: {"attempts": 0, "successes": 0} for name in ("needs images", "fixtures")}
+    for task, counts in self.tasks.items():
+        for name in (task_family(task), "needs images" if needs_images(task) else "fixtures"):
+            row = table.setdefault(name, {"attempts": 0, "successes": 0})
+            for key in row: row[key] += counts[key]
+    return table
+
+def _success(counts): # {"attempts", "successes"}
+    "A rate in percent with Wilson's interval; without a value where nothing was tried."
+    n = counts["attempts"]
+    return wilson(counts["successes"], n).scaled(100) if n else Interval(float("nan"))
+
+# %% ../../nbs/07_eval/00_results.ipynb #db779711
+def closing_table(
+    records, # of chains, see `eval.rollout.Chain.record`
+    chains, # task names of each
+)->list: # of {"task", "solved", "horizontal", "vertical" and "half_width" in metres}
+    "The first closing of each attempt at a task that grasps a block; empty where the environment can't say."
+    return [closing | {"task": chain[closing["task"]], "solved": closing["task"] < record["solved"]}
+            for record, chain in zip(records, chains, strict=True) for closing in record.get("closings", ())]
+
+def _median_mm(values): # metres
+    return f"{1000*np.median(values):.0f}" if len(values) else ""
+
+def closing_markdown(
+    result:EvalResult, # of an evaluation
+)->str: # markdown; empty if no closing is known
+    "Distance between the tool and the block at the first closing of each attempt, by family."
+    rows, families = [], dict.fromkeys(task_family(c["task"]) for c in result.closings)
+    for family in families:
+        found = [c for c in result.closings if task_family(c["task"]) == family]
+        aside, above = (np.array([c[k] for c in found]) for k in ("horizontal", "vertical"))
+        within, ok = aside <= [c["half_width"] for c in found], np.array([c["solved"] for c in found])
+        share = wilson(within.sum(), len(found)).scaled(100)
+        rows.append([family, len(found), *map(_median_mm, (aside, aside[ok], aside[~ok], above)), share])
+    header = ["gripper closes to", "attempts", "median distance, mm", "of those solved", "of those not solved",
+              "median height above, mm", "within half the block's width, %"]
+    return markdown_table(header, rows) if rows else ""
+
 # %% ../../nbs/07_eval/00_results.ipynb #648b5261
 def _said(value): # a value of the protocol
     "A value as it is shown: lists with commas, digests shortened."
@@ -190,7 +236,9 @@ class ResultTable:
     def _row(self, result):
         percent = [Interval(r, *ends).scaled(100) for r, ends in zip(result.rates, result.rate_intervals)]
         average = Interval(result.average_length, *result.interval)
-        return [result.policy, *percent, f"**{average:.2f}**", f"{100*result.task_success:.0f}", len(result.solved), *(_said(result.protocol[k]) for k in self._shown())]
+        families = (_success(result.families()[name]) for name in ("needs images", "fixtures"))
+        return [result.policy, *percent, f"**{average:.2f}**", f"{100*result.task_success:.0f}", *families,
+                len(result.solved), *(_said(result.protocol[k]) for k in self._shown())]
 
     def _shown(self): return [k for k in self.differing() if k != "chains"] # which has its column anyway
 
@@ -198,7 +246,8 @@ class ResultTable:
         protocol, differing = self.results[0].protocol, self.differing()
         names = dict.fromkeys(protocol_name(r.protocol) for r in self.results)
         rates = [f"{i} in a row, %" for i in range(1, protocol["length"] + 1)]
-        header = ["policy", *rates, f"average length of {len(rates)}", "mean of tasks, %", "chains", *self._shown()]
+        header = ["policy", *rates, f"average length of {len(rates)}", "mean of tasks, %", "needs images, %", "fixtures, %",
+                  "chains", *self._shown()]
         shared = "; ".join(f"{k} {_said(protocol[k])}" for k in PROTOCOL if k not in differing)
         table = markdown_table(header, map(self._row, self.results))
         holds = "95 % intervals in brackets" + ", of a result that stopped early such that hold at every moment"*any(r.early for r in self.results)
@@ -209,15 +258,22 @@ def task_markdown(
     result:EvalResult, # of an evaluation
 )->str: # markdown
     "Success of each task, with Wilson's interval; a task is only tried when those before it in its chain were solved."
-    rows = []
-    for task, t in result.tasks.items():
-        rows.append([task, t["attempts"], t["successes"], wilson(t["successes"], t["attempts"]).scaled(100)])
+    rows = [[name, t["attempts"], t["successes"], _success(t)] for name, t in result.tasks.items()]
     return markdown_table(["task", "attempts", "successes", "success, %"], rows)
+
+def family_markdown(
+    result:EvalResult, # of an evaluation
+)->str: # markdown
+    "Success of each family of tasks, with Wilson's interval, and where the gripper closes if the environment says so."
+    rows = [[f"**{name}**" if " " in name or name == "fixtures" else name, t["attempts"], t["successes"], _success(t)]
+            for name, t in result.families().items() if t["attempts"]]
+    table = markdown_table(["family", "attempts", "successes", "success, %"], rows)
+    return "\n\n".join(filter(None, (table, closing_markdown(result))))
 
 @patch
 def _repr_markdown_(self:EvalResult):
     seen = f"{self.policy}, checkpoint {self.checkpoint or 'none'}, defi_nb {self.version} (source {self.code or 'unknown'}), {self.seconds:.0f} s."
-    return f"{ResultTable([self])._repr_markdown_()} {seen}\n\n{task_markdown(self)}"
+    return f"{ResultTable([self])._repr_markdown_()} {seen}\n\n{family_markdown(self)}\n\n{task_markdown(self)}"
 
 # %% ../../nbs/07_eval/00_results.ipynb #281eb837
 def show_rates(

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core.spec import ACTION_DIM, VIEWS, Batch
-from ..sim.calvin_tasks import INSTRUCTIONS, initial_obs, solved
+from ..sim.calvin_tasks import INSTRUCTIONS, grasped_block, initial_obs, solved
 
 # %% ../../nbs/07_eval/01_rollout.ipynb #e57f1b74
 @dataclass(frozen=True)
@@ -168,6 +168,7 @@ class Chain:
         robot_obs, scene_obs = initial_obs(state, getattr(env, "layout", None))
         self.obs = env.reset(robot_obs=robot_obs, scene_obs=scene_obs)
         self.solved, self.failed, self.steps, self.actions = 0, False, [], []
+        self.closings, self.grip = [], self.obs["robot_obs"][-1] # the gripper's last command: +1 open, -1 closed
         self._begin(env.get_info())
 
     def _begin(self, info):
@@ -184,6 +185,20 @@ class Chain:
     @property
     def text(self): return INSTRUCTIONS[self.task][0]
 
+    def act(self, action): # (7,)
+        "Step the environment, and note what is recorded of it."
+        if self.grip > 0 >= action[-1]: self._note_closing()
+        self.grip = action[-1]
+        self.actions.append(action)
+        return self.env.step(action.copy())
+
+    def _note_closing(self):
+        "How far the tool is from the block that the task grasps, at an attempt's first closing."
+        block = grasped_block(self.task, self.start_info)
+        measure = block and getattr(self.env, "gripper_offset", None) # an environment that can't say has none
+        if not measure or any(c["task"] == self.solved for c in self.closings): return
+        self.closings.append({"task": self.solved, **{k: round(v, 6) for k, v in measure(block).items()}})
+
     def run(
         self,
         actions, # (k,A) to execute
@@ -192,8 +207,7 @@ class Chain:
     ):
         "Execute actions until they are used up or the task is over."
         for action in actions:
-            self.obs, _, _, info = self.env.step(action.copy())
-            self.actions.append(action)
+            self.obs, _, _, info = self.act(action)
             self.steps[-1] += 1
             success = solved(self.task, self.start_info, info)
             self.failed = not success and self.steps[-1] >= limit
@@ -206,8 +220,9 @@ class Chain:
 
     def record(self, keep=False): # keep: with its actions
         "What is written down of a chain, JSON types."
-        return {"chain": self.index, "solved": self.solved, "steps": self.steps,
-                **({"actions": np.stack(self.actions).tolist()} if keep else {})}
+        kept = {"closings": self.closings} if self.closings else {}
+        if keep: kept["actions"] = np.stack(self.actions).tolist()
+        return {"chain": self.index, "solved": self.solved, "steps": self.steps, **kept}
 
 # %% ../../nbs/07_eval/01_rollout.ipynb #5c4ed8de
 def play_policy(
@@ -240,14 +255,12 @@ def _side_by_side(envs):
 
 # %% ../../nbs/07_eval/01_rollout.ipynb #b3bd659a
 class _Recorder:
-    "An environment that passes everything on, and keeps the actions."
-    def __init__(self, env, actions): self._env, self._actions = env, actions
+    "A chain's environment, stepped through the chain, which notes what it records."
+    def __init__(self, chain): self._chain = chain
 
-    def __getattr__(self, name): return getattr(self._env, name)
+    def __getattr__(self, name): return getattr(self._chain.env, name)
 
-    def step(self, action):
-        self._actions.append(np.array(action, float))
-        return self._env.step(action)
+    def step(self, action): return self._chain.act(np.array(action, float))
 
 def play_expert(
     expert, # expert(env).run(task) -> (success, steps)
@@ -261,10 +274,10 @@ def play_expert(
     for i, sequence in group:
         chain = Chain(i, sequence, envs[0])
         while not chain.done:
-            success, chain.steps[-1] = expert(_Recorder(chain.env, chain.actions)).run(chain.task)
+            success, chain.steps[-1] = expert(_Recorder(chain)).run(chain.task)
             chain.failed = not success or chain.steps[-1] > config.steps
             chain.solved += not chain.failed
-            chain._begin(None)
+            chain._begin(chain.env.get_info())
         chains.append(chain)
         if on_end: on_end(chain)
     return chains

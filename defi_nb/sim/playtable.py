@@ -22,7 +22,7 @@ from ..core.spec import CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT, VIEWS
 from .render import (
     Cameras, Pictures, compiled, euler_to_matrix, euler_to_quat, matrix_to_euler, quat_to_euler)
 from .scene import (
-    BUTTON_RANGE, DOORS, FINGER_RANGE, GAINS, HOME_QPOS, LINKS, SWITCH_RANGE, TIMESTEP,
+    BLOCK_HALF, BUTTON_RANGE, DOORS, FINGER_RANGE, GAINS, HOME_QPOS, LINKS, SWITCH_RANGE, TIMESTEP,
     layout_of, make_scene_obs)
 
 # %% ../../nbs/01_sim/03_playtable.ipynb #580dfd87
@@ -299,6 +299,17 @@ def geoms(
 def close(self:PlayTable):
     "Let go of the cameras."
     self.cameras = None # they are freed when no other environment uses them
+
+# %% ../../nbs/01_sim/03_playtable.ipynb #d9ff2bc2
+@patch
+def gripper_offset(
+    self:PlayTable,
+    name:str, # of a block, such as "block_red"
+)->dict: # "horizontal" distance, "vertical" (tool minus block), and the block's "half_width", metres
+    "Where the tool centre point is, seen from a block's centre."
+    x, y, z = self.data.site_xpos[self.tcp] - self.data.xpos[self._body[name]]
+    half = min(BLOCK_HALF[dict(self.layout.blocks)[name.removeprefix("block_")]])
+    return {"horizontal": math.hypot(x, y), "vertical": float(z), "half_width": half}
 
 # %% ../../nbs/01_sim/03_playtable.ipynb #5d88de92
 def waving(
