@@ -9,7 +9,7 @@ __all__ = ['BLIND', 'FEATURES', 'Interface', 'Inputs', 'read_inputs', 'chunk_mot
            'data_interfaces', 'feature_interfaces', 'true_pair_interfaces', 'policy_interfaces', 'chain_interfaces']
 
 # %% ../../nbs/08_analysis/01_ladder.ipynb #0f20388b
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -53,9 +53,10 @@ class Inputs:
     def join(self, other): # the same with another's vector
         return replace(self, vector=other.vector if self.vector is None else torch.cat([self.vector, other.vector], 1))
 
-    def scale(self): # mean and spread of the channels, of the vector's numbers
-        over = lambda x, dims: None if x is None else (x.float().mean(dims, keepdim=True), x.float().std(dims, keepdim=True) + 1e-3)
-        return over(self.grid, (0, 2, 3)), over(self.vector, 0)
+    def scale(self, most=2048): # mean and spread of the grid's channels and of the vector's numbers, from so many samples at most
+        some = self[::max(1, len(self)//most)]
+        over = lambda x, dims: None if x is None else (x.mean(dims, keepdim=True), x.std(dims, keepdim=True) + 1e-3)
+        return over(some.grid, (0, 2, 3)), over(some.vector, 0)
 
     def scaled(self, scale): # from `scale`, of the labelled samples
         return Inputs(*(None if x is None else (x - s[0])/s[1] for x, s in zip((self.grid, self.vector), scale)))
@@ -174,7 +175,7 @@ def labelled_rows(
     return np.flatnonzero(np.isin(demo, names[:max(2, round(fraction*len(names)))]))
 
 # %% ../../nbs/08_analysis/01_ladder.ipynb #116a9325
-@dataclass
+@dataclass(eq=False)
 class Rung:
     "What one interface told at one number of labelled demonstrations."
     interface:Interface # which
@@ -185,54 +186,58 @@ class Rung:
 
 @dataclass
 class Ladder:
-    "All readings of a chain."
+    "All rungs of a chain."
     columns:dict # from `motion_columns`
     true:np.ndarray # (n,A) motion of the held-out samples
     demo:np.ndarray # (n,) their demonstrations
     given:str # what is read with an interface, such as "proprio, text"
-    readings:list # of `Rung`, from input to output
+    rungs:list # of `Rung`, from input to output
+    scores:dict = field(default_factory=dict, init=False, repr=False) # of `Rung`, computed once
 
     @property
-    def fractions(self): return sorted({r.fraction for r in self.readings}) # that were labelled
+    def fractions(self): return sorted({r.fraction for r in self.rungs}) # that were labelled
 
     @property
     def main(self): return next(iter(self.columns)) # the part of the motion that summaries are about
 
-    def name(self, reading): return reading.interface.name + f" + {self.given}"*reading.side
+    def name(self, rung): return rung.interface.name + f" + {self.given}"*rung.side
 
-    def find(self, name, fraction, side): # the reading, or None
-        return next((r for r in self.readings if (r.interface.name, r.fraction, r.side) == (name, fraction, side)), None)
+    def find(self, name, fraction, side): # the rung, or None
+        return next((r for r in self.rungs if (r.interface.name, r.fraction, r.side) == (name, fraction, side)), None)
 
 # %% ../../nbs/08_analysis/01_ladder.ipynb #06ad8edd
 @patch
+def before(self:Ladder,
+    rung:Rung, # one of `rungs`
+)->Rung|None:
+    "The rung that another is computed from; of one that holds proprioception and instruction itself, with these."
+    name, sides = rung.interface.before, (rung.side,) if rung.interface.side else (True, False)
+    return next((r for s in sides if (r := self.find(name, rung.fraction, s))), None)
+
+# %% ../../nbs/08_analysis/01_ladder.ipynb #de0d338c
+@patch
 def draws(self:Ladder,
-    reading:Rung, # one of `readings`
+    rung:Rung, # one of `rungs`
     part:str="", # of the motion; "": the main one
     rows=slice(None), # held-out samples
 )->list: # R2 of each draw of demonstrations
-    "R2 of a reading, draw by draw."
+    "R2 of a rung, draw by draw."
     columns = self.columns[part or self.main]
-    return [motion_r2(p[rows], self.true[rows], columns) for p in reading.predicted]
+    return [motion_r2(p[rows], self.true[rows], columns) for p in rung.predicted]
 
 @patch
 def score(self:Ladder,
-    reading:Rung, # one of `readings`
+    rung:Rung, # one of `rungs`
     resamples:int=100, # of held-out demonstrations, for the interval
 ): # `core.stats.Measured`; its references: "blind" and "before"
-    "R2 of a reading's main part, with its difference to the blind reader and to the interface before it."
+    "R2 of a rung's main part, with its difference to the blind reader and to the interface before it."
+    if rung in self.scores: return self.scores[rung]
     of = lambda r: lambda rows: np.mean(self.draws(r, rows=rows))
-    others = dict(blind=next((r for r in self.readings if r.interface.name == BLIND and r.fraction == reading.fraction), None),
-                  before=self.before(reading))
-    references = {name: of(r) for name, r in others.items() if r is not None and r is not reading}
-    return measured(self.name(reading), {"own": of(reading)} | references, self.demo, draws=resamples)
-
-@patch
-def before(self:Ladder,
-    reading:Rung, # one of `readings`
-)->Rung|None:
-    "The reading of the interface that another is computed from; of one that holds proprioception and instruction itself, with these."
-    name, sides = reading.interface.before, (reading.side,) if reading.interface.side else (True, False)
-    return next((r for s in sides if (r := self.find(name, reading.fraction, s))), None)
+    others = dict(blind=next((r for r in self.rungs if r.interface.name == BLIND and r.fraction == rung.fraction), None),
+                  before=self.before(rung))
+    references = {name: of(r) for name, r in others.items() if r is not None and r is not rung}
+    self.scores[rung] = measured(self.name(rung), {"own": of(rung)} | references, self.demo, draws=resamples)
+    return self.scores[rung]
 
 # %% ../../nbs/08_analysis/01_ladder.ipynb #c198bf15
 def climb_ladder(
@@ -254,7 +259,7 @@ def climb_ladder(
         own = robot if interface is blind else [read_inputs(interface, s, device) for s in samples]
         for side in (False, True)[:1 + interface.side]:
             inputs = [x.join(s) for x, s in zip(own, robot)] if side else own
-            ladder.readings += [_read_fraction(interface, side, inputs, motion, demo[0], f, 1 if f == 1 else draws, cfg) for f in fractions]
+            ladder.rungs += [_read_fraction(interface, side, inputs, motion, demo[0], f, 1 if f == 1 else draws, cfg) for f in fractions]
     return ladder
 
 def _read_fraction(interface, side, inputs, motion, demo, fraction, draws, cfg):
@@ -270,9 +275,9 @@ def _read_fraction(interface, side, inputs, motion, demo, fraction, draws, cfg):
 @patch
 def losses(self:Ladder,
     fraction:float, # of the demonstrations
-)->list: # (reading, R2 before, `core.stats.Interval` of the loss), the largest loss first
+)->list: # (rung, R2 before, `core.stats.Interval` of the loss), the largest loss first
     "What each step loses of the coming motion."
-    scores = [(r, self.score(r)) for r in self.readings if r.fraction == fraction and self.before(r)]
+    scores = [(r, self.score(r)) for r in self.rungs if r.fraction == fraction and self.before(r)]
     found = [(r, s.references["before"][0], s.minus("before")) for r, s in scores if "before" in s.references]
     return sorted(((r, before, Interval(-d.value, -d.high, -d.low)) for r, before, d in found), key=lambda x: -x[2].value)
 
@@ -281,28 +286,33 @@ def sentence(self:Ladder,
     fraction:float, # of the demonstrations
 )->str: # markdown
     "Which step loses most at a fraction of the demonstrations."
-    n, found = next(r.demonstrations for r in self.readings if r.fraction == fraction), self.losses(fraction)
+    n, found = next(r.demonstrations for r in self.rungs if r.fraction == fraction), self.losses(fraction)
     opening = f"At {100*fraction:.3g} % of the demonstrations ({n})"
     if not found or found[0][2].value <= 0: return f"{opening} no step loses anything of the {self.main} that stands before it."
-    reading, before, loss = found[0]
-    doubt = "" if loss.side == "above" else "; its interval holds 0, so more held-out demonstrations are needed to be sure"
-    return (f"{opening} **{reading.interface.step} loses {loss.value:.2f} of the {before:.2f} before it** "
-            f"({self.name(self.before(reading))} → {self.name(reading)}; 95 % interval of the loss {loss.low:.2f} to {loss.high:.2f}{doubt}).")
+    rung, before, loss = found[0]
+    sure = "" if loss.side == "above" else "; to be sure, more held-out demonstrations are needed"
+    return (f"{opening} **{rung.interface.step} loses {loss.value:.2f} of the {before:.2f} before it** "
+            f"({self.name(self.before(rung))} → {self.name(rung)}; the loss with its 95 % interval: {loss:.2f}{sure}).")
 
 # %% ../../nbs/08_analysis/01_ladder.ipynb #accfb869
 @patch
 def table(self:Ladder)->str: # markdown
     "R2 of the main part of the motion: interfaces from input to output, over the number of labelled demonstrations."
-    numbers = {r.fraction: r.demonstrations for r in self.readings}
+    numbers = {r.fraction: r.demonstrations for r in self.rungs}
     head = [f"R2 of the {self.main}, read from", *(f"{numbers[f]} demonstrations ({100*f:.3g} %)" for f in self.fractions)]
     if len(self.columns) > 1: head.append(f"{', '.join([*self.columns][1:])} at {100*self.fractions[-1]:.3g} %")
     rows = {}
-    for r in sorted(self.readings, key=lambda r: r.fraction):
+    for r in sorted(self.rungs, key=lambda r: r.fraction):
         rows.setdefault(self.name(r), []).append(f"{self.score(r):.2f}")
         if r.fraction == self.fractions[-1] and len(self.columns) > 1:
             rows[self.name(r)].append(", ".join(f"{np.mean(self.draws(r, part)):.2f}" for part in [*self.columns][1:]))
     return markdown_table(head, [[name, *cells] for name, cells in rows.items()])
 
+@patch
+def _repr_markdown_(self:Ladder):
+    return "\n\n".join([self.table(), *(self.sentence(f) for f in self.fractions)])
+
+# %% ../../nbs/08_analysis/01_ladder.ipynb #397cc767
 @patch
 def metrics(self:Ladder)->dict: # for ladder.json
     "Every number, in plain types; None where it does not apply."
@@ -311,43 +321,39 @@ def metrics(self:Ladder)->dict: # for ladder.json
         parts = {part: plain(np.mean(self.draws(r, part))) for part in self.columns}
         about = dict(interface=r.interface.name, side=self.given if r.side else "", fraction=r.fraction, demonstrations=r.demonstrations)
         drawn = self.draws(r)
-        return about | dict(r2=parts, draws=[*map(plain, drawn)], over_draws=seed_interval(drawn).plain(), **{self.main: self.score(r).metrics()})
+        return about | dict(r2=parts, draws=[*map(plain, drawn)], over_draws=seed_interval(drawn).plain(), main=self.score(r).metrics())
     held = dict(samples=len(self.demo), demonstrations=len(np.unique(self.demo)))
-    return dict(main=self.main, held_out=held, readings=[entry(r) for r in self.readings], sentences={f"{f:g}": self.sentence(f) for f in self.fractions})
-
-@patch
-def _repr_markdown_(self:Ladder):
-    return "\n\n".join([self.table(), *(self.sentence(f) for f in self.fractions)])
+    return dict(main=self.main, held_out=held, rungs=[entry(r) for r in self.rungs], sentences={f"{f:g}": self.sentence(f) for f in self.fractions})
 
 # %% ../../nbs/08_analysis/01_ladder.ipynb #cc29c43e
 def show_rungs(
-    ladder:Ladder, # all readings
+    ladder:Ladder, # all rungs
     fraction:float, # of the demonstrations
     ax=None, # matplotlib axes
 ): # the axes
     "The R2 of each interface at one fraction, from input to output."
-    readings = [r for r in ladder.readings if r.fraction == fraction]
-    names = [*dict.fromkeys(r.interface.name for r in readings)]
+    rungs = [r for r in ladder.rungs if r.fraction == fraction]
+    names = [*dict.fromkeys(r.interface.name for r in rungs)]
     ax = new_axes(6, .4 + .3*len(names)) if ax is None else ax
     colours = rung_colours(ladder)
-    for r in readings:
+    for r in rungs:
         s, colour = ladder.score(r), colours[r.interface.name]
         full = r.side or not r.interface.side
         at = names.index(r.interface.name) + r.interface.side*(-.14 if full else .14)
         ax.plot(np.maximum(s.interval, -.2), (at, at), color=colour, lw=1.2)
         ax.plot(max(s.value, -.2), at, "o", color=colour, mfc=colour if full else "white", ms=6)
         if r.interface.name == BLIND: ax.axvline(s.value, color="0.6", lw=1, ls=":", zorder=0)
-    n = readings[0].demonstrations
+    n = rungs[0].demonstrations
     ax.set(xlabel=f"R2 of the {ladder.main} ({n} labelled demonstrations)", xlim=(-.25, 1.02), ylim=(len(names) - .5, -.5))
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.grid(axis="x", alpha=.3)
     return ax
 
 def rung_colours(
-    ladder:Ladder, # all readings
+    ladder:Ladder, # all rungs
 )->dict: # interface's name -> colour: of one chain alike
     "Blind grey; what is computed from one input in one colour."
-    before = {r.interface.name: r.interface.before for r in ladder.readings}
+    before = {r.interface.name: r.interface.before for r in ladder.rungs}
     def first(name): return first(before[name]) if before.get(before[name]) is not None else name
     roots = [*dict.fromkeys(first(n) for n in before if n != BLIND)]
     palette = [OKABE_ITO[n] for n in ("sky", "blue", "green", "vermilion", "purple", "orange")]
@@ -355,13 +361,13 @@ def rung_colours(
 
 # %% ../../nbs/08_analysis/01_ladder.ipynb #4d95081f
 def show_labels_needed(
-    ladder:Ladder, # all readings
+    ladder:Ladder, # all rungs
     ax=None, # matplotlib axes
 ): # the axes
     "R2 over the number of labelled demonstrations, a line an interface, named at its end."
     ax, colours = new_axes(6, 4) if ax is None else ax, rung_colours(ladder)
-    most = {r.interface.name: [] for r in ladder.readings}
-    for r in ladder.readings:
+    most = {r.interface.name: [] for r in ladder.rungs}
+    for r in ladder.rungs:
         if r.side or not r.interface.side: most[r.interface.name].append((r.demonstrations, np.mean(ladder.draws(r))))
     lines = {name: np.array(sorted(points)).T for name, points in most.items() if points}
     ends, room = sorted((max(y[-1], -.2), name) for name, (_, y) in lines.items()), 1.2/max(14, len(lines))
@@ -383,11 +389,11 @@ def show_labels_needed(
 
 # %% ../../nbs/08_analysis/01_ladder.ipynb #9169e8a5
 def show_ladder(
-    ladder:Ladder, # all readings
+    ladder:Ladder, # all rungs
     fraction:float, # of the demonstrations that the left panel is about
 ): # two matplotlib axes
     "Both panels side by side."
-    rows = len({r.interface.name for r in ladder.readings})
+    rows = len({r.interface.name for r in ladder.rungs})
     left, right = new_axes(13, 1 + .32*max(8, rows), 2)
     show_rungs(ladder, fraction, left)
     left.set_title(f"filled: with {ladder.given}; hollow: alone; dotted: blind", fontsize=9)

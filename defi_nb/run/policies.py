@@ -279,6 +279,6 @@ def ladder_samples(
     folder = project_root()/params["data"]/f"{store_name(params['split'], params['preset'])}-encoded"
     read = getattr(policy.to(cfg.device_).gfdm, "reads", "latent")
     def joined(samples, part):
-        seen = next(p for p in samples.parts if p.field == read)
+        seen = next(p for p in samples.parts if getattr(p[[0]], read) is not None)
         return JoinedSamples(*samples.parts, foreseen(policy, seen, folder/feature_file(policy, part)))
     return joined(demo.train, "1"), joined(demo.held, "held_out")
