@@ -115,8 +115,8 @@ class ReaderConfig:
     weight_decay:float = .1 # of AdamW
     warmup:int = 50 # steps
     batch_size:int = 64 # samples of a step
-    steps:int = 400 # of a training, at least
-    epochs:float = 8 # passes over the labelled samples, at least
+    steps:int = 300 # of a training, at least
+    epochs:float = 5. # passes over the labelled samples, at least
 
 class Reader(nn.Module):
     "A motion from a token grid, a vector, or both."
@@ -128,8 +128,9 @@ class Reader(nn.Module):
         super().__init__()
         w, head = cfg.width, lambda n: nn.Sequential(nn.Linear(n, cfg.hidden), nn.GELU(), nn.Linear(cfg.hidden, out))
         if example.grid is not None:
-            conv = lambda stride: nn.Conv2d(w, w, 3, stride, 1)
-            self.conv = nn.Sequential(nn.Conv2d(example.grid.shape[1], w, 1), conv(1), nn.GELU(), conv(2), nn.GELU(), conv(1), nn.GELU(), nn.Flatten())
+            conv, fine = lambda stride: [nn.Conv2d(w, w, 3, stride, 1), nn.GELU()], example.grid.shape[-1] > 4
+            layers = [*conv(1 + fine), *conv(2), *conv(1)] # a fine grid is halved at once: most of the time would go there
+            self.conv = nn.Sequential(nn.Conv2d(example.grid.shape[1], w, 1), *layers, nn.Flatten())
             self.head = head(self.conv(example.grid[:1].float()).shape[1])
         if example.vector is not None: self.mlp = head(example.vector.shape[1])
 

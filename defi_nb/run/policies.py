@@ -238,7 +238,8 @@ def ladder_models(
         folder = project_root()/(params[kind] or f"{params['ckpts']}/{checkpoint_name(name, params['split'], params['preset'])}")
         if kind == "gfdm" and "policy" in found:
             if params[kind]: raise ValueError(f"gfdm is {params[kind]!r}, and the policy brings its own: give policy=none to read another GFDM")
-        elif params[kind] == "none" or not (params[kind] or is_finished(folder)):
+        elif params[kind] == "none": print(f"left out, as asked: {rungs}")
+        elif not (params[kind] or is_finished(folder)):
             print(f"left out: {rungs}; there is no {folder.relative_to(project_root())} (`defi-nb run {maker} -p split {params['split']}` makes it), and no other is given (`-p {kind} FOLDER`)")
         elif params[kind] and not is_finished(folder): raise FileNotFoundError(f"{folder} holds no finished checkpoint: correct the path, or leave {kind} empty")
         else: found[kind] = load_model(folder, encoders, _FEATURE_MODELS[kind])
