@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from .probes import r2
 from ..core.plot import OKABE_ITO, new_axes
-from ..core.spec import Batch
 from ..core.stats import Interval, markdown_table, measured, seed_interval
 from ..core.utils import progress_bar
 from ..models.gidm import prepare_texts
