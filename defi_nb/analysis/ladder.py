@@ -276,9 +276,9 @@ def _read_fraction(interface, side, inputs, motion, demo, fraction, draws, cfg):
 def losses(self:Ladder,
     fraction:float, # of the demonstrations
 )->list: # (rung, R2 before, `core.stats.Interval` of the loss), the largest loss first
-    "What each step loses of the coming motion."
+    "What each step loses of the motion that stands before it, where any does."
     scores = [(r, self.score(r)) for r in self.rungs if r.fraction == fraction and self.before(r)]
-    found = [(r, s.references["before"][0], s.minus("before")) for r, s in scores if "before" in s.references]
+    found = [(r, s.references["before"][0], s.minus("before")) for r, s in scores if "before" in s.references and s.references["before"][0] > 0]
     return sorted(((r, before, Interval(-d.value, -d.high, -d.low)) for r, before, d in found), key=lambda x: -x[2].value)
 
 @patch
@@ -379,7 +379,7 @@ def show_labels_needed(
         x, y = lines[name]
         ax.plot(x, np.maximum(y, -.2), marker="o", ms=4, color=colours[name], lw=1.2)
         ax.annotate(name, (x[-1], max(y[-1], -.2)), (1.03, at), textcoords=("axes fraction", "data"), fontsize=8, color=colours[name], va="center",
-                    arrowprops=dict(arrowstyle="-", color=colours[name], lw=.4))
+                    arrowprops=dict(arrowstyle="-", color=colours[name], lw=.4, relpos=(0, .5)))
     counts = sorted({int(n) for x, _ in lines.values() for n in x})
     ax.set(xscale="log", ylim=(-.25, 1.08), xlabel="labelled demonstrations", ylabel=f"R2 of the {ladder.main}")
     ax.set_xticks(counts, [str(n) for n in counts])
