@@ -5,16 +5,19 @@
 # %% auto #0
 __all__ = ['PolicyAuxiliary', 'policy_checkpoint', 'real_pairs', 'policy_demonstrations', 'show_demonstrations', 'build_policy',
            'policy_samples', 'policy_auxiliary', 'keep_policy_texts', 'policy_info', 'row_models', 'missing_models',
-           'env_at', 'feature_models', 'load_feature_models']
+           'env_at', 'feature_models', 'load_feature_models', 'ladder_models', 'ladder_data', 'demonstration_numbers',
+           'ladder_samples']
 
 # %% ../../nbs/13_run/06_policies.ipynb #7208ab75
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
-from ..core.spec import DataSpec, preset_of
+from ..core.spec import VIEWS, DataSpec, preset_of
 from ..core.utils import project_root
+from ..data.cache import JoinedSamples
 from ..data.episodes import show_tasks
 from ..models.direct_policy import DirectConfig, DirectPolicy, around_encoder
 from ..models.policy import (
@@ -249,3 +252,64 @@ def load_feature_models(
 )->dict: # part -> model
     "Load what `feature_models` found."
     return {n: load_model(folder, encoders, _FEATURE_MODELS[n], trained=trained) for n, folder in folders.items()}
+
+# %% ../../nbs/13_run/06_policies.ipynb #ec84faad
+_RUNGS = dict(policy=("coupled", "train_coupled", "Video Former's tokens, GIDM's latents of predicted pairs, and what the adapter is given"),
+              gfdm=("gfdm", "pretrain_gfdm", "GFDM's features"), gidm=("gidm", "pretrain_gidm", "GIDM's latents and codes of true pairs"))
+
+def ladder_models(
+    params:dict, # of the run: a folder, "" for the default's where it is finished, or "none" for `policy`, `gfdm` and `gidm` each
+    encoders, # `models.encoders.Encoders`
+    views:int=2, # cameras of the data
+)->dict: # "policy", "gfdm" (inside a policy that is not trained; not with "policy", which has its own) and "gidm" -> model
+    "The models whose interfaces can be read."
+    found = {}
+    for kind, (name, maker, rungs) in _RUNGS.items():
+        folder = project_root()/(params[kind] or f"{params['ckpts']}/{checkpoint_name(name, params['split'], params['preset'])}")
+        if kind == "gfdm" and "policy" in found:
+            if params[kind]: raise ValueError(f"gfdm is {params[kind]!r}, and the policy brings its own: give policy=none to read another GFDM")
+        elif params[kind] == "none": print(f"left out, as asked: {rungs}")
+        elif not (params[kind] or is_finished(folder)):
+            print(f"left out: {rungs}; there is no {folder.relative_to(project_root())} (`defi-nb run {maker} -p split {params['split']}` makes it), and no other is given (`-p {kind} FOLDER`)")
+        elif params[kind] and not is_finished(folder): raise FileNotFoundError(f"{folder} holds no finished checkpoint: correct the path, or leave {kind} empty")
+        else: found[kind] = load_model(folder, encoders, _FEATURE_MODELS[kind])
+    if "gfdm" in found: found["gfdm"] = _around(found["gfdm"], encoders, params["preset"], views)
+    return found
+
+def _around(gfdm, encoders, preset, views): # a policy that is not trained, for its way of reading features
+    return CoupledPolicy(preset_of(PolicyConfig, preset, feature_dim=gfdm.feature_shape()[-1], views=VIEWS[:views]), encoders, gfdm).eval()
+
+# %% ../../nbs/13_run/06_policies.ipynb #5abe9933
+def ladder_data(
+    params:dict, # of the run
+    encoders, # `models.encoders.Encoders`
+    cfg:TrainConfig, # device and seed
+)->PolicyData: # whose samples have `latent` and `dino` of two frames, and actions
+    "Demonstrations with true pairs of frames."
+    reading, given = dict(params["reading"]), {n: params[n] for n in ("stride", "tasks", "demos", "data", "preset")}
+    given |= dict(unchecked=reading.pop("unchecked"), ahead=params["gap"] or preset_of(DataSpec, params["preset"]).chunk)
+    latent, dino = (policy_data(params["split"], f, encoders, cfg, **given, reading=reading_of(**reading)) for f in ("latent", "dino"))
+    return replace(latent, train=JoinedSamples(latent.train, dino.train), held=JoinedSamples(latent.held, dino.held))
+
+def demonstration_numbers(
+    demo:PolicyData, # from `ladder_data`
+)->tuple: # (N,) of the training samples, (n,) of the held-out ones
+    "The number of each sample's demonstration in its dataset."
+    number = {unit: i for i, unit in enumerate(demo.piece.units)}
+    sets = (demo.train, demo.demonstrations), (demo.held, demo.held_out)
+    return tuple(np.array([number[units[w]] for w in samples.blind.inside()[0]]) for samples, units in sets)
+
+def ladder_samples(
+    demo:PolicyData, # from `ladder_data`
+    policy, # `models.policy.CoupledPolicy` with a GFDM; None: no features
+    params:dict, # of the run
+    cfg:TrainConfig, # device
+)->tuple: # (training samples, held-out samples)
+    "The samples with GFDM's features, computed once and kept."
+    if policy is None: return demo.train, demo.held
+    folder = project_root()/params["data"]/f"{store_name(params['split'], params['preset'])}-encoded"
+    read = getattr(policy.to(cfg.device_).gfdm, "reads", "latent")
+    def joined(samples, part):
+        seen = next(p for p in samples.parts if getattr(p[[0]], read) is not None)
+        return JoinedSamples(*samples.parts, foreseen(policy, seen, folder/feature_file(policy, part)))
+    return joined(demo.train, "1"), joined(demo.held, "held_out")
