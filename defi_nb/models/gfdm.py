@@ -39,17 +39,20 @@ class GFDMConfig:
     extract_fps:float = CONTROL_HZ/DataSpec().frame_stride # and at feature extraction
     motion:float = 127. # motion bucket that the network is told
     augmentation:float = 0. # noise level of the first frame that the network is told
-    text_dropout:float = .05 # share of clips whose text is replaced by zeros in training
+    text_dropout:float = .05 # fraction of clips whose text is replaced by zeros in training
     sigma_mean:float = .7 # of ln sigma in training
     sigma_std:float = 1.6 # of ln sigma in training
     extract_sigma:float = 700. # first noise level of the schedule along which features are taken
     extract_step:int = 1 # the step of that schedule whose features are taken; whole steps precede it
     extract_schedule:int = 20 # steps of that schedule; without effect on the features of step 1
+    extract_fraction:float = 0. # fraction of the clips trained at `extract_sigma` with the extraction's noise; released 0
+    feature_levels:int = 2 # the features are what leaves this many `up_blocks`, the coarsest first; released 2
+    feature_frame:bool = False # whether the frame that the step predicts is part of its features too
     group:int = 2 # neighbouring cells joined into one token, along each axis
     noise_seed:int|None = 0 # of the noise that all feature extractions share; None: fresh noise in each, as released
 
     @classmethod
-    def tiny(cls): return cls()
+    def tiny(cls): return cls(extract_fraction=.75, feature_levels=3, feature_frame=True)
 
     @classmethod
     def paper(cls):
@@ -72,6 +75,7 @@ def _build_unet(
 ):
     "An untrained `UNetSpatioTemporalConditionModel`."
     from diffusers import UNetSpatioTemporalConditionModel
+    if not 2 <= cfg.feature_levels <= len(cfg.widths): raise ValueError(f"feature_levels is {cfg.feature_levels}; this network has levels 2 to {len(cfg.widths)} to take features from")
     if not len(cfg.widths) == len(cfg.attention) == len(cfg.heads):
         raise ValueError(f"widths {cfg.widths}, attention {cfg.attention} and heads {cfg.heads} must name the same number of levels")
     down = tuple("CrossAttnDownBlockSpatioTemporal" if a else "DownBlockSpatioTemporal" for a in cfg.attention)
@@ -114,6 +118,15 @@ class GFDM(nn.Module):
         if self.clip is None: raise ValueError(f"this GFDM was built without a text encoder and cannot read {text[:2]}: pass `clip`")
         return self.clip(text).hidden.to(self.noise).repeat_interleave(views, dim=0)
 
+# %% ../../nbs/04_models/04_gfdm.ipynb #0031b498
+@patch
+def extraction_noise(self:GFDM,
+    n:int, # clips
+)->Tensor: # (N,T,C,h,w) standard normal
+    "The noise that features are extracted with: one for all, or fresh where `noise_seed` is None."
+    if self.cfg.noise_seed is None: return torch.randn(n, *self.noise.shape).to(self.noise)
+    return self.noise.expand(n, -1, -1, -1, -1)
+
 # %% ../../nbs/04_models/04_gfdm.ipynb #59f6af59
 def clips(
     latent:Tensor|None, # (B,V,T,C,h,w) latents, not scaled
@@ -148,8 +161,12 @@ def loss(self:GFDM,
     latent, cfg = clips(batch.latent, self.cfg), self.cfg
     x0, text = latent*cfg.scaling_factor, self.encode_text(batch.text, batch.latent.shape[1])
     keep = torch.rand(len(text), 1, 1, device=text.device) >= cfg.text_dropout
-    sigma = log_normal((len(x0),), cfg.sigma_mean, cfg.sigma_std).to(x0)
-    loss, _ = self.edm.loss(self.network(latent[:, 0], text*keep, cfg.fps), x0, sigma, torch.randn_like(x0))
+    sigma, noise = log_normal((len(x0),), cfg.sigma_mean, cfg.sigma_std).to(x0), torch.randn_like(x0)
+    if cfg.extract_fraction:
+        at = torch.rand(len(x0), device=x0.device) < cfg.extract_fraction
+        sigma = torch.where(at, cfg.extract_sigma, sigma)
+        noise = torch.where(at[:, None, None, None, None], self.extraction_noise(len(x0)), noise)
+    loss, _ = self.edm.loss(self.network(latent[:, 0], text*keep, cfg.fps), x0, sigma, noise)
     return loss, dict(mse=loss.detach())
 
 # %% ../../nbs/04_models/04_gfdm.ipynb #04c1bacc
@@ -178,16 +195,18 @@ class _Reached(Exception):
 def _run_until(
     call, # function that runs a network
     modules:list, # modules of it, in the order in which they are computed
+    whole:bool = False, # whether the rest of the network is run too
 )->list: # what each of them returned
     "Run a network only as far as its last wanted module."
     outputs, handles, thread = [], [], get_ident()
     def record(module, args, output):
         if get_ident() != thread: return # another thread runs the same network and has hooks of its own
         outputs.append(output)
-        if module is modules[-1]: raise _Reached
+        if module is modules[-1] and not whole: raise _Reached
     try:
         handles = [m.register_forward_hook(record) for m in modules]
         call()
+        if len(outputs) == len(modules): return outputs
     except _Reached: return outputs
     finally:
         for handle in handles: handle.remove()
@@ -208,27 +227,25 @@ def level_maps(self:GFDM,
     network, # from `network`
     x:Tensor, # (N,T,C,h,w) noisy latents, scaled to unit variance
     sigma:Tensor, # scalar, their noise level
-)->list: # of two feature maps (N*T,D,side,side), the coarse one first
-    "What leaves `up_blocks[0]` and `up_blocks[1]`; nothing after them is computed."
-    c_noise = torch.full((len(x),), float(self.edm.scalings(sigma)[3]), device=x.device)
-    return _run_until(lambda: network(x, c_noise), list(self.unet.up_blocks[:2]))
+)->list: # of feature maps (N*T,D,side,side), the coarsest first; the predicted frame last, where it is one of them
+    "What leaves the first `feature_levels` of the `up_blocks`; nothing after them is computed unless the frame is asked for."
+    levels, cfg = list(self.unet.up_blocks[:self.cfg.feature_levels]), self.cfg
+    c_skip, c_out, c_in, c_noise = (float(s) for s in self.edm.scalings(sigma))
+    c_noise = torch.full((len(x),), c_noise, device=x.device)
+    if not cfg.feature_frame: return _run_until(lambda: network(x, c_noise), levels)
+    frames = []
+    maps = _run_until(lambda: frames.append(network(x, c_noise)), levels, whole=True)
+    return [*maps, (c_skip/c_in*x + c_out*frames[0]).flatten(0, 1)]
 
-@patch
-def extraction_noise(self:GFDM,
-    n:int, # clips
-)->Tensor: # (N,T,C,h,w) standard normal
-    "The noise that features are extracted with: one for all, or fresh where `noise_seed` is None."
-    if self.cfg.noise_seed is None: return torch.randn(n, *self.noise.shape).to(self.noise)
-    return self.noise.expand(n, -1, -1, -1, -1)
-
+# %% ../../nbs/04_models/04_gfdm.ipynb #192fb682
 @patch
 def feature_maps(self:GFDM,
     latent:Tensor, # (N,C,h,w) latents of present frames, not scaled
     text:Tensor, # (N,L,D) CLIP's hidden states
     noise:Tensor|None=None, # (N,T,C,h,w) standard normal; None: from `extraction_noise`
     steps:int=20, # of the schedule, at least `extract_step`
-)->list: # of two feature maps (N*T,D,side,side), the coarse one first
-    "What the network thinks in the configured step of a schedule."
+)->list: # of feature maps, see `level_maps`
+    "The network's maps in the configured step of a schedule."
     k, sigmas = self.cfg.extract_step, karras_sigmas(steps, high=self.cfg.extract_sigma)
     if not 1 <= k <= steps: raise ValueError(f"extract_step is {k} of a schedule of {steps} steps: choose 1 to {steps}, or a longer schedule")
     network = self.network(latent, text, self.cfg.extract_fps)
@@ -248,27 +265,29 @@ def features(self:GFDM,
     text_hidden:Tensor, # (B,L,D) CLIP's hidden states
     noise:Tensor|None=None, # (B,T,C,h,w) standard normal; None: from `extraction_noise`
     steps:int=20, # of the schedule, at least `extract_step`
-)->Tensor: # (B,T,D,side,side) both maps on the finer one's grid, joined on channels
-    "Feature maps of the present and the foreseen frames."
+)->Tensor: # (B,T,D,side,side) the maps on the second one's grid, joined on channels
+    "Feature maps of the present and the predicted frames."
     if self.vae is None: raise ValueError(f"this GFDM was built without a VAE and cannot read pixels of shape {tuple(pixels.shape)}: pass `vae`, or use `tokens`")
-    coarse, fine = self.feature_maps(self.vae.encode_pixels(pixels).to(self.noise), text_hidden.to(self.noise), noise, steps)
-    return torch.cat([F.interpolate(coarse, size=fine.shape[-2:], mode="nearest"), fine], dim=1).unflatten(0, (-1, self.cfg.frames))
+    maps = self.feature_maps(self.vae.encode_pixels(pixels).to(self.noise), text_hidden.to(self.noise), noise, steps)
+    maps = [F.interpolate(m, size=maps[1].shape[-2:], mode="nearest") for m in maps]
+    return torch.cat(maps, dim=1).unflatten(0, (-1, self.cfg.frames))
 
 @patch
 def to_tokens(self:GFDM,
-    maps:list, # of two feature maps (N*T,D,side,side), the coarse one first
+    maps:list, # of feature maps, see `level_maps`
 )->Tensor: # (N,T,P,D)
     "The maps on the token grid."
     side = maps[1].shape[-1]//self.cfg.group
     return torch.cat([to_grid(m, side) for m in maps], dim=-1).unflatten(0, (-1, self.cfg.frames))
 
+# %% ../../nbs/04_models/04_gfdm.ipynb #d5a2d15b
 @patch
 def tokens(self:GFDM,
     latent:Tensor, # (N,C,h,w) latents of present frames, not scaled
     text:list, # N instructions
     noise:Tensor|None=None, # (N,T,C,h,w) standard normal; None: from `extraction_noise`
-)->Tensor: # (N,T,P,D) feature tokens of the present and the foreseen frames
-    "What the network thinks before it has drawn anything."
+)->Tensor: # (N,T,P,D) feature tokens of the present and the predicted frames
+    "Feature tokens of the present and the predicted frames, from one denoising step."
     return self.to_tokens(self.feature_maps(latent, self.encode_text(text), noise, self.cfg.extract_schedule))
 
 # %% ../../nbs/04_models/04_gfdm.ipynb #dff8a856
@@ -315,9 +334,9 @@ def for_features(
     model:GFDM, # changed in place
 )->GFDM: # the same
     "Keep what the features need, and compute none of it twice."
-    if model.cfg.extract_step == 1:
+    if model.cfg.extract_step == 1 and not model.cfg.feature_frame:
         absent = Absent("this GFDM gives features only; load the whole of it to train it or to draw video")
-        model.unet.up_blocks, model.unet.conv_norm_out, model.unet.conv_out = model.unet.up_blocks[:2], absent, absent
+        model.unet.up_blocks, model.unet.conv_norm_out, model.unet.conv_out = model.unet.up_blocks[:model.cfg.feature_levels], absent, absent
     return share_text(model).eval().requires_grad_(False)
 
 def load_for_features(

@@ -50,11 +50,16 @@ def plain_tokens(
 )->Tensor: # (N,T,P,D)
     "Feature tokens, from whole passes of the network, one for each clip."
     if gfdm.cfg.extract_step != 1: raise ValueError(f"extract_step is {gfdm.cfg.extract_step}; the plain way is written for the first step: set it to 1")
-    maps, c_noise = [], gfdm.edm.scalings(torch.tensor(gfdm.cfg.extract_sigma))[3]
-    handles = [block.register_forward_hook(lambda module, args, out: maps.append(out)) for block in gfdm.unet.up_blocks[:2]]
-    for i in range(len(latent)): gfdm.network(latent[i:i + 1], hidden[i:i + 1], gfdm.cfg.extract_fps)(gfdm.noise[None], c_noise.expand(1).to(gfdm.noise))
-    for handle in handles: handle.remove()
-    return torch.cat([gfdm.to_tokens(maps[i:i + 2]) for i in range(0, len(maps), 2)])
+    cfg, parts = gfdm.cfg, []
+    c_skip, c_out, c_in, c_noise = (float(s) for s in gfdm.edm.scalings(torch.tensor(cfg.extract_sigma)))
+    for i in range(len(latent)):
+        network, noise, maps = gfdm.network(latent[i:i + 1], hidden[i:i + 1], cfg.extract_fps), gfdm.noise[None], []
+        keep = lambda module, args, out: maps.append(out)
+        handles = [block.register_forward_hook(keep) for block in gfdm.unet.up_blocks[:cfg.feature_levels]]
+        raw = network(noise, torch.full((1,), c_noise).to(noise))
+        for handle in handles: handle.remove()
+        parts.append(gfdm.to_tokens(maps + [(c_skip/c_in*noise + c_out*raw).flatten(0, 1)]*cfg.feature_frame))
+    return torch.cat(parts)
 
 # %% ../../nbs/13_run/09_bench_inference.ipynb #be4ea62f
 @torch.no_grad()
