@@ -33,7 +33,8 @@ class GIDMConfig:
     code_dim:int = 32 # width of a code
     text_dim:int = 64 # width of T5's token features
     commitment:float = .25 # weight of the commitment loss
-    restart_below:float = .1 # share of the fair use under which a code is restarted; 0 is never, as released
+    codebook_follows:bool = False # the codebook is fitted to the latents and does not shape them: the decoder learns from the latents themselves; released False
+    restart_below:float = .1 # fraction of the fair use under which a code is restarted; 0 is never, as released
     views:tuple = ("static",) # cameras whose transitions it learns from
     text_mask:str = "rows" # "rows", or "tiled" as released
     inverse:str = "gidm" # network that infers the latent action: "gidm", "transformer" or "mlp" (Table 7)
@@ -41,7 +42,7 @@ class GIDMConfig:
     texts:str = "raw" # "raw", or "normalised": lower case without punctuation, as released in pretraining
 
     @classmethod
-    def tiny(cls): return cls()
+    def tiny(cls): return cls(queries=8, codes=64, codebook_follows=True)
 
     @classmethod
     def paper(cls):
@@ -212,9 +213,10 @@ def encode(self:GIDM,
     text_mask:Tensor|None = None, # (B,L) bool, True for real tokens; None if all are
 )->LatentActions:
     "Infer the latent actions."
-    emb = self.embed(features, text, text_mask)
-    q = self.vq(emb)
-    return LatentActions(emb, q.indices, q.z_q, self.action_up(q.z_q), q.loss, q.codebook_loss, q.commit_loss)
+    emb, follows = self.embed(features, text, text_mask), self.cfg.codebook_follows
+    q = self.vq(emb.detach() if follows else emb)
+    loss = q.loss + F.mse_loss(q.z_q, emb.detach()) if follows else q.loss # of quantisers without a codebook loss, too
+    return LatentActions(emb, q.indices, q.z_q, self.action_up(q.z_q), loss, q.codebook_loss, q.commit_loss)
 
 # %% ../../nbs/04_models/05_gidm.ipynb #1ccd78b4
 @patch
@@ -258,7 +260,9 @@ def loss(self:GIDM,
 )->tuple: # scalar loss; dict of logs
     "Feature reconstruction and quantiser loss."
     features, text, mask = self.transitions(batch)
-    predicted, out = self.reconstruct(features, text, mask)
+    out = self.encode(features, text, mask)
+    read = self.action_up(out.emb) if self.cfg.codebook_follows else out.latent_actions
+    predicted = self.decode(features[:, 0], read, text, mask)
     mse = F.mse_loss(predicted, features[:, 1])
     logs = dict(reconstruction=mse.detach(), copy=F.mse_loss(features[:, 0], features[:, 1]),
                 codebook=out.codebook_loss.detach(), latent_spread=latent_spread(out.emb),

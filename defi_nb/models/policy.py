@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LATENTS', 'present_latent', 'goal_embedding', 'hand_state', 'batch_hand_state', 'present_embedding', 'present_tokens',
-           'PolicyConfig', 'CoupledPolicy', 'check_gidm', 'PlainConfig', 'PlainPolicy', 'BlindConfig', 'BlindPolicy',
-           'fake_policies']
+           'PolicyConfig', 'feature_projection', 'CoupledPolicy', 'check_gidm', 'PlainConfig', 'PlainPolicy',
+           'BlindConfig', 'BlindPolicy', 'fake_policies']
 
 # %% ../../nbs/04_models/07_policy.ipynb #c9d7b1bf
 from dataclasses import dataclass, replace
@@ -106,9 +106,13 @@ class PolicyConfig:
     latents:str = "code" # what of GIDM the adapter reads: one of `LATENTS`
     present:bool = False # whether the adapter reads the present frames' VAE latents too, as a `PlainPolicy` does
     feature_norm:bool = False # LayerNorm on GFDM's features, before the Video Former and in the network to GIDM's input
+    latent_positions:bool = False # whether each latent action has a learned position; without, the adapter cannot tell the queries apart
+    projection_frozen:bool = False # whether the network to GIDM's input keeps its weights, as the alignment left them
 
     @classmethod
-    def tiny(cls): return cls()
+    def tiny(cls):
+        return cls(feature_dim=384, project_hidden=256, gidm=replace(GIDMConfig.tiny(), dec_blocks=0), train=("adapter",),
+                   latents="both", feature_norm=True, latent_positions=True, projection_frozen=True)
 
     @classmethod
     def paper(cls):
@@ -135,10 +139,24 @@ def _check_policy_config(
                          f"and have GIDM's {cfg.spec.gidm_frames} among them")
     if "adapter" not in cfg.train or not set(cfg.train) <= {"gfdm", "gidm", "adapter"} or len(set(cfg.train)) < len(cfg.train):
         raise ValueError(f"train is {cfg.train}: it names 'adapter', and 'gidm', 'gfdm' or both where they are trained too")
+    if cfg.gidm.codebook_follows and "gidm" in cfg.train and cfg.latents == "code":
+        raise ValueError("latents is 'code', and GIDM's codebook follows: codes would pass it no gradient; take latents='both' or 'embedding', or leave 'gidm' out of train")
     if "gidm" in cfg.train and not inverse: raise ValueError(f"train is {cfg.train}, and latents 'none': there is no GIDM to train")
     if cfg.views not in (VIEWS, VIEWS[:1], VIEWS[1:]) or inverse and cfg.gidm.views[0] not in cfg.views:
         raise ValueError(f"views are {cfg.views}: they are some of {VIEWS}, in this order, and GIDM's {cfg.gidm.views[0]!r} is among them")
     return cfg
+
+# %% ../../nbs/04_models/07_policy.ipynb #f3b6ef53
+def feature_projection(
+    feature_dim:int, # width of GFDM's features
+    hidden:int, # width inside
+    in_dim:int, # width of GIDM's input
+    norm:bool = False, # whether a LayerNorm comes first
+)->tuple: # network (...,feature_dim) -> (...,in_dim); (2,1,in_dim) embedding of the two frames
+    "What brings GFDM's features to GIDM's input."
+    layers = [nn.LayerNorm(feature_dim)]*norm
+    network = nn.Sequential(*layers, nn.Linear(feature_dim, hidden), nn.GELU(), nn.Linear(hidden, in_dim))
+    return network, nn.Parameter(.02*torch.randn(2, 1, in_dim))
 
 # %% ../../nbs/04_models/07_policy.ipynb #2889bae9
 class CoupledPolicy(nn.Module):
@@ -152,13 +170,15 @@ class CoupledPolicy(nn.Module):
         self.cfg, self.encoders, self.gfdm = _check_policy_config(cfg), encoders, gfdm
         if gfdm is not None: gfdm.requires_grad_("gfdm" in cfg.train).eval()
         elif "gfdm" in cfg.train: raise ValueError("train names 'gfdm', but this policy was built without one: pass `gfdm`")
-        norm = lambda: [nn.LayerNorm(cfg.feature_dim)]*cfg.feature_norm
-        self.gidm, self.feature_norm = None, nn.Sequential(*norm())
+        self.gidm, self.feature_norm = None, nn.LayerNorm(cfg.feature_dim) if cfg.feature_norm else nn.Identity()
         if cfg.latents != "none":
-            into, out = nn.Linear(cfg.feature_dim, cfg.project_hidden), nn.Linear(cfg.project_hidden, cfg.gidm.in_dim)
-            self.project = nn.Sequential(*norm(), into, nn.GELU(), out)
-            self.time_pos_emb = nn.Parameter(.02*torch.randn(2, 1, cfg.gidm.in_dim))
+            self.project, self.time_pos_emb = feature_projection(cfg.feature_dim, cfg.project_hidden, cfg.gidm.in_dim, cfg.feature_norm)
+            if cfg.projection_frozen:
+                for part in (self.project, self.time_pos_emb): part.requires_grad_(False)
             self.gidm = GIDM(cfg.gidm).requires_grad_("gidm" in cfg.train)
+            if cfg.latent_positions:
+                tokens = cfg.gidm.queries*(1 + (cfg.latents == "both"))
+                self.latent_pos_emb = nn.Parameter(.02*torch.randn(1, tokens, cfg.gidm.dim))
         self.video_former = VideoFormer(cfg.feature_dim, cfg.former_dim, cfg.former_depth, len(cfg.frames),
                                         cfg.former_queries, cfg.former_heads, cfg.former_head_dim, cfg.former_hidden)
         self.adapter = ActionAdapter(cfg.adapter)
@@ -175,14 +195,17 @@ class CoupledPolicy(nn.Module):
         return self
 
     def start_from(self,
-        gidm:GIDM, # pretrained, of the same size
+        pretrained:nn.Module, # `GIDM`, or `models.aligned_gidm.AlignedGIDM`, of the same size
     )->"CoupledPolicy": # itself
-        "Take over a pretrained GIDM, without its decoder."
-        given, own = gidm.state_dict(), check_gidm(self).gidm.state_dict()
+        "Take over a pretrained GIDM, without its decoder; of an aligned one, the network to its input, too."
+        parts = {"gidm": check_gidm(self).gidm}
+        if hasattr(pretrained, "project"): parts |= {"project": self.project, "time_pos_emb": None}
+        given = pretrained.state_dict() if len(parts) > 1 else {f"gidm.{k}": v for k, v in pretrained.state_dict().items()}
+        own = {k: v for k, v in self.state_dict().items() if k.partition(".")[0] in parts}
         if wrong := [k for k, v in own.items() if k not in given or given[k].shape != v.shape]:
-            raise ValueError(f"this GIDM does not fit the policy's: {', '.join(wrong[:3])} differ; "
+            raise ValueError(f"this {type(pretrained).__name__} does not fit the policy's: {', '.join(wrong[:3])} differ; "
                              "build both from one GIDMConfig")
-        self.gidm.load_state_dict({k: given[k] for k in own})
+        self.load_state_dict({k: given[k] for k in own}, strict=False)
         return self
 
 # %% ../../nbs/04_models/07_policy.ipynb #6cb199d8
@@ -240,9 +263,9 @@ def latent_tokens(self:CoupledPolicy,
     latent:LatentActions, # from GIDM
 )->Tensor: # (B,Q,gidm.dim), or (B,2Q,gidm.dim)
     "What the adapter reads of the latent actions."
-    if self.cfg.latents == "code": return latent.latent_actions
-    before = self.gidm.action_up(latent.emb)
-    return before if self.cfg.latents == "embedding" else torch.cat([latent.latent_actions, before], 1)
+    code, before = latent.latent_actions, lambda: self.gidm.action_up(latent.emb)
+    tokens = dict(code=lambda: code, embedding=before, both=lambda: torch.cat([code, before()], 1))[self.cfg.latents]()
+    return tokens + self.latent_pos_emb if self.cfg.latent_positions else tokens
 
 # %% ../../nbs/04_models/07_policy.ipynb #1368bf0e
 @patch
@@ -295,7 +318,8 @@ def loss(self:CoupledPolicy,
     if latent is None: return action_loss, logs
     logs |= dict(codebook=latent.codebook_loss.detach(), latent_spread=latent_spread(latent.emb),
                  **usage_logs(latent.indices, self.cfg.gidm.codes))
-    return action_loss + self.cfg.vq_weight*latent.loss, logs
+    shaped = "gidm" in self.cfg.train or not self.cfg.projection_frozen
+    return action_loss + self.cfg.vq_weight*latent.loss if shaped else action_loss, logs
 
 # %% ../../nbs/04_models/07_policy.ipynb #88cfc4f4
 @patch

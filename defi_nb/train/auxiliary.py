@@ -300,6 +300,8 @@ class LatentBeside(nn.Module):
         rest:Tensor|None=None, # (A-1,) see `train.inverse_dynamics.rest_action`; None: no motion is 0, as in CALVIN
     ):
         super().__init__()
+        if gidm.codebook_follows and cfg.label_weight and cfg.reads == "z_q":
+            raise ValueError("reads is 'z_q', and this GIDM's codebook follows: codes would pass no gradient to the latents; read 'emb'")
         self.cfg, self.rest, self.head = cfg, rest, LatentActionHead(gidm, cfg) if cfg.label_weight else None
 
     def identity(self): # -> dict of JSON values
@@ -314,8 +316,9 @@ class LatentBeside(nn.Module):
         cfg, seen = self.cfg, []
         reverse = draw_reversed(len(batch), cfg.p_reverse) if model.training and cfg.p_reverse else torch.zeros(len(batch), dtype=torch.bool)
         played = _play_backwards(batch, reverse, cfg.reversed_text, self.rest)
-        with model.vq.register_forward_hook(lambda module, args, out: seen.append((args[0], out.z_q))): total, logs = model.loss(played)
-        (emb, z_q), = seen
+        keep = lambda module, args, out: seen.append(getattr(out, "z_q", out))
+        with model.to_codebook.register_forward_hook(keep), model.vq.register_forward_hook(keep): total, logs = model.loss(played)
+        emb, z_q = seen
         if torch.is_grad_enabled() and not emb.requires_grad: raise ValueError("this GIDM's encoder is frozen, so nothing beside its loss could teach it: train it, or leave `beside` out")
         logs = logs | dict(gidm=total.detach(), reversed=reverse.float().mean().to(emb.device))
         if cfg.antisymmetry:
