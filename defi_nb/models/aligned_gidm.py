@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AlignConfig', 'AlignedGIDM', 'measure_spread']
 
-# %% ../../nbs/04_models/10_aligned_gidm.ipynb #45e31775
+# %% ../../nbs/04_models/10_aligned_gidm.ipynb #9ca1eab6
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from .gidm import GIDM, GIDMConfig, prepare_texts
 from .policy import feature_projection
 from .vq import latent_spread
 
-# %% ../../nbs/04_models/10_aligned_gidm.ipynb #36fd3bbf
+# %% ../../nbs/04_models/10_aligned_gidm.ipynb #215b2cab
 @dataclass(frozen=True)
 class AlignConfig:
     "Size and behaviour of an `AlignedGIDM`."
@@ -30,7 +30,7 @@ class AlignConfig:
     views:tuple = VIEWS # cameras whose features there are, in the order of axis V
     latent_weight:float = 1. # lambda, of the distance between latents
 
-# %% ../../nbs/04_models/10_aligned_gidm.ipynb #6f860192
+# %% ../../nbs/04_models/10_aligned_gidm.ipynb #e9525730
 class AlignedGIDM(nn.Module):
     "A pretrained GIDM that learns to read predicted frames, with the network that brings them to its input."
     def __init__(self,
@@ -62,7 +62,7 @@ class AlignedGIDM(nn.Module):
             if part is not None: part.load_state_dict({k: given[k] for k in own})
         return self
 
-# %% ../../nbs/04_models/10_aligned_gidm.ipynb #06ec737c
+# %% ../../nbs/04_models/10_aligned_gidm.ipynb #f2f29ef8
 def _pairs(model, batch): # -> features (B,2,P,D), true tokens (B,2,P,in_dim), T5's tokens and mask
     cfg, view = model.cfg, model.cfg.gidm.views[0]
     for name, shape in dict(feature=(len(cfg.views), 2, cfg.feature_dim), dino=(None, 2, cfg.gidm.in_dim)).items():
@@ -74,7 +74,7 @@ def _pairs(model, batch): # -> features (B,2,P,D), true tokens (B,2,P,in_dim), T
     text = (t.to(device) for t in model.text_encoder(prepare_texts(batch.text, cfg.gidm)))
     return batch.feature[:, cfg.views.index(view)].to(device).float(), batch.dino[:, VIEWS.index(view)].to(device).float(), *text
 
-# %% ../../nbs/04_models/10_aligned_gidm.ipynb #2926f15d
+# %% ../../nbs/04_models/10_aligned_gidm.ipynb #da11696c
 def measure_spread(
     model:AlignedGIDM, # changed in place
     batch:Batch, # some hundred samples, see `AlignedGIDM.loss`
@@ -84,7 +84,7 @@ def measure_spread(
     with torch.no_grad(): std = model.teacher.embed(*_pairs(model, batch)[1:]).std(0, keepdim=True)
     return model.latent_std.copy_(std.clamp(min=1e-3))
 
-# %% ../../nbs/04_models/10_aligned_gidm.ipynb #2cec2f23
+# %% ../../nbs/04_models/10_aligned_gidm.ipynb #232f17b5
 @patch
 def loss(self:AlignedGIDM,
     batch:Batch, # with `feature` (B,V,2,P,D) of GIDM's two frames, present and predicted; `dino` (B,V,2,P,in_dim) of the true ones; `text`
