@@ -463,8 +463,8 @@ def policy_interfaces(
     "What a policy makes of GFDM's features."
     features, encoded = feature_interfaces(policy)[1].grids, "GIDM's latents, predicted pair"
     flat = lambda x: x.flatten(1)
-    read = [Interface("Video Former's tokens", vectors=(lambda b: flat(_video_tokens(policy, b.feature.float())),), before=FEATURES, step="the Video Former")]
-    if _has_gidm(policy):
+    read = [Interface("Video Former's tokens", vectors=(lambda b: flat(policy.video_tokens(b.feature.float())),), before=FEATURES, step="the Video Former")]
+    if policy.gidm is not None:
         latents, codes = (lambda b: flat(_inferred(policy, b).emb),), (lambda b: flat(_inferred(policy, b).z_q),)
         read += [Interface(encoded, vectors=latents, before=FEATURES, step="GIDM's encoder behind the projection"),
                  Interface("GIDM's codes, predicted pair", vectors=codes, before=encoded, step="the codebook (predicted pairs)"),
@@ -474,19 +474,9 @@ def policy_interfaces(
     return [*read, given]
 
 # %% ../../nbs/08_analysis/01_ladder.ipynb #7b594fd0
-def _has_gidm(policy): return getattr(policy.cfg, "latents", "") != "none" # a policy without one reads no latent actions
-
-def _pair_input(policy, features): # (B,2,P,in_dim) GIDM's input
-    cfg = policy.cfg
-    pair = [cfg.frames.index(frame) for frame in cfg.spec.gidm_frames]
-    return policy.project(features[:, cfg.views.index(cfg.gidm.views[0]), pair]) + policy.time_pos_emb
-
-def _video_tokens(policy, features): # (B,N,C) Video Former's tokens
-    return policy.video_former(features.transpose(1, 2).flatten(2, 3))
-
 def _inferred(policy, batch): # `models.gidm.LatentActions` of the predicted pair
     text = [t.to(batch.feature.device) for t in policy.encoders.t5(prepare_texts(batch.text, policy.cfg.gidm))]
-    return policy.gidm.encode(_pair_input(policy, batch.feature.float()), *text)
+    return policy.gidm.encode(policy.pair_input(batch.feature.float()), *text)
 
 # %% ../../nbs/08_analysis/01_ladder.ipynb #2d89b410
 def chain_interfaces(

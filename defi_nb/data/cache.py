@@ -290,7 +290,7 @@ class JoinedSamples:
         *parts, # datasets of the same samples in the same order, each with a field of its own
     ):
         if len(sizes := {len(p) for p in parts}) > 1: raise ValueError(f"{sorted(sizes)} samples: join datasets of the same demonstrations and stride")
-        self.parts, self.blind = parts, parts[0].blind
+        self.parts, self.blind = parts, getattr(parts[0], "blind", None) # a mixture has none
 
     def __len__(self): return len(self.parts[0])
 

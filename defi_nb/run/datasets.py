@@ -204,6 +204,7 @@ def video_data(
     keep_gb:float=1000., # most gigabytes that a dataset's codes may take; beyond, pictures are encoded in each step
     unchecked:bool=False, # whether data with errors is used
     video_frac:float=1., # share of each task's demonstrations in `video` that are watched, in (0, 1]; nested
+    stride:int=2, # control steps between two samples of a clip, twice as many where they are held out
     chunk:int=0, # K, actions of a sample, where all data is recordings of CALVIN's kind; 0: none
 )->tuple: # (samples to learn from, samples held out, list of `Piece`)
     "Samples for a pretraining."
@@ -219,7 +220,7 @@ def video_data(
             units, unseen = split_units(piece)
             if others: units = _watched_share(units, len(own), video_frac)
             kw = dict(times=times(piece) if callable(times) else times, chunk=chunk, size=spec.image_size, views=views)
-            made += (pair := _video_pair(piece, (units, unseen), field, encoders, keep_gb, _encoded_folders(piece, data, preset), kw))
+            made += (pair := _video_pair(piece, (units, unseen), field, encoders, keep_gb, _encoded_folders(piece, data, preset), stride, kw))
             train[piece.name], held[piece.name] = pair
     data_val = mix(held, pieces, where, min(4096, sum(map(len, held.values()))), cfg.seed, (field,))
     return mix(train, pieces, where, cfg.steps*cfg.batch_size, cfg.seed, (field,)), data_val, pieces
@@ -233,9 +234,9 @@ def _codes(piece, sets, field, encoders, keep_gb, folders, views):
     name = field if views >= len(piece.views) else f"{field}-{piece.views[0]}"
     return encode_samples(sets, encode, field, [folder/name for folder in folders], identity, keep_gb)
 
-def _video_pair(piece, parts, field, encoders, keep_gb, folders, kw):
+def _video_pair(piece, parts, field, encoders, keep_gb, folders, stride, kw):
     "Samples with codes; a release's own latents where they are of the right shape."
-    side, strides = kw["size"]//encoders.vae.downsampling, (2/CONTROL_HZ, 4/CONTROL_HZ)
+    side, strides = kw["size"]//encoders.vae.downsampling, (stride/CONTROL_HZ, 2*stride/CONTROL_HZ)
     sets = lambda **more: [piece.samples(units=part, stride=s, **kw, **more) for part, s in zip(parts, strides)]
     if field == "latent" and piece.data.stores_latents((encoders.vae.channels, side, side)):
         print(f"{piece.name}: its own latents are used")

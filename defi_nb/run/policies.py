@@ -26,8 +26,8 @@ from .datasets import (
     SPLITS, PolicyData, keep_run_texts, names_list, policy_data, reading_of, store_name)
 from .options import POLICIES, PolicyVariant, chosen
 from .pretrained import (
-    checkpoint_name, feature_bytes, feature_file, foreseen, preset_in, pretrained,
-    pretrained_folder, trained_policy)
+    aligned_folder, checkpoint_name, feature_bytes, feature_file, foreseen, load_aligned, preset_in,
+    pretrained, pretrained_folder, trained_policy)
 from ..sim.playtable import PlayTable
 from ..train.auxiliary import inverse_beside
 from ..train.config import TrainConfig
@@ -99,13 +99,18 @@ def _coupled_config(params, gfdm, views, robot):
     if none and variant.get("latents", "") not in ("", "none"):
         raise ValueError(f"variant.latents is {variant['latents']!r}, and policy no_gidm has none: leave it out, or take policy coupled")
     frames = {n: tuple(map(int, names_list(text))) for n, text in chosen(variant, "frames", "gidm_frames").items()}
-    switches = {n: bool(v) for n, v in chosen(variant, "present", "feature_norm").items()}
+    switches = {n: bool(v) for n, v in chosen(variant, "present", "feature_norm", "latent_positions").items()}
     base = preset_of(PolicyConfig, params["preset"], feature_dim=gfdm.feature_shape()[-1], views=views, **switches, **chosen(variant, "latents", "vq_weight"))
     pair, adapter = {n: frames.pop(n) for n in ("gidm_frames",) if n in frames}, _adapter(base, params, robot)
-    train = tuple(n for n in names_list(variant["train"]) if n != "gidm" or not none)
-    base = replace(base, spec=replace(base.spec, **pair), **frames, train=train, adapter=adapter)
-    return replace(base, latents="none", adapter=replace(adapter, latent_dim=0)) if none else base
+    fresh = params["pretrained"]["gidm"] == "untrained" # then GIDM has only the actions to learn from
+    train = names_list(variant["train"]) or (("gidm", "adapter") if fresh else base.train)
+    base = replace(base, spec=replace(base.spec, **pair), **frames, train=tuple(n for n in train if n != "gidm" or not none), adapter=adapter)
+    if none: return replace(base, latents="none", latent_positions=False, projection_frozen=False, adapter=replace(adapter, latent_dim=0))
+    return replace(base, projection_frozen=_aligns(base, variant) and "gidm" not in train)
 
+def _aligns(base, variant): return base.projection_frozen if variant["align"] < 0 else bool(variant["align"]) # as the preset does, unless it is said
+
+# %% ../../nbs/13_run/06_policies.ipynb #8c5af3f8
 def _coupled(params, encoders, views, robot):
     "GFDM and GIDM, pretrained first where they are missing, and the policy behind them."
     params = params | dict(variant=asdict(PolicyVariant(**params["variant"])))
@@ -119,7 +124,9 @@ def _coupled(params, encoders, views, robot):
     if base.latents == "none": return CoupledPolicy(base, encoders, gfdm)
     gidm = pretrained("gidm", start["gidm"], encoders, shared, asdict(variant), params["ckpts"])
     own = dict(dec_blocks=0, texts=base.gidm.texts) | chosen(asdict(variant), "commitment", "restart_below")
-    return CoupledPolicy(replace(base, gidm=replace(gidm.cfg, **own)), encoders, gfdm).start_from(gidm)
+    model = CoupledPolicy(replace(base, gidm=replace(gidm.cfg, **own)), encoders, gfdm)
+    if not _aligns(preset_of(PolicyConfig, params["preset"]), asdict(variant)): return model.start_from(gidm)
+    return model.start_from(load_aligned(aligned_folder(params, shared), gfdm, gidm, encoders))
 
 def _direct(params, encoders, views, robot):
     "A vision encoder, pretrained where there is one, and the adapter behind it."

@@ -19,10 +19,12 @@ _CONSTANT = dict(warmup=0, schedule="constant", log_every=100, save_every=1000)
 
 RECIPES = { # preset -> stage -> fields of `TrainConfig`
     "tiny": dict(gfdm=dict(steps=1200, batch_size=8, lr=2e-3, weight_decay=.01, ema_decay=.995),
-                 gidm=dict(steps=1500, batch_size=64, lr=1e-3, weight_decay=.01),
+                 gidm=dict(steps=900, batch_size=64, lr=2e-3, weight_decay=.01),
+                 aligned=dict(steps=600, batch_size=32, lr=2e-3, weight_decay=.01, ema_decay=.99, lr_scale=dict(gidm=.5)),
                  policy=dict(steps=3000, batch_size=32, lr=2e-3, weight_decay=.01, ema_decay=.995)),
     "paper": dict(gfdm=dict(_CONSTANT, steps=100_000, batch_size=48, lr=5e-6, betas=(.9, .999), weight_decay=0.),
                   gidm=dict(_CONSTANT, steps=100_000, batch_size=512, lr=1e-4, betas=(.9, .999), weight_decay=.01, grad_clip=.1),
+                  aligned=dict(_CONSTANT, steps=10_000, batch_size=224, lr=1e-4, betas=(.9, .999), weight_decay=.01),
                   policy=dict(_CONSTANT, steps=37_300, batch_size=224, lr=1e-4, betas=(.9, .9), weight_decay=.05, grad_clip=0.))}
 
 _PRECISIONS, _TRACKERS = ("auto", "bf16", "fp16", "float32"), ("tensorboard", "wandb", "trackio")
@@ -74,7 +76,7 @@ class TrainConfig:
     @classmethod
     def preset(cls,
         name, # "tiny" or "paper"
-        stage, # "gfdm", "gidm" or "policy"
+        stage, # "gfdm", "gidm", "aligned" or "policy"
         more=None, # dict of further fields, taken as they are
         **changes, # fields, of which those that are 0 are left out
     )->"TrainConfig":

@@ -23,6 +23,7 @@ from ..models.direct_policy import DirectConfig, DirectPolicy
 from ..models.encoders import load_acting_encoders, load_encoders, read_weights
 from ..models.gfdm import GFDM, GFDMConfig, for_features
 from ..models.gfdm_dino import DinoForward, DinoForwardConfig
+from ..models.aligned_gidm import AlignConfig, AlignedGIDM
 from ..models.gidm import GIDM, GIDMConfig
 from ..models.policy import (
     BlindConfig, BlindPolicy, CoupledPolicy, PlainConfig, PlainPolicy, PolicyConfig)
@@ -166,6 +167,7 @@ def get_base_model(
 def _build_gfdm(fields, encoders, info): return GFDM(restore_config(GFDMConfig, fields), encoders.clip)
 def _build_dino(fields, encoders, info): return DinoForward(restore_config(DinoForwardConfig, fields), encoders.clip)
 def _build_gidm(fields, encoders, info): return GIDM(restore_config(GIDMConfig, fields), encoders.t5)
+def _build_aligned(fields, encoders, info): return AlignedGIDM(restore_config(AlignConfig, fields), encoders.t5)
 def _build_plain(fields, encoders, info): return PlainPolicy(restore_config(PlainConfig, fields), encoders)
 def _build_blind(fields, encoders, info): return BlindPolicy(restore_config(BlindConfig, fields), encoders)
 def _build_direct(fields, encoders, info): return DirectPolicy(restore_config(DirectConfig, fields), encoders)
@@ -173,7 +175,7 @@ def _build_coupled(fields, encoders, info):
     forward = BUILDERS[info.get("forward", "GFDM")](info["gfdm"], encoders, info)
     return CoupledPolicy(restore_config(PolicyConfig, fields), encoders, forward)
 
-BUILDERS = dict(GFDM=_build_gfdm, DinoForward=_build_dino, GIDM=_build_gidm, PlainPolicy=_build_plain, BlindPolicy=_build_blind,
+BUILDERS = dict(GFDM=_build_gfdm, DinoForward=_build_dino, GIDM=_build_gidm, AlignedGIDM=_build_aligned, PlainPolicy=_build_plain, BlindPolicy=_build_blind,
                 DirectPolicy=_build_direct, CoupledPolicy=_build_coupled) # class name -> how to build it
 POLICY_CLASSES = tuple(name for name in BUILDERS if name.endswith("Policy"))
 
