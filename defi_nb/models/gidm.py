@@ -42,7 +42,7 @@ class GIDMConfig:
     texts:str = "raw" # "raw", or "normalised": lower case without punctuation, as released in pretraining
 
     @classmethod
-    def tiny(cls): return cls(queries=8, codes=64, codebook_follows=True)
+    def tiny(cls): return cls(queries=8, codes=256, codebook_follows=True)
 
     @classmethod
     def paper(cls):

@@ -433,8 +433,8 @@ def fake_policies(
     encoders, # from `load_encoders`
     spread:float=0., # standard deviation of the weights of the action heads; 0: as they begin
 )->tuple: # (`CoupledPolicy` with its GFDM, `PlainPolicy`), in evaluation mode
-    "Tiny untrained policies, for examples and tests."
-    gfdm = GFDM(fit_encoders(GFDMConfig.tiny(), encoders, DataSpec.tiny()), encoders.clip)
+    "Tiny untrained policies as released (two levels of features, codes alone), for examples and tests."
+    gfdm = GFDM(fit_encoders(GFDMConfig(), encoders, DataSpec.tiny()), encoders.clip)
     coupled = CoupledPolicy(PolicyConfig(feature_dim=gfdm.feature_shape()[-1]), encoders, gfdm)
     plain = PlainPolicy(PlainConfig(latent_channels=encoders.vae.channels), encoders)
     for policy in (coupled, plain):
