@@ -26,8 +26,9 @@ from ..models import diffusion
 from ..models.diffusion import exponential_sigmas
 from ..models.encoders import VAE, vae_encoder
 from ..models.gfdm import GFDM, GFDMConfig, fit_encoders, for_features
+from ..models.gidm import LatentActions
 from ..models.layers import sincos
-from ..models.policy import CoupledPolicy, PolicyConfig
+from ..models.policy import CoupledPolicy, PolicyConfig, present_tokens
 
 # %% ../../nbs/13_run/09_bench_inference.ipynb #796e6f3c
 @torch.no_grad()
@@ -50,15 +51,16 @@ def plain_tokens(
 )->Tensor: # (N,T,P,D)
     "Feature tokens, from whole passes of the network, one for each clip."
     if gfdm.cfg.extract_step != 1: raise ValueError(f"extract_step is {gfdm.cfg.extract_step}; the plain way is written for the first step: set it to 1")
-    cfg, parts = gfdm.cfg, []
+    cfg, maps, parts = gfdm.cfg, [], []
     c_skip, c_out, c_in, c_noise = (float(s) for s in gfdm.edm.scalings(torch.tensor(cfg.extract_sigma)))
+    levels = gfdm.unet.up_blocks[:cfg.feature_levels]
+    handles = [block.register_forward_hook(lambda module, args, out: maps.append(out)) for block in levels]
     for i in range(len(latent)):
-        network, noise, maps = gfdm.network(latent[i:i + 1], hidden[i:i + 1], cfg.extract_fps), gfdm.noise[None], []
-        keep = lambda module, args, out: maps.append(out)
-        handles = [block.register_forward_hook(keep) for block in gfdm.unet.up_blocks[:cfg.feature_levels]]
-        raw = network(noise, torch.full((1,), c_noise).to(noise))
-        for handle in handles: handle.remove()
-        parts.append(gfdm.to_tokens(maps + [(c_skip/c_in*noise + c_out*raw).flatten(0, 1)]*cfg.feature_frame))
+        maps.clear()
+        network, noise = gfdm.network(latent[i:i + 1], hidden[i:i + 1], cfg.extract_fps), gfdm.noise[None]
+        frame = c_skip/c_in*noise + c_out*network(noise, torch.full((1,), c_noise).to(noise))
+        parts.append(gfdm.to_tokens(maps + [frame.flatten(0, 1)]*cfg.feature_frame))
+    for handle in handles: handle.remove()
     return torch.cat(parts)
 
 # %% ../../nbs/13_run/09_bench_inference.ipynb #be4ea62f
@@ -68,13 +70,15 @@ def plain_latent_actions(
     features:Tensor, # (B,2,P,in_dim) of two frames
     text:Tensor, # (B,L,text_dim) T5's token features
     text_mask:Tensor|None = None, # (B,L) bool, True for real tokens
-)->Tensor: # (B,Q,D)
+)->LatentActions:
     "Latent actions, from all tokens of all blocks."
     (B, T, P, _), Q = features.shape, gidm.cfg.queries
     x = gidm.encoder.ffn(torch.cat([gidm.action_latent.expand(B, T, -1, -1), features], 2))
     x = torch.cat([x + sincos(Q + P, x.shape[3], x.device), gidm.lang_proj(text)[:, None].expand(-1, T, -1, -1)], 2)
     for block in gidm.encoder.transformer_blocks: x = block(x, gidm.token_mask(text_mask, Q + P, T))
-    return gidm.action_up(gidm.vq(gidm.to_codebook(x[:, -1, :Q])).z_q)
+    emb = gidm.to_codebook(x[:, -1, :Q])
+    q = gidm.vq(emb)
+    return LatentActions(emb, q.indices, q.z_q, gidm.action_up(q.z_q), q.loss, q.codebook_loss, q.commit_loss)
 
 # %% ../../nbs/13_run/09_bench_inference.ipynb #5d8354c2
 @torch.no_grad()
@@ -89,10 +93,10 @@ def plain_act(
     latent = torch.cat([encoders.vae.encode(batch.video[0, v]) for v in range(len(VIEWS))])
     hidden = torch.stack([encoders.clip.encode(text)[0] for _ in VIEWS])
     rows = plain_tokens(policy.gfdm, latent, hidden)[:, list(cfg.frames)] # (V,T,P,D)
-    pair = [cfg.frames.index(frame) for frame in cfg.spec.gidm_frames]
-    latent_actions = plain_latent_actions(policy.gidm, policy.project(rows[:1, pair]) + policy.time_pos_emb, encoders.t5.encode(text)[None])
-    video = policy.video_former(rows.transpose(0, 1).flatten(1, 2)[None])
-    context = policy.adapter.tokens(encoders.clip.encode(text)[2][None, None], video, latent_actions, proprio)
+    latent_actions = plain_latent_actions(policy.gidm, policy.pair_input(rows), encoders.t5.encode(text)[None])
+    video = policy.video_tokens(rows)
+    if cfg.present: video = torch.cat([video, present_tokens(policy, batch, cfg.views)], 1)
+    context = policy.adapter.tokens(encoders.clip.encode(text)[2][None, None], video, policy.latent_tokens(latent_actions), proprio)
     sigmas = exponential_sigmas(cfg.adapter.steps, cfg.adapter.sample_low, cfg.adapter.sigma_high)
     return plain_sample(policy.adapter, context, noise, sigmas).clamp(-1, 1)
 
@@ -191,7 +195,8 @@ def _gidm_part(
     features = torch.randn(1, 2, patches, policy.cfg.feature_dim, generator=drawn).to(where)
     text = torch.randn(1, length, policy.cfg.gidm.text_dim, generator=drawn).to(where)
     entering = lambda: policy.project(features) + policy.time_pos_emb
-    return Part("MLP and GIDM", lambda: plain_latent_actions(policy.gidm, entering(), text), lambda: policy.gidm.encode(entering(), text).latent_actions)
+    plain = lambda: policy.latent_tokens(plain_latent_actions(policy.gidm, entering(), text))
+    return Part("MLP and GIDM", plain, lambda: policy.latent_tokens(policy.gidm.encode(entering(), text)))
 
 def _former_part(
     policy:CoupledPolicy, # with weights in `video_former`
@@ -239,10 +244,12 @@ def bench_parts(
     policy, vae = empty_models(preset, encoders)
     fill, cfg = (lambda module: random_weights(module, device, dtype)), policy.cfg
     patches = policy.gfdm.feature_shape()[1]
-    tokens = 1 + len(cfg.frames)*cfg.former_queries + cfg.gidm.queries + bool(cfg.adapter.proprio_dim)
+    latents = cfg.gidm.queries*(1 + (cfg.latents == "both"))
+    tokens = 1 + len(cfg.frames)*cfg.former_queries + latents + bool(cfg.adapter.proprio_dim)
     if "gidm" in names: # its positions are float32, so its weights are, too, and autocast narrows the products
         for module in (policy.project, policy.gidm): random_weights(module, device)
-        policy.time_pos_emb = nn.Parameter(torch.zeros(policy.time_pos_emb.shape, device=device), requires_grad=False)
+        for name in ("time_pos_emb", "latent_pos_emb"):
+            if hasattr(policy, name): setattr(policy, name, nn.Parameter(torch.zeros(getattr(policy, name).shape, device=device), requires_grad=False))
     if "vae" in names: fill(vae.model)
     make = dict(vae=lambda: _vae_part(vae, cfg.spec.image_size), gfdm=lambda: _gfdm_part(fill(policy.gfdm)), text=lambda: _text_part(encoders),
                 gidm=lambda: _gidm_part(policy, patches), former=lambda: (fill(policy.video_former), _former_part(policy, patches))[1],
