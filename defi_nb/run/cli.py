@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_notebook', 'describe', 'options_of', 'read_parameters', 'check_parameters', 'check_injected', 'write_metrics',
-           'earlier_run', 'run_folder', 'write_html', 'execute', 'run_notebook', 'run_notebooks', 'main']
+           'earlier_run', 'run_folder', 'write_html', 'execute', 'run_notebook', 'run_notebooks', 'run_graph', 'main']
 
 # %% ../../nbs/13_run/01_cli.ipynb #bcc220ea
 import difflib
@@ -14,10 +14,11 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from argparse import ArgumentParser
 from ast import Assign, literal_eval, parse, unparse
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from datetime import datetime
@@ -291,6 +292,26 @@ def run_notebooks(
     threads = 1 if min(parallel, len(jobs)) > 1 else 0
     with ThreadPoolExecutor(parallel) as pool:
         return [future.result() for future in [pool.submit(run_notebook, *job, threads) for job in jobs]]
+
+# %% ../../nbs/13_run/01_cli.ipynb #4b214eaa
+def run_graph(
+    jobs:dict, # name -> (notebook, params, out, names of jobs that must be finished before), earlier ones first
+    parallel:int=2, # processes at a time
+)->tuple: # name -> metrics; name -> seconds that it took here
+    "Runs that build on one another, each as early as it can start; where one fails, those at work are finished before its error is raised."
+    waiting, running, done, seconds = dict(jobs), {}, {}, {}
+    def timed(name, notebook, params, out, _):
+        began = time.perf_counter()
+        metrics = run_notebook(notebook, params, out, int(parallel > 1))
+        return metrics, time.perf_counter() - began
+    with ThreadPoolExecutor(parallel) as pool:
+        while waiting or running:
+            ready = [name for name, job in waiting.items() if all(n in done for n in job[3])]
+            for name in ready[:parallel - len(running)]: running[name] = pool.submit(timed, name, *waiting.pop(name))
+            if not running: raise ValueError(f"jobs wait for each other: {', '.join(waiting)}")
+            wait(running.values(), return_when=FIRST_COMPLETED)
+            for name in [n for n, future in running.items() if future.done()]: done[name], seconds[name] = running.pop(name).result()
+    return done, seconds
 
 # %% ../../nbs/13_run/01_cli.ipynb #17c79842
 def _print_list():

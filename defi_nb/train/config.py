@@ -18,10 +18,10 @@ from torch import nn
 _CONSTANT = dict(warmup=0, schedule="constant", log_every=100, save_every=1000)
 
 RECIPES = { # preset -> stage -> fields of `TrainConfig`
-    "tiny": dict(gfdm=dict(steps=1200, batch_size=8, lr=2e-3, weight_decay=.01, ema_decay=.995),
+    "tiny": dict(gfdm=dict(steps=1000, batch_size=8, lr=2e-3, weight_decay=.01, ema_decay=.995),
                  gidm=dict(steps=900, batch_size=64, lr=2e-3, weight_decay=.01),
-                 aligned=dict(steps=600, batch_size=32, lr=2e-3, weight_decay=.01, ema_decay=.99, lr_scale=dict(gidm=.5)),
-                 policy=dict(steps=3000, batch_size=32, lr=2e-3, weight_decay=.01, ema_decay=.995)),
+                 aligned=dict(steps=500, batch_size=32, lr=2e-3, weight_decay=.01, ema_decay=.99, lr_scale=dict(gidm=.5)),
+                 policy=dict(steps=2000, batch_size=32, lr=2e-3, weight_decay=.01, ema_decay=.995)),
     "paper": dict(gfdm=dict(_CONSTANT, steps=100_000, batch_size=48, lr=5e-6, betas=(.9, .999), weight_decay=0.),
                   gidm=dict(_CONSTANT, steps=100_000, batch_size=512, lr=1e-4, betas=(.9, .999), weight_decay=.01, grad_clip=.1),
                   aligned=dict(_CONSTANT, steps=10_000, batch_size=224, lr=1e-4, betas=(.9, .999), weight_decay=.01),
