@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'SETS', 'Published', 'published', 'published_markdown', 'Row', 'choose_rows', 'show_by_fraction',
-           'AblationRun', 'ablation_runs', 'ablation_table', 'ablation_markdown', 'share_figures']
+           'AblationRun', 'ablation_runs', 'ablation_table', 'ablation_markdown', 'share_figures', 'row_key',
+           'ablation_contrasts', 'contrasts_markdown']
 
 # %% ../../nbs/07_eval/10_published.ipynb #debc7c08
 import json
@@ -14,7 +15,7 @@ from importlib import resources
 import numpy as np
 
 from ..core.plot import new_axes
-from ..core.stats import Interval, bounded_mean_interval, markdown_table
+from ..core.stats import Interval, crossed_interval, markdown_table
 
 # %% ../../nbs/07_eval/10_published.ipynb #d86e5781
 _ROUNDING = .005 + 5*.0005 # how far a printed average may be from the sum of printed rates, tasks
@@ -210,19 +211,21 @@ def ablation_table(
     for run, result in zip(runs, results, strict=True): groups.setdefault((-run.data_frac, run.row.name), []).append(result)
     for (fraction, name), found in sorted(groups.items(), key=lambda g: g[0][0]):
         solved, of, row = sum((r.solved for r in found), []), len(found), known[name]
-        table.append(dict(row=name, data_frac=-fraction, average_length=sum(solved)/len(solved), interval=bounded_mean_interval(solved, (0, 5))[1:],
+        table.append(dict(row=name, data_frac=-fraction, average_length=sum(solved)/len(solved), interval=crossed_interval([r.solved for r in found]).plain()[1:],
                           task_success=sum(r.task_success for r in found)/of, seeds=[r.average_length for r in found], chains=len(solved), paper=row.paper))
     return table
 
 # %% ../../nbs/07_eval/10_published.ipynb #bfad5bab
+def _bounds(interval): return "" if interval[0] is None else f" ({interval[0]:.2f}–{interval[1]:.2f})"
+
 def ablation_markdown(
     table:list, # from `ablation_table`
 )->str:
     "The table, with each seed and the paper's number."
     known = {row.name: row for row in ROWS}
-    cells = [[t["row"], f"{t['data_frac']:g}", f"**{t['average_length']:.2f}** ({t['interval'][0]:.2f}–{t['interval'][1]:.2f})", f"{100*t['task_success']:.0f}",
+    cells = [[t["row"], f"{t['data_frac']:g}", f"**{t['average_length']:.2f}**{_bounds(t['interval'])}", f"{100*t['task_success']:.0f}",
               ", ".join(f"{x:.2f}" for x in t["seeds"]), t["chains"], _paper_cell(known[t["row"]])] for t in table]
-    return markdown_table(["policy", "share of labels", "average length of 5", "mean of tasks, %", "each seed", "chains", "the paper's"], cells)
+    return markdown_table(["policy", "fraction of labels", "average length of 5", "mean of tasks, %", "each seed", "chains", "the paper's"], cells)
 
 def share_figures(
     table:list, # from `ablation_table`
@@ -231,3 +234,33 @@ def share_figures(
     known = {row.name: row for row in ROWS}
     values = dict(data_frac={t["data_frac"] for t in table}, video_share={known[t["row"]].video_share for t in table})
     return {x: show_by_fraction(table, x).figure for x, found in values.items() if len(found) > 1}
+
+# %% ../../nbs/07_eval/10_published.ipynb #bb3e9109
+def row_key(
+    name:str, # of a `Row`
+)->str: # such as "no_gidm_pretraining"
+    "A row's name as a key of files."
+    if name == "without GIDM (VPP)": return "no_gidm"
+    return name.split(":")[0].replace("without ", "no_").replace(" ", "_").lower()
+
+def ablation_contrasts(
+    runs:list, # of `AblationRun`
+    results:list, # of `eval.results.EvalResult`, one of each, on the same chains
+    first:str="coupled", # name of the row that others are compared with
+)->dict: # "coupled - plain at 0.1" -> {"mean", "low", "high", "trainings", "chains"}
+    "What a row has beyond each of the others, in tasks of a chain, with intervals over trainings and chains."
+    arms, found = {}, {}
+    for run, result in zip(runs, results, strict=True): arms.setdefault((run.data_frac, run.row.name), []).append(result.solved)
+    for (fraction, name), solved in arms.items():
+        if name == first or (fraction, first) not in arms: continue
+        mean, low, high = crossed_interval(arms[fraction, first], solved).plain()
+        about = dict(trainings=min(len(solved), len(arms[fraction, first])), chains=len(solved[0]))
+        found[f"{row_key(first)} - {row_key(name)} at {fraction:g}"] = dict(mean=mean, low=low, high=high) | about
+    return found
+
+def contrasts_markdown(
+    contrasts:dict, # from `ablation_contrasts`
+)->str:
+    "The differences as a table."
+    cells = [[name, f"**{c['mean']:+.2f}**{_bounds((c['low'], c['high']))}", c["trainings"], c["chains"]] for name, c in contrasts.items()]
+    return markdown_table(["difference", "tasks of a chain", "trainings", "chains of each"], cells)
