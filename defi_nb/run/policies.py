@@ -106,7 +106,8 @@ def _coupled_config(params, gfdm, views, robot):
     train = names_list(variant["train"]) or (("gidm", "adapter") if fresh else base.train)
     base = replace(base, spec=replace(base.spec, **pair), **frames, train=tuple(n for n in train if n != "gidm" or not none), adapter=adapter)
     if none: return replace(base, latents="none", latent_positions=False, projection_frozen=False, adapter=replace(adapter, latent_dim=0))
-    return replace(base, projection_frozen=_aligns(base, variant) and "gidm" not in train)
+    learns = "gidm" in train or bool(params["auxiliary"]) # inverse dynamics teaches the projection
+    return replace(base, projection_frozen=_aligns(base, variant) and not learns)
 
 def _aligns(base, variant): return base.projection_frozen if variant["align"] < 0 else bool(variant["align"]) # as the preset does, unless it is said
 

@@ -131,7 +131,7 @@ class InverseBeside(nn.Module):
         "The policy's loss, and inverse dynamics with its weight."
         own, logs, now, later, valid = self.pair(policy, batch)
         if torch.is_grad_enabled() and not now.requires_grad:
-            raise ValueError(f"what `{self.pair.__name__}` reads from the {type(policy).__name__} is frozen, so an auxiliary loss could teach it nothing: train it, or leave the auxiliary loss out")
+            raise ValueError(f"what `{self.pair.__name__}` reads from the {type(policy).__name__} is frozen, so an auxiliary loss could teach it nothing: train it (projection_frozen=False of a `CoupledPolicy`), or leave the auxiliary loss out")
         before = _gripper_before(batch).to(now.device) if self.cfg.gripper == "shift" else None
         extra, parts = pair_loss(self.head, now, later, batch.action.to(now.device), valid, None, self.rest, self.undo, before)
         return own + self.cfg.weight*extra, logs | parts | dict(inverse=extra.detach(), policy_loss=own.detach())
