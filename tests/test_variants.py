@@ -71,7 +71,7 @@ def test_inverse_model(encoders, tmp_path, fields):
     _, loaded = train(model, data, encoders, tmp_path)
     features, (text, mask) = data.batch.dino[:3, 0], encoders.t5(data.batch.text[:3])
     with torch.no_grad(): a, b = model.encode(features, text, mask), loaded.encode(features, text, mask)
-    assert torch.equal(a.latent_actions, b.latent_actions) and a.latent_actions.shape == (3, 4, 64)
+    assert torch.equal(a.latent_actions, b.latent_actions) and a.latent_actions.shape == (3, model.cfg.queries, model.cfg.dim)
 
 
 @pytest.mark.parametrize("kind", ["svd", "dino"])
@@ -88,7 +88,7 @@ def test_forward_model(encoders, tmp_path, kind):
 def test_policy_trains_what_it_names(encoders, tmp_path, forward, trained):
     ahead, behind = fresh_model("gfdm", encoders, forward=forward), fresh_model("gidm", encoders, quantiser="ema")
     views = ("static",) if forward == "dino" else ("static", "gripper")
-    config = PolicyConfig(feature_dim=ahead.feature_shape()[-1], gidm=replace(behind.cfg, dec_blocks=0), train=trained, views=views)
+    config = PolicyConfig(feature_dim=ahead.feature_shape()[-1], gidm=replace(behind.cfg, dec_blocks=0), train=trained, views=views, latents="both")
     model = CoupledPolicy(config, encoders, ahead).start_from(behind)
     book = model.gidm.vq.vq.codebook.clone()
     moved, loaded = train(model, Clips(encoders, getattr(ahead, "reads", "latent")), encoders, tmp_path)
