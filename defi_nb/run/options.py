@@ -48,6 +48,9 @@ class AlignVariant:
     queries:int = -1 # GIDM's latent-action tokens per transition
     video:str = "" # further splits or data, separated by commas, whose video is used too
     video_frac:float = 1. # fraction of the demonstrations in further recordings of the simulator (`video`), in (0, 1]
+    extract_step:int = 1 # denoising step at which GFDM's features are taken, 1 is the first of 20 (Table 6)
+    feature_norm:int = -1 # 1: LayerNorm on GFDM's features; 0: none; -1 is the preset's own
+    gidm_frames:str = "" # the present and a predicted frame, which GIDM reads, as 0,2; empty is the preset's own
     latent_weight:float = -1. # of the distance between latents; 0 fits the projection alone; -1 is 1, and 0 for a GIDM without pretraining
 
 @dataclass(frozen=True)

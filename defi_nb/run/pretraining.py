@@ -149,10 +149,16 @@ def alignment_models(
     start, variant, preset = params["pretrained"], params["variant"], params["preset"]
     shared = {n: params[n] for n in ("preset", "split", "tasks", "demos", "data")}
     if start["steps"]: shared["steps"] = start["steps"]
-    gfdm, gidm = (pretrained(kind, start[kind], encoders, shared, variant, params["ckpts"]) for kind in ("gfdm", "gidm"))
-    base = preset_of(PolicyConfig, preset, feature_dim=gfdm.feature_shape()[-1])
+    step = {} if variant["extract_step"] == 1 else dict(extract_step=variant["extract_step"])
+    gfdm = pretrained("gfdm", start["gfdm"], encoders, shared, variant, params["ckpts"], **step)
+    gidm = pretrained("gidm", start["gidm"], encoders, shared, variant, params["ckpts"])
+    norm = {n: bool(v) for n, v in chosen(variant, "feature_norm").items()}
+    base = preset_of(PolicyConfig, preset, feature_dim=gfdm.feature_shape()[-1], **norm)
+    frames = tuple(map(int, names_list(variant["gidm_frames"]))) or base.spec.gidm_frames
+    if frames[0]: raise ValueError(f"variant.gidm_frames is {variant['gidm_frames']!r}; the first frame of an alignment is the present, "
+                                   "0: give it, or train the policy without alignment (variant.align 0)")
     none = dict(latents="none", train=("adapter",), projection_frozen=False, adapter=replace(base.adapter, latent_dim=0))
-    policy = CoupledPolicy(replace(base, frames=base.spec.gidm_frames, **none), encoders, gfdm).eval()
+    policy = CoupledPolicy(replace(base, frames=frames, **none), encoders, gfdm).eval()
     weight = variant["latent_weight"] if variant["latent_weight"] >= 0 else float(start["gidm"] != "untrained")
     like = {n: getattr(base, n) for n in ("feature_dim", "project_hidden", "feature_norm", "views")}
     config = AlignConfig(replace(gidm.cfg, dec_blocks=0, texts=base.gidm.texts), latent_weight=weight, **like)
