@@ -46,7 +46,7 @@ def project(tmp_path_factory):
     torch.manual_seed(0)
     encoders = load_encoders("tiny")
     forward = GFDM(fit_encoders(GFDMConfig.tiny(), encoders, DataSpec()), encoders.clip)
-    for name, model in (("coupled", CoupledPolicy(PolicyConfig(), encoders, forward)), ("plain", PlainPolicy(PlainConfig(), encoders))):
+    for name, model in (("coupled", CoupledPolicy(PolicyConfig.tiny(), encoders, forward)), ("plain", PlainPolicy(PlainConfig(), encoders))):
         torch.nn.init.normal_(model.adapter.action_pred.weight, std=.05) # so that an untrained policy moves
         save_checkpoint(root/"ckpts"/name, model, state={}, info=model_info(model, encoders, preset="tiny"))
     notebook = nbformat.read(ROOT/"nbs/explore.ipynb", 4)
