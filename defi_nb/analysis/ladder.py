@@ -109,12 +109,12 @@ def motion_r2(
 class ReaderConfig:
     "The network that reads an interface, and its training."
     width:int = 64 # channels of the convolutions
-    hidden:int = 128 # width of the last hidden layer
-    lr:float = 1e-3 # of AdamW
+    hidden:int = 128 # width of the two hidden layers of a head
+    lr:float = 2e-3 # of AdamW
     weight_decay:float = .1 # of AdamW
     warmup:int = 50 # steps
     batch_size:int = 64 # samples of a step
-    steps:int = 300 # of a training, at least
+    steps:int = 1500 # of a training, at least
     epochs:float = 5. # passes over the labelled samples, at least
 
 class Reader(nn.Module):
@@ -125,7 +125,8 @@ class Reader(nn.Module):
         cfg:ReaderConfig, # sizes
     ):
         super().__init__()
-        w, head = cfg.width, lambda n: nn.Sequential(nn.Linear(n, cfg.hidden), nn.GELU(), nn.Linear(cfg.hidden, out))
+        w, h = cfg.width, cfg.hidden
+        head = lambda n: nn.Sequential(nn.Linear(n, h), nn.GELU(), nn.Linear(h, h), nn.GELU(), nn.Linear(h, out))
         if example.grid is not None:
             conv, fine = lambda stride: [nn.Conv2d(w, w, 3, stride, 1), nn.GELU()], example.grid.shape[-1] > 4
             layers = [*conv(1 + fine), *conv(2), *conv(1)] # a fine grid is halved at once: most of the time would go there
