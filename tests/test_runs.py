@@ -162,7 +162,7 @@ def test_folder_as_split(project):
     given = TRAIN | {"split": "data/playtable-D_D", "tasks": "open_drawer,lift_red_block_table", "pretrained.steps": 4}
     done = defi_nb("run", "train_coupled", "--out", "runs/folder", *arguments(given), cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert sorted(p.name for p in (project/"ckpts").glob("*-tiny-playtable-D_D")) == [f"{kind}-tiny-playtable-D_D" for kind in ("coupled", "gfdm", "gidm")]
+    assert sorted(p.name for p in (project/"ckpts").glob("*-tiny-playtable-D_D")) == [f"{kind}-tiny-playtable-D_D" for kind in ("aligned", "coupled", "gfdm", "gidm")]
 
 
 def test_own_data_through_every_stage(project):
