@@ -147,7 +147,7 @@ def alignment_models(
 )->tuple: # `AlignedGIDM` to train; its GFDM inside a policy, for features of GIDM's two frames; the pretrained GIDM
     "What is aligned; a GFDM or GIDM that is missing is made first."
     start, variant, preset = params["pretrained"], params["variant"], params["preset"]
-    shared = {n: params[n] for n in ("preset", "split", "tasks", "demos", "data")}
+    shared = {n: params[n] for n in ("preset", "split", "tasks", "demos", "data", "reading")}
     if start["steps"]: shared["steps"] = start["steps"]
     step = {} if variant["extract_step"] == 1 else dict(extract_step=variant["extract_step"])
     gfdm = pretrained("gfdm", start["gfdm"], encoders, shared, variant, params["ckpts"], **step)
@@ -158,7 +158,8 @@ def alignment_models(
     if frames[0]: raise ValueError(f"variant.gidm_frames is {variant['gidm_frames']!r}; the first frame of an alignment is the present, "
                                    "0: give it, or train the policy without alignment (variant.align 0)")
     none = dict(latents="none", train=("adapter",), projection_frozen=False, adapter=replace(base.adapter, latent_dim=0))
-    policy = CoupledPolicy(replace(base, frames=frames, **none), encoders, gfdm).eval()
+    base = replace(base, frames=frames, views=gidm.cfg.views[:1]) # of the camera that GIDM reads; other video may have no second one
+    policy = CoupledPolicy(replace(base, **none), encoders, gfdm).eval()
     weight = variant["latent_weight"] if variant["latent_weight"] >= 0 else float(start["gidm"] != "untrained")
     like = {n: getattr(base, n) for n in ("feature_dim", "project_hidden", "feature_norm", "views")}
     config = AlignConfig(replace(gidm.cfg, dec_blocks=0, texts=base.gidm.texts), latent_weight=weight, **like)
