@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from conftest import ROOT, RUNS, command, last_line
+from safetensors.torch import load_file
 from warm import defi_nb, forked
 
 from defi_nb.run import launch
@@ -135,13 +136,16 @@ def test_on_two_processes(project):
     assert shown.returncode == 0, shown.stdout + shown.stderr
 
 
-def test_inverse_dynamics_beside_the_coupled_policy(project):
-    "From a real pair, whose features are kept beside those of the present."
-    given = DATA | TRAIN | {"ckpt": "ckpts/beside", "auxiliary": "{'pair': 'real', 'p_reverse': 0.5}"}
-    done = defi_nb("run", "train_coupled", "--out", "runs/beside", *arguments(given), cwd=project)
+@pytest.mark.parametrize("pair", ["real", "imagined"])
+def test_inverse_dynamics_beside_the_coupled_policy(project, pair):
+    "The aligned projection learns on; features of a real pair are kept beside those of the present."
+    given = DATA | TRAIN | {"ckpt": f"ckpts/beside_{pair}", "auxiliary": f"{{'pair': '{pair}', 'p_reverse': 0.5}}"}
+    done = defi_nb("run", "train_coupled", "--out", f"runs/beside_{pair}", *arguments(given), cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "inverse" in json.loads((project/"ckpts/beside/metrics.jsonl").read_text().splitlines()[-1])
-    assert list((project/"data/playtable-D_D-encoded").glob("feature-*-1-pair-*"))
+    assert "inverse" in json.loads((project/f"ckpts/beside_{pair}/metrics.jsonl").read_text().splitlines()[-1])
+    projection = lambda name: load_file(project/f"ckpts/{name}/model.safetensors")["project.1.weight"]
+    assert not projection(f"beside_{pair}").equal(projection("aligned-tiny-D_D"))
+    if pair == "real": assert list((project/"data/playtable-D_D-encoded").glob("feature-*-1-pair-*"))
 
 
 @pytest.mark.parametrize("policy", ["blind", "no_gidm", "coupled"])
