@@ -215,7 +215,8 @@ def aligned_folder(
         if missing:
             print(f"{project_root()/name} is not there yet: running align first")
             given = dict(pretrained={k: start[k] for k in names}, variant=own, ckpt=name, ckpts=ckpts)
-            if pair := names_list(own.get("gidm_frames", "")): given["gap"] = int(pair[-1])*preset_of(DataSpec, shared["preset"]).frame_stride
+            if pair := names_list(own.get("gidm_frames", "")):
+                given["gap"] = int(pair[-1])*preset_of(DataSpec, shared["preset"]).frame_stride
             run_notebook("align", shared | given, f"runs/align/{datetime.now():%Y%m%d-%H%M%S}")
         else: print(f"using {project_root()/name}")
     return project_root()/name

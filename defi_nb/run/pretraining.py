@@ -155,10 +155,11 @@ def alignment_models(
     norm = {n: bool(v) for n, v in chosen(variant, "feature_norm").items()}
     base = preset_of(PolicyConfig, preset, feature_dim=gfdm.feature_shape()[-1], **norm)
     frames = tuple(map(int, names_list(variant["gidm_frames"]))) or base.spec.gidm_frames
-    if frames[0]: raise ValueError(f"variant.gidm_frames is {variant['gidm_frames']!r}; the first frame of an alignment is the present, "
-                                   "0: give it, or train the policy without alignment (variant.align 0)")
+    if frames[0]:
+        raise ValueError(f"variant.gidm_frames is {variant['gidm_frames']!r}; the first frame of an alignment is the "
+                         "present, 0: give it, or train the policy without alignment (variant.align 0)")
     none = dict(latents="none", train=("adapter",), projection_frozen=False, adapter=replace(base.adapter, latent_dim=0))
-    base = replace(base, frames=frames, views=gidm.cfg.views[:1]) # of the camera that GIDM reads; other video may have no second one
+    base = replace(base, frames=frames, views=gidm.cfg.views[:1]) # GIDM's camera; other video may have no second
     policy = CoupledPolicy(replace(base, **none), encoders, gfdm).eval()
     weight = variant["latent_weight"] if variant["latent_weight"] >= 0 else float(start["gidm"] != "untrained")
     like = {n: getattr(base, n) for n in ("feature_dim", "project_hidden", "feature_norm", "views")}
