@@ -2,7 +2,7 @@
 
 Markdown cells are taken as they are, code cells as Python blocks followed by what they printed. Four lines are filled in:
 `<!-- library -->` by a table of the floors of the library, `<!-- runs -->` by one of the run notebooks, `<!-- demo -->` and
-`<!-- ablations -->` by what is measured and kept in results/.
+`<!-- coupling -->` by what is measured and kept in results/.
 """
 import ast
 import json
@@ -45,22 +45,28 @@ def tables():
     return {"library": floors(), "runs": table(runs, ["notebook", "what it does"])}
 
 
-POLICIES = {"coupled": "coupled policy", "plain": "plain: the same adapter on the present frames", "untrained": "coupled network, untrained",
-            "noop": "no-op", "expert": "scripted experts"}
+POLICIES = {"coupled_all": "coupled, all labels", "plain_all": "plain: the present frames alone, all labels",
+            "coupled_few": "coupled, a tenth of the labels", "no_gidm_few": "without GIDM (VPP), a tenth",
+            "plain_few": "plain, a tenth", "blind_few": "blind: no image at all, a tenth"}
+
+
+def solved(counts): return f"{counts['successes']}/{counts['attempts']}"
+
 
 
 def demo():
     from defi_nb.eval.results import EvalResult
-    rows = [("policy", "average length of 5", "1 to 5 in a row, %", "mean of tasks, %"), (":--", "--:", "--:", "--:")]
+    rows = [("policy", "average length of 5", "1 to 5 in a row, %", "with blocks", "with fixtures"), (":--", "--:", "--:", "--:", "--:")]
     for name, said in POLICIES.items():
         r = EvalResult.load(ROOT/"results"/"demo"/f"{name}.json")
         low, high = r.interval
-        rows.append((said, f"**{r.average_length:.2f}** ({low:.2f}–{high:.2f})", ", ".join(f"{100*x:.0f}" for x in r.rates), f"{100*r.task_success:.0f}"))
+        tasks = (solved(r.families()[name]) for name in ("needs images", "fixtures"))
+        rows.append((said, f"**{r.average_length:.2f}** ({low:.2f}–{high:.2f})", ", ".join(f"{100*x:.0f}" for x in r.rates), *tasks))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def results():
-    return {"demo": demo(), "ablations": (ROOT/"results"/"ablations"/"table.md").read_text(encoding="utf-8").strip()}
+    return {"demo": demo(), "coupling": (ROOT/"results"/"coupling"/"table.md").read_text(encoding="utf-8").strip()}
 
 
 def printed(cell):
