@@ -176,7 +176,7 @@ def load_policy(
 
 # %% ../../nbs/05_weights/02_official.ipynb #c52ee6b6
 FREE = {"drops", "init_std", "sigma_low", "sigma_high", "steps", "sample_low", "chunk", "commitment", "restart_below", "views", "text_mask", "texts",
-        "vq_weight", "train", "image_size", "frame_stride", "text_tokens"} # fields that a file need not hold: training, sampling and the data read them
+        "vq_weight", "train", "projection_frozen", "image_size", "frame_stride", "text_tokens"} # fields that a file need not hold: training, sampling and the data read them
 
 def _differing(here, there, prefix=""):
     "Fields in which two configs differ, as text."
@@ -199,6 +199,11 @@ def export_policy(
     path, # of the file: safetensors, or if it ends in .pt, .pth or .ckpt what torch.save makes of {"model": tensors}
 ):
     "Write a policy under the release's names, without GFDM and encoders."
+    names = ("present", "feature_norm", "latent_positions", *(["latents"] if policy.gidm is not None else []))
+    pairs = [(n, getattr(policy.cfg, n), getattr(PolicyConfig, n)) for n in names]
+    if added := [f"{n} is {a!r}, not {b!r}" for n, a, b in pairs if a != b]:
+        raise ValueError(f"the release has no place for what this policy adds ({'; '.join(added)}): "
+                         "build it with PolicyConfig.paper()'s values there")
     ours = {n: t for n, t in policy.state_dict().items() if not n.startswith("gfdm.") and not n.endswith(OURS)}
     tensors = {official_name(n): t for n, t in ours.items()}
     if differ := _differing(policy.cfg, _policy_config(tensors, "this policy")):
