@@ -147,7 +147,7 @@ def _begins(
 
 def _code_warnings(
     history:list, # of rows
-    rows:int=3, # logs in a row that must show it, where nothing is known of a pretraining
+    rows:int=10, # logs in a row that must show it, where nothing is known of a pretraining: one from scratch begins with few codes
 )->list: # of texts
     "What begins to be wrong with the codes and the latents before them."
     coded = [r for r in history if {"joint_perplexity", "latent_spread"} <= r.keys()]
@@ -173,7 +173,7 @@ def _early_warning(
     jump:float=20., # times the gradient norm's median so far
 )->str: # "" where there is nothing new to say
     "What the last log gives reason to look at."
-    said, low = _code_warnings(history, rows), [r["perplexity"] < 1.5 for r in history if "perplexity" in r]
+    said, low = _code_warnings(history), [r["perplexity"] < 1.5 for r in history if "perplexity" in r]
     if _begins(low, rows):
         said.append(f"the codebook has collapsed: {history[-1]['perplexity']:.2f} effective codes; lower the commitment or the learning rate, "
                     "restart dead codes (restart_below), or try another quantiser (fsq has no codebook to collapse)")
