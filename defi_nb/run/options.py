@@ -112,7 +112,7 @@ class Pretrained:
     gidm:str = "" # a checkpoint's folder, or an official file; empty is CKPTS/gidm-PRESET-SPLIT, made if missing; "untrained" is what its pretraining starts from
     aligned:str = "" # a checkpoint's folder of `align`; empty is CKPTS/aligned-PRESET-SPLIT, made if missing
     vision_encoder:str = "" # folder of a Hugging Face vision encoder for a direct policy; empty is a small one with random weights, or paper's DINOv2 from ckpts
-    steps:int = 0 # optimiser steps of a GFDM or GIDM that has to be made first; 0 is its notebook's default
+    steps:int = 0 # optimiser steps of a GFDM, GIDM or alignment that has to be made first; 0 is its notebook's default
     keep_gb:float = 20. # gigabytes that a frozen GFDM's features may take on the disk; beyond, they are computed in each step
 
 @dataclass(frozen=True)

@@ -210,6 +210,7 @@ def seeing(
     batch:Batch, # one sample (B=1), as for `act`
 )->tuple: # features (1,V,T,P,D) that the policy reads, T=1 of a `PlainPolicy`; function of (n,V,T,P,D) to context (n,M,dim)
     "What a policy sees, and what it makes of it."
+    if not isinstance(policy, CoupledPolicy | PlainPolicy): raise ValueError(f"a {type(policy).__name__} has no tokens of images that could be covered: give a coupled or a plain policy")
     device, cfg = next(policy.parameters()).device, policy.cfg
     wide = lambda x, n: None if x is None else x.expand(n, *[-1]*(x.ndim - 1))
     goal, proprio = goal_embedding(batch.text, policy.encoders).to(device), batch_hand_state(batch, cfg.adapter, device)
