@@ -151,7 +151,7 @@ def test_inverse_dynamics_beside_the_coupled_policy(project, pair):
 @pytest.mark.parametrize("policy", ["blind", "no_gidm", "coupled"])
 def test_baselines_and_switches(project, policy):
     "The rows without images and without GIDM are trained and played; every switch of the coupling is a run parameter."
-    switches = {"latents": "both", "present": 1, "feature_norm": 1, "frames": "0,1,3", "gidm_frames": "0,3", "proprio_dropout": 0.5, "vq_weight": 0.5,
+    switches = {"train": "gidm,adapter", "latents": "both", "present": 1, "feature_norm": 1, "frames": "0,1,3", "gidm_frames": "0,3", "proprio_dropout": 0.5, "vq_weight": 0.5,
                 "commitment": 0.1, "restart_below": 0.0} if policy == "coupled" else {}
     more = {"engine.lr_scale": "{'gidm': 0.05, 'project': 0.05}"} if switches else {"variant.proprio": 0}
     given = DATA | TRAIN | {"steps": 12, "policy": policy, "ckpt": f"ckpts/row_{policy}"} | {f"variant.{n}": v for n, v in switches.items()} | more
