@@ -45,8 +45,7 @@ def policy_inputs(
     "The inputs that a policy has."
     adapter, names = policy.cfg.adapter, ("present",)*hasattr(policy, "patch_up") # its embedding of the present's tokens
     if isinstance(policy, CoupledPolicy):
-        inferred = adapter.latent_dim > 0 and getattr(policy.cfg, "latents", "") != "none"
-        names = ("present", "future", "features") + ("latents",)*inferred
+        names = ("present", "future", "features") + ("latents",)*(policy.gidm is not None)
     return names + ("proprio",)*(adapter.proprio_dim > 0) + ("text",)
 
 # %% ../../nbs/07_eval/05_reading.ipynb #2798283e
@@ -79,7 +78,7 @@ def exchanged_context(
     context, latent = encoded if isinstance(encoded, tuple) else (encoded, None)
     if name != "latents": return context
     end = context.shape[1] - (policy.cfg.adapter.proprio_dim > 0) # where the latent actions' tokens end
-    start = end - latent.latent_actions.shape[1]
+    start = end - policy.latent_tokens(latent).shape[1] # codes, latents before the codebook, or both
     return torch.cat([context[:, :start], context[other, start:end], context[:, end:]], 1)
 
 # %% ../../nbs/07_eval/05_reading.ipynb #1a78c6a2
