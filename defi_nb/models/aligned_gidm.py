@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..core.spec import VIEWS, Batch
 from .gidm import GIDM, GIDMConfig, prepare_texts
+from .layers import take_over
 from .policy import feature_projection
 from .vq import latent_spread
 
@@ -27,7 +28,6 @@ class AlignConfig:
     feature_dim:int = 192 # width of GFDM's features
     project_hidden:int = 96 # width inside the network to GIDM's input
     feature_norm:bool = False # whether a LayerNorm comes first in it
-    views:tuple = VIEWS # cameras whose features there are, in the order of axis V
     latent_weight:float = 1. # lambda, of the distance between latents
 
 # %% ../../nbs/04_models/10_aligned_gidm.ipynb #e9525730
@@ -38,7 +38,6 @@ class AlignedGIDM(nn.Module):
         text_encoder = None, # frozen: list of B strings -> (hidden (B,L,text_dim), mask (B,L)); needed by `loss`
     ):
         super().__init__()
-        if cfg.gidm.views[0] not in cfg.views: raise ValueError(f"views are {cfg.views}, and GIDM reads {cfg.gidm.views[0]!r}: add it")
         self.cfg, self.text_encoder = cfg, text_encoder
         self.project, self.time_pos_emb = feature_projection(cfg.feature_dim, cfg.project_hidden, cfg.gidm.in_dim, cfg.feature_norm)
         self.gidm = GIDM(cfg.gidm).requires_grad_(cfg.latent_weight > 0)
@@ -48,31 +47,32 @@ class AlignedGIDM(nn.Module):
 
     def train(self, mode=True): # the pretrained GIDM stays as it is, and so does the codebook
         super().train(mode)
-        for part in (self.teacher, self.gidm.vq): part.eval() if part is not None else None
+        self.gidm.vq.eval()
+        if self.teacher is not None: self.teacher.eval()
         return self
 
     def start_from(self,
         gidm:GIDM, # pretrained, of the same size
     )->"AlignedGIDM": # itself
         "Take over a pretrained GIDM, without its decoder."
-        given, own = gidm.state_dict(), self.gidm.state_dict()
-        if wrong := [k for k, v in own.items() if k not in given or given[k].shape != v.shape]:
-            raise ValueError(f"this GIDM does not fit: {', '.join(wrong[:3])} differ; build both from one GIDMConfig")
         for part in (self.gidm, self.teacher):
-            if part is not None: part.load_state_dict({k: given[k] for k in own})
+            if part is not None: take_over(part, gidm.state_dict(), "this GIDM does not fit", "build both from one GIDMConfig")
         return self
 
 # %% ../../nbs/04_models/10_aligned_gidm.ipynb #f2f29ef8
+def _two_frames(batch, name, width, cameras=None): # -> (B,V,2,P,width) of a batch; V as in `cameras`, if that is given
+    x = getattr(batch, name)
+    if x is None or (x.shape[2], x.shape[4]) != (2, width) or cameras not in (None, x.shape[1]):
+        given = "none" if x is None else f"{name} of shape {tuple(x.shape)}"
+        raise ValueError(f"the batch has {given}; the alignment takes `{name}` (B,{cameras or 'V'},2,P,{width}), of GIDM's two frames")
+    return x
+
 def _pairs(model, batch): # -> features (B,2,P,D), true tokens (B,2,P,in_dim), T5's tokens and mask
-    cfg, view = model.cfg, model.cfg.gidm.views[0]
-    for name, shape in dict(feature=(len(cfg.views), 2, cfg.feature_dim), dino=(None, 2, cfg.gidm.in_dim)).items():
-        x = getattr(batch, name)
-        if x is None or x.shape[2] != 2 or x.shape[4] != shape[2] or shape[0] not in (None, x.shape[1]):
-            given = "none" if x is None else f"{name} of shape {tuple(x.shape)}"
-            raise ValueError(f"the batch has {given}; the alignment takes `{name}` (B,{shape[0] or 'V'},2,P,{shape[2]}), of GIDM's two frames")
-    device = model.time_pos_emb.device
+    cfg, device = model.cfg, model.time_pos_emb.device
+    features = _two_frames(batch, "feature", cfg.feature_dim, 1)[:, 0]
+    true = _two_frames(batch, "dino", cfg.gidm.in_dim)[:, VIEWS.index(cfg.gidm.views[0])]
     text = (t.to(device) for t in model.text_encoder(prepare_texts(batch.text, cfg.gidm)))
-    return batch.feature[:, cfg.views.index(view)].to(device).float(), batch.dino[:, VIEWS.index(view)].to(device).float(), *text
+    return features.to(device).float(), true.to(device).float(), *text
 
 # %% ../../nbs/04_models/10_aligned_gidm.ipynb #da11696c
 def measure_spread(
@@ -87,7 +87,7 @@ def measure_spread(
 # %% ../../nbs/04_models/10_aligned_gidm.ipynb #232f17b5
 @patch
 def loss(self:AlignedGIDM,
-    batch:Batch, # with `feature` (B,V,2,P,D) of GIDM's two frames, present and predicted; `dino` (B,V,2,P,in_dim) of the true ones; `text`
+    batch:Batch, # with `feature` (B,1,2,P,D) of GIDM's camera and two frames, present and predicted; `dino` (B,V,2,P,in_dim) of the true ones; `text`
 )->tuple: # scalar loss; dict of logs
     "Distance to DINO's tokens of the true frames, and to the latents that the pretrained GIDM infers from them."
     features, true, text, mask = _pairs(self, batch)

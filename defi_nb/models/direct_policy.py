@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core.spec import VIEWS, Batch, DataSpec, check_batch
 from .action_adapter import ActionAdapter, AdapterConfig
 from .encoders import IMAGENET_MEAN, IMAGENET_STD, check_folder, no_bars
-from .layers import SpaceBlock, group_tokens
+from .layers import SpaceBlock, group_tokens, take_over
 from .policy import PlainPolicy, batch_hand_state, goal_embedding
 
 # %% ../../nbs/04_models/09_direct_policy.ipynb #668c0bbf
@@ -199,10 +199,7 @@ class DirectPolicy(nn.Module):
     )->"DirectPolicy": # itself
         "Take over a pretrained encoder's weights."
         with no_bars(): given = type(self.tower).from_pretrained(check_folder(folder), dtype=torch.float32).state_dict()
-        own = self.tower.state_dict()
-        if wrong := [n for n, x in own.items() if n not in given or given[n].shape != x.shape]:
-            raise ValueError(f"the encoder in {folder} does not fit this policy's {type(self.tower).__name__}: {', '.join(wrong[:3])} differ; give its config.json as `tower`")
-        self.tower.load_state_dict({n: given[n] for n in own})
+        take_over(self.tower, given, f"the encoder in {folder} does not fit this policy's {type(self.tower).__name__}", "give its config.json as `tower`")
         return self
 
     def pixels(self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['attend', 'split_heads', 'merge_heads', 'Attention', 'sincos', 'group_tokens', 'feed_forward', 'SpaceTimeBlock',
            'SpaceBlock', 'FrameResampler', 'FrameMixer', 'VideoFormer', 'BiasedAttention', 'BiaslessMLP',
-           'ContextBlock', 'AdaLN', 'ModulatedBlock', 'Sinusoid', 'sigma_embedding']
+           'ContextBlock', 'AdaLN', 'ModulatedBlock', 'Sinusoid', 'sigma_embedding', 'take_over']
 
 # %% ../../nbs/04_models/00_layers.ipynb #bb7766aa
 import math
@@ -335,3 +335,17 @@ def sigma_embedding(
 )->nn.Module: # (B,) -> (B,D)
     "The network that embeds c_noise = ln(sigma)/4."
     return nn.Sequential(Sinusoid(dim), nn.Linear(dim, 2*dim), nn.Mish(), nn.Linear(2*dim, dim))
+
+# %% ../../nbs/04_models/00_layers.ipynb #31de9efb
+def take_over(
+    module:nn.Module, # changed in place
+    tensors:dict, # parameter's or buffer's name -> tensor; those that the module lacks are left out
+    misfit:str, # first words of the error
+    remedy:str, # its last words
+    parts:tuple=(), # first words of the names to take; empty: all names of the module
+):
+    "Load a module's weights from tensors that may hold more; `ValueError` where one is missing or of another shape."
+    own = {name: x for name, x in module.state_dict().items() if not parts or name.partition(".")[0] in parts}
+    if wrong := [name for name, x in own.items() if name not in tensors or tensors[name].shape != x.shape]:
+        raise ValueError(f"{misfit}: {', '.join(wrong[:3])} differ; {remedy}")
+    module.load_state_dict({name: tensors[name] for name in own}, strict=False)

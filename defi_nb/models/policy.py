@@ -18,7 +18,7 @@ from ..core.spec import VIEWS, Batch, DataSpec, check_batch
 from .action_adapter import ActionAdapter, AdapterConfig
 from .gfdm import GFDM, GFDMConfig, fit_encoders
 from .gidm import GIDM, GIDMConfig, LatentActions, prepare_texts
-from .layers import VideoFormer, group_tokens
+from .layers import VideoFormer, group_tokens, take_over
 from .vq import latent_spread, usage_logs
 
 # %% ../../nbs/04_models/07_policy.ipynb #364a6d7d
@@ -114,6 +114,10 @@ class PolicyConfig:
         return cls(feature_dim=384, project_hidden=256, gidm=replace(GIDMConfig.tiny(), dec_blocks=0), train=("adapter",),
                    latents="both", feature_norm=True, latent_positions=True, projection_frozen=True)
 
+    def without_gidm(self): # the same policy with Video Former and adapter alone, as VPP
+        train = tuple(part for part in self.train if part != "gidm")
+        return replace(self, latents="none", latent_positions=False, projection_frozen=False, train=train, adapter=replace(self.adapter, latent_dim=0))
+
     @classmethod
     def paper(cls):
         return cls(DataSpec.paper(), tuple(range(16)), feature_dim=2560, project_hidden=768, former_dim=384,
@@ -198,14 +202,11 @@ class CoupledPolicy(nn.Module):
         pretrained:nn.Module, # `GIDM`, or `models.aligned_gidm.AlignedGIDM`, of the same size
     )->"CoupledPolicy": # itself
         "Take over a pretrained GIDM, without its decoder; of an aligned one, the network to its input, too."
-        parts = {"gidm": check_gidm(self).gidm}
-        if hasattr(pretrained, "project"): parts |= {"project": self.project, "time_pos_emb": None}
-        given = pretrained.state_dict() if len(parts) > 1 else {f"gidm.{k}": v for k, v in pretrained.state_dict().items()}
-        own = {k: v for k, v in self.state_dict().items() if k.partition(".")[0] in parts}
-        if wrong := [k for k, v in own.items() if k not in given or given[k].shape != v.shape]:
-            raise ValueError(f"this {type(pretrained).__name__} does not fit the policy's: {', '.join(wrong[:3])} differ; "
-                             "build both from one GIDMConfig")
-        self.load_state_dict({k: given[k] for k in own}, strict=False)
+        check_gidm(self)
+        tensors, aligned = pretrained.state_dict(), hasattr(pretrained, "project")
+        if not aligned: tensors = {f"gidm.{name}": x for name, x in tensors.items()}
+        take_over(self, tensors, f"this {type(pretrained).__name__} does not fit the policy's", "build both from one GIDMConfig",
+                  ("gidm", "project", "time_pos_emb") if aligned else ("gidm",))
         return self
 
 # %% ../../nbs/04_models/07_policy.ipynb #6cb199d8

@@ -104,8 +104,8 @@ def _coupled_config(params, gfdm, views, robot):
     pair, adapter = {n: frames.pop(n) for n in ("gidm_frames",) if n in frames}, _adapter(base, params, robot)
     fresh = params["pretrained"]["gidm"] == "untrained" # then GIDM has only the actions to learn from
     train = names_list(variant["train"]) or (("gidm", "adapter") if fresh else base.train)
-    base = replace(base, spec=replace(base.spec, **pair), **frames, train=tuple(n for n in train if n != "gidm" or not none), adapter=adapter)
-    if none: return replace(base, latents="none", latent_positions=False, projection_frozen=False, adapter=replace(adapter, latent_dim=0))
+    base = replace(base, spec=replace(base.spec, **pair), **frames, train=tuple(train), adapter=adapter)
+    if none: return base.without_gidm()
     learns = "gidm" in train or bool(params["auxiliary"]) # inverse dynamics teaches the projection
     return replace(base, projection_frozen=_aligns(base, variant) and not learns)
 
@@ -285,7 +285,8 @@ def ladder_models(
     return found
 
 def _around(gfdm, encoders, preset, views): # a policy that is not trained, for its way of reading features
-    return CoupledPolicy(preset_of(PolicyConfig, preset, feature_dim=gfdm.feature_shape()[-1], views=VIEWS[:views]), encoders, gfdm).eval()
+    base = preset_of(PolicyConfig, preset, feature_dim=gfdm.feature_shape()[-1], views=VIEWS[:views])
+    return CoupledPolicy(base.without_gidm(), encoders, gfdm).eval()
 
 # %% ../../nbs/13_run/06_policies.ipynb #5abe9933
 def ladder_data(

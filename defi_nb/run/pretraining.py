@@ -158,11 +158,10 @@ def alignment_models(
     if frames[0]:
         raise ValueError(f"variant.gidm_frames is {variant['gidm_frames']!r}; the first frame of an alignment is the "
                          "present, 0: give it, or train the policy without alignment (variant.align 0)")
-    none = dict(latents="none", train=("adapter",), projection_frozen=False, adapter=replace(base.adapter, latent_dim=0))
     base = replace(base, frames=frames, views=gidm.cfg.views[:1]) # GIDM's camera; other video may have no second
-    policy = CoupledPolicy(replace(base, **none), encoders, gfdm).eval()
+    policy = CoupledPolicy(base.without_gidm(), encoders, gfdm).eval()
     weight = variant["latent_weight"] if variant["latent_weight"] >= 0 else float(start["gidm"] != "untrained")
-    like = {n: getattr(base, n) for n in ("feature_dim", "project_hidden", "feature_norm", "views")}
+    like = {n: getattr(base, n) for n in ("feature_dim", "project_hidden", "feature_norm")}
     config = AlignConfig(replace(gidm.cfg, dec_blocks=0, texts=base.gidm.texts), latent_weight=weight, **like)
     return AlignedGIDM(config, encoders.t5).start_from(gidm), policy, gidm
 

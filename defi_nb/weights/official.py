@@ -151,7 +151,7 @@ def _policy_config(
     cfg = replace(PolicyConfig.paper(), spec=replace(DataSpec.paper(), frames=frames), frames=tuple(range(frames)), adapter=adapter,
                   feature_dim=size(f"{former}goal_emb.0.weight", 1), former_dim=width, former_depth=_blocks(tensors, f"{former}layers."), former_queries=queries,
                   former_heads=_heads(size(f"{former}layers.0.0.to_q.weight", 0), 64, "the Video Former"), former_hidden=size(f"{former}goal_emb.0.weight", 0))
-    if not coupled: return replace(cfg, latents="none", train=("adapter",))
+    if not coupled: return cfg.without_gidm()
     return replace(cfg, project_hidden=size("goal_emb.0.weight", 0), gidm=replace(_gidm_config(tensors, "lam.", source, cfg.gidm), dec_blocks=0))
 
 def official_name(
