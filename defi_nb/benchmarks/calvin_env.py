@@ -27,7 +27,8 @@ from ..core.stats import markdown_table
 from ..sim.calvin_tasks import Start
 from ..sim.playtable import parse_action, waving
 from ..sim.render import Pictures
-from ..sim.scene import DOORS, layout_of
+from ..sim.layout import layout_of
+from ..sim.scene import DOORS
 
 # %% ../../nbs/12_benchmarks/02_calvin_env.ipynb #01e59c23
 _LED_BUG = ("this calvin_env ({}) forgets at a reset that the LED is lit: turning it off then takes two presses. Published numbers with CALVIN's pinned "

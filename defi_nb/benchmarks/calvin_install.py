@@ -27,7 +27,7 @@ from unittest import mock
 import numpy as np
 
 from ..core.spec import VIEWS
-from ..sim.scene import layout_of
+from ..sim.layout import layout_of
 
 # %% ../../nbs/12_benchmarks/00_calvin_install.ipynb #a5ee49f9
 CLONE = "git clone https://github.com/mees/calvin_env, and give its path as `root` or in the environment variable CALVIN_ENV_ROOT"

@@ -28,7 +28,7 @@ from .episodes import Window
 from ..sim.calvin_tasks import CATEGORIES, INSTRUCTIONS, check_tasks, state_after
 from ..sim.experts import Expert, start_for, start_of
 from ..sim.playtable import PlayTable
-from ..sim.scene import layout_of
+from ..sim.layout import scene_names
 
 # %% ../../nbs/02_data/05_record.ipynb #4fc71001
 def _stacked(arrays):
@@ -57,7 +57,7 @@ def write_segment(
     folder:Path, # of the split, such as data/play/training
     start:int, # number of its first frame, 0 to 9999999
     arrays:dict, # rel_actions (N,7), robot_obs (N,15), scene_obs (N,24), rgb_... (N,H,W,3) uint8, others (N,...)
-    scene:str, # "A" to "D"
+    scene:str, # see `sim.layout.layout_of`
     windows:list=(), # of `Window`, in rows of this segment
     level:int=1, # of compression, 0 to 9
 ):
@@ -141,7 +141,7 @@ LAPTOP_TASKS = ("open_drawer", "close_drawer", "move_slider_left", "move_slider_
 @dataclass(frozen=True)
 class RecordConfig:
     "All that decides what a recording contains."
-    scenes:str = "D" # letters of "ABCD", in the order of recording
+    scenes:str = "D" # in the order of recording, see `sim.layout.scene_names`
     tasks:tuple = LAPTOP_TASKS # names of the tasks to be demonstrated
     per_kind:int = 200 # demonstrations of each kind of task (`sim.calvin_tasks.CATEGORIES`), shared by its tasks, all scenes together
     chain:int = 5 # tasks in a row at most
@@ -158,7 +158,7 @@ class RecordConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "tasks", check_tasks(self.tasks)) # a list from a file or a notebook's parameter
-        for scene in self.scenes: layout_of(scene)
+        scene_names(self.scenes)
         most = max(Counter(CATEGORIES[t] for t in self.tasks).values(), default=1)
         if self.per_kind < most: raise ValueError(f"per_kind is {self.per_kind}: ask for at least {most}, so that every task gets one")
         if not 0 <= self.noise < 1 or not 0 <= self.memory < 1:
@@ -169,20 +169,21 @@ def demonstrations_of(
     config:RecordConfig, # what to record
 )->dict: # scene -> {task: number of demonstrations}
     "How often each task is wanted in each scene."
-    kinds = Counter(CATEGORIES[t] for t in config.tasks)
+    scenes, kinds = scene_names(config.scenes), Counter(CATEGORIES[t] for t in config.tasks)
     def share(total, parts, i): return total*(i + 1)//parts - total*i//parts # the i-th of nearly equal parts
     seen, each = Counter(), {}
     for t in config.tasks:
         kind = CATEGORIES[t]
         each[t] = share(config.per_kind, kinds[kind], seen[kind])
         seen[kind] += 1
-    return {scene: {t: share(n, len(config.scenes), i) for t, n in each.items()} for i, scene in enumerate(config.scenes)}
+    def at(i, k, n): return (i + k)%len(scenes) if n < len(scenes) else i # fewer than scenes: not all tasks in the same ones
+    return {scene: {t: share(n, len(scenes), at(i, k, n)) for k, (t, n) in enumerate(each.items())} for i, scene in enumerate(scenes)}
 
 # %% ../../nbs/02_data/05_record.ipynb #f49db38c
 @dataclass(frozen=True)
 class Chain:
     "One planned recording."
-    scene:str # "A" to "D"
+    scene:str # see `sim.layout.layout_of`
     number:int # of the chain within its scene: it seeds all that is drawn
     start:int # number of its first frame
     state:dict # symbolic start, see `sim.calvin_tasks.initial_states`
@@ -242,7 +243,7 @@ def record_chain(
     config:RecordConfig, # how
 )->tuple: # arrays for `write_segment`, list of `Window`
     "Do the tasks of a chain; frame t holds the observation before action t, and the clean action."
-    rng, rows, windows = np.random.default_rng([config.seed, ord(chain.scene), chain.number]), [], []
+    rng, rows, windows = np.random.default_rng([config.seed, *chain.scene.encode(), chain.number]), [], []
     env.reset(scene_obs=start_of(chain.state, chain.scene, rng))
     kinds = ("rgb", "depth") if config.depth else ("rgb",)
     def keep(obs, action):
@@ -260,13 +261,14 @@ _ROUNDS = 8 # in which failed tasks are planned again, before it is given up
 
 def _chains(config, scene, missing, first, turn):
     "The chains of one round in one scene, numbered from `first`."
-    rng = np.random.default_rng([config.seed, ord(scene), turn])
-    span = 10**7//len(config.scenes)
+    rng = np.random.default_rng([config.seed, *scene.encode(), turn])
+    scenes = scene_names(config.scenes)
+    span = 10**7//len(scenes)
     room = (config.chain + 1)*(config.limit + config.overrun) # a chain may begin with a lift
     plans = plan_chains(missing, config.chain, rng)
     if (first + len(plans))*room > span:
-        raise ValueError(f"{first + len(plans)} chains of up to {room} frames do not fit in the seven digits of frame numbers: lower per_kind or limit")
-    return [Chain(scene, first + i, config.scenes.index(scene)*span + (first + i)*room, *plan) for i, plan in enumerate(plans)]
+        raise ValueError(f"{first + len(plans)} chains of up to {room} frames do not fit in the seven digits of frame numbers: lower per_kind, limit or the number of scenes")
+    return [Chain(scene, first + i, scenes.index(scene)*span + (first + i)*room, *plan) for i, plan in enumerate(plans)]
 
 @lru_cache(maxsize=4)
 def _environment(scene, static_size, gripper_size):
@@ -339,12 +341,12 @@ def _record(root, config, split, n_workers):
         return found
     wanted = demonstrations_of(config)
     total, missing = sum(n for share in wanted.values() for n in share.values()), wanted
-    made, starts = finished_segments(root), {scene: [] for scene in config.scenes}
-    print(f"{root}: recording {total} demonstrations of {len(config.tasks)} tasks in scene {', '.join(config.scenes)}"
+    made, starts = finished_segments(root), {scene: [] for scene in wanted}
+    print(f"{root}: recording {total} demonstrations of {len(config.tasks)} tasks in scene {config.scenes}"
           + (f"; {len(made)} chains are there already" if made else ""))
     with progress_bar(total=total, desc=f"recording {split}", unit="task") as bar:
         for turn in range(_ROUNDS):
-            chains = [c for scene in config.scenes for c in _chains(config, scene, missing[scene], len(starts[scene]), turn)]
+            chains = [c for scene in wanted for c in _chains(config, scene, missing[scene], len(starts[scene]), turn)]
             bar.update(_counts(made, [c.start for c in chains if c.start in made]).total())
             _run(config, root, [c for c in chains if c.start not in made], n_workers or os.cpu_count(), bar)
             made = finished_segments(root)

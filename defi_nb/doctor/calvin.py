@@ -92,11 +92,11 @@ def _check_scenes(
     name:str, # of the split
     root:Path, # its folder
     ids:np.ndarray, # (S,2) first and last frame numbers
-)->dict: # letter -> (first, last) frame
+)->dict: # scene -> (first, last) frame
     "Check which scene each frame is said to be of."
     path, config = root/"scene_info.npy", root/".hydra"/"merged_config.yaml"
     text = config.read_text(errors="replace") if config.exists() else ""
-    told = set(re.findall(r"calvin_scene_([A-D])", text))
+    told = set(re.findall(r"calvin_scene_([A-D]\b|G\d+(?:-hand)?)", text))
     if re.search(r"use_nullspace:\s*false", text): exam.find("warning", f"{name}: an old configuration", config, "use_nullspace: false", "use_nullspace: true", "set it to true (it was wrong before February 2022): CALVIN's environment reads this file")
     if not path.exists(): return {}
     spans = exam.attempt(f"{name}: scenes can't be read", path, partial(scene_spans, root))

@@ -23,7 +23,7 @@ from ..sim.calvin_tasks import INSTRUCTIONS, grasped_block, initial_obs, solved
 @dataclass(frozen=True)
 class EvalConfig:
     "How an evaluation is run."
-    scene:str = "D" # of the environment
+    scene:str = "D" # of the environment, or scenes that the chains take in turn, see `sim.layout.scene_names`
     static_size:int = 64 # pixels of the static camera's picture
     gripper_size:int = 64 # pixels of the gripper camera's
     image_size:int = 64 # pixels of both as the policy sees them; resized where they differ
@@ -127,8 +127,9 @@ def playtable_env(
     import mujoco
 
     from defi_nb.sim.render import gl_backend
+    from defi_nb.sim.layout import scene_names
     from defi_nb.sim.playtable import PlayTable
-    env = PlayTable(config.scene, static_size=config.static_size, gripper_size=config.gripper_size)
+    env = PlayTable(scene_names(config.scene)[0], static_size=config.static_size, gripper_size=config.gripper_size)
     env.renderer, env.versions = f"MuJoCo {mujoco.__version__}, {gl_backend()}", {"mujoco": mujoco.__version__}
     return env
 
@@ -164,9 +165,10 @@ class Chain:
         sequence, # (initial state, task names)
         env, # with CALVIN's interface, to itself until the chain is done
     ):
-        self.index, (state, self.tasks), self.env = index, sequence, env
-        robot_obs, scene_obs = initial_obs(state, getattr(env, "layout", None))
-        self.obs = env.reset(robot_obs=robot_obs, scene_obs=scene_obs)
+        self.index, (state, self.tasks) = index, sequence
+        self.env = env.in_scene(state["scene"]) if "scene" in state else env
+        robot_obs, scene_obs = initial_obs(state, getattr(self.env, "layout", None))
+        self.obs = self.env.reset(robot_obs=robot_obs, scene_obs=scene_obs)
         self.solved, self.failed, self.steps, self.actions = 0, False, [], []
         self.closings, self.grip = [], self.obs["robot_obs"][-1] # the gripper's last command: +1 open, -1 closed
         self._begin(env.get_info())

@@ -36,13 +36,17 @@ def names_list(
     "The names that a run parameter lists."
     return tuple(n.strip() for n in text.split(",") if n.strip())
 
-SPLITS = {"D_D": "D", "ABC_D": "ABC", "ABCD_D": "ABCD"} # name -> scenes to learn in
+SPLITS = { # name -> scenes to learn in, scenes of the evaluation
+    "D_D": ("D", "D"), "ABC_D": ("ABC", "D"), "ABCD_D": ("ABCD", "D"),
+    "G_G": ("G0:100", "G1000:1100"), # generated scenes, each evaluation chain in a new one
+    "more_G": ("G100:300", "G1000:1100"), "hand_G": ("G300:400-hand", "G1000:1100"), # further video: of more scenes, of another body
+}
 
 def split_scenes(
     split:str, # a name of `SPLITS`, or a folder, relative to the project's root
-)->tuple: # (scenes to train in, scene of the evaluation), letters
+)->tuple: # (scenes to train in, scenes of the evaluation), see `sim.layout.scene_names`
     "The scenes of a split; of a folder by its name, as task_ABC_D, and D where that says nothing."
-    if split in SPLITS: return SPLITS[split], split.split("_")[1]
+    if split in SPLITS: return SPLITS[split]
     if not (folder := project_root()/split).is_dir(): raise ValueError(_no_split(split, folder))
     return named_scenes(folder)
 
@@ -68,7 +72,7 @@ def _recorded_folder(split, tasks, demos, data, preset):
     "The embedded default's recording, made first where it is missing: from then on it is a folder like any other."
     if preset != "tiny": raise ValueError(f"preset is {preset!r}, and the embedded recordings have images for tiny: give split the folder of a recording in CALVIN's format")
     folder = project_root()/data/store_name(split)
-    record_demonstrations(folder, RecordConfig(scenes=SPLITS[split], tasks=task_list(tasks), per_kind=demos))
+    record_demonstrations(folder, RecordConfig(scenes=SPLITS[split][0], tasks=task_list(tasks), per_kind=demos))
     return folder
 
 def _named_datasets(where, tasks="default", demos=200, data="data", preset="tiny"): # as for `run.datasets.open_pieces`

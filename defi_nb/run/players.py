@@ -18,8 +18,9 @@ from ..eval.rollout import (
     EvalConfig, NoOpPolicy, RandomPolicy, play_expert, play_policy, playtable_env)
 from .datasets import split_scenes, task_list
 from .pretrained import preset_in, trained_policy
-from ..sim.calvin_tasks import first_sequences, get_sequences, sequences_digest
+from ..sim.calvin_tasks import first_sequences, get_sequences, in_scenes, sequences_digest
 from ..sim.experts import Expert
+from ..sim.layout import scene_names
 from ..weights.load import POLICY_CLASSES, checkpoint_digest, load_model, load_to_act
 
 # %% ../../nbs/13_run/08_players.ipynb #da9d0399
@@ -61,10 +62,14 @@ def find_env(
 def find_chains(
     tasks:str, # names separated by commas, "default", or "all": then the first of CALVIN's 1000
     chains:int, # how many
+    split:str="D_D", # whose test scenes are played in, in turn where there are several
 )->tuple: # sequences (initial state, task names); where they come from, in words
     "The chains that an evaluation plays."
-    if tasks == "all": return first_sequences(chains), "first_sequences(chains)"
-    return get_sequences(chains, tasks=task_list(tasks)), "get_sequences(chains, tasks)"
+    scenes = scene_names(split_scenes(split)[1])
+    if tasks == "all": found, source = first_sequences(chains), "first_sequences(chains)"
+    else: found, source = get_sequences(chains, tasks=task_list(tasks)), "get_sequences(chains, tasks)"
+    if len(scenes) == 1: return found, source
+    return in_scenes(found, scenes), f"{source}, each in a scene of its own"
 
 # %% ../../nbs/13_run/08_players.ipynb #f2baa6f5
 def eval_config(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLOURS', 'TASKS', 'CATEGORIES', 'FIXTURES', 'STATE_KEYS', 'ROBOT_START', 'DRAWER_RANGE', 'SWITCH_RANGE', 'LIMITS',
            'INSTRUCTIONS', 'check_tasks', 'task_family', 'needs_images', 'initial_states', 'state_after',
-           'get_sequences', 'first_sequences', 'sequences_digest', 'Start', 'initial_obs', 'solved', 'solved_tasks',
-           'grasped_block']
+           'get_sequences', 'first_sequences', 'in_scenes', 'sequences_digest', 'Start', 'initial_obs', 'solved',
+           'solved_tasks', 'grasped_block']
 
 # %% ../../nbs/01_sim/00_calvin_tasks.ipynb #fdd4c410
 import difflib
@@ -193,6 +193,13 @@ def first_sequences(
     if not 1 <= n <= 1000: raise ValueError(f"n is {n}: the official list has 1000 chains")
     return get_sequences()[:n]
 
+def in_scenes(
+    sequences, # of (initial state, chain)
+    scenes, # names, see `sim.layout.layout_of`
+)->list: # of (initial state with its `scene`, chain)
+    "The same chains in several scenes, which they take in turn."
+    return [(state | dict(scene=scenes[i%len(scenes)]), chain) for i, (state, chain) in enumerate(sequences)]
+
 def sequences_digest(
     sequences, # of (initial state: dict, chain of task names)
 )->str: # sha256 of their canonical JSON
@@ -221,6 +228,7 @@ class Start:
     blocks:tuple = (("red", "middle"), ("blue", "small"), ("pink", "big")) # (colour, size) in the order of scene_obs
     table_slots:tuple = ((.0500000896, -.120000177, .459990009), (.229995412, -.11999514, .45999001)) # two, metres
     cabinet_slots:tuple = ((-.240851662, .0924044687, .460990009), (.070341633, .0924044687, .460990009)) # left, right
+    yaws:tuple = (np.pi/2,)*3 # usual angle of each block about z, radians, in the order of `blocks`
     slide_range:float = .28 # metres from the door's right end to its left end
 
 def _spot(slot, home):
@@ -231,7 +239,7 @@ def _spot(slot, home):
 # %% ../../nbs/01_sim/00_calvin_tasks.ipynb #afd17c86
 def initial_obs(
     state:dict, # one of `initial_states()`
-    layout=None, # with blocks, table_slots, cabinet_slots and slide_range; None: CALVIN's scene D
+    layout=None, # with blocks, table_slots, cabinet_slots, yaws and slide_range; None: CALVIN's scene D
 )->tuple: # robot_obs (15,) and scene_obs (24,) float64, to reset an environment with
     "CALVIN's start of a chain: the arm at home, blocks in their slots with the yaw that the state's hash draws."
     home, layout = Start(), layout or Start()
@@ -246,9 +254,10 @@ def initial_obs(
                  SWITCH_RANGE*state["lightbulb"], state["lightbulb"], state["led"])
     rows = [colour for colour, _ in layout.blocks]
     for colour in COLOURS:
-        place, i = state[f"{colour}_block"], 6 + 6*rows.index(colour)
+        place, row = state[f"{colour}_block"], rows.index(colour)
+        i = 6 + 6*row
         scene[i:i + 3] = table[first_free[colour]] if place == "table" else cabinet[place]
-        scene[i + 5] = rng.uniform(np.pi/2 - _MAX_YAW, np.pi/2 + _MAX_YAW)
+        scene[i + 5] = rng.uniform(layout.yaws[row] - _MAX_YAW, layout.yaws[row] + _MAX_YAW)
     return np.array(ROBOT_START), scene
 
 # %% ../../nbs/01_sim/00_calvin_tasks.ipynb #708aba22
