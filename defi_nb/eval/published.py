@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['ROWS', 'SETS', 'Published', 'published', 'published_markdown', 'Row', 'choose_rows', 'show_by_fraction',
            'AblationRun', 'ablation_runs', 'ablation_table', 'ablation_markdown', 'share_figures', 'row_key',
-           'ablation_contrasts', 'contrasts_markdown']
+           'ablation_contrasts', 'contrasts_markdown', 'show_efficiency']
 
 # %% ../../nbs/07_eval/10_published.ipynb #debc7c08
 import json
 from dataclasses import dataclass, field
 from importlib import resources
 
+import matplotlib.pyplot as plt
 import numpy as np
 
 from ..core.plot import new_axes
@@ -213,7 +214,8 @@ def ablation_table(
     for (fraction, name), found in sorted(groups.items(), key=lambda g: g[0][0]):
         solved, of, row = sum((r.solved for r in found), []), len(found), known[name]
         table.append(dict(row=name, data_frac=-fraction, average_length=sum(solved)/len(solved), interval=crossed_interval([r.solved for r in found]).plain()[1:],
-                          task_success=sum(r.task_success for r in found)/of, seeds=[r.average_length for r in found], chains=len(solved), paper=row.paper))
+                          task_success=sum(r.task_success for r in found)/of, seeds=[r.average_length for r in found], chains=len(solved), paper=row.paper,
+                          image_tasks=[[t["successes"], t["attempts"]] for t in (r.families()["needs images"] for r in found)]))
     return table
 
 # %% ../../nbs/07_eval/10_published.ipynb #bfad5bab
@@ -265,3 +267,25 @@ def contrasts_markdown(
     "The differences as a table."
     cells = [[name, f"**{c['mean']:+.2f}**{_bounds((c['low'], c['high']))}", c["trainings"], c["chains"]] for name, c in contrasts.items()]
     return markdown_table(["difference", "tasks of a chain", "trainings", "chains of each"], cells)
+
+# %% ../../nbs/07_eval/10_published.ipynb #46b964d8
+def show_efficiency(
+    table:list, # from `ablation_table`
+    demonstrations:int, # with actions, that a `data_frac` of 1 is
+): # the figure
+    "Average length, and success of the tasks that need images, against the number of labelled demonstrations."
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for i, name in enumerate(dict.fromkeys(t["row"] for t in table)):
+        rows = sorted((t for t in table if t["row"] == name), key=lambda t: t["data_frac"])
+        at = np.array([t["data_frac"]*demonstrations for t in rows])*1.02**i # so that intervals do not hide one another
+        mean = np.array([t["average_length"] for t in rows])
+        bounds = np.array([[m if b is None else b for b in t["interval"]] for t, m in zip(rows, mean)]).T
+        axes[0].errorbar(at, mean, np.abs(bounds - mean), fmt="o-", color=f"C{i}", ms=4, lw=1.2, capsize=2, label=name)
+        each = [[s/max(n, 1) for s, n in t["image_tasks"]] for t in rows]
+        axes[1].plot(at, [np.mean(e) for e in each], "o-", color=f"C{i}", ms=4, lw=1.2)
+        for x, e in zip(at, each): axes[1].plot([x]*len(e), e, ".", color=f"C{i}", ms=3, alpha=.5)
+    axes[0].set(ylabel="tasks in a row, of 5", ylim=(0, 5))
+    axes[1].set(ylabel="success of tasks with blocks", ylim=(0, 1))
+    for ax in axes: ax.set(xscale="log", xlabel="demonstrations with actions"); ax.grid(alpha=.3)
+    axes[0].legend(fontsize=7)
+    return figure

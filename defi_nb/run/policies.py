@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PolicyAuxiliary', 'policy_checkpoint', 'real_pairs', 'policy_demonstrations', 'show_demonstrations', 'build_policy',
            'policy_samples', 'policy_auxiliary', 'keep_policy_texts', 'policy_info', 'row_models', 'missing_models',
-           'env_at', 'feature_models', 'load_feature_models', 'ladder_models', 'ladder_data', 'demonstration_numbers',
-           'ladder_samples']
+           'row_jobs', 'env_at', 'feature_models', 'load_feature_models', 'ladder_models', 'ladder_data',
+           'demonstration_numbers', 'ladder_samples']
 
 # %% ../../nbs/13_run/06_policies.ipynb #7208ab75
 from dataclasses import asdict, dataclass, field, replace
@@ -225,6 +225,32 @@ def missing_models(
     "The pretrained models that rows need and that are not finished."
     needed = {row_models(row, split)[kind]: (kind, getattr(row, kind)) for row in rows for kind in row.starts_from}
     return {name: how for name, how in needed.items() if not is_finished(project_root()/ckpts/name)}
+
+# %% ../../nbs/13_run/06_policies.ipynb #d7fbf0d4
+def row_jobs(
+    runs:list, # of `eval.published.AblationRun`
+    params:dict, # of the run notebook: split, tasks, demos, data, ckpts, steps, pretrain_steps and chains
+    folder, # of its run, absolute
+)->dict: # name -> (notebook, params, out, names of jobs before), for `run.cli.run_graph`
+    "The pretrainings, trainings and evaluations of rows."
+    shared, ckpts = {n: params[n] for n in ("split", "tasks", "data")}, params["ckpts"]
+    learn, split, jobs = shared | dict(demos=params["demos"]), params["split"], {}
+    budget = {"steps": params["pretrain_steps"]} if params["pretrain_steps"] else {}
+    for name, (kind, variant) in missing_models([run.row for run in runs], split, ckpts).items():
+        given = learn | budget | dict(variant=variant, ckpt=f"{ckpts}/{name}")
+        out = folder/f"pretrain_{name.replace(f'-tiny-{split}', '')}"
+        jobs[name] = (f"pretrain_{kind}", given, out, [])
+    for run in runs:
+        models, policy = row_models(run.row, split), f"{ckpts}/ablations/{run.name}"
+        start = {f"pretrained.{kind}": f"{ckpts}/{name}" for kind, name in models.items()}
+        start["pretrained.steps"] = params["pretrain_steps"] # of an alignment, too
+        given = learn | start | run.row.parameters()
+        given |= dict(data_frac=run.data_frac, seed=run.seed, steps=params["steps"], ckpt=policy)
+        before = [models[kind] for kind in run.row.starts_from if models[kind] in jobs]
+        jobs[f"train-{run.name}"] = ("train_coupled", given, folder/f"train-{run.name}", before)
+        given = shared | dict(policy=policy, chains=params["chains"], film=0, workers=1)
+        jobs[f"eval-{run.name}"] = ("eval_calvin", given, folder/f"eval-{run.name}", [f"train-{run.name}"])
+    return jobs
 
 # %% ../../nbs/13_run/06_policies.ipynb #0545bedc
 def env_at(
