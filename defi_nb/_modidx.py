@@ -1964,6 +1964,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'defi_nb.eval.published.Row.video_share': ( '07_eval/published.html#row.video_share',
                                                                                     'defi_nb/eval/published.py'),
                                         'defi_nb.eval.published._bounds': ('07_eval/published.html#_bounds', 'defi_nb/eval/published.py'),
+                                        'defi_nb.eval.published._by_video': ( '07_eval/published.html#_by_video',
+                                                                              'defi_nb/eval/published.py'),
                                         'defi_nb.eval.published._paper_cell': ( '07_eval/published.html#_paper_cell',
                                                                                 'defi_nb/eval/published.py'),
                                         'defi_nb.eval.published._quantiser': ( '07_eval/published.html#_quantiser',

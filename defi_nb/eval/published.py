@@ -103,7 +103,8 @@ class Row:
 
 def _quantiser(name, row, **kw): return Row(row, gidm=dict(quantiser=name), **kw)
 _OTHER = dict(video="ABC_D") # video of scenes that a run on D_D does not see
-def _share(share): return dict(gfdm=_OTHER | dict(video_frac=share), gidm=_OTHER | dict(video_frac=share))
+def _share(share, video="ABC_D"): return {kind: dict(video=video, video_frac=share) for kind in ("gfdm", "gidm")}
+_FIFTHS = (("a fifth of the", .2), ("half of the", .5), ("all", 1.))
 _UNTRAINED = "untrained"
 
 ROWS = (
@@ -117,6 +118,8 @@ ROWS = (
     Row("other scenes for GFDM", (5,), 4.34, 125, gfdm=_OTHER),
     Row("own scene only", (5,), 3.92, 125, "its rates sum to 4.34 and are those of the row above"),
     Row("a quarter of the other scenes", **_share(.25)), Row("half of the other scenes", **_share(.5)),
+    *(Row(f"{part} further scenes", **_share(share, "more_G")) for part, share in _FIFTHS),
+    *(Row(f"{part} video of a hand", **_share(share, "hand_G")) for part, share in _FIFTHS),
     Row("features of step 5", (6,), 4.45, 125, train={"variant.extract_step": 5}),
     Row("DINO forward model", (6,), 3.70, 125, gfdm=dict(forward="dino")),
     Row("MLP inverse model", (7,), 3.42, 125, gidm=dict(inverse="mlp")),
@@ -138,6 +141,8 @@ SETS = dict(default=("coupled", "without GIDM pretraining", "without GFDM pretra
                     "plain: no video", "blind"),
             library=("coupled", "codebook by running means", "finite scalar quantisation", "lookup-free quantisation", "residual quantisation"),
             figure8=("own scene only", "a quarter of the other scenes", "half of the other scenes", "other scenes for both"),
+            further_scenes=("own scene only", *(f"{part} further scenes" for part, _ in _FIFTHS)), # of G_G, as the next
+            hand=("own scene only", *(f"{part} video of a hand" for part, _ in _FIFTHS)),
             all=tuple(row.name for row in ROWS)) # name -> names of rows
 SETS |= {f"table{n}": tuple(row.name for row in ROWS if n in row.tables) for n in (1, 4, 5, 6, 7, 8, 9)}
 
@@ -161,6 +166,11 @@ def _paper_cell(
     return f"{row.paper:.2f} (n={row.chains}{'; ' + row.note if row.note else ''})"
 
 # %% ../../nbs/07_eval/10_published.ipynb #14e79934
+def _by_video(rows): # of (`Row`, table row) -> of (label, share, table row); without further video a row begins each curve
+    videos = dict.fromkeys(row.gfdm["video"] for row, _ in rows if row.video_share)
+    return [(f"{video}, {t['data_frac']:.0%} of the labels", row.video_share, t) for video in videos for row, t in rows
+            if row.video_share == 0 or row.video_share and row.gfdm["video"] == video]
+
 def show_by_fraction(
     table:list, # of an `ablations` run, as in its metrics.json
     x:str = "data_frac", # "data_frac", share of labels, or "video_share", share of further video
@@ -169,8 +179,8 @@ def show_by_fraction(
     "Average length against a share, one line a row or, over video, a share of labels. Returns the axes."
     if x not in ("data_frac", "video_share"): raise ValueError(f"x is {x!r}: choose data_frac or video_share")
     known = {row.name: row for row in ROWS}
-    points = [(t["row"], t["data_frac"], t) if x == "data_frac" else (f"{t['data_frac']:.0%} of the labels", known[t["row"]].video_share, t) for t in table]
-    points = [p for p in points if p[1] is not None]
+    if x == "data_frac": points = [(t["row"], t["data_frac"], t) for t in table]
+    else: points = _by_video([(known[t["row"]], t) for t in table])
     ax = new_axes(4.8, 3) if ax is None else ax
     for i, label in enumerate(dict.fromkeys(p[0] for p in points)):
         at, rows = zip(*sorted(((share, t) for name, share, t in points if name == label), key=lambda p: p[0]))
