@@ -9,13 +9,14 @@ __all__ = ['find_notebook', 'describe', 'options_of', 'read_parameters', 'check_
 # %% ../../nbs/13_run/01_cli.ipynb #bcc220ea
 import difflib
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
 import threading
 import time
-from argparse import ArgumentParser
+from argparse import SUPPRESS, ArgumentParser
 from ast import Assign, literal_eval, parse, unparse
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -25,6 +26,7 @@ from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 
+import defi_nb
 from ..core.utils import project_root, write_whole
 
 # %% ../../nbs/13_run/01_cli.ipynb #5dbc5b83
@@ -59,6 +61,7 @@ _TYPES = dict(int=int, float=(int, float), bool=bool, str=str, list=(list, tuple
 
 def _check_type(name, value, kind): # the value, if it is of that kind (a name in TYPES)
     if kind not in _TYPES: raise ValueError(f"parameter {name} is declared as {kind}: annotate it in its cell as one of {', '.join(_TYPES)}")
+    if kind == "int" and isinstance(value, float) and value.is_integer(): value = int(value) # as 1e3
     if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):
         hint = dict(str="; papermill's -r passes text as it is", dict=": write it as \"{'key': value}\"").get(kind, "")
         raise ValueError(f"parameter {name} is {value!r}, which is not of type {kind}{hint}")
@@ -243,7 +246,7 @@ def execute(
     "Execute a run notebook in a folder of its own and keep the executed copy there; `RuntimeError` in one line when a cell fails."
     from papermill import PapermillExecutionError, execute_notebook
     source, params, root = find_notebook(name), check_parameters(name, given), project_root()
-    folder = root/params["out"] if params.get("out") else _new_folder(name)
+    folder = root/params["out"] if params.get("out") else _new_folder(source.stem)
     folder.mkdir(parents=True, exist_ok=True)
     record = folder/source.name
     with _locked(folder):
@@ -259,6 +262,9 @@ def execute(
         except PapermillExecutionError as e:
             reason = e.evalue.strip().splitlines() or [""]
             raise RuntimeError(f"{name}: cell {e.exec_count} failed: {e.ename}: {reason[0]} (see {record})") from None
+        except KeyboardInterrupt: # the kernel has ended with the cell's error, which nobody will fetch
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+            raise
         write_html(record)
     return folder
 
@@ -354,16 +360,28 @@ _ELSEWHERE = { # command -> the module whose `main` takes its arguments, and wha
     "vla-eval": ("defi_nb.serve.vla_eval", "answer the vla-eval harness, which brings many benchmarks"),
     "bench": ("defi_nb.benchmarks.harness", "make the environments of SimplerEnv and LIBERO, and evaluate a policy in them")}
 
+def _split_pairs(argv): # -p KEY=VALUE as -p KEY VALUE; no key has an equals sign
+    parts = []
+    for word in argv: parts += word.split("=", 1) if parts and parts[-1] == "-p" and "=" in word else [word]
+    return parts
+
+def _result(folder): # what a finished run says of itself in the terminal: its first numbers, and where its page is
+    metrics = json.loads((folder/"metrics.json").read_text())
+    numbers = [f"{n} {v:.4g}" for n, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    pages = [str(page) for page in folder.glob("*.html")]
+    return "\n".join(filter(None, (", ".join(numbers[:8]), f"page: {pages[0]}" if pages else "")))
+
 def _parser():
     parser = ArgumentParser(prog="defi-nb", description="List, check and execute run notebooks; look after checkpoints and datasets.")
-    sub = parser.add_subparsers(dest="command", required=True)
+    parser.add_argument("--version", action="version", version=f"defi_nb {defi_nb.__version__}")
+    sub = parser.add_subparsers(dest="command")
     sub.add_parser("list", help="the run notebooks, a line each")
     sub.add_parser("params", help="a run notebook's parameters with their defaults").add_argument("name")
-    run = sub.add_parser("run", help="execute a run notebook in a folder of its own")
-    run.add_argument("name")
-    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a parameter, or a key of a dictionary as variant.quantiser; may be repeated")
+    run = sub.add_parser("run", help="execute a run notebook in a folder of its own", epilog="`defi-nb list` shows the run notebooks, `defi-nb params NAME` the parameters of one.")
+    run.add_argument("name", help="of the notebook, or a path to it")
+    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a parameter, or a key of a dictionary as variant.quantiser; KEY=VALUE will do too; may be repeated")
     run.add_argument("--out", default="", help="the run's folder; without it, a new one: runs/NAME/TIME")
-    run.add_argument("--child", action="store_true", help="stop when standard input closes (for runs that start runs)")
+    run.add_argument("--child", action="store_true", help=SUPPRESS) # stop when standard input closes: of a run that another one started
     ckpts = sub.add_parser("ckpts", help="which pretrained weights are needed, which are there, and where to get the others")
     ckpts.add_argument("--get", nargs="+", default=[], metavar="NAME", help="fetch these from the Hugging Face hub")
     ckpts.add_argument("--ckpts", default="ckpts", help="folder of checkpoints, relative to the project's root")
@@ -386,9 +404,12 @@ def main(
     argv:list|None=None # arguments; None takes the command line's
 )->int: # exit status
     "The `defi-nb` command."
-    argv = sys.argv[1:] if argv is None else argv
+    argv = _split_pairs(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in _ELSEWHERE: return import_module(_ELSEWHERE[argv[0]][0]).main(argv[1:])
-    args = _parser().parse_args(argv)
+    args = (parser := _parser()).parse_args(argv)
+    if not args.command:
+        parser.print_help()
+        return 2
     try:
         if args.command == "list": _print_list()
         if args.command == "params": _print_params(args.name)
@@ -398,7 +419,9 @@ def main(
         if args.command == "run":
             if args.child: threading.Thread(target=_stop_with_parent, daemon=True).start()
             given = dict(args.p) | ({"out": args.out} if args.out else {})
-            print(f"{args.name}: done, in {execute(args.name, given)}")
+            folder = execute(args.name, given)
+            if not args.child and (result := _result(folder)): print(result)
+            print(f"{args.name}: done, in {folder}")
     except (ValueError, FileNotFoundError, RuntimeError, KeyboardInterrupt) as error:
         said = "interrupted; the same --out goes on where it stopped" if isinstance(error, KeyboardInterrupt) else str(error)
         print(f"defi-nb: {said}", file=sys.stderr)
