@@ -176,8 +176,8 @@ def _png_of(
 def recent_runs(
     most:int=10, # how many
 )->list: # of dicts: run, status, step, loss, time left; newest first
-    "The project's last runs that train."
-    found = sorted((project_root()/"runs").glob("*/*/training.json"), key=lambda p: -p.stat().st_mtime)
+    "The project's last runs that train, wherever in `runs` they are."
+    found = sorted((project_root()/"runs").rglob("training.json"), key=lambda p: -p.stat().st_mtime)
     rows = []
     for path in found[:most]:
         try: numbers = state_numbers(training_state(path.parent))
