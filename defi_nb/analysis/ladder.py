@@ -22,7 +22,6 @@ from .probes import r2
 from ..core.plot import OKABE_ITO, new_axes
 from ..core.stats import Interval, markdown_table, measured, seed_interval
 from ..core.utils import progress_bar
-from ..models.gidm import prepare_texts
 from ..models.policy import goal_embedding, hand_state
 
 # %% ../../nbs/08_analysis/01_ladder.ipynb #c026cc7e
@@ -476,8 +475,7 @@ def policy_interfaces(
 
 # %% ../../nbs/08_analysis/01_ladder.ipynb #7b594fd0
 def _inferred(policy, batch): # `models.gidm.LatentActions` of the predicted pair
-    text = [t.to(batch.feature.device) for t in policy.encoders.t5(prepare_texts(batch.text, policy.cfg.gidm))]
-    return policy.gidm.encode(policy.pair_input(batch.feature.float()), *text)
+    return policy.gidm.quantise(policy.embed_latents(batch))
 
 # %% ../../nbs/08_analysis/01_ladder.ipynb #2d89b410
 def chain_interfaces(

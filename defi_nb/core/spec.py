@@ -57,11 +57,16 @@ class Batch:
     latent:Tensor|None = None # (B,V,T,C,h,w) float, VAE latents of `video`, at the VAE's own scale (not multiplied by its scaling factor)
     dino:Tensor|None = None # (B,V,T,P,D) float, DINO patch tokens of `video`
     feature:Tensor|None = None # (B,V,T,P,D) float, GFDM's one-step features of the predicted frames T
+    latent_action:Tensor|None = None # (B,Q,C) float, a frozen GIDM's latents before the codebook, of `feature` and `text`
     action:Tensor|None = None # (B,K,A) float32 in [-1, 1]
     proprio:Tensor|None = None # (B,15) float32, CALVIN's robot_obs
     left:Tensor|None = None # (B,) int64, control steps from the present to the demonstration's last frame; actions beyond are padding, frames beyond repeat the last
 
     def __len__(self): return len(self.text)
+
+    def with_feature(self, feature): # (B,V,T,P,D)
+        "The same batch with other features, and without latent actions inferred from others."
+        return replace(self, feature=feature, latent_action=None)
 
     def to(self, device): # a torch device
         "The same batch with its tensors on a device."

@@ -59,13 +59,13 @@ def taking_features(
 
 def _exchanged(policy, batch, name, other):
     "The batch with one input of other samples."
-    if name == "text": return replace(batch, text=[batch.text[i] for i in other.tolist()])
+    if name == "text": return replace(batch, text=[batch.text[i] for i in other.tolist()], latent_action=None)
     if name == "proprio": return replace(batch, proprio=batch.proprio[other])
     if batch.feature is None:
         return replace(batch, **{f: x[other] for f in ("video", "latent", "dino") if (x := getattr(batch, f)) is not None})
     taken = [dict(present=frame == 0, future=frame > 0, features=True)[name] for frame in policy.cfg.frames]
     wide = torch.tensor(taken, device=batch.feature.device)[:, None, None]
-    return replace(batch, feature=torch.where(wide, batch.feature[other], batch.feature))
+    return batch.with_feature(torch.where(wide, batch.feature[other], batch.feature))
 
 def exchanged_context(
     policy:nn.Module, # any policy; a coupled one as `taking_features` gives it
@@ -158,7 +158,7 @@ def what_is_read(
     losses = {name: [] for name in names}
     for i, part in enumerate(parts):
         batch = data[part].to(device)
-        if isinstance(policy, CoupledPolicy) and batch.feature is None: batch = replace(batch, feature=policy.features(batch))
+        if isinstance(policy, CoupledPolicy) and batch.feature is None: batch = batch.with_feature(policy.features(batch))
         others = [other_samples(of[part], (seed, d, i)).to(device) for d in range(draws)]
         for name in names:
             contexts = [exchanged_context(policy, batch, name, other) for other in (others if name else others[:1])]

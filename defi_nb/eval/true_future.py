@@ -8,7 +8,7 @@ __all__ = ['ExpertAhead', 'seen_codes', 'Informed', 'misled', 'future_losses', '
 
 # %% ../../nbs/07_eval/08_true_future.ipynb #a326a7d1
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -174,9 +174,9 @@ class Informed:
         "The batch as the policy reads it when it is shown a future."
         frames, codes = list(self.policy.cfg.frames), codes.to(self.policy.video_former.time_pos_emb)
         tokens = _shown_tokens(self.policy.gfdm, codes, batch.text, self.sigma, hidden=self.translator is not None)
-        if self.translator is None: return replace(batch, feature=tokens[:, :, frames])
+        if self.translator is None: return batch.with_feature(tokens[:, :, frames])
         said = torch.einsum("bvpi,vpij->bvpj", _with_one(_by_patch(tokens)), self.translator.to(tokens))
-        return replace(batch, feature=said.unflatten(-1, (len(frames), -1)).transpose(2, 3))
+        return batch.with_feature(said.unflatten(-1, (len(frames), -1)).transpose(2, 3))
 
     def act(self,
         batch:Batch, # with `video` (B,V,T,3,H,W): the present frame, and those that will come
@@ -215,10 +215,10 @@ def future_losses(
     def loss(make):
         contexts = [exchanged_context(given, make(b)) for b in batches]
         return float(np.mean([sample_losses(given, c, b.action, (seed, i)).mean().item() for i, (c, b) in enumerate(zip(contexts, batches))]))
-    def own(b): return replace(b, feature=policy.features(b))
+    def own(b): return b.with_feature(policy.features(b))
     def far(b): return other_samples(b.text, seed).tolist() # of another task
-    def rolled(b): return replace(b, feature=policy.features(b)[far(b)])
-    def wrong(b): return replace(b, feature=misled(policy, [b.text[i] for i in far(b)]).features(b))
+    def rolled(b): return b.with_feature(policy.features(b)[far(b)])
+    def wrong(b): return b.with_feature(misled(policy, [b.text[i] for i in far(b)]).features(b))
     def shown(way, b): return way.with_features(b, _batch_codes(policy, b))
     def other(way, b): return way.with_features(b, torch.cat([(c := _batch_codes(policy, b))[:, :, :1], c[far(b), :, 1:]], 2))
     rows = [dict(future="foreseen; wrong: misled", right=loss(own), wrong=loss(wrong)), dict(future="foreseen; wrong: all of another sample", right=loss(own), wrong=loss(rolled))]

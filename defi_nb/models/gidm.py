@@ -207,16 +207,21 @@ def embed(self:GIDM,
     return self.to_codebook(self.encoder(self.action_latent, features, self.lang_proj(text), mask))
 
 @patch
-def encode(self:GIDM,
-    features:Tensor, # (B,2,P,in_dim) of the two frames
-    text:Tensor, # (B,L,text_dim) T5's token features
-    text_mask:Tensor|None = None, # (B,L) bool, True for real tokens; None if all are
+def quantise(self:GIDM,
+    emb:Tensor, # (B,Q,code_dim) from `embed`
 )->LatentActions:
-    "Infer the latent actions."
-    emb, follows = self.embed(features, text, text_mask), self.cfg.codebook_follows
+    "The latent actions of latents before the codebook."
+    follows = self.cfg.codebook_follows
     q = self.vq(emb.detach() if follows else emb)
     loss = q.loss + F.mse_loss(q.z_q, emb.detach()) if follows else q.loss # of quantisers without a codebook loss, too
     return LatentActions(emb, q.indices, q.z_q, self.action_up(q.z_q), loss, q.codebook_loss, q.commit_loss)
+
+@patch
+def encode(self:GIDM,
+    *given, # as for `embed`
+)->LatentActions:
+    "Infer the latent actions."
+    return self.quantise(self.embed(*given))
 
 # %% ../../nbs/04_models/05_gidm.ipynb #1ccd78b4
 @patch

@@ -192,6 +192,10 @@ class CoupledPolicy(nn.Module):
     @property
     def device(self): return self.video_former.latents.device # of its weights
 
+    @property
+    def latents_frozen(self): # whether training changes nothing between GFDM's features and the latent actions
+        return self.gidm is not None and self.cfg.projection_frozen and "gidm" not in self.cfg.train
+
     def train(self, mode=True): # GFDM stays in evaluation mode, and so does a frozen GIDM
         super().train(mode)
         if self.gfdm is not None: self.gfdm.eval()
@@ -251,6 +255,16 @@ def pair_input(self:CoupledPolicy,
     view, pair = cfg.views.index(cfg.gidm.views[0]), [cfg.frames.index(frame) for frame in cfg.spec.gidm_frames]
     return self.project(_by_view(self, features)[:, view, pair]) + self.time_pos_emb
 
+def _gidm_text(policy, texts): # -> (B,L,text_dim) T5's token features, (B,L) their mask
+    return tuple(t.to(policy.device) for t in policy.encoders.t5(prepare_texts(texts, policy.cfg.gidm)))
+
+@patch
+def embed_latents(self:CoupledPolicy,
+    batch:Batch, # with `feature` and `text`
+)->Tensor: # (B,Q,gidm.code_dim), a `latent_action`
+    "GIDM's latents before the codebook."
+    return self.gidm.embed(self.pair_input(batch.feature.to(self.device).float()), *_gidm_text(self, batch.text))
+
 @patch
 def video_tokens(self:CoupledPolicy,
     features:Tensor, # (B,V,T,P,D) of GFDM, T as in `frames`; or (V*B,T,P,D), static rows first
@@ -277,10 +291,12 @@ def infer(self:CoupledPolicy,
     goal:Tensor, # (B,1,goal_dim) CLIP's pooled text
     proprio:Tensor|None = None, # (B,11) from `hand_state`, where the adapter takes it
     present:Tensor|None = None, # (B,N,video_dim) from `present_tokens`, where the configuration has it
+    emb:Tensor|None = None, # (B,Q,code_dim) GIDM's latents before the codebook, where they are known; then no text is read
 )->tuple: # context (B,M,adapter.dim); LatentActions, or None without GIDM
     "Context, and the latent actions in it."
     if self.cfg.present != (present is not None): raise ValueError(f"present is {self.cfg.present} in this policy's configuration, and its tokens are {'not ' if present is None else ''}given")
-    latent = None if self.gidm is None else self.gidm.encode(self.pair_input(features), text, text_mask)
+    if emb is None and self.gidm is not None: emb = self.gidm.embed(self.pair_input(features), text, text_mask)
+    latent = None if emb is None else self.gidm.quantise(emb)
     video = self.video_tokens(features)
     if present is not None: video = torch.cat([video, present], 1)
     return self.adapter.tokens(goal, video, None if latent is None else self.latent_tokens(latent), proprio), latent
@@ -295,17 +311,20 @@ def condition(self:CoupledPolicy,
 # %% ../../nbs/04_models/07_policy.ipynb #d56f13f9
 @patch
 def encode_batch(self:CoupledPolicy,
-    batch:Batch, # with `text`, and `feature`, `latent` or `video`; with `feature` also one of the others, where `present` is read
+    batch:Batch, # with `text`, and `feature` (and `latent_action`), `latent` or `video`; with `feature` also one of the others, where `present` is read
 )->tuple: # context (B,M,adapter.dim); LatentActions, or None without GIDM
     "Everything up to the adapter."
-    cfg, device = self.cfg, self.device
+    cfg, device, emb = self.cfg, self.device, batch.latent_action
     if batch.feature is not None and "gfdm" in cfg.train:
         raise ValueError("the batch brings a `feature`, but this policy trains GFDM, which would not learn from it: give `latent` or `video`")
+    if emb is not None and not (self.latents_frozen and batch.feature is not None):
+        raise ValueError("the batch brings a `latent_action`, but this policy's latent actions are not fixed by a `feature`: leave it out (None)")
     if cfg.present: batch = replace(batch, latent=present_latent(batch, self.encoders, cfg.spec)[:, :, None]) # encoded once
     features = self.features(batch) if batch.feature is None else batch.feature
-    text = (None, None) if self.gidm is None else (t.to(device) for t in self.encoders.t5(prepare_texts(batch.text, cfg.gidm)))
+    text = (None, None) if self.gidm is None or emb is not None else _gidm_text(self, batch.text)
     goal, proprio = goal_embedding(batch.text, self.encoders).to(device), batch_hand_state(batch, cfg.adapter, device)
-    return self.infer(features.to(device).float(), *text, goal, proprio, present_tokens(self, batch, cfg.views) if cfg.present else None)
+    present = present_tokens(self, batch, cfg.views) if cfg.present else None
+    return self.infer(features.to(device).float(), *text, goal, proprio, present, None if emb is None else emb.to(device).float())
 
 # %% ../../nbs/04_models/07_policy.ipynb #3e636968
 @patch
@@ -319,8 +338,7 @@ def loss(self:CoupledPolicy,
     if latent is None: return action_loss, logs
     logs |= dict(codebook=latent.codebook_loss.detach(), latent_spread=latent_spread(latent.emb),
                  **usage_logs(latent.indices, self.cfg.gidm.codes))
-    shaped = "gidm" in self.cfg.train or not self.cfg.projection_frozen
-    return action_loss + self.cfg.vq_weight*latent.loss if shaped else action_loss, logs
+    return action_loss if self.latents_frozen else action_loss + self.cfg.vq_weight*latent.loss, logs
 
 # %% ../../nbs/04_models/07_policy.ipynb #88cfc4f4
 @patch

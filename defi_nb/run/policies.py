@@ -26,8 +26,8 @@ from .datasets import (
     SPLITS, PolicyData, keep_run_texts, names_list, policy_data, reading_of, store_name)
 from .options import POLICIES, PolicyVariant, chosen
 from .pretrained import (
-    aligned_folder, checkpoint_name, feature_bytes, feature_file, foreseen, load_aligned, preset_in,
-    pretrained, pretrained_folder, trained_policy)
+    aligned_folder, checkpoint_name, feature_bytes, feature_file, foreseen, inferred, load_aligned,
+    preset_in, pretrained, pretrained_folder, trained_policy)
 from ..sim.playtable import PlayTable
 from ..train.auxiliary import inverse_beside
 from ..train.config import TrainConfig
@@ -174,8 +174,9 @@ def policy_samples(
         return demo.train, demo.held
     folder = project_root()/params["data"]/f"{store_name(params['split'], params['preset'])}-encoded"
     model.to(cfg.device_)
-    return tuple(foreseen(model, data, folder/feature_file(model, part, pair), pair)
-                 for data, part in ((demo.train, f"{params['data_frac']:g}"), (demo.held, "held_out")))
+    files = [folder/feature_file(model, part, pair) for part in (f"{params['data_frac']:g}", "held_out")]
+    seen = [foreseen(model, data, path, pair) for data, path in zip((demo.train, demo.held), files)]
+    return tuple(inferred(model, s, f"{path}-latents") for s, path in zip(seen, files)) if model.latents_frozen else tuple(seen)
 
 # %% ../../nbs/13_run/06_policies.ipynb #43cd8113
 def policy_auxiliary(
