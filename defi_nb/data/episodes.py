@@ -24,6 +24,7 @@ from ..core.spec import ACTION_DIM, CONTROL_HZ, VIEWS, Batch
 class DataSource:
     "What a dataset of any format offers; `units`, `texts`, `views` and `samples` are each format's own."
     unit, hz, actions, normalised = "episodes", 0., True, False
+    by_camera = False # whether the encodings of each camera are kept by themselves
 
     @property
     def parts(self): return [self] # the recordings that it joins, each with encodings of its own
@@ -106,7 +107,7 @@ class Frames(DataSource):
     segments:np.ndarray|None = None # (S,2) int64, rows of uninterrupted recordings, end inclusive
     windows:list = field(default_factory=list) # of `Window`
     joined:list = field(default_factory=list, repr=False) # the stores that `concat_frames` joined
-    unit, hz, normalised = "windows", CONTROL_HZ, True
+    unit, hz, normalised, by_camera = "windows", CONTROL_HZ, True, True
 
     @property
     def units(self): return self.windows
@@ -310,18 +311,18 @@ class Samples:
     def coded(self, field, codes, table): return CodedSamples(self, field, codes, table) # these samples with codes instead of images
 
 class FrameTable:
-    "All images of a recording, in the order of its rows."
-    def __init__(self, frames, views=VIEWS): # a recording with its video; cameras, in the order of axis V
-        self.frames, self.views = frames, tuple(views)
+    "Images of a recording, in the order of its rows."
+    def __init__(self, frames, views=VIEWS, rows=None): # a recording with its video; cameras, in the order of axis V; increasing numbers of the rows wanted, None: all
+        self.frames, self.views, self.rows = frames, tuple(views), np.arange(len(frames)) if rows is None else np.asarray(rows)
         if missing := [v for v in self.views if v not in frames.video]:
             raise ValueError(f"the recording has no view {missing}; it has {list(frames.video)}")
 
-    def __len__(self): return len(self.frames)
+    def __len__(self): return len(self.rows)
 
     def images(self, lo, hi): # (hi-lo,V,3,H,W) uint8
-        return np.stack([self.frames.video[v][lo:hi] for v in self.views], 1).transpose(0, 1, 4, 2, 3)
+        return np.stack([self.frames.video[v][self.rows[lo:hi]] for v in self.views], 1).transpose(0, 1, 4, 2, 3)
 
-    def identity(self): return frames_identity(self.frames) # what its images depend on; JSON values
+    def identity(self): return frames_identity(self.frames) # what the recording's images depend on; JSON values
 
 # %% ../../nbs/02_data/00_episodes.ipynb #5935bc31
 class ImageTable:
@@ -419,7 +420,19 @@ def actions(self:WindowDataset,
     return torch.from_numpy(action)
 
 @patch
-def tables(self:WindowDataset, datasets): return [FrameTable(part, self.views) for part in self.frames.parts]
+def tables(self:WindowDataset, datasets):
+    rows, tables, first = np.unique(np.concatenate([ds.shown() for ds in datasets])), [], 0
+    for part in self.frames.parts:
+        own = rows[(first <= rows) & (rows < first + len(part))] - first
+        tables.append(FrameTable(part, self.views, own if len(own) else [0])) # codes of one frame, where none is shown, have the others' shape
+        first += len(part)
+    return tables
+
+@patch
+def shown(self:WindowDataset):
+    "Increasing numbers of the rows whose images samples show."
+    which, t = self.anchors[self.index].T
+    return np.unique(np.minimum(t[:,None] + self.offsets, self.ends[which][:,None]))
 
 @patch
 def coded(self:WindowDataset, field, codes, table=None):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from ..core.spec import CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT, DataSpec, preset_of
+from ..core.spec import CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT, VIEWS, DataSpec, preset_of
 from ..core.utils import project_root
 from ..data.cache import encode_images, encode_samples, identity_key, keep_texts
 from ..data.calvin import named_scenes, open_calvin
@@ -134,8 +134,8 @@ def encoded(
     data="data", # folder, relative to the project's root
     preset:str="tiny", # of the encoders
     n_workers:int=2, # threads
-)->dict: # field -> `ShardRows` (N,V,...) float16
-    "What the frozen encoders make of every picture, each computed once and kept."
+)->dict: # field -> `data.cache.KeptImages` (N,V,...) float16
+    "What the frozen encoders make of every image, each computed once and kept."
     folder, made = project_root()/data/f"{store_name(split, preset)}-encoded", {f: _encoder_of(encoders, f) for f in fields}
     return {f: encode_images(FrameTable(frames), encode, folder/f, identity, n_workers=n_workers) for f, (encode, identity) in made.items()}
 
@@ -220,6 +220,7 @@ def video_data(
     video_frac:float=1., # share of each task's demonstrations in `video` that are watched, in (0, 1]; nested
     stride:int=2, # control steps between two samples of a clip, twice as many where they are held out
     chunk:int=0, # K, actions of a sample, where all data is recordings of CALVIN's kind; 0: none
+    views:int=len(VIEWS), # most cameras that are read
 )->tuple: # (samples to learn from, samples held out, list of `Piece`)
     "Samples for a pretraining."
     spec, where = preset_of(DataSpec, preset), ",".join(video_splits(split, video))
@@ -229,7 +230,7 @@ def video_data(
         if video_frac != 1 and not others: raise ValueError(f"video_frac is {video_frac}: a share can be taken of further recordings of the embedded simulator (`video`); give other data weights, as in data/bridge*0.3,data/ego4d*0.7")
         if chunk and (more or not first.data.normalised):
             raise ValueError(f"{', '.join(f'{p.name} ({p.format})' for p in pieces)}: actions beside video are read from recordings of the simulator, or one folder in CALVIN's format; leave the labels out, or name such data")
-        views, train, held = min(len(p.views) for p in pieces), {}, {}
+        views, train, held = min(views, *(len(p.views) for p in pieces)), {}, {}
         for piece in pieces:
             units, unseen = split_units(piece)
             if others: units = _watched_share(units, len(own), video_frac)
@@ -243,9 +244,9 @@ def _encoded_folders(piece, data, preset): # where the encodings of a dataset, o
     return [project_root()/data/f"{store_name(name, preset)}-encoded" for name in piece.names or (piece.name,)]
 
 def _codes(piece, sets, field, encoders, keep_gb, folders, views):
-    "Samples with codes instead of images; those of fewer cameras than there are have files of their own."
+    "Samples with codes instead of images; those of fewer cameras than there are have files of their own, unless each camera's are."
     encode, identity = _encoder_of(encoders, field)
-    name = field if views >= len(piece.views) else f"{field}-{piece.views[0]}"
+    name = field if piece.data.by_camera or views >= len(piece.views) else f"{field}-{piece.views[0]}"
     return encode_samples(sets, encode, field, [folder/name for folder in folders], identity, keep_gb)
 
 def _video_pair(piece, parts, field, encoders, keep_gb, folders, stride, kw):

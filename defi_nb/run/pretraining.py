@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 
-from ..core.spec import CONTROL_HZ, DataSpec, preset_of
+from ..core.spec import CONTROL_HZ, VIEWS, DataSpec, preset_of
 from ..core.utils import project_root
 from ..data.cache import JoinedSamples
 from ..data.episodes import show_tasks
 from ..models.aligned_gidm import AlignConfig, AlignedGIDM
 from ..models.encoders import weights_digest
+from ..models.gidm import GIDMConfig
 from ..models.policy import CoupledPolicy, PolicyConfig
 from .datasets import names_list, reading_of, store_name, video_data
 from .options import chosen
@@ -117,15 +118,17 @@ def forward_model(
     return check_draws(load_model(project_root()/policy, encoders, expect=("CoupledPolicy",)).gfdm)
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #c036880e
+def _cameras(cfg): return 1 + max(map(VIEWS.index, cfg.views)) # that samples need, so that a GIDM finds its own
+
 def inverse_pairs(
     params:dict, # of the run
     encoders, # `models.encoders.Encoders`
     cfg:TrainConfig, # of the training
 )->tuple: # training samples, held-out samples, list of `data.load.Piece`
-    "Pairs of frames with DINO's features."
-    labels, gap = params["auxiliary"]["labels"], params["gap"]
+    "Pairs of frames with DINO's features, of the cameras that a GIDM reads."
+    labels, gap, views = params["auxiliary"]["labels"], params["gap"], _cameras(preset_of(GIDMConfig, params["preset"]))
     times = lambda piece: (0, piece.pair_seconds(gap, params["gap_seconds"]))
-    train, held, pieces = _read(params, encoders, cfg, "dino", times, chunk=gap if labels else 0)
+    train, held, pieces = _read(params, encoders, cfg, "dino", times, chunk=gap if labels else 0, views=views)
     if labels: train = FewLabels(train, labels)
     print(*(f"{piece}; pairs {times(piece)[1]:.2f} s apart" for piece in pieces), f"{len(train)} pairs, {len(held)} held out", sep="\n")
     return train, held, pieces
@@ -176,7 +179,7 @@ def alignment_samples(
     pair = lambda piece: (0, piece.pair_seconds(params["gap"], params["gap_seconds"]))
     reads, more = getattr(policy.gfdm, "reads", "latent"), dict(stride=params["stride"])
     present = _read(params, encoders, cfg, reads, (0.,), **more)
-    true = _read(params, encoders, cfg, "dino", pair, **more)
+    true = _read(params, encoders, cfg, "dino", pair, views=_cameras(policy.cfg), **more) # a policy with GIDM's camera alone
     folder, policy = project_root()/params["data"]/f"{store_name(params['split'], params['preset'])}-encoded", policy.to(cfg.device_)
     kept = lambda samples, part: foreseen(policy, samples, folder/feature_file(policy, part)) if hasattr(samples, "digest") else StepFeatures(policy, samples)
     joined = [JoinedSamples(t, kept(p, part)) for t, p, part in zip(true, present, ("video", "video_held_out"))]
