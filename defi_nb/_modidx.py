@@ -3327,7 +3327,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'defi_nb.run.cli.options_of': ('13_run/cli.html#options_of', 'defi_nb/run/cli.py'),
                                  'defi_nb.run.cli.read_parameters': ('13_run/cli.html#read_parameters', 'defi_nb/run/cli.py'),
                                  'defi_nb.run.cli.run_folder': ('13_run/cli.html#run_folder', 'defi_nb/run/cli.py'),
-                                 'defi_nb.run.cli.run_graph': ('13_run/cli.html#run_graph', 'defi_nb/run/cli.py'),
                                  'defi_nb.run.cli.run_notebook': ('13_run/cli.html#run_notebook', 'defi_nb/run/cli.py'),
                                  'defi_nb.run.cli.run_notebooks': ('13_run/cli.html#run_notebooks', 'defi_nb/run/cli.py'),
                                  'defi_nb.run.cli.write_html': ('13_run/cli.html#write_html', 'defi_nb/run/cli.py'),

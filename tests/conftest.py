@@ -57,8 +57,8 @@ def toy(tmp_path):
                    "import time\nfor i in range(n):\n    print('step', i, flush=True)\n    time.sleep(pause)",
                    "cli.write_metrics(folder, {'n': n})")
     write_notebook(tmp_path/"nbs/chain.ipynb", "# Chain\n\n> counts twice", parameters, start.format("chain"),
-                   "jobs = [('count', {'n': n, 'pause': pause}, folder/name) for name in ('one', 'two')]",
-                   "cli.write_metrics(folder, {'both': cli.run_notebooks(jobs)})")
+                   "jobs = {name: ('count', {'n': n, 'pause': pause}, folder/name) for name in ('one', 'two')}",
+                   "cli.write_metrics(folder, {'both': [*cli.run_notebooks(jobs)[0].values()]})")
     return tmp_path
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_notebook', 'describe', 'options_of', 'read_parameters', 'check_parameters', 'check_injected', 'write_metrics',
-           'earlier_run', 'run_folder', 'write_html', 'execute', 'run_notebook', 'run_notebooks', 'run_graph', 'main']
+           'earlier_run', 'run_folder', 'write_html', 'execute', 'run_notebook', 'run_notebooks', 'main']
 
 # %% ../../nbs/13_run/01_cli.ipynb #bcc220ea
 import difflib
@@ -290,34 +290,29 @@ def run_notebook(
     if child.returncode: raise RuntimeError(last[0].removeprefix("defi-nb: ") if last else f"{name} ended with exit status {child.returncode}")
     return json.loads((folder/"metrics.json").read_text())
 
-def run_notebooks(
-    jobs:list, # of (name, params, out), as `run_notebook` takes them
-    parallel:int=2, # processes at a time
-)->list: # their metrics, in the same order
-    "Several runs at a time; where one fails, the others are finished before its error is raised."
-    threads = 1 if min(parallel, len(jobs)) > 1 else 0
-    with ThreadPoolExecutor(parallel) as pool:
-        return [future.result() for future in [pool.submit(run_notebook, *job, threads) for job in jobs]]
-
 # %% ../../nbs/13_run/01_cli.ipynb #4b214eaa
-def run_graph(
-    jobs:dict, # name -> (notebook, params, out, names of jobs that must be finished before), earlier ones first
+def run_notebooks(
+    jobs:dict, # name -> (notebook, params, out), as `run_notebook` takes them, and a list of jobs that must be finished before, if there are any
     parallel:int=2, # processes at a time
-)->tuple: # name -> metrics; name -> seconds that it took here
-    "Runs that build on one another, each as early as it can start; where one fails, those at work are finished before its error is raised."
-    waiting, running, done, seconds = dict(jobs), {}, {}, {}
-    def timed(name, notebook, params, out, _):
+)->tuple: # name -> metrics, in the same order; name -> seconds that it took here
+    "Several runs at a time, each as early as it can start; where one fails, those that don't need it are finished before its error is raised."
+    waiting, running, done, seconds, failed = dict(jobs), {}, {}, {}, []
+    threads = int(min(parallel, len(jobs)) > 1)
+    def timed(notebook, params, out, *_):
         began = time.perf_counter()
-        metrics = run_notebook(notebook, params, out, int(parallel > 1))
-        return metrics, time.perf_counter() - began
+        return run_notebook(notebook, params, out, threads), time.perf_counter() - began
     with ThreadPoolExecutor(parallel) as pool:
         while waiting or running:
-            ready = [name for name, job in waiting.items() if all(n in done for n in job[3])]
-            for name in ready[:parallel - len(running)]: running[name] = pool.submit(timed, name, *waiting.pop(name))
-            if not running: raise ValueError(f"jobs wait for each other: {', '.join(waiting)}")
+            ready = [name for name, job in waiting.items() if all(n in done for n in sum(job[3:], []))]
+            for name in ready[:parallel - len(running)]: running[name] = pool.submit(timed, *waiting.pop(name))
+            if not running: break
             wait(running.values(), return_when=FIRST_COMPLETED)
-            for name in [n for n, future in running.items() if future.done()]: done[name], seconds[name] = running.pop(name).result()
-    return done, seconds
+            for name in [n for n, future in running.items() if future.done()]:
+                if error := (future := running.pop(name)).exception(): failed.append(error)
+                else: done[name], seconds[name] = future.result()
+    if failed: raise failed[0]
+    if waiting: raise ValueError(f"jobs wait for each other: {', '.join(map(str, waiting))}")
+    return {name: done[name] for name in jobs}, seconds
 
 # %% ../../nbs/13_run/01_cli.ipynb #17c79842
 def _print_list():

@@ -100,7 +100,7 @@ DEMO_POLICIES = ("plain_all", "plain_few", "blind_few", "coupled_all", "coupled_
 def demo_jobs(
     params:dict, # of `pipeline`
     folder, # of its run, absolute
-)->dict: # name -> (notebook, params, out, names of jobs before), for `run.cli.run_graph`
+)->dict: # name -> (notebook, params, out, names of jobs before), for `run.cli.run_notebooks`
     "The trainings and evaluations of the demonstration."
     split, ckpts = params["split"], params["ckpts"]
     shared, seed = {n: params[n] for n in ("split", "tasks", "demos", "data")}, dict(seed=params["seed"])
