@@ -232,7 +232,7 @@ def row_jobs(
     runs:list, # of `eval.published.AblationRun`
     params:dict, # of the run notebook: split, tasks, demos, data, ckpts, steps, pretrain_steps and chains
     folder, # of its run, absolute
-)->dict: # name -> (notebook, params, out, names of jobs before), for `run.cli.run_graph`
+)->dict: # name -> (notebook, params, out, names of jobs before), for `run.cli.run_notebooks`
     "The pretrainings, trainings and evaluations of rows."
     shared, ckpts = {n: params[n] for n in ("split", "tasks", "data")}, params["ckpts"]
     learn, split, jobs = shared | dict(demos=params["demos"]), params["split"], {}
