@@ -96,7 +96,7 @@ def _check_scenes(
     "Check which scene each frame is said to be of."
     path, config = root/"scene_info.npy", root/".hydra"/"merged_config.yaml"
     text = config.read_text(errors="replace") if config.exists() else ""
-    told = set(re.findall(r"calvin_scene_([A-D]\b|G\d+(?:-hand)?)", text))
+    told = set(re.findall(r"calvin_scene_([A-D]\b|[GP]\d+(?:-hand)?)", text))
     if re.search(r"use_nullspace:\s*false", text): exam.find("warning", f"{name}: an old configuration", config, "use_nullspace: false", "use_nullspace: true", "set it to true (it was wrong before February 2022): CALVIN's environment reads this file")
     if not path.exists(): return {}
     spans = exam.attempt(f"{name}: scenes can't be read", path, partial(scene_spans, root))

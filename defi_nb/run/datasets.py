@@ -49,6 +49,7 @@ def label_fractions(
 SPLITS = { # name -> scenes to learn in, scenes of the evaluation
     "D_D": ("D", "D"), "ABC_D": ("ABC", "D"), "ABCD_D": ("ABCD", "D"),
     "G_G": ("G0:100", "G1000:1100"), # generated scenes, each evaluation chain in a new one
+    "P_P": ("P0:100", "P1000:1100"), # the same places in the look of D
     "more_G": ("G100:300", "G1000:1100"), "hand_G": ("G300:400-hand", "G1000:1100"), # further video: of more scenes, of another body
 }
 

@@ -115,17 +115,18 @@ def random_layout(
                   grain=number, yaws=tuple(rng.uniform(0, np.pi, 3).tolist()), look=_look(rng, at["button"], at["switch"]))
 
 # %% ../../nbs/01_sim/01_layout.ipynb #9c69c733
-_NAME = re.compile(r"([A-D]|G\d+)(-hand)?")
+_NAME = re.compile(r"([A-D]|[GP]\d+)(-hand)?")
 
 def layout_of(
-    scene:str, # "A" to "D", or "G" and a number; then "-hand" for the floating hand
+    scene:str, # "A" to "D", or "G" or "P" and a number; then "-hand" for the floating hand
 )->Layout: # of this scene
     "A scene's layout, or an error that says which there are."
     if not (match := _NAME.fullmatch(scene)):
         raise ValueError(f"there is no scene {scene!r}: choose one of {', '.join(LAYOUTS)}, or G and a number, such as G17, "
-                         "for a generated one; with -hand for a floating hand in place of the arm")
+                         "for a generated one, P17 for its places in D's look; with -hand for a floating hand in place of the arm")
     name, hand = match.groups()
     layout = LAYOUTS[name] if name in LAYOUTS else random_layout(int(name[1:]))
+    if name[0] == "P": layout = replace(layout, **{n: getattr(LAYOUTS["D"], n) for n in ("wood", "doors", "grain", "look")})
     return replace(layout, body="hand") if hand else layout
 
 # %% ../../nbs/01_sim/01_layout.ipynb #b5f33e72
@@ -135,8 +136,8 @@ def scene_names(
     "The scenes that a text names."
     names = []
     for part in text.split(","):
-        if span := re.fullmatch(r"G(\d+):(\d+)(-hand)?", part := part.strip()):
-            names += [f"G{i}{span[3] or ''}" for i in range(int(span[1]), int(span[2]))]
+        if span := re.fullmatch(r"([GP])(\d+):(\d+)(-hand)?", part := part.strip()):
+            names += [f"{span[1]}{i}{span[4] or ''}" for i in range(int(span[2]), int(span[3]))]
         else: names += [*part] if re.fullmatch("[A-D]+", part) else [part]
     for name in names: layout_of(name)
     if not names or len({*names}) < len(names): raise ValueError(f"scenes are {text!r}: name at least one, and each only once")
