@@ -15,6 +15,7 @@ from dataclasses import dataclass
 class GFDMVariant:
     "Which forward model is pretrained, and on what video."
     forward:str = "svd" # the network: svd, or dino, which predicts DINO's features (Table 6)
+    start:str = "" # folder of a checkpoint whose weights are gone on from; empty is the preset's own start
     video:str = "" # further splits or data, separated by commas, whose video is used too; empty is the own scenes only (Table 5)
     video_frac:float = 1. # fraction of the demonstrations in further recordings of the simulator (`video`), in (0, 1] (Figure 8)
 
@@ -23,6 +24,7 @@ class GIDMVariant:
     "Which inverse model is pretrained, and on what video."
     inverse:str = "gidm" # the network: gidm, transformer or mlp (Table 7)
     quantiser:str = "vq" # of the latent action: vq, ema, fsq, lfq, residual, binning, mixture or continuous (Table 8)
+    start:str = "" # folder of a checkpoint whose weights are gone on from; empty is the preset's own start
     video:str = "" # further splits or data, separated by commas, whose video is used too; empty is the own scenes only (Table 5)
     video_frac:float = 1. # fraction of the demonstrations in further recordings of the simulator (`video`), in (0, 1] (Figure 8)
     codes:int = -1 # size of the codebook; -1 is the preset's own, as in the next three

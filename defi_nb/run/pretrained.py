@@ -126,7 +126,7 @@ def fresh_model(
         return model
 
 # %% ../../nbs/13_run/05_pretrained.ipynb #c38ded0d
-NAMED = dict(gfdm="gfdm_", gidm="gidm_", forward="", inverse="", quantiser="", codes="codes", queries="queries", video="video_", video_frac="share", extract_step="step", train="train_", align="align", views="",
+NAMED = dict(gfdm="gfdm_", gidm="gidm_", forward="", inverse="", quantiser="", codes="codes", queries="queries", video="video_", video_frac="share", extract_step="step", train="train_", align="align", views="", start="from_",
              latents="", present="present", feature_norm="norm", latent_positions="positions", frames="frames_", gidm_frames="pair_", proprio="proprio", proprio_dropout="hidden",
              vq_weight="vq", latent_weight="latents", commitment="commitment", restart_below="restart",
              p_reverse="reverse", reversed_text="text_", antisymmetry="antisymmetry", labels="labels", label_weight="weight",
@@ -147,7 +147,7 @@ def checkpoint_name(
     if kind not in KEYS: raise ValueError(f"no kind of model is called {kind!r}; choose {', '.join(KEYS)}")
     usual, parts = KEYS[kind], [kind, preset, where_name(split)]
     for name in (n for n in NAMED if n in usual and n in made):
-        value = Path(made[name]).name if name in ("vision_encoder", "gfdm", "gidm") else made[name]
+        value = Path(made[name]).name if name in ("vision_encoder", "gfdm", "gidm", "start") else made[name]
         if value == usual[name] or names_list(str(value)) == names_list(str(usual[name])): continue
         parts.append(NAMED[name] + (f"{value:g}" if name == "data_frac" else "_".join(names_list(str(value)))))
     return "-".join([*parts, *(f"{n}_{v}" for n, v in (auxiliary or {}).items())])

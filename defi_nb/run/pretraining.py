@@ -28,6 +28,7 @@ from .pretrained import (
 from ..train.auxiliary import FewLabels, LatentAuxiliaryConfig, LatentBeside
 from ..train.config import TrainConfig
 from ..viz.denoising import check_draws
+from ..weights.checkpoint import differing_fields, plain_config
 from ..weights.load import load_model, model_info
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #8a1cdb32
@@ -49,6 +50,7 @@ def pretraining_info(
 )->dict: # for `fit(..., info=...)`
     "What a pretrained model's checkpoint notes of its run; what is the default is not noted."
     noted = {n: params[n] for n in ("preset", "split", "tasks", "demos", "gap") if n in params}
+    if params["variant"].get("start"): noted["start"] = params["variant"]["start"]
     if params["variant"]["video"]: noted |= {n: params["variant"][n] for n in ("video", "video_frac")}
     more = params.get("auxiliary", {})
     if params.get("p_reverse") or more.get("antisymmetry") or more.get("labels"):
@@ -100,10 +102,15 @@ def pretraining_model(
     kind:str, # "gfdm" or "gidm"
     params:dict, # of the run
     encoders, # `models.encoders.Encoders`
-): # a `GFDM`, `DinoForward` or `GIDM`, with weights from torch's generator
+): # a `GFDM`, `DinoForward` or `GIDM`, with weights from torch's generator, or those of `variant.start`
     "The model that a run pretrains."
     built = chosen(params["variant"], "forward", "inverse", "quantiser", "codes", "queries", "commitment", "restart_below")
-    return fresh_model(kind, encoders, None, preset=params["preset"], **built)
+    model = fresh_model(kind, encoders, None, preset=params["preset"], **built)
+    if not (start := params["variant"]["start"]): return model
+    found = load_model(project_root()/start, encoders, expect=(type(model).__name__,))
+    if differ := differing_fields(plain_config(found.cfg), plain_config(model.cfg)):
+        raise ValueError(f"variant.start is {start}, whose fields are others (there -> here: {differ}): give the variant that it was trained as, or leave start empty")
+    return found.train()
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #8ed30ad1
 def forward_model(
