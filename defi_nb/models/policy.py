@@ -107,16 +107,18 @@ class PolicyConfig:
     present:bool = False # whether the adapter reads the present frames' VAE latents too, as a `PlainPolicy` does
     feature_norm:bool = False # LayerNorm on GFDM's features, before the Video Former and in the network to GIDM's input
     latent_positions:bool = False # whether each latent action has a learned position; without, the adapter cannot tell the queries apart
+    latent_dropout:float = 0. # probability in training that a sample's latent actions are hidden from the adapter, in [0, 1)
     projection_frozen:bool = False # whether the network to GIDM's input keeps its weights, as the alignment left them
 
     @classmethod
     def tiny(cls):
         return cls(feature_dim=384, project_hidden=256, gidm=replace(GIDMConfig.tiny(), dec_blocks=0), train=("adapter",),
-                   latents="both", feature_norm=True, latent_positions=True, projection_frozen=True)
+                   latents="both", feature_norm=True, latent_positions=True, latent_dropout=.5, projection_frozen=True)
 
     def without_gidm(self): # the same policy with Video Former and adapter alone, as VPP
         train = tuple(part for part in self.train if part != "gidm")
-        return replace(self, latents="none", latent_positions=False, projection_frozen=False, train=train, adapter=replace(self.adapter, latent_dim=0))
+        return replace(self, latents="none", latent_positions=False, latent_dropout=0., projection_frozen=False,
+                       train=train, adapter=replace(self.adapter, latent_dim=0))
 
     @classmethod
     def paper(cls):
@@ -137,6 +139,8 @@ def _check_policy_config(
              "gidm.dec_blocks, 0": (cfg.gidm.dec_blocks, 0)}
     wrong = [f"{names} are {a}, {b}" for names, (a, b) in pairs.items() if a != b]
     if wrong: raise ValueError("these must be equal: " + "; ".join(wrong))
+    if not 0 <= cfg.latent_dropout < 1 or cfg.latent_dropout and not inverse:
+        raise ValueError(f"latent_dropout is {cfg.latent_dropout}: it is in [0, 1), and 0 where latents is 'none'")
     needed = set(cfg.spec.gidm_frames) if inverse else set()
     if not needed <= set(cfg.frames) <= set(range(cfg.spec.frames)):
         raise ValueError(f"frames {cfg.frames} must be among GFDM's {cfg.spec.frames} "
@@ -183,6 +187,7 @@ class CoupledPolicy(nn.Module):
             if cfg.latent_positions:
                 tokens = cfg.gidm.queries*(1 + (cfg.latents == "both"))
                 self.latent_pos_emb = nn.Parameter(.02*torch.randn(1, tokens, cfg.gidm.dim))
+            if cfg.latent_dropout: self.no_latent = nn.Parameter(.02*torch.randn(1, 1, cfg.gidm.dim))
         self.video_former = VideoFormer(cfg.feature_dim, cfg.former_dim, cfg.former_depth, len(cfg.frames),
                                         cfg.former_queries, cfg.former_heads, cfg.former_head_dim, cfg.former_hidden)
         self.adapter = ActionAdapter(cfg.adapter)
@@ -280,7 +285,10 @@ def latent_tokens(self:CoupledPolicy,
     "What the adapter reads of the latent actions."
     code, before = latent.latent_actions, lambda: self.gidm.action_up(latent.emb)
     tokens = dict(code=lambda: code, embedding=before, both=lambda: torch.cat([code, before()], 1))[self.cfg.latents]()
-    return tokens + self.latent_pos_emb if self.cfg.latent_positions else tokens
+    if self.cfg.latent_positions: tokens = tokens + self.latent_pos_emb
+    if not (self.training and self.cfg.latent_dropout): return tokens
+    hidden = torch.rand(len(tokens), 1, 1, device=tokens.device) < self.cfg.latent_dropout
+    return torch.where(hidden, self.no_latent, tokens)
 
 # %% ../../nbs/04_models/07_policy.ipynb #1368bf0e
 @patch

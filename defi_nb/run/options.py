@@ -96,6 +96,7 @@ class PolicyVariant:
     codes:int = -1 # size of GIDM's codebook; -1, or empty for text, is the preset's own, as in all that follow
     queries:int = -1 # GIDM's latent-action tokens per transition
     latents:str = "" # what of GIDM the adapter reads: code, embedding (before the codebook), both, or none
+    latent_dropout:float = -1. # probability in training that a sample's latent actions are hidden, in [0, 1)
     present:int = -1 # 1: the adapter reads the present frames' latents too; 0: not
     feature_norm:int = -1 # 1: LayerNorm on GFDM's features; 0: none
     latent_positions:int = -1 # 1: each latent action has a learned position; 0: none

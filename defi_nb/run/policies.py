@@ -100,7 +100,7 @@ def _coupled_config(params, gfdm, views, robot):
         raise ValueError(f"variant.latents is {variant['latents']!r}, and policy no_gidm has none: leave it out, or take policy coupled")
     frames = {n: tuple(map(int, names_list(text))) for n, text in chosen(variant, "frames", "gidm_frames").items()}
     switches = {n: bool(v) for n, v in chosen(variant, "present", "feature_norm", "latent_positions").items()}
-    base = preset_of(PolicyConfig, params["preset"], feature_dim=gfdm.feature_shape()[-1], views=views, **switches, **chosen(variant, "latents", "vq_weight"))
+    base = preset_of(PolicyConfig, params["preset"], feature_dim=gfdm.feature_shape()[-1], views=views, **switches, **chosen(variant, "latents", "latent_dropout", "vq_weight"))
     pair, adapter = {n: frames.pop(n) for n in ("gidm_frames",) if n in frames}, _adapter(base, params, robot)
     fresh = params["pretrained"]["gidm"] == "untrained" # then GIDM has only the actions to learn from
     train = names_list(variant["train"]) or (("gidm", "adapter") if fresh else base.train)

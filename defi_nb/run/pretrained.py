@@ -127,7 +127,7 @@ def fresh_model(
 
 # %% ../../nbs/13_run/05_pretrained.ipynb #c38ded0d
 NAMED = dict(gfdm="gfdm_", gidm="gidm_", forward="", inverse="", quantiser="", codes="codes", queries="queries", video="video_", video_frac="share", extract_step="step", train="train_", align="align", views="", start="from_",
-             latents="", present="present", feature_norm="norm", latent_positions="positions", frames="frames_", gidm_frames="pair_", proprio="proprio", proprio_dropout="hidden",
+             latents="", latent_dropout="drop", present="present", feature_norm="norm", latent_positions="positions", frames="frames_", gidm_frames="pair_", proprio="proprio", proprio_dropout="hidden",
              vq_weight="vq", latent_weight="latents", commitment="commitment", restart_below="restart",
              p_reverse="reverse", reversed_text="text_", antisymmetry="antisymmetry", labels="labels", label_weight="weight",
              data_frac="frac", seed="seed", vision_encoder="") # what a checkpoint's name holds, in this order -> the word before its value
