@@ -113,7 +113,7 @@ class PolicyConfig:
     @classmethod
     def tiny(cls):
         return cls(feature_dim=384, project_hidden=256, gidm=replace(GIDMConfig.tiny(), dec_blocks=0), train=("adapter",),
-                   latents="both", feature_norm=True, latent_positions=True, latent_dropout=.5, projection_frozen=True)
+                   latents="both", feature_norm=True, latent_positions=True, projection_frozen=True)
 
     def without_gidm(self): # the same policy with Video Former and adapter alone, as VPP
         train = tuple(part for part in self.train if part != "gidm")
