@@ -295,10 +295,11 @@ def study_failures(
     todo = [(r, i) for r, i in _choose_tasks(records, failures, control, config.seed) if (r["chain"], i) not in done]
     for record, i in progress_bar(todo, desc="tasks", unit="task", disable=not progress):
         chain, sequence = replay_to(record, sequences[record["chain"]], i, envs[0]), sequences[record["chain"]]
+        start = TaskStart(chain, snapshot(chain.env)) # or an error, where it can't be put back
         there = [e.in_scene(chain.env.scene) for e in envs] # the same ones where all chains are of one scene
         row = dict(chain=record["chain"], number=i, task=chain.task, text=chain.text, solved=i < record["solved"], steps=record["steps"][i])
         other = _other_text(chain.task, sequences, i) if foresees and row["solved"] else None
-        row |= study_task(policy, informed, TaskStart(chain, snapshot(chain.env)), config, offsets, there, other and misled(policy, [other]))
+        row |= study_task(policy, informed, start, config, offsets, there, other and misled(policy, [other]))
         row["verdict"] = None if row["solved"] else verdict(row["expert"], row["again"], row["true"])
         if foresees:
             watched = watch(policy, record, sequence, config, make_env, only=i, expert=True, pictures=False)
