@@ -4749,4 +4749,10 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                'defi_nb.weights.tiny_encoders.t5_twin': ( '05_weights/tiny_encoders.html#t5_twin',
                                                                                           'defi_nb/weights/tiny_encoders.py'),
                                                'defi_nb.weights.tiny_encoders.vae_twin': ( '05_weights/tiny_encoders.html#vae_twin',
-                                                                                           'defi_nb/weights/tiny_encoders.py')}}}
+                                                                                           'defi_nb/weights/tiny_encoders.py')},
+            'defi_nb.weights.zoo': { 'defi_nb.weights.zoo.checkpoint_path': ( '05_weights/zoo.html#checkpoint_path',
+                                                                              'defi_nb/weights/zoo.py'),
+                                     'defi_nb.weights.zoo.in_half': ('05_weights/zoo.html#in_half', 'defi_nb/weights/zoo.py'),
+                                     'defi_nb.weights.zoo.model_card': ('05_weights/zoo.html#model_card', 'defi_nb/weights/zoo.py'),
+                                     'defi_nb.weights.zoo.ship': ('05_weights/zoo.html#ship', 'defi_nb/weights/zoo.py'),
+                                     'defi_nb.weights.zoo.zoo_folder': ('05_weights/zoo.html#zoo_folder', 'defi_nb/weights/zoo.py')}}}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 class GFDMVariant:
     "Which forward model is pretrained, and on what video."
     forward:str = "svd" # the network: svd, or dino, which predicts DINO's features (Table 6)
-    start:str = "" # folder of a checkpoint whose weights are gone on from; empty is the preset's own start
+    start:str = "" # folder of a checkpoint whose weights are gone on from, or shipped, the package's; empty is the preset's own start
     video:str = "" # further splits or data, separated by commas, whose video is used too; empty is the own scenes only (Table 5)
     video_frac:float = 1. # fraction of the demonstrations in further recordings of the simulator (`video`), in (0, 1] (Figure 8)
 
@@ -24,7 +24,7 @@ class GIDMVariant:
     "Which inverse model is pretrained, and on what video."
     inverse:str = "gidm" # the network: gidm, transformer or mlp (Table 7)
     quantiser:str = "vq" # of the latent action: vq, ema, fsq, lfq, residual, binning, mixture or continuous (Table 8)
-    start:str = "" # folder of a checkpoint whose weights are gone on from; empty is the preset's own start
+    start:str = "" # folder of a checkpoint whose weights are gone on from, or shipped, the package's; empty is the preset's own start
     video:str = "" # further splits or data, separated by commas, whose video is used too; empty is the own scenes only (Table 5)
     video_frac:float = 1. # fraction of the demonstrations in further recordings of the simulator (`video`), in (0, 1] (Figure 8)
     codes:int = -1 # size of the codebook; -1 is the preset's own, as in the next three
@@ -58,8 +58,8 @@ class AlignVariant:
 @dataclass(frozen=True)
 class AlignStart:
     "The models that are aligned."
-    gfdm:str = "" # a checkpoint's folder, or Stable Video Diffusion's; empty is the default's, made if missing; "untrained" is what its pretraining starts from
-    gidm:str = "" # a checkpoint's folder, or an official file; empty is the default's, made if missing; "untrained" is what its pretraining starts from
+    gfdm:str = "" # a checkpoint's folder, or Stable Video Diffusion's; shipped is the package's; empty is the default's, made if missing; "untrained" is what its pretraining starts from
+    gidm:str = "" # a checkpoint's folder, or an official file; shipped is the package's; empty is the default's, made if missing; "untrained" is what its pretraining starts from
     steps:int = 0 # optimiser steps of a GFDM or GIDM that has to be made first; 0 is its notebook's default
 
 # %% ../../nbs/13_run/00_options.ipynb #d7b7b97c
@@ -111,8 +111,8 @@ class PolicyVariant:
 @dataclass(frozen=True)
 class Pretrained:
     "What a policy starts from."
-    gfdm:str = "" # a checkpoint's folder, or Stable Video Diffusion's; empty is CKPTS/gfdm-PRESET-SPLIT, made if missing; "untrained" is what its pretraining starts from
-    gidm:str = "" # a checkpoint's folder, or an official file; empty is CKPTS/gidm-PRESET-SPLIT, made if missing; "untrained" is what its pretraining starts from
+    gfdm:str = "" # a checkpoint's folder, or Stable Video Diffusion's; shipped is the package's; empty is CKPTS/gfdm-PRESET-SPLIT, made if missing; "untrained" is what its pretraining starts from
+    gidm:str = "" # a checkpoint's folder, or an official file; shipped is the package's; empty is CKPTS/gidm-PRESET-SPLIT, made if missing; "untrained" is what its pretraining starts from
     aligned:str = "" # a checkpoint's folder of `align`; empty is CKPTS/aligned-PRESET-SPLIT, made if missing
     vision_encoder:str = "" # folder of a Hugging Face vision encoder for a direct policy; empty is a small one with random weights, or paper's DINOv2 from ckpts
     steps:int = 0 # optimiser steps of a GFDM, GIDM or alignment that has to be made first; 0 is its notebook's default

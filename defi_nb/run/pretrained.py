@@ -36,6 +36,7 @@ from ..train.fit import SpreadRatio
 from ..weights.checkpoint import read_config
 from ..weights.load import find_base_model, is_finished, load_model
 from ..weights.official import load_gfdm, load_gidm
+from ..weights.zoo import checkpoint_path
 
 # %% ../../nbs/13_run/05_pretrained.ipynb #1d8a4001
 def feature_file(
@@ -173,14 +174,14 @@ def _folder_name(kind, choice, shared, variant, ckpts): # as for `pretrained_fol
 
 def pretrained_folder(
     kind:str, # "gfdm" or "gidm"
-    choice:str, # folder of a finished checkpoint, relative to the project's root; "": the default's
+    choice:str, # folder of a finished checkpoint, relative to the project's root; "shipped": the package's; "": the default's
     shared:dict, # parameters for the notebook that makes a missing one, `split` and `preset` among them
     variant:dict|None=None, # which one: keys of `run.options.GFDMVariant` or `run.options.GIDMVariant`; others are not looked at
     ckpts="ckpts", # folder of the default's checkpoints, relative to the project's root
 )->Path: # absolute folder of a finished checkpoint
     "A forward or inverse model's checkpoint; the default's is made first where it is missing."
     own, name = _own(kind, variant), _folder_name(kind, choice, shared, variant, ckpts)
-    folder = project_root()/name
+    folder = checkpoint_path(name, kind)
     if choice and not is_finished(folder): raise FileNotFoundError(f"{folder} holds no finished {kind} checkpoint: correct the path, or leave {kind} empty for the default's")
     with _made_by_one(folder) as missing:
         if missing:
@@ -259,21 +260,21 @@ def spread_log(
 
 # %% ../../nbs/13_run/05_pretrained.ipynb #6f2b2315
 def trained_policy(
-    choice:str, # one of `run.options.POLICIES`, the default's; or the folder of a checkpoint, relative to the project's root
+    choice:str, # one of `run.options.POLICIES`, the default's; "shipped", the package's; or the folder of a checkpoint
     params:dict, # for `train_coupled`, where the default's is missing; `split` among them
     ckpts="ckpts", # folder of the default's checkpoints, relative to the project's root
 ): # absolute folder of a finished checkpoint
     "A policy's checkpoint; the default's is trained first where it is missing."
     default = choice in POLICIES
-    folder = project_root()/(f"{ckpts}/{checkpoint_name(choice, params['split'])}" if default else choice)
-    if not default and not is_finished(folder): raise FileNotFoundError(f"{folder} holds no finished policy: correct the path, or choose {', '.join(POLICIES)}")
+    name = f"{ckpts}/{checkpoint_name(choice, params['split'])}" if default else choice
+    folder = checkpoint_path(name, "coupled")
+    if not default and not is_finished(folder): raise FileNotFoundError(f"{folder} holds no finished policy: correct the path, or choose shipped, {', '.join(POLICIES)}")
     with _made_by_one(folder) as missing:
         if missing:
             print(f"{folder} is not there yet: running train_coupled first")
             run_notebook("train_coupled", params | dict(policy=choice, ckpts=ckpts), f"runs/train_coupled/{datetime.now():%Y%m%d-%H%M%S}")
         else: print(f"using {folder}")
     return folder
-
 
 def model_folder(
     choice:str, # "gfdm", "gidm" or one of `run.options.POLICIES`, the default's; or the folder of a checkpoint

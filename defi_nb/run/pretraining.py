@@ -30,6 +30,7 @@ from ..train.config import TrainConfig
 from ..viz.denoising import check_draws
 from ..weights.checkpoint import differing_fields, plain_config
 from ..weights.load import load_model, model_info
+from ..weights.zoo import checkpoint_path
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #8a1cdb32
 def pretraining_checkpoint(
@@ -107,7 +108,7 @@ def pretraining_model(
     built = chosen(params["variant"], "forward", "inverse", "quantiser", "codes", "queries", "commitment", "restart_below")
     model = fresh_model(kind, encoders, None, preset=params["preset"], **built)
     if not (start := params["variant"]["start"]): return model
-    found = load_model(project_root()/start, encoders, expect=(type(model).__name__,))
+    found = load_model(checkpoint_path(start, kind), encoders, expect=(type(model).__name__,))
     if differ := differing_fields(plain_config(found.cfg), plain_config(model.cfg)):
         raise ValueError(f"variant.start is {start}, whose fields are others (there -> here: {differ}): give the variant that it was trained as, or leave start empty")
     return found.train()
@@ -122,7 +123,7 @@ def forward_model(
 ): # a `GFDM`
     "The forward model that an evaluation of predicted videos asks for; one that draws no frames is refused."
     if not policy: return check_draws(pretrained("gfdm", gfdm, encoders, shared, ckpts=ckpts))
-    return check_draws(load_model(project_root()/policy, encoders, expect=("CoupledPolicy",)).gfdm)
+    return check_draws(load_model(checkpoint_path(policy, "coupled"), encoders, expect=("CoupledPolicy",)).gfdm)
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #c036880e
 def _cameras(cfg): return 1 + max(map(VIEWS.index, cfg.views)) # that samples need, so that a GIDM finds its own

@@ -36,6 +36,7 @@ from ..core.spec import ACTION_DIM, CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT, VI
 from ..eval.rollout import NoOpPolicy, RandomPolicy, obs_to_batch, on_device, predict
 from .protocol import MAX_BYTES, Client, pack, unpack
 from ..weights.load import checkpoint_digest, load_to_act
+from ..weights.zoo import zoo_folder
 
 # %% ../../nbs/11_serve/01_server.ipynb #f9946935
 _NAMES = dict(static="observation/image", gripper="observation/wrist_image", state="observation/state", prompt="prompt") # of an observation on the wire
@@ -332,12 +333,13 @@ def _check_host(
 _PLAYERS = dict(noop=NoOpPolicy, random=RandomPolicy) # to try the wire without a checkpoint
 
 def load_served(
-    name:str, # folder of a policy's checkpoint; or "noop", "random"
+    name:str, # folder of a policy's checkpoint; "shipped", the package's; or "noop", "random"
     device:str="auto", # of the policy; "auto": cuda where there is one, else cpu
 )->tuple: # the policy; the digest of its weights, empty for a player
     "A policy to be served."
     if name in _PLAYERS: return _PLAYERS[name](), ""
-    policy, digest = load_to_act(name), checkpoint_digest(name)
+    folder = zoo_folder("coupled") if name == "shipped" else name
+    policy, digest = load_to_act(folder), checkpoint_digest(folder)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try: return on_device(policy, device), digest
     except (RuntimeError, AssertionError) as e: raise ValueError(f"the policy can't be brought to device {device!r} ({(str(e).splitlines() or [''])[0]}): choose cpu, or cuda where there is one") from None
@@ -350,7 +352,7 @@ def _name(given): # "static=observation/exterior_image_1_left"
 def _parser():
     parser = ArgumentParser(prog="defi-nb serve", description="Answer robots and simulators with a policy's actions, over openpi's websocket protocol.",
                             epilog="Ctrl-C ends it when what is being computed is answered; pressed again, at once. GET /healthz answers OK.")
-    parser.add_argument("policy", help="folder of a policy's checkpoint; or noop or random, to try the wire without one")
+    parser.add_argument("policy", help="folder of a policy's checkpoint; or shipped, the tiny one of the package; or noop or random, to try the wire without one")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; one that other machines can reach is refused without a key (default: %(default)s, this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: %(default)s)")
     parser.add_argument("--key-file", default="", metavar="FILE", help="its first line is the key that clients must send; without it, the environment variable DEFI_NB_KEY, if it is set")
