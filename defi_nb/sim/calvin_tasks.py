@@ -219,7 +219,7 @@ def _fnv1_32(
 ROBOT_START = (.02586889, -.2313129, .5712808, 3.09045411, -.02908596, 1.50013585, .07999963, -1.21779124, 1.03987629,
                2.11978254, -2.34205014, -.87015899, 1.64119093, .55344928, 1.) # as robot_obs: metres and radians
 DRAWER_RANGE = .22 # metres that an open drawer is out
-SWITCH_RANGE = .088 # radians of the lever when the bulb is lit
+SWITCH_RANGE = .088 # metres that the lever is up when the bulb is lit
 _MAX_YAW = np.pi/8 # blocks are turned by a right angle, more or less by this
 
 @dataclass(frozen=True)

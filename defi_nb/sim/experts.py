@@ -12,9 +12,9 @@ from scipy.spatial.transform import Rotation
 
 from ..core.spec import POSITION_UNIT, ROTATION_UNIT
 from .calvin_tasks import (
-    COLOURS, check_tasks, initial_obs, initial_states, solved, state_after)
+    COLOURS, DRAWER_RANGE, check_tasks, initial_obs, initial_states, solved, state_after)
+from .layout import BLOCK_HALF, layout_of, make_scene_obs
 from .playtable import PlayTable
-from .layout import BLOCK_HALF, DRAWER_RANGE, layout_of, make_scene_obs
 
 # %% ../../nbs/01_sim/05_experts.ipynb #62410d64
 YAW = np.pi/2 # the hand's usual yaw, radians

@@ -15,8 +15,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from .layout import (
-    BLOCK_HALF, DRAWER_RANGE, SWITCH_RANGE, TABLE_Z, Layout, layout_of)
+from .calvin_tasks import DRAWER_RANGE, SWITCH_RANGE
+from .layout import BLOCK_HALF, TABLE_Z, Layout, layout_of
 
 # %% ../../nbs/01_sim/02_scene.ipynb #6e9c1196
 TIMESTEP = 1/480 # seconds
