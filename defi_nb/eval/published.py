@@ -113,6 +113,7 @@ ROWS = (
     Row("without GIDM pretraining", (4,), chains=125, train={"pretrained.gidm": _UNTRAINED}),
     Row("without GFDM pretraining", (4,), 3.28, 125, train={"pretrained.gfdm": _UNTRAINED}),
     Row("without either pretraining", (), train={"pretrained.gfdm": _UNTRAINED, "pretrained.gidm": _UNTRAINED}),
+    Row("latent actions hidden in half", train={"variant.latent_dropout": .5}), # of the training samples
     Row("other scenes for both", (5,), 4.51, note="the full model", gfdm=_OTHER, gidm=_OTHER),
     Row("other scenes for GIDM", (5,), chains=125, gidm=_OTHER),
     Row("other scenes for GFDM", (5,), 4.34, 125, gfdm=_OTHER),
