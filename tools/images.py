@@ -1,0 +1,99 @@
+"""The images of README.md, the start page and the docs, in nbs/images: `python tools/images.py rollout`, `results` or `gallery`.
+
+`rollout` films a chain of an evaluation of `make demo` again, with what the policy's GFDM predicts in one denoising step, as the policy
+reads it; `results` draws results/coupling; `gallery` takes stored outputs of notebooks.
+"""
+import argparse
+import base64
+import io
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+ROOT = Path(__file__).resolve().parent.parent
+IMAGES = ROOT/"nbs"/"images"
+SIZE = 320, 200  # of an image of the gallery, pixels
+GALLERY = {  # name -> notebook, number of the image among its outputs, box to keep (left, top, right, bottom) as fractions
+    "scenes": ("01_sim/04_playtable", 0, (0, 0, .75, .6)), "experts": ("01_sim/05_experts", 2, (0, 0, .6, .52)),
+    "features": ("04_models/03_encoders", 1, (.16, .1, .75, .52)), "diffusion": ("04_models/01_diffusion", 1, (0, 0, 1, 1)),
+    "codes": ("08_analysis/05_latent_plots", 2, (0, 0, 1, 1)), "attention": ("10_explore/02_export", 4, (0, 0, 1, 1)),
+    "denoising": ("09_viz/05_denoising", 4, (0, 0, 1, 1)), "serving": ("11_serve/02_robot_loop", 0, (0, 0, 1, 1))}
+
+
+def save_gif(
+    frames,  # of one size, (H,W,3) uint8
+    path,
+    fps:float,
+    colours:int=64,  # of the palette, which all frames share
+):
+    "A small GIF."
+    images = [Image.fromarray(f) for f in frames]
+    sample = Image.new("RGB", (images[0].width, images[0].height*8))
+    for i in range(8): sample.paste(images[i*len(images)//8], (0, i*images[0].height))
+    palette = sample.quantize(colours, kmeans=4)  # without it, the few pixels of a block lose their colour
+    first, *rest = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+    first.save(path, save_all=True, append_images=rest, duration=round(1000/fps), loop=0, optimize=True)
+
+
+def rollout(
+    run,  # folder of an eval_calvin run with kept actions
+    number:int=0,  # of the chain
+    every:int=7,  # control steps between two frames
+):
+    "A chain of five tasks: both cameras, what was predicted half a second ahead, and the actions."
+    from defi_nb.core.spec import CONTROL_HZ
+    from defi_nb.core.utils import project_root
+    from defi_nb.eval.evaluate import read_records
+    from defi_nb.eval.failures import watch
+    from defi_nb.eval.film import film_chain
+    from defi_nb.run.players import eval_config, find_chains
+    from defi_nb.weights.load import load_model
+    given = json.loads((run/"parameters.json").read_text())
+    sequences, source = find_chains(given["tasks"], given["chains"], given["split"])
+    config = eval_config("tiny", given["split"], source, group=given["simulation"]["group"],
+                         **{k: given[k] for k in ("steps", "execute", "seed", "precision")})
+    record = next(r for r in read_records(run) if r["chain"] == number)
+    rows = watch(load_model(project_root(run)/given["policy"]), record, sequences[number], config, steps=1)
+    last = lambda look: replace(look, frames={v: f[-1:] for v, f in look.frames.items()}, offsets=look.offsets[-1:])
+    frames = film_chain(record, sequences[number], config, every=every, looks=[last(row["look"]) for row in rows])
+    save_gif([f for f in frames if f.shape == frames[-1].shape], IMAGES/"rollout.gif", CONTROL_HZ/every)
+
+
+def results():
+    "Average lengths of results/coupling, with their intervals and each training."
+    import matplotlib.pyplot as plt
+    text = (ROOT/"results"/"coupling"/"table.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| [\d.]+ \| \*\*([\d.]+)\*\* \(([\d.]+)–([\d.]+)\) \| \d+ \| ([\d., ]+) \|", text, re.M)
+    figure, ax = plt.subplots(figsize=(7.2, 2.4), layout="constrained")
+    for y, (_, mean, low, high, seeds) in enumerate(rows):
+        ax.plot([float(low), float(high)], [y, y], lw=7, color="C0", alpha=.3, solid_capstyle="butt")
+        ax.plot([float(x) for x in seeds.split(",")], [y]*len(seeds.split(",")), "o", ms=3, color=".35")
+        ax.plot(float(mean), y, "|", ms=12, mew=2, color="C0")
+    ax.set(yticks=range(len(rows)), yticklabels=[r[0] for r in rows], xlim=(0, 5), xlabel="tasks solved in a row, of 5")
+    ax.invert_yaxis()
+    ax.grid(axis="x", alpha=.3)
+    figure.savefig(IMAGES/"results.png", dpi=110)
+
+
+def gallery():
+    "Stored outputs of notebooks, small and of one size."
+    (IMAGES/"gallery").mkdir(exist_ok=True)
+    for name, (notebook, number, box) in GALLERY.items():
+        cells = json.loads((ROOT/"nbs"/f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+        data = [o["data"][kind] for c in cells for o in c.get("outputs", ()) for kind in ("image/png", "image/jpeg") if kind in o.get("data", {})]
+        image = Image.open(io.BytesIO(base64.b64decode("".join(data[number])))).convert("RGB")
+        image = image.crop([round(f*side) for f, side in zip(box, image.size*2)])
+        ImageOps.pad(image, SIZE, color="white").quantize(96, kmeans=4).save(IMAGES/"gallery"/f"{name}.png", optimize=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("rollout", "results", "gallery"))
+    parser.add_argument("--run", type=Path, default=ROOT/"runs/demo/eval_coupled_all", help="evaluation whose chain is filmed")
+    parser.add_argument("--chain", type=int, default=0, help="its number")
+    given = parser.parse_args()
+    if given.what == "rollout": rollout(given.run, given.chain)
+    else: {"results": results, "gallery": gallery}[given.what]()
