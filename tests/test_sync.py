@@ -1,4 +1,4 @@
-"Notebooks, package and README say the same thing, and the notebooks are clean (checked in a scratch copy)."
+"Notebooks, package, README and docs say the same thing, and the notebooks are clean (checked in a scratch copy)."
 import ast
 import filecmp
 import json
@@ -10,6 +10,7 @@ import sys
 import pytest
 from conftest import LIBRARY, ROOT, RUNS, command, module
 
+PAGES = [ROOT/"README.md", *sorted((ROOT/"docs").rglob("*.md"))]
 IGNORE = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
 
 
@@ -40,7 +41,7 @@ def test_package_and_notebooks_are_in_sync_and_clean(fresh, folder, pattern):
     assert not different, f"run nbdev-export and nbdev-clean, then commit: {different}"
 
 
-def test_readme_is_made_from_the_index():
+def test_tables_of_readme_start_page_and_docs_are_up_to_date():
     done = subprocess.run([sys.executable, ROOT/"tools/readme.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -93,7 +94,7 @@ def test_names_in_text_exist():
     "What prose and comments call `floor.room` or `floor.room.name` is there, and no notebook is called by a number."
     defined = {module(p): (ROOT/"defi_nb"/f"{module(p).replace('.', '/')}.py").read_text() for p in LIBRARY}
     texts = {(p.name, i): source(c) for p in [*LIBRARY, *RUNS, ROOT/"nbs/index.ipynb"] for i, c in enumerate(json.loads(p.read_text())["cells"])}
-    texts |= {(name, 0): (ROOT/name).read_text() for name in ("README.md", "LOG.md", "NOTICE", "data/README.md", "ckpts/README.md")}
+    texts |= {(p.name, 0): p.read_text() for p in [*PAGES, *map(ROOT.joinpath, ("LOG.md", "NOTICE", "data/README.md", "ckpts/README.md"))]}
     stale = []
     for where, text in texts.items():
         named = [m for m in NAMED.finditer(text) if not re.search(r"\.(pkl|json)$", m[1])] # a file's name
@@ -102,16 +103,17 @@ def test_names_in_text_exist():
     assert not stale
 
 
-@pytest.mark.parametrize("path", [*LIBRARY, ROOT/"nbs/index.ipynb"], ids=module)
-def test_links_between_notebooks_lead_somewhere(path):
-    links = [link for c in cells(path, "markdown") for link in re.findall(r"\]\(([^)#]+\.ipynb)", source(c)) if "://" not in link]
-    base = ROOT if path.stem == "index" else path.parent # the index is also the README, which lies at the top
-    assert not [link for link in links if not (base/link).is_file()]
+@pytest.mark.parametrize("path", [*LIBRARY, ROOT/"nbs/index.ipynb", *PAGES], ids=module)
+def test_links_lead_somewhere(path):
+    "As a code host and JupyterLab follow them, images included."
+    text = path.read_text() if path.suffix == ".md" else "\n".join(source(c) for c in cells(path, "markdown"))
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", re.sub(r"```.*?```|\$\$.*?\$\$|`[^`\n]*`", "", text, flags=re.S))
+    assert not [link for link in links if "://" not in link and not (path.parent/link).is_file()]
     if path not in LIBRARY: return
     at = LIBRARY.index(path)
     neighbours = [p for p in (LIBRARY[at - 1] if at else None, *LIBRARY[at + 1:at + 2]) if p]
     last = re.findall(r"\]\(([^)]+)\)", source(json.loads(path.read_text())["cells"][-1]))
-    assert [(base/link).resolve() for link in last] == neighbours, "ends with links to the previous and the next notebook"
+    assert [(path.parent/link).resolve() for link in last] == neighbours, "ends with links to the previous and the next notebook"
 
 
 def test_no_path_of_one_machine_is_written_anywhere():

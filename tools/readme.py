@@ -1,48 +1,68 @@
-"""Make README.md from nbs/index.ipynb (or, with --check, say whether it is up to date).
+"""Fill in the tables of README.md, of the start page nbs/index.ipynb and of docs/ (or, with --check, say whether they are up to date).
 
-Markdown cells are taken as they are, code cells as Python blocks followed by what they printed. Four lines are filled in:
-`<!-- library -->` by a table of the floors of the library, `<!-- runs -->` by one of the run notebooks, `<!-- demo -->` and
-`<!-- coupling -->` by what is measured and kept in results/.
+What stands between `<!-- NAME -->` and `<!-- end -->` is made from the notebooks' titles, the packages' docstrings and results/; `TABLES`
+has the names. All else in these files is written by hand.
 """
 import ast
 import json
+import os
 import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/"nbs"
+FLOORS = sorted(NBS.glob("[0-9]*/"))
+RUNS = [p for p in sorted(NBS.glob("[a-z]*.ipynb")) if p.stem != "index"]
+REGION = re.compile(r"(<!-- (\w+) -->\n).*?(\n?<!-- end -->)", re.S)
+PAPERS = {  # run notebook -> what of DeFI's paper it answers, or of the second one on inverse dynamics (IDL)
+    "ablations": "Tables 4 to 9, Figures 5, 7, 8", "align": "", "attention": "Figure 12", "bench_evaluation": "",
+    "bench_inference": "Table 13", "bench_loader": "", "bench_serve": "", "data_efficiency": "Figure 4, Table 4", "denoising": "Figure 9",
+    "doctor": "", "eval_calvin": "Table 1", "eval_features": "IDL: Tables 4, 5", "eval_gfdm": "", "eval_gidm": "", "eval_simulators": "Table 2",
+    "explore": "", "failures": "Figures 10, 11", "gidm_reversal": "IDL: Table 6, for GIDM", "ladder": "", "monitor": "",
+    "own_data": "Table 3, on your robot", "pipeline": "Table 1, small", "pretrain_encoders": "", "pretrain_gfdm": "Section 3.2, Table 11",
+    "pretrain_gidm": "Section 3.3, Tables 7, 12", "state_aliasing": "IDL: Figure 1, Tables 4, 5, 11, 12", "train_coupled": "Section 3.4, Table 10"}
 
 
-def load(path): return json.loads(path.read_text(encoding="utf-8"))
+def source(cell): return "".join(cell["source"])
 
 
 def about(path):
     "A notebook's module (its name, for a run notebook) and the line under its title."
-    cells = load(path)["cells"]
-    module = next((m[1] for c in cells if (m := re.search(r"^#\| default_exp (\S+)", "".join(c["source"]), re.M))), path.stem)
-    line = re.search(r"^> (.+)", "".join(cells[0]["source"]), re.M)
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    module = next((m[1] for c in cells if (m := re.search(r"^#\| default_exp (\S+)", source(c), re.M))), path.stem)
+    line = re.search(r"^> (.+)", source(cells[0]), re.M)
     return module, line[1].strip() if line else ""
 
 
-def table(paths, columns):
-    rows = [(f"[`{about(p)[0]}`]({p.relative_to(ROOT).as_posix()})", about(p)[1]) for p in paths]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, ["---"]*len(columns), *rows))
+def floor_docstring(floor):
+    package = ROOT/"defi_nb"/floor.name[3:]/"__init__.py"
+    return ast.get_docstring(ast.parse(package.read_text(encoding="utf-8"))).rstrip(".")
 
 
-def floors():
-    "A row a floor: its folder, what its package's docstring says, and its rooms."
-    rows = [("floor", "what a line there knows about", "rooms"), ("---",)*3]
-    for folder in sorted(NBS.glob("[0-9]*/")):
-        about_floor = ast.get_docstring(ast.parse((ROOT/"defi_nb"/folder.name[3:]/"__init__.py").read_text(encoding="utf-8")))
-        rooms = (f"[{p.stem[3:]}]({p.relative_to(ROOT).as_posix()})" for p in sorted(folder.glob("[0-9]*.ipynb")))
-        rows.append((f"`{folder.name[3:]}`", about_floor.rstrip("."), ", ".join(rooms)))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def link(path, text, base): return f"[{text}]({Path(os.path.relpath(path, base)).as_posix()})"
 
 
-def tables():
-    runs = [p for p in sorted(NBS.glob("[a-z]*.ipynb")) if p.stem != "index"]
-    return {"library": floors(), "runs": table(runs, ["notebook", "what it does"])}
+def table(head, rows, align="---"):
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, [align]*len(head) if isinstance(align, str) else align, *rows))
+
+
+def rooms(floor): return sorted(floor.glob("[0-9]*.ipynb"))
+
+
+def floors(base):
+    "The map: a line a floor, linked to its first room."
+    return table(("floor", "what a line there knows about"), [(link(rooms(f)[0], f"`{f.name[3:]}`", base), floor_docstring(f)) for f in FLOORS])
+
+
+def library(base):
+    "The map with all rooms."
+    rows = [(f"`{f.name[3:]}`", floor_docstring(f), ", ".join(link(p, p.stem[3:], base) for p in rooms(f))) for f in FLOORS]
+    return table(("floor", "what a line there knows about", "rooms"), rows)
+
+
+def runs(base):
+    return table(("notebook", "what it does", "in the paper"), [(link(p, f"`{p.stem}`", base), about(p)[1], PAPERS[p.stem]) for p in RUNS])
 
 
 POLICIES = {"coupled_all": "coupled, all labels", "plain_all": "plain: the present frames alone, all labels",
@@ -50,51 +70,42 @@ POLICIES = {"coupled_all": "coupled, all labels", "plain_all": "plain: the prese
             "plain_few": "plain, a tenth", "blind_few": "blind: no image at all, a tenth"}
 
 
-def solved(counts): return f"{counts['successes']}/{counts['attempts']}"
-
-
-
-def demo():
+def demo(base):
     from defi_nb.eval.results import EvalResult
-    rows = [("policy", "average length of 5", "1 to 5 in a row, %", "with blocks", "with fixtures"), (":--", "--:", "--:", "--:", "--:")]
-    for name, said in POLICIES.items():
+    rows, solved = [], lambda counts: f"{counts['successes']}/{counts['attempts']}"
+    for name, policy in POLICIES.items():
         r = EvalResult.load(ROOT/"results"/"demo"/f"{name}.json")
         low, high = r.interval
-        tasks = (solved(r.families()[name]) for name in ("needs images", "fixtures"))
-        rows.append((said, f"**{r.average_length:.2f}** ({low:.2f}–{high:.2f})", ", ".join(f"{100*x:.0f}" for x in r.rates), *tasks))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        kinds = (solved(r.families()[kind]) for kind in ("needs images", "fixtures"))
+        rows.append((policy, f"**{r.average_length:.2f}** ({low:.2f}–{high:.2f})", ", ".join(f"{100*x:.0f}" for x in r.rates), *kinds))
+    return table(("policy", "average length of 5", "1 to 5 in a row, %", "with blocks", "with fixtures"), rows, (":--", *["--:"]*4))
 
 
-def results():
-    return {"demo": demo(), "coupling": (ROOT/"results"/"coupling"/"table.md").read_text(encoding="utf-8").strip()}
+def stored(name): return lambda base: (ROOT/"results"/name/"table.md").read_text(encoding="utf-8").strip()
 
 
-def printed(cell):
-    text = "".join("".join(o.get("text") or o.get("data", {}).get("text/plain", "")) for o in cell["outputs"])
-    return f"\n\n```\n{text.rstrip()}\n```" if text.strip() else ""
+TABLES = {"floors": floors, "library": library, "runs": runs, "demo": demo, "coupling": stored("coupling")}
 
 
-def block(cell):
-    source = "".join(cell["source"])
-    if cell["cell_type"] == "markdown": return source
-    if re.match(r"#\| *hide\b", source): return ""
-    return f"```python\n{source}\n```" + printed(cell)
+def filled(text, base): return REGION.sub(lambda m: m[1] + TABLES[m[2]](base) + "\n<!-- end -->", text)
 
 
-def render():
-    body = "\n\n".join(filter(None, map(block, load(NBS/"index.ipynb")["cells"])))
-    for name, filled in (tables() | results()).items(): body = body.replace(f"<!-- {name} -->", filled)
-    return body.rstrip() + "\n"
+def render(path):
+    "A file's text with its tables made again."
+    if path.suffix != ".ipynb": return filled(path.read_text(encoding="utf-8"), path.parent)
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown": cell["source"] = filled(source(cell), path.parent).splitlines(keepends=True)
+    return json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def main(args):
-    readme = ROOT/"README.md"
-    if args == ["--check"]:
-        same = readme.exists() and readme.read_text(encoding="utf-8") == render()
-        if not same: print("README.md differs from nbs/index.ipynb: run python tools/readme.py")
-        return 0 if same else 1
-    readme.write_text(render(), encoding="utf-8")
-    return 0
+    files = [ROOT/"README.md", NBS/"index.ipynb", *sorted((ROOT/"docs").rglob("*.md"))]
+    stale = [path for path in files if render(path) != path.read_text(encoding="utf-8")]
+    if args != ["--check"]:
+        for path in stale: path.write_text(render(path), encoding="utf-8")
+    elif stale: print(*(p.relative_to(ROOT) for p in stale), "differ from the notebooks or results/: run python tools/readme.py")
+    return 1 if stale and args == ["--check"] else 0
 
 
 if __name__ == "__main__": raise SystemExit(main(sys.argv[1:]))
