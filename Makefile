@@ -1,4 +1,4 @@
-# make demo, make test, make lab. The virtual environment is made on first use, and again when the pins change.
+# make demo, make test, make lab, make docs. The virtual environment is made on first use, and again when the pins change.
 #   OUT=runs/demo      folder of the demo's run; an interrupted run in it goes on, a finished one is shown
 #   ARGS="-p k v"      other parameters of the pipeline, see `defi-nb params pipeline`
 #   VENV=.venv         where the environment is, or shall be
@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3 python)
 SUITABLE := import sys, venv, ensurepip; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
-.PHONY: demo test lab install clean
+.PHONY: demo test lab docs install clean
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -25,6 +25,11 @@ test: install
 lab: install
 	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs/index.ipynb \
 	  $(if $(filter 0,$(shell id -u)),--allow-root)
+
+# search needs a server: python -m http.server -d build/docs
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "The docs: build/docs/index.html"
 
 install: $(STAMP)
 
@@ -41,6 +46,8 @@ $(STAMP): constraints.txt settings.ini setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH_FLAGS) torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps openpi-client
+	mkdir -p "$(VENV)/share/jupyter/lab/settings"
+	echo '{"@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"markdown": "Markdown Preview"}}}' > "$(VENV)/share/jupyter/lab/settings/overrides.json"
 	@touch $@
 
 # runs, data and checkpoints stay: they are results
