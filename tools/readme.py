@@ -21,7 +21,7 @@ PAPERS = {  # run notebook -> what of DeFI's paper it answers, or of the second 
     "doctor": "", "eval_calvin": "Table 1", "eval_features": "IDL: Tables 4, 5", "eval_gfdm": "", "eval_gidm": "", "eval_simulators": "Table 2",
     "explore": "", "failures": "Figures 10, 11", "gidm_reversal": "IDL: Table 6, for GIDM", "ladder": "", "monitor": "",
     "own_data": "Table 3, on your robot", "pipeline": "Table 1, small", "pretrain_encoders": "", "pretrain_gfdm": "Section 3.2, Table 11",
-    "pretrain_gidm": "Section 3.3, Tables 7, 12", "state_aliasing": "IDL: Figure 1, Tables 4, 5, 11, 12", "train_coupled": "Section 3.4, Table 10"}
+    "pretrain_gidm": "Section 3.3, Tables 7, 12", "pretrain_zoo": "Section 3.2, 3.3, small", "state_aliasing": "IDL: Figure 1, Tables 4, 5, 11, 12", "train_coupled": "Section 3.4, Table 10"}
 
 
 def source(cell): return "".join(cell["source"])
