@@ -9,6 +9,7 @@ import sys
 import tarfile
 import warnings
 import zipfile
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -253,12 +254,32 @@ def test_round_trip_of_a_gidm(tmp_path, file):
 def test_prefixes_and_wrappers():
     gidm, policy = small_gidm(), small_policy()
     bare = {n: t for n, t in gidm.state_dict().items() if not n.endswith(OURS)}
-    for prefix in ("", "lam.", "module.", "module.lam."):
-        for wrap in (lambda s: s, lambda s: {"state_dict": s, "epoch": 1}):
+    prefixes = ("", "lam.", "module.", "module.lam.", "_orig_mod.lam.", "module._orig_mod.", "_orig_mod.module.lam.", "lam._orig_mod.", "model.lam.", "ema.module.", "model._fsdp_wrapped_module.lam.")
+    for prefix in prefixes:
+        for wrap in (lambda s: s, lambda s: {"state_dict": s, "epoch": 1}, lambda s: {"ema": {"shadow": s}, "opt": {0: {}}}, lambda s: {"model_state_dict": s}):
             assert same(load_gidm(wrap({prefix + n: t for n, t in bare.items()})).state_dict(), gidm.state_dict())
     official = {official_name(n): t for n, t in policy.state_dict().items() if not n.endswith(OURS)}
-    for given in (official, {"model": official, "args": None}, {f"module.{n}": t for n, t in official.items()}):
+    started = lambda start: {start + n: t for n, t in official.items()}
+    for given in (official, {"model": official, "args": None}, *map(started, ("module.", "model.", "_orig_mod.module.", "ema_model.module.", "policy._orig_mod."))):
         assert same(load_policy(given).state_dict(), policy.state_dict())
+
+
+def wrapped(model):
+    "A model's tensors as torch's own wrappers name them: compiled inside and outside, averaged; a checkpointed block as FSDP saves it."
+    from torch.optim.swa_utils import AveragedModel
+    model.encoder = torch.compile(model.encoder)
+    tensors = AveragedModel(torch.compile(model)).state_dict()
+    return {n.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."): t for n, t in tensors.items() if not n.endswith(OURS)}
+
+
+def test_torchs_own_wrappers(tmp_path):
+    "With wrappers inside one another, and running weights beside averaged ones: all of the averaged are taken."
+    gidm = small_gidm()
+    averaged = wrapped(deepcopy(gidm))
+    assert "n_averaged" in averaged and all(any(word in n for n in averaged) for word in ("module.", "._orig_mod.", "._checkpoint_wrapped_module."))
+    running = {n: torch.full_like(t, 9) for n, t in gidm.state_dict().items()}
+    torch.save({"model": running, "ema": averaged, "optimizer": {"state": {0: {"exp_avg": torch.ones(1)}}}}, tmp_path/"a.pt")
+    assert same(load_gidm(tmp_path/"a.pt").state_dict(), gidm.state_dict())
 
 
 @pytest.mark.parametrize("change, message", [

@@ -288,16 +288,32 @@ def _map_tensor(
     return torch.frombuffer(memory, dtype=stored.dtype, count=stored.count, offset=start).as_strided(stored.size, stored.stride, stored.offset)
 
 # %% ../../nbs/00_core/05_safe_load.ipynb #f3887ac0
+_KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params") # under which
+_AVERAGED = re.compile(r"(^|_)(ema|shadow)(_|$)", re.I) # and under which averaged weights lie
+
+def _is_named_tensor(k, v): return type(k) is str and isinstance(v, torch.Tensor | Stored)
+def _is_state(tree): return all(_is_named_tensor(k, v) for k, v in tree.items())
+
+def _state_in(tree, depth=4):
+    "The state dict in nested dicts, averaged weights before running ones; None if there is none."
+    if not isinstance(tree, dict) or not tree or not depth: return None
+    if _is_state(tree): return tree
+    inside = {k: v for k, v in tree.items() if type(k) is str and isinstance(v, dict) and v}
+    usual = [k for k in inside if _AVERAGED.search(k)] + [k for k in _KEYS if k in inside]
+    for key in usual:
+        if (found := _state_in(inside[key], depth - 1)) is not None: return found
+    others = [v for v in inside.values() if _is_state(v)]
+    return others[0] if len(others) == 1 else None
+
 def state_of(
     tree, # what a checkpoint holds
 )->dict: # parameter's name -> its value
-    "The state dict in a checkpoint."
-    for key in ("state_dict", "model"):
-        if isinstance(tree, dict) and isinstance(tree.get(key), dict): tree = tree[key]
+    "The state dict in a checkpoint, under one of the usual keys or as the only one."
+    if (found := _state_in(tree)) is not None: return found
+    for _ in range(4): tree = next((tree[k] for k in _KEYS if isinstance(tree, dict) and isinstance(tree.get(k), dict)), tree)
     if not isinstance(tree, dict) or not tree: raise ValueError("it holds no state dict")
-    if wrong := [str(k)[:80] for k, v in tree.items() if type(k) is not str or not isinstance(v, torch.Tensor | Stored)]:
-        raise ValueError(f"it holds no state dict: {', '.join(wrong[:3])} is no tensor")
-    return tree
+    wrong = [str(k)[:80] for k, v in tree.items() if not _is_named_tensor(k, v)]
+    raise ValueError(f"it holds no state dict: {', '.join(wrong[:3])} is no tensor")
 
 def _mapped(path):
     with open(path, "rb") as file: return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..core.spec import VIEWS, Batch, DataSpec, check_batch
 from .action_adapter import ActionAdapter, AdapterConfig
-from .encoders import IMAGENET_MEAN, IMAGENET_STD, check_folder, no_bars
+from .encoders import IMAGENET_MEAN, IMAGENET_STD, check_folder, load_pretrained, no_bars
 from .layers import SpaceBlock, group_tokens, take_over
 from .policy import PlainPolicy, batch_hand_state, goal_embedding
 
@@ -198,7 +198,7 @@ class DirectPolicy(nn.Module):
         folder, # of a Hugging Face vision encoder, with config.json and safetensors weights
     )->"DirectPolicy": # itself
         "Take over a pretrained encoder's weights."
-        with no_bars(): given = type(self.tower).from_pretrained(check_folder(folder), dtype=torch.float32).state_dict()
+        given = load_pretrained(type(self.tower), check_folder(folder)).state_dict()
         take_over(self.tower, given, f"the encoder in {folder} does not fit this policy's {type(self.tower).__name__}", "give its config.json as `tower`")
         return self
 

@@ -4,24 +4,27 @@
 
 # %% auto #0
 __all__ = ['TWINS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'check_pictures', 'Absent', 'read_weights', 'weight_files', 'VAE', 'no_bars',
-           'check_folder', 'load_vae', 'vae_encoder', 'load_vae_encoder', 'Dino', 'load_dino', 'ClipText', 'remember',
-           'ClipTextEncoder', 'load_clip', 'T5TextEncoder', 'load_t5', 'EncoderSpec', 'weights_digest', 'Encoders',
-           'load_encoders', 'load_acting_encoders']
+           'check_folder', 'load_vae', 'vae_encoder', 'load_vae_encoder', 'load_pretrained', 'Dino', 'load_dino',
+           'ClipText', 'remember', 'ClipTextEncoder', 'load_clip', 'T5TextEncoder', 'load_t5', 'EncoderSpec',
+           'weights_digest', 'Encoders', 'load_encoders', 'load_acting_encoders']
 
 # %% ../../nbs/04_models/03_encoders.ipynb #fd11f4b6
 import hashlib
 import json
 import math
+import re
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..core.safe_load import _refusing, read_tensors
 from ..core.utils import project_root
 from .layers import group_tokens
 
@@ -67,15 +70,22 @@ class Absent(nn.Module):
 
     def forward(self, *args, **kwargs): raise ValueError(f"this part was not loaded: {self.advice}")
 
+@contextmanager
+def _tensors_in(file): # yields what has `keys()` and `get_tensor(name)`
+    "A file of weights, of which nothing is read yet; one that torch.save wrote is mapped."
+    if Path(file).suffix == ".safetensors":
+        with _refusing(file), safe_open(file, "pt") as tensors: yield tensors
+    else: yield SimpleNamespace(keys=(found := read_tensors(file)).keys, get_tensor=found.__getitem__)
+
 def read_weights(
     module, # nn.Module; its weights may be on the meta device
-    files:list, # safetensors files
+    files:list, # files of weights
     prefix:str="", # of the module's names in the files
 ): # the same module, filled
-    "Read a module's own tensors from safetensors files, and nothing else that they hold."
+    "Read a module's own tensors from files, and nothing else that they hold; every one must be there."
     wanted, found = module.state_dict(), {}
     for file in files:
-        with safe_open(file, "pt") as tensors:
+        with _tensors_in(file) as tensors:
             names = {name: name.removeprefix(prefix) for name in tensors.keys() if name.startswith(prefix)}
             found |= {own: tensors.get_tensor(name).to(wanted[own].dtype) for name, own in names.items() if own in wanted}
     if wrong := [f"{n} is missing" for n in wanted if n not in found] + [f"{n} is {tuple(found[n].shape)} and not {tuple(w.shape)}" for n, w in wanted.items() if n in found and found[n].shape != w.shape]:
@@ -83,14 +93,23 @@ def read_weights(
     module.load_state_dict(found, assign=True)
     return module
 
+# %% ../../nbs/04_models/03_encoders.ipynb #99ad1a80
+_WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?(?:-(\d+)-of-(\d+))?(?:\.(\w+))?\.(safetensors|bin)")
+_VARIANTS = {"": 0, "fp32": 1, "fp16": 2} # the best first; others, such as ema, come last
 
 def weight_files(
     folder, # of a model as diffusers saves it
 )->tuple: # of paths; in float32 where there is a choice
-    "The safetensors files of a folder."
-    for kind in (".safetensors", "-*-of-*.safetensors", ".fp16.safetensors"):
-        if found := sorted(Path(folder).glob(f"diffusion_pytorch_model{kind}")): return tuple(found)
-    raise FileNotFoundError(f"{folder} holds no diffusion_pytorch_model.safetensors: get the model in this format, or save it so with save_pretrained")
+    "The files that hold all of a model's weights."
+    sets = {}
+    for path in sorted(Path(folder).glob("diffusion_pytorch_model*")):
+        if not (m := _WEIGHTS.fullmatch(path.name)): continue
+        variant = m[1] or m[4] or ""
+        sets.setdefault((_VARIANTS.get(variant, 3), variant, m[5] == "bin", int(m[3] or 1)), []).append(path)
+    if not sets: raise FileNotFoundError(f"{folder} holds no diffusion_pytorch_model.safetensors: get the model in this format, or save it so with save_pretrained")
+    if whole := [key for key, files in sets.items() if len(files) == key[-1]]: return tuple(sets[min(whole)])
+    (*_, n), files = min(sets.items())
+    raise FileNotFoundError(f"{folder} holds {len(files)} of {n} parts, such as {files[0].name}: fetch the others")
 
 # %% ../../nbs/04_models/03_encoders.ipynb #cc123cb1
 class VAE:
@@ -165,15 +184,20 @@ def load_vae(
     batch:int=128, # pictures of 64x64 pixels at a time, fewer of larger ones
 )->VAE:
     "The VAE in a folder."
+    files = weight_files(folder := check_folder(folder))
+    return VAE(read_weights(_empty_vae(_config(folder)), files), batch)
+
+def _config(folder): return json.loads((folder/"config.json").read_text())
+
+def _empty_vae(config): # on the meta device
     from diffusers import AutoencoderKLTemporalDecoder
-    return VAE(AutoencoderKLTemporalDecoder.from_pretrained(check_folder(folder), torch_dtype=torch.float32), batch)
+    with torch.device("meta"): return AutoencoderKLTemporalDecoder.from_config(config)
 
 def vae_encoder(
     config:dict, # of an AutoencoderKLTemporalDecoder
 ): # the same on the meta device, without its decoder
     "The half of a VAE that encodes, without weights."
-    from diffusers import AutoencoderKLTemporalDecoder
-    with torch.device("meta"): model = AutoencoderKLTemporalDecoder.from_config(config)
+    model = _empty_vae(config)
     model.decoder = Absent("this VAE has its encoder only; load_vae loads both halves")
     return model
 
@@ -182,9 +206,25 @@ def load_vae_encoder(
     batch:int=128, # pictures of 64x64 pixels at a time, fewer of larger ones
 )->VAE:
     "The VAE in a folder without its decoder, which is not read."
-    folder = check_folder(folder)
-    files, config = weight_files(folder), json.loads((folder/"config.json").read_text())
-    return VAE(read_weights(vae_encoder(config), files), batch, files)
+    files = weight_files(folder := check_folder(folder))
+    return VAE(read_weights(vae_encoder(_config(folder)), files), batch, files)
+
+# %% ../../nbs/04_models/03_encoders.ipynb #fbf11a7e
+def _variant(folder): # "fp16" where weights lie there in half precision alone; None: as transformers finds them
+    names = [p.name for p in folder.iterdir()]
+    if any(re.fullmatch(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)", n) for n in names): return None
+    found = [m[1] for n in names if (m := re.fullmatch(r"model\.(\w+?)(?:-\d+-of-\d+)?\.safetensors", n))]
+    return min(found, key=lambda v: (_VARIANTS.get(v, 3), v), default=None)
+
+def load_pretrained(
+    cls, # a class of transformers
+    folder:Path, # with config.json and its weights
+)->nn.Module: # in float32
+    "A model of transformers whose every weight is in its folder."
+    with no_bars(): model, about = cls.from_pretrained(folder, dtype=torch.float32, variant=_variant(folder), output_loading_info=True)
+    if missing := sorted(about["missing_keys"]):
+        raise ValueError(f"{folder} does not hold all of a {cls.__name__}: {', '.join(missing[:4])} are missing ({len(missing)} in all); give the folder of such a model, or fetch it again")
+    return model
 
 # %% ../../nbs/04_models/03_encoders.ipynb #21820760
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225) # of pictures in [0, 1], red, green, blue
@@ -225,7 +265,7 @@ def load_dino(
 )->Dino:
     "The DINOv2 in a folder."
     from transformers import Dinov2WithRegistersModel
-    with no_bars(): return Dino(Dinov2WithRegistersModel.from_pretrained(check_folder(folder), dtype=torch.float32), group, size)
+    return Dino(load_pretrained(Dinov2WithRegistersModel, check_folder(folder)), group, size)
 
 # %% ../../nbs/04_models/03_encoders.ipynb #62aa3008
 @dataclass
@@ -288,8 +328,7 @@ def load_clip(
     "The CLIP text encoder in a folder."
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
     folder = check_folder(folder)
-    with no_bars(): model = CLIPTextModelWithProjection.from_pretrained(folder, dtype=torch.float32)
-    return ClipTextEncoder(model, CLIPTokenizer.from_pretrained(folder), tokens)
+    return ClipTextEncoder(load_pretrained(CLIPTextModelWithProjection, folder), CLIPTokenizer.from_pretrained(folder), tokens)
 
 # %% ../../nbs/04_models/03_encoders.ipynb #1e3a82a6
 class T5TextEncoder:
@@ -323,8 +362,7 @@ def load_t5(
     "The T5 encoder in a folder."
     from transformers import T5EncoderModel, T5Tokenizer
     folder = check_folder(folder)
-    with no_bars(): model = T5EncoderModel.from_pretrained(folder, dtype=torch.float32)
-    return T5TextEncoder(model, T5Tokenizer.from_pretrained(folder), tokens)
+    return T5TextEncoder(load_pretrained(T5EncoderModel, folder), T5Tokenizer.from_pretrained(folder), tokens)
 
 # %% ../../nbs/04_models/03_encoders.ipynb #7549e0b2
 @dataclass(frozen=True)
@@ -355,12 +393,12 @@ def weights_digest(
     return _digest(sorted(module.state_dict().items()), settings)
 
 def _files_digest(
-    files:tuple, # safetensors files
+    files:tuple, # of weights
     *settings, # whatever else changes its output
 )->str: # 16 hexadecimal digits of SHA-256
     "The same identity of the float32 module whose weights lie in files, one tensor at a time in memory."
     with ExitStack() as stack:
-        where = {name: tensors for tensors in (stack.enter_context(safe_open(f, "pt")) for f in files) for name in tensors.keys()}
+        where = {name: tensors for tensors in (stack.enter_context(_tensors_in(f)) for f in files) for name in tensors.keys()}
         return _digest(((name, where[name].get_tensor(name).float()) for name in sorted(where)), settings)
 
 def _digest(tensors, settings):

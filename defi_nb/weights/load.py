@@ -11,6 +11,7 @@ __all__ = ['BASE_MODELS', 'BUILDERS', 'POLICY_CLASSES', 'BaseModel', 'find_base_
 import hashlib
 import json
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from ..core.utils import folder_bytes, format_bytes
 from ..data.robot_dataset import ActionScale
 from ..models.direct_policy import DirectConfig, DirectPolicy
-from ..models.encoders import load_acting_encoders, load_encoders, read_weights
+from ..models.encoders import load_acting_encoders, load_encoders, read_weights, weight_files
 from ..models.gfdm import GFDM, GFDMConfig, for_features
 from ..models.gfdm_dino import DinoForward, DinoForwardConfig
 from ..models.aligned_gidm import AlignConfig, AlignedGIDM
@@ -83,6 +84,11 @@ def _safetensors_fault(
     expected = 8 + length + max(ends, default=0)
     return "" if size == expected else f"has {size:,} bytes of {expected:,}"
 
+def _is_there(path): # a file; in the place of weights also their parts or a variant of them
+    if path.name == "diffusion_pytorch_model.safetensors":
+        with suppress(FileNotFoundError): return bool(weight_files(path.parent))
+    return path.is_file() or path.name == "model.safetensors" and any(path.parent.glob("model[.-]*.safetensors"))
+
 def _base_model_fault(
     model:BaseModel, # to look for
     ckpts, # folder of checkpoints
@@ -92,7 +98,7 @@ def _base_model_fault(
     files = [p for p in folder.rglob("*") if p.is_file()] if folder.is_dir() else []
     weights = [p for p in files if any(fnmatch(p.name, pattern) for pattern in _WEIGHTS)]
     if not weights: return "missing"
-    absent = [names for names in model.needed if not any((folder/name).is_file() for name in names.split("|"))]
+    absent = [names for names in model.needed if not any(_is_there(folder/name) for name in names.split("|"))]
     if absent: return f"without {', '.join(n.replace('|', ' or ') for n in absent)}"
     faults = [f"{p.relative_to(folder)} {fault}" for p in weights if p.suffix == ".safetensors" and (fault := _safetensors_fault(p))]
     return "; ".join(faults)

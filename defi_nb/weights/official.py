@@ -9,6 +9,7 @@ __all__ = ['OURS', 'FREE', 'Official', 'read_official', 'filled', 'load_gidm', '
 # %% ../../nbs/05_weights/02_official.ipynb #32970e98
 import json
 import os
+import re
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch import nn
 from ..core.safe_load import read_tensors, state_of
 from ..core.spec import DataSpec
 from ..models.action_adapter import AdapterConfig
-from ..models.encoders import VAE
+from ..models.encoders import VAE, weight_files
 from ..models.gfdm import GFDM, GFDMConfig
 from ..models.gidm import GIDM, GIDMConfig
 from ..models.policy import CoupledPolicy, PolicyConfig
@@ -43,6 +44,30 @@ class Official:
                 for part in ("tensors", "unused", "frozen") if (named := getattr(self, part))]
         return "\n".join([f"{self.source}\n", "| | tensors | numbers | of |", "| --- | --- | --- | --- |", *(f"| {a} | {b:,} | {c:,} | {d} |" for a, b, c, d in rows)])
 
+# %% ../../nbs/05_weights/02_official.ipynb #0d63ba8d
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"} # parts of names
+_OUTER = {"model", "net", "network", "ema", "ema_model", "model_ema", "averaged_model", "policy"} # of training modules, before all names
+_COUNTERS = "n_averaged", "initted", "step" # of averaged models, with their weights
+_ALWAYS = "Video_Former.latents", "action_latent" # every policy has the first, every GIDM the second
+
+def _unwrapped(tensors, source):
+    "The tensors by the names that they have without wrappers; and which copy that is, empty where there is one."
+    bare = {".".join(part for part in n.split(".") if part not in _WRAPPERS): t for n, t in tensors.items()}
+    if len(bare) < len(tensors): raise ValueError(f"{source} holds parameters twice, with and without a wrapper's name: give the state dict of one model")
+    bare = {n: t for n, t in bare.items() if n not in _COUNTERS or t.numel() != 1}
+    always = next((a for a in _ALWAYS if any(f".{n}".endswith(f".{a}") for n in bare)), None)
+    if always is None: return bare, ""
+    starts = [n.removesuffix(always) for n in bare if f".{n}".endswith(f".{always}")]
+    running = lambda start: "ema" not in re.split(r"\W|_", start.lower())
+    starts = {s.removesuffix("lam.") if f".{s}".endswith(".lam.") else s for s in starts}
+    start, *others = starts = sorted(starts, key=lambda start: (running(start), start))
+    rest = [n for n in bare if not n.startswith((start, *_FROZEN))]
+    if rest and not others and not _OUTER.issuperset(start.split(".")[:-1]): return bare, "" # no wrapper, but part of another model
+    if others and running(start):
+        raise ValueError(f"{source} holds {len(starts)} models, under {', '.join(s or 'no prefix' for s in starts)}: give the state dict of one")
+    kept = {n.removeprefix(start): t for n, t in bare.items() if n.startswith(start) or not others}
+    return kept, f" ({start})" if others else ""
+
 def read_official(
     source, # path of a file, a state dict, or a dict that holds one under `state_dict` or `model`
 )->Official:
@@ -52,10 +77,10 @@ def read_official(
         name = "the state dict"
         try: tensors = state_of(source)
         except ValueError as e: raise ValueError(f"{name} cannot be loaded: {e}: give a path, or parameter names with their tensors") from None
-    if all(n.startswith("module.") for n in tensors): tensors = {n.removeprefix("module."): t for n, t in tensors.items()}
+    tensors, copy = _unwrapped(tensors, name)
     unused = {n: t for n, t in tensors.items() if n.startswith(_UNUSED)}
     frozen = {n: t for n, t in tensors.items() if n.startswith(_FROZEN)}
-    return Official(name, {n: t for n, t in tensors.items() if n not in unused and n not in frozen}, unused, frozen)
+    return Official(name + copy, {n: t for n, t in tensors.items() if n not in unused and n not in frozen}, unused, frozen)
 
 # %% ../../nbs/05_weights/02_official.ipynb #71bde7e0
 OURS = ("vq.usage",) # in our state dict, in no official file: the running use of the codes
@@ -228,24 +253,18 @@ def _json(path):
     try: return json.loads(path.read_text())
     except ValueError: raise ValueError(f"{path} is not JSON: download it again") from None
 
-def _weight_files(folder):
-    "The safetensors of a diffusers folder: one file, or several parts, or the half-precision variant."
-    whole, parts, half = (sorted(folder.glob(f"diffusion_pytorch_model{end}.safetensors")) for end in ("", "-*-of-*", ".fp16"))
-    if not (files := whole or parts or half): raise FileNotFoundError(f"{folder} has no diffusion_pytorch_model.safetensors: download it; weights in .bin files are not read")
-    return files
-
 def from_folder(
     given, # a diffusers module, which is returned, or the folder of one
     kind:str, # name of its class
 )->nn.Module:
-    "A diffusers module from a folder with config.json and safetensors."
+    "A diffusers module from a folder with config.json and all its weights."
     if isinstance(given, nn.Module): return given
     if not isinstance(given, str | os.PathLike): raise ValueError(f"a {kind} is needed, got {given!r}: give the module or its folder")
     import diffusers
     folder, cls = Path(given), getattr(diffusers, kind)
     config = _json(folder/"config.json")
     if config.get("_class_name") != kind: raise ValueError(f"{folder} holds a {config.get('_class_name')}, not a {kind}: give the folder of a {kind}")
-    tensors = {n: t for file in _weight_files(folder) for n, t in read_tensors(file).items()}
+    tensors = {n: t for file in weight_files(folder) for n, t in read_tensors(file).items()}
     def make(): # nothing is drawn: all of it is in the file
         with torch.device("meta"): model = cls.from_config(config)
         return model.to_empty(device="cpu")
