@@ -124,13 +124,13 @@ def playtable_env(
     config:EvalConfig, # scene and sizes of the pictures
 ): # a `PlayTable`
     "The embedded simulator, as an evaluation uses it."
-    import mujoco
-
-    from defi_nb.sim.render import gl_backend
+    from defi_nb.sim.render import gl_backend, mujoco
     from defi_nb.sim.layout import scene_names
     from defi_nb.sim.playtable import PlayTable
     env = PlayTable(scene_names(config.scene)[0], static_size=config.static_size, gripper_size=config.gripper_size)
-    env.renderer, env.versions = f"MuJoCo {mujoco.__version__}, {gl_backend()}", {"mujoco": mujoco.__version__}
+    try: backend = gl_backend()
+    except RuntimeError: backend = "which can't draw here" # no matter unless an image is read
+    env.renderer, env.versions = f"MuJoCo {mujoco.__version__}, {backend}", {"mujoco": mujoco.__version__}
     return env
 
 # %% ../../nbs/07_eval/01_rollout.ipynb #b1de8873

@@ -14,7 +14,6 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-import mujoco
 import numpy as np
 from fastcore.basics import patch
 
@@ -22,7 +21,7 @@ from ..core.spec import CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT, VIEWS
 from .calvin_tasks import SWITCH_RANGE
 from .layout import BLOCK_HALF, layout_of, make_scene_obs
 from .render import (
-    Cameras, Pictures, compiled, euler_to_matrix, euler_to_quat, matrix_to_euler, quat_to_euler)
+    Cameras, Pictures, compiled, euler_to_matrix, euler_to_quat, matrix_to_euler, mujoco, quat_to_euler)
 from .scene import BUTTON_RANGE, DOORS, FINGER_RANGE, GAINS, HOME_QPOS, LINKS, TIMESTEP
 
 # %% ../../nbs/01_sim/04_playtable.ipynb #580dfd87

@@ -10,18 +10,32 @@ __all__ = ['euler_to_matrix', 'matrix_to_euler', 'euler_to_quat', 'quat_to_euler
 import atexit
 import math
 import os
+import re
 import subprocess
 import sys
 import weakref
+from contextlib import contextmanager
 from collections.abc import Mapping
 from functools import lru_cache
 
-import mujoco
 import numpy as np
 from PIL import Image
 from fastcore.basics import patch
 
 from .scene import LIGHT_RGBA, build
+
+@contextmanager
+def _environment(**variables): # for a while
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try: yield
+    finally:
+        for name in variables: os.environ.pop(name)
+        os.environ.update(before)
+
+try: import mujoco
+except Exception: # MUJOCO_GL names what this machine lacks, which matters to those only who draw
+    with _environment(MUJOCO_GL="disable"): import mujoco
 
 # %% ../../nbs/01_sim/03_render.ipynb #87ec2f63
 def euler_to_matrix(
@@ -61,34 +75,67 @@ _NO_GL = ("no OpenGL can draw here (tried {}): on Debian install libegl1 libegl-
          "or libosmesa6 (then MUJOCO_GL=osmesa); physics without pictures needs none of them")
 _PROBE = ("import mujoco; gl = mujoco.GLContext(8, 8); gl.make_current(); "
           "mujoco.MjrContext(mujoco.MjModel.from_xml_string('<mujoco/>'), 100)")
+_OFF, _ANY = ("disable", "disabled", "off", "false", "0"), ("", "enable", "enabled", "on", "true", "1") # other values of MUJOCO_GL
+_GL_VARIABLES = re.compile("MUJOCO_(GL|EGL_DEVICE_ID)|PYOPENGL_PLATFORM|(__)?E?GLX?_.*|(MESA|LIBGL|GALLIUM)_.*")
+
+def _chosen_for(backend): # variables with which MuJoCo and PyOpenGL draw through it
+    return dict(MUJOCO_GL=backend) | (dict(PYOPENGL_PLATFORM=backend) if backend in ("egl", "osmesa") else {})
+
+def _refusal(
+    backend:str, # as in MUJOCO_GL
+    without:tuple=(), # names of variables
+)->str: # "" if it draws
+    "Why another process can't draw in this environment."
+    env = {k: v for k, v in os.environ.items() if k not in without} | _chosen_for(backend)
+    if backend not in ("osmesa", "egl"): env.pop("PYOPENGL_PLATFORM", None)
+    try: run = subprocess.run([sys.executable, "-c", _PROBE], env=env, capture_output=True, text=True, errors="replace", timeout=120)
+    except subprocess.TimeoutExpired: return "it did not answer for 120 s"
+    return "" if run.returncode == 0 else (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1]
+
+# %% ../../nbs/01_sim/03_render.ipynb #e99ce8f6
+def _no_drawing(reasons, candidates): # backend -> why it can't
+    "What to say where nothing can be drawn: which variable is at fault, or what to install."
+    found = [v for v in os.environ if _GL_VARIABLES.fullmatch(v)]
+    tried = _NO_GL.format("; ".join(f"{name}: {why}" for name, why in reasons.items()))
+    draws = lambda *without: next((c for c in candidates if not _refusal(c, without)), None)
+    if not found or not (able := draws(*found)): return RuntimeError(tried)
+    guilty = [v for v in found if draws(v)][:1] or found
+    given = " and ".join(f"{v}={os.environ[v]!r}" for v in guilty)
+    why = next(iter(reasons.values()))
+    return RuntimeError(f"with {given} nothing can be drawn ({why}): unset {' and '.join(guilty)}, and MUJOCO_GL={able} draws")
 
 @lru_cache
 def gl_backend(
     candidates:tuple=("egl", "osmesa", "glfw"), # values of MUJOCO_GL to try, in this order
 )->str: # the one that works, as in MUJOCO_GL
     "The user's MUJOCO_GL, else the first candidate that can draw."
-    if os.environ.get("MUJOCO_GL"): return os.environ["MUJOCO_GL"].lower().strip()
     if sys.platform != "linux": return "default"
-    for name in candidates:
-        run = subprocess.run([sys.executable, "-c", _PROBE], env=os.environ | {"MUJOCO_GL": name}, capture_output=True)
-        if run.returncode == 0:
-            os.environ["MUJOCO_GL"] = name
+    given = os.environ.get("MUJOCO_GL", "").lower().strip()
+    if given in ("egl", "osmesa", "glfw"): return given
+    reasons = {} if given in _ANY else {given: "that forbids it" if given in _OFF else "there is no such backend"}
+    for name in () if reasons else candidates:
+        if not (why := _refusal(name)):
+            os.environ.update(_chosen_for(name))
             return name
-    raise RuntimeError(_NO_GL.format(", ".join(candidates)))
+        reasons[name] = why
+    raise _no_drawing(reasons, candidates)
 
 def _gl_context(
     side:int, # pixels, of the largest picture
-):
-    "An OpenGL context without a window."
-    backend = gl_backend()
+    model, # mujoco.MjModel
+)->tuple: # an OpenGL context without a window; MuJoCo's in it
+    "What drawing needs."
+    os.environ.update(_chosen_for(backend := gl_backend()))
     os.environ.setdefault("LP_NUM_THREADS", "0") # Mesa's software: threads cost more than they give in so small a picture
     try:
         if backend == "egl": from mujoco.egl import GLContext
         elif backend == "osmesa": from mujoco.osmesa import GLContext
+        elif backend == "glfw": from mujoco.glfw import GLContext
         else: from mujoco import GLContext
-        return GLContext(side, side)
+        gl = GLContext(side, side)
+        with gl.as_current(): return gl, mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
     except Exception as error: # which one depends on the library that is missing
-        raise RuntimeError(_NO_GL.format(f"{backend}: {error}")) from error
+        raise _no_drawing({backend: error}, ("egl", "osmesa", "glfw")) from error
 
 # %% ../../nbs/01_sim/03_render.ipynb #4222b134
 @lru_cache(maxsize=32)
@@ -107,10 +154,8 @@ class Cameras:
         self.sizes = {name: (size, 2 if size <= smooth else 1) for name, size in sizes.items()}
         side = max(size*factor for size, factor in self.sizes.values())
         self.model.vis.global_.offwidth = self.model.vis.global_.offheight = side
-        self.data, self.gl = mujoco.MjData(self.model), _gl_context(side)
-        with self.gl.as_current():
-            self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_100)
-            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+        self.data, (self.gl, self.context) = mujoco.MjData(self.model), _gl_context(side, self.model)
+        with self.gl.as_current(): mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
         self.context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
         atexit.register(weakref.finalize(self, self._free, self.gl, self.context)) # at exit, before OpenGL ends itself
         self.view, self.option, self.camera = mujoco.MjvScene(self.model, maxgeom=200), mujoco.MjvOption(), mujoco.MjvCamera()
