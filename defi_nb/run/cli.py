@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['find_notebook', 'describe', 'options_of', 'read_parameters', 'check_parameters', 'check_injected', 'write_metrics',
-           'earlier_run', 'run_folder', 'write_html', 'execute', 'run_notebook', 'run_notebooks', 'main']
+           'earlier_run', 'run_folder', 'write_html', 'execute', 'run_notebook', 'run_notebooks', 'joined_pairs',
+           'given_pairs', 'one_line_exit', 'main']
 
 # %% ../../nbs/13_run/01_cli.ipynb #bcc220ea
 import difflib
@@ -14,20 +15,22 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import traceback
 from argparse import SUPPRESS, ArgumentParser
 from ast import Assign, literal_eval, parse, unparse
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 
 import defi_nb
-from ..core.utils import project_root, write_whole
+from ..core.utils import locked, one_line, os_remedy, project_root, read_json, write_whole
 
 # %% ../../nbs/13_run/01_cli.ipynb #5dbc5b83
 def _run_notebooks_of(
@@ -57,21 +60,24 @@ def describe(
     return line[1].strip() if line else ""
 
 # %% ../../nbs/13_run/01_cli.ipynb #223f2d6e
+_SWITCH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 _TYPES = dict(int=int, float=(int, float), bool=bool, str=str, list=(list, tuple), tuple=(list, tuple), dict=dict)
 
 def _check_type(name, value, kind): # the value, if it is of that kind (a name in TYPES)
     if kind not in _TYPES: raise ValueError(f"parameter {name} is declared as {kind}: annotate it in its cell as one of {', '.join(_TYPES)}")
     if kind == "int" and isinstance(value, float) and value.is_integer(): value = int(value) # as 1e3
     if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):
-        hint = dict(str="; papermill's -r passes text as it is", dict=": write it as \"{'key': value}\"").get(kind, "")
+        hint = dict(str="; papermill's -r passes text as it is", dict=": write it as \"{'key': value}\"",
+                    list=": write it as \"['one', 'two']\"", tuple=": write it as \"('one', 'two')\"", bool=": write True or False").get(kind, "")
         raise ValueError(f"parameter {name} is {value!r}, which is not of type {kind}{hint}")
     return float(value) if kind == "float" else value
 
 def _read(text, kind=""): # what someone typed, as a value; text that is no literal stays text and fails the type check
+    if kind == "bool" and str(text).strip().lower() in _SWITCH: return _SWITCH[str(text).strip().lower()]
     if kind == "str" or not isinstance(text, str): return text
-    if kind == "bool" and text.lower() in ("true", "false"): return text.lower() == "true"
-    try: return literal_eval(text)
-    except (ValueError, SyntaxError): return text
+    for read in (literal_eval, json.loads): # Python's words, or JSON's: true, false, null
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError): return read(text.strip())
+    return text
 
 # %% ../../nbs/13_run/01_cli.ipynb #2dee1b82
 def options_of(
@@ -124,12 +130,14 @@ def _checked_values(values, declared): # parameter -> value of its type
     return {n: _check_options(n, v, declared[n]["help"]) if declared[n]["type"] == "dict" else v for n, v in typed.items()}
 
 # %% ../../nbs/13_run/01_cli.ipynb #89d61d40
+def _literal(path): return str(path).replace("{", "{{").replace("}", "}}") # papermill would fill in parameters
+
 def read_parameters(
     path:Path # of a run notebook
 )->dict: # name -> dict(type, default, help)
     "A run notebook's parameters, as its cell declares them."
     from papermill import inspect_notebook
-    found = inspect_notebook(path)
+    found = inspect_notebook(_literal(path))
     return {n: dict(type=p["inferred_type_name"], default=literal_eval(p["default"]), help=p["help"]) for n, p in found.items()}
 
 def check_parameters(
@@ -156,11 +164,13 @@ def check_injected(
     injected = [source for source in sources if source.startswith("# Parameters\n")]
     nodes = parse(injected[-1]).body if injected else []
     _check_names({node.targets[0].id: unparse(node.value) for node in nodes if isinstance(node, Assign)}, declared)
-    typed = {n: _read(namespace[n]) if d["type"] == "dict" else namespace[n] for n, d in declared.items()}
+    typed = {n: _read(namespace[n], d["type"]) for n, d in declared.items()}
     namespace |= (params := _checked_values(typed, declared))
     return params
 
 # %% ../../nbs/13_run/01_cli.ipynb #05f03f8b
+_MADE_AGAIN = "delete it, and the run is made again" # the remedy for a damaged one
+
 def _write_json(path, content): # whole or not at all
     plain = json.dumps(content, indent=1, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
     write_whole(path, plain + "\n")
@@ -179,11 +189,11 @@ def earlier_run(
 )->dict|None: # metrics, or None where no such run is finished
     "The metrics of a finished run with the same parameters; `ValueError` where the folder holds another one."
     wanted, path = json.loads(json.dumps({n: v for n, v in params.items() if n != "out"})), folder/"parameters.json"
-    if path.exists() and (found := json.loads(path.read_text())) != wanted:
+    if path.exists() and (found := read_json(path, _MADE_AGAIN)) != wanted:
         other = [f"{n}={found.get(n)!r} and not {wanted.get(n)!r}" for n in sorted(found.keys() | wanted.keys()) if found.get(n) != wanted.get(n)]
         raise ValueError(f"{folder} holds a run with {', '.join(other)}: choose another folder (out) or delete that one")
     metrics = folder/"metrics.json"
-    return json.loads(metrics.read_text()) if metrics.exists() else None
+    return read_json(metrics, _MADE_AGAIN) if metrics.exists() else None
 
 # %% ../../nbs/13_run/01_cli.ipynb #8aa2fc51
 def _new_folder(name): # runs/NAME/TIME, made by this call alone
@@ -222,50 +232,82 @@ def write_html(
     path.write_text(page, encoding="utf-8")
     return path
 
-@contextmanager
-def _locked(folder): # one process at a time; the lock goes with its process, however that ends
-    from filelock import FileLock, Timeout
-    lock = FileLock(folder/".lock")
-    try: lock.acquire(timeout=0)
-    except Timeout:
-        print(f"another process is at work in {folder}: waiting for it", flush=True)
-        lock.acquire()
-    try: yield
-    finally: lock.release()
-
 # %% ../../nbs/13_run/01_cli.ipynb #86dd5aab
+_RANKS = re.compile("(LOCAL_|GROUP_|NODE_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|(ACCELERATE|TORCHELASTIC|OMPI_COMM_WORLD|MV2_COMM_WORLD|PMI)_.*") # what launchers and clusters set
+
+@contextmanager
+def _kernel_environment():
+    "Variables of the shell that a run's kernel must not see: it is no rank, draws into the notebook, and reads and writes UTF-8."
+    before = dict(os.environ)
+    ranks = sorted(n for n in before if _RANKS.fullmatch(n))
+    for name in (*ranks, "MPLBACKEND"): os.environ.pop(name, None)
+    os.environ["PYTHONUTF8"] = "1"
+    os.environ.setdefault("DEFI_NB_PROGRESS", "10") # seconds; see `progress_bar`: lines for the terminal, not widgets
+    if ranks: print(f"{', '.join(ranks)}: set aside, because `defi-nb run` is one process; several are started with torchrun ... -m defi_nb.run.launch", flush=True)
+    try: yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+def _this_python():
+    "A kernel of this interpreter, whatever kernel a notebook names and whatever is installed under that name."
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec
+    class ThisPython(AsyncKernelManager):
+        kernel_spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], display_name="Python", language="python")
+    return ThisPython
+
+# %% ../../nbs/13_run/01_cli.ipynb #c3f0929b
 def _keep_interrupted(record): # rename the copy that an interrupted run left
     if not record.exists(): return
     kept = next(p for i in range(1, 10_000) if not (p := record.with_name(f"{record.stem}.interrupted{i}.ipynb")).exists())
     record.rename(kept)
 
+def _keep_traceback(folder=None): # of the error being handled; None: where temporary files lie
+    "Where the traceback was written, as the end of a line."
+    for place in filter(None, (folder, tempfile.gettempdir())):
+        with suppress(OSError, UnicodeError): return f" (traceback in {write_whole(Path(place)/f'traceback-{os.getpid()}.txt', traceback.format_exc())})"
+    return ""
+
+def _running_cell(record): # number of the cell that was running when its kernel died
+    with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+        cells = [c for c in json.loads(record.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+        return f" in cell {[i for i, c in enumerate(cells, 1) if c['metadata']['papermill']['status'] != 'pending'][-1]}"
+    return ""
+
+def _failure(name, error, folder, record): # what an error in a run says
+    if type(error).__name__ == "PapermillExecutionError":
+        evalue = one_line(RuntimeError(error.evalue)) # all of its lines, and what to do about [Errno 30]
+        return f"{name}: cell {error.exec_count} failed: {error.ename}: {evalue} (see {record})"
+    if type(error).__name__ == "DeadKernelError":
+        return f"{name}: its process was killed{_running_cell(record)}, mostly for want of memory: take smaller batches, or look into the system's log (dmesg) (see {record})"
+    return f"{name}: {one_line(error)}{_keep_traceback(folder)}"
+
 def execute(
     name:str, # of a run notebook
     given:dict, # parameter -> value or text; the others keep their defaults
 )->Path: # the run's folder
-    "Execute a run notebook in a folder of its own and keep the executed copy there; `RuntimeError` in one line when a cell fails."
-    from papermill import PapermillExecutionError, execute_notebook
+    "Execute a run notebook in a folder of its own and keep the executed copy there; `RuntimeError` in one line when it fails."
+    from papermill import execute_notebook
     source, params, root = find_notebook(name), check_parameters(name, given), project_root()
     folder = root/params["out"] if params.get("out") else _new_folder(source.stem)
     folder.mkdir(parents=True, exist_ok=True)
     record = folder/source.name
-    with _locked(folder):
+    with locked(folder/".lock"), _kernel_environment():
         if earlier_run(folder, params) is not None:
             print(f"{name}: finished already, in {folder}", flush=True)
             return folder
         _keep_interrupted(record)
         print(f"{name}: running, in {folder}", flush=True)
         if "out" in params: params["out"] = str(folder)
-        quiet = ["--IPKernelApp.log_level=50"] # the kernel's remarks on its own transport
-        os.environ.setdefault("DEFI_NB_PROGRESS", "10") # seconds; see `progress`: lines for the terminal, not widgets
-        try: execute_notebook(source, record, params, cwd=root, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=quiet)
-        except PapermillExecutionError as e:
-            reason = e.evalue.strip().splitlines() or [""]
-            raise RuntimeError(f"{name}: cell {e.exec_count} failed: {e.ename}: {reason[0]} (see {record})") from None
+        how = dict(kernel_name="python3", language="python", kernel_manager_class=_this_python(), extra_arguments=["--IPKernelApp.log_level=50"]) # no remarks on its own transport
+        try:
+            execute_notebook(_literal(source), _literal(record), params, cwd=root, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, **how)
+            write_html(record)
         except KeyboardInterrupt: # the kernel has ended with the cell's error, which nobody will fetch
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)
             raise
-        write_html(record)
+        except Exception as e: raise RuntimeError(_failure(name, e, folder, record)) from None
     return folder
 
 # %% ../../nbs/13_run/01_cli.ipynb #f5a5ebb3
@@ -279,7 +321,7 @@ def run_notebook(
     folder, params = project_root()/out, check_parameters(name, params | {"out": str(out)})
     if (metrics := earlier_run(folder, params)) is not None: return metrics
     typed = [arg for n, v in params.items() for arg in ("-p", n, v if isinstance(v, str) else repr(v))]
-    env = {n: v for n, v in os.environ.items() if not re.fullmatch("(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|ACCELERATE_.*", n)} # the child is no rank of ours
+    env = {n: v for n, v in os.environ.items() if not _RANKS.fullmatch(n)} # the child is no rank of ours
     env |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
     command = [sys.executable, "-c", "from defi_nb.run.cli import main; raise SystemExit(main())", "run", name, "--child", *typed]
     with subprocess.Popen(command, cwd=project_root(), env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
@@ -288,7 +330,7 @@ def run_notebook(
             last.append(line.rstrip())
             print(f"[{folder.name}] {line}", end="", flush=True)
     if child.returncode: raise RuntimeError(last[0].removeprefix("defi-nb: ") if last else f"{name} ended with exit status {child.returncode}")
-    return json.loads((folder/"metrics.json").read_text())
+    return read_json(folder/"metrics.json", _MADE_AGAIN)
 
 # %% ../../nbs/13_run/01_cli.ipynb #4b214eaa
 def run_notebooks(
@@ -350,18 +392,29 @@ def _stop_with_parent(): # end this process, and with it its kernel, when the pi
     os.read(0, 1) # not sys.stdin, whose lock would disturb a normal end
     os._exit(1)
 
+# %% ../../nbs/13_run/01_cli.ipynb #a4de9b32
 _ELSEWHERE = { # command -> the module whose `main` takes its arguments, and what it is for
     "serve": ("defi_nb.serve.server", "answer robots and simulators with a policy's actions, over a websocket"),
     "vla-eval": ("defi_nb.serve.vla_eval", "answer the vla-eval harness, which brings many benchmarks"),
     "bench": ("defi_nb.benchmarks.harness", "make the environments of SimplerEnv and LIBERO, and evaluate a policy in them")}
 
-def _split_pairs(argv): # -p KEY=VALUE as -p KEY VALUE; no key has an equals sign
-    parts = []
-    for word in argv: parts += word.split("=", 1) if parts and parts[-1] == "-p" and "=" in word else [word]
-    return parts
+def joined_pairs(
+    argv:list, # words of a command
+)->list: # likewise
+    "`-p KEY VALUE` as `-p KEY=VALUE`, so that a value may begin with a dash; no key has an equals sign."
+    words, joined = list(argv), []
+    while words:
+        joined.append(words.pop(0))
+        if joined[-1] != "-p" or not words: continue
+        key = words.pop(0)
+        if "=" not in key and not words: raise ValueError(f"-p {key} has no value: give -p {key} VALUE")
+        joined.append(key if "=" in key else f"{key}={words.pop(0)}")
+    return joined
+
+def given_pairs(pairs): return dict(pair.split("=", 1) for pair in pairs) # key -> text
 
 def _result(folder): # what a finished run says of itself in the terminal: its first numbers, and where its page is
-    metrics = json.loads((folder/"metrics.json").read_text())
+    metrics = read_json(folder/"metrics.json", _MADE_AGAIN)
     numbers = [f"{n} {v:.4g}" for n, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
     pages = [str(page) for page in folder.glob("*.html")]
     return "\n".join(filter(None, (", ".join(numbers[:8]), f"page: {pages[0]}" if pages else "")))
@@ -374,7 +427,7 @@ def _parser():
     sub.add_parser("params", help="a run notebook's parameters with their defaults").add_argument("name")
     run = sub.add_parser("run", help="execute a run notebook in a folder of its own", epilog="`defi-nb list` shows the run notebooks, `defi-nb params NAME` the parameters of one.")
     run.add_argument("name", help="of the notebook, or a path to it")
-    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a parameter, or a key of a dictionary as variant.quantiser; KEY=VALUE will do too; may be repeated")
+    run.add_argument("-p", action="append", default=[], metavar="KEY VALUE", help="a parameter, or a key of a dictionary as variant.quantiser; KEY=VALUE will do too; may be repeated")
     run.add_argument("--out", default="", help="the run's folder; without it, a new one: runs/NAME/TIME")
     run.add_argument("--child", action="store_true", help=SUPPRESS) # stop when standard input closes: of a run that another one started
     ckpts = sub.add_parser("ckpts", help="which pretrained weights are needed, which are there, and where to get the others")
@@ -395,30 +448,45 @@ def _parser():
     return parser
 
 # %% ../../nbs/13_run/01_cli.ipynb #7e5d6099
+def _run(name, given, child): # `defi-nb run`
+    if child: threading.Thread(target=_stop_with_parent, daemon=True).start()
+    folder = execute(name, given)
+    if not child and (result := _result(folder)): print(result)
+    print(f"{name}: done, in {folder}")
+
+def _command(args): # the exit status
+    if args.command == "doctor": return _doctor(args)
+    if args.command == "list": _print_list()
+    if args.command == "params": _print_params(args.name)
+    if args.command == "ckpts": _ckpts(args.get, args.ckpts)
+    if args.command == "compare": _compare(args.first, args.second, args.varying)
+    if args.command == "run": _run(args.name, given_pairs(args.p) | ({"out": args.out} if args.out else {}), args.child)
+    return 0
+
+def one_line_exit(
+    error:BaseException, # that is being handled
+    prefix:str="defi-nb: ", # of the line
+    again:str="", # what goes on after an interruption
+)->int: # the exit status: 130 interrupted, 1 for what failed while running, 2 for what was typed
+    "Say in one line what ended a command; the traceback of what nobody foresaw is kept in a file."
+    if isinstance(error, KeyboardInterrupt):
+        print(f"{prefix}interrupted{again}", file=sys.stderr)
+        return 130
+    known = isinstance(error, (ValueError, FileNotFoundError, RuntimeError, ConnectionError)) or os_remedy(error)
+    print(f"{prefix}{one_line(error)}{'' if known else _keep_traceback()}", file=sys.stderr)
+    return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
+
 def main(
     argv:list|None=None # arguments; None takes the command line's
 )->int: # exit status
     "The `defi-nb` command."
-    argv = _split_pairs(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in _ELSEWHERE: return import_module(_ELSEWHERE[argv[0]][0]).main(argv[1:])
-    args = (parser := _parser()).parse_args(argv)
-    if not args.command:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace") # a name may not fit the terminal's encoding
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv and argv[0] in _ELSEWHERE: return import_module(_ELSEWHERE[argv[0]][0]).main(argv[1:])
+        args = (parser := _parser()).parse_args(joined_pairs(argv))
+        if args.command: return _command(args)
         parser.print_help()
         return 2
-    try:
-        if args.command == "list": _print_list()
-        if args.command == "params": _print_params(args.name)
-        if args.command == "ckpts": _ckpts(args.get, args.ckpts)
-        if args.command == "doctor": return _doctor(args)
-        if args.command == "compare": _compare(args.first, args.second, args.varying)
-        if args.command == "run":
-            if args.child: threading.Thread(target=_stop_with_parent, daemon=True).start()
-            given = dict(args.p) | ({"out": args.out} if args.out else {})
-            folder = execute(args.name, given)
-            if not args.child and (result := _result(folder)): print(result)
-            print(f"{args.name}: done, in {folder}")
-    except (ValueError, FileNotFoundError, RuntimeError, KeyboardInterrupt) as error:
-        said = "interrupted; the same --out goes on where it stopped" if isinstance(error, KeyboardInterrupt) else str(error)
-        print(f"defi-nb: {said}", file=sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else 1 if isinstance(error, RuntimeError) else 2
-    return 0
+    except (Exception, KeyboardInterrupt) as error: return one_line_exit(error, again="; the same --out goes on where it stopped")

@@ -17,8 +17,9 @@ from argparse import ArgumentParser
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 
-from ..core.utils import project_root
-from .cli import _locked, _new_folder, check_parameters, earlier_run, find_notebook
+from ..core.utils import locked, project_root, read_json
+from .cli import (
+    _new_folder, check_parameters, earlier_run, find_notebook, given_pairs, joined_pairs, one_line_exit)
 
 # %% ../../nbs/13_run/02_launch.ipynb #156b2adb
 def _run_cells(
@@ -51,12 +52,14 @@ def run_here(
     given:dict, # parameter -> value or text; the others keep their defaults
 )->Path: # the run's folder
     "Execute a run notebook in this process, as one of those that `accelerate launch` has started, or alone."
-    import matplotlib
+    os.environ["MPLBACKEND"] = "agg" # before it is imported: the shell's may be unknown here
     import torch
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
-    matplotlib.use("Agg")
+
+    from defi_nb.train.engine import meet_peers
     params, source = check_parameters(name, given), find_notebook(name)
+    peers = meet_peers() # held until they are connected
     state = PartialState(cpu=not torch.cuda.is_available())
     chosen = [str(project_root()/params["out"] if params.get("out") else _new_folder(name)) if state.is_main_process else ""]
     if state.num_processes > 1: broadcast_object_list(chosen)
@@ -69,7 +72,7 @@ def run_here(
     (mine/_STOPPED).unlink(missing_ok=True)
     os.environ.setdefault("DEFI_NB_PROGRESS", "10") # seconds; see `progress`: lines, not bars
     with ExitStack() as stack:
-        if state.is_main_process: stack.enter_context(_locked(folder))
+        if state.is_main_process: stack.enter_context(locked(folder/".lock"))
         log = stack.enter_context(open(mine/"log.txt", "a"))
         stack.enter_context(redirect_stdout(_Tee(sys.stdout, log) if state.is_main_process else log))
         print(f"{name}: running on {state.num_processes} processes, in {folder}", flush=True)
@@ -87,15 +90,15 @@ def main(
     "`python -m defi_nb.run.launch`: the processes of `accelerate launch` run this."
     parser = ArgumentParser(prog="python -m defi_nb.run.launch", description="Execute a run notebook in this process, as one of several that accelerate launch starts, or alone.")
     parser.add_argument("name", help="a run notebook: see defi-nb list")
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a parameter; may be repeated")
+    parser.add_argument("-p", action="append", default=[], metavar="KEY VALUE", help="a parameter; may be repeated")
     parser.add_argument("--out", default="", help="the run's folder; an interrupted run in it goes on")
-    args, rank = parser.parse_args(argv), os.environ.get("RANK", "0")
+    rank = os.environ.get("RANK", "0")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR") # its remarks on sockets
     try:
-        folder = run_here(args.name, dict(args.p) | (dict(out=args.out) if args.out else {}))
+        args = parser.parse_args(joined_pairs(sys.argv[1:] if argv is None else argv))
+        folder = run_here(args.name, given_pairs(args.p) | (dict(out=args.out) if args.out else {}))
         if rank == "0": print(f"{args.name}: done, in {folder}", flush=True)
-    except (ValueError, FileNotFoundError, RuntimeError, KeyboardInterrupt) as error:
-        print(f"rank {rank}: {error or 'interrupted; the same --out goes on'}", file=sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else 2
+    except (Exception, KeyboardInterrupt) as error: return one_line_exit(error, f"rank {rank}: ", f"; {error}" if str(error) else "; the same --out goes on")
     return 0
 
 # %% ../../nbs/13_run/02_launch.ipynb #10183a7d

@@ -9,23 +9,25 @@ __all__ = ['CLOCK', 'FREE', 'Meter', 'evaluate', 'read_metrics', 'write_metrics'
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from multiprocessing import queues
 from pathlib import Path
 from statistics import median
 
 import psutil
 import torch
-from filelock import FileLock, Timeout
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..core.utils import progress_bar, write_whole
+from ..core.utils import format_bytes, locked, one_line, progress_bar, read_jsonl, write_jsonl, write_whole
 from ..data.mixtures import Mixture, count_draws
 from ..models.vq import restart_logs
 from .config import (
@@ -87,13 +89,7 @@ def read_metrics(
     until:int|None=None, # last step to read; None: all
 )->list: # of dicts, one a line
     "The record of a run; an unfinished last line is left out."
-    try: lines = (Path(folder)/"metrics.jsonl").read_text().splitlines()
-    except FileNotFoundError: return []
-    rows = []
-    for line in lines:
-        try: rows.append(json.loads(line))
-        except ValueError: break
-    return [r for r in rows if until is None or r["step"] <= until]
+    return [r for r in read_jsonl(Path(folder)/"metrics.jsonl") if until is None or r["step"] <= until]
 
 def _append_metrics(
     folder, # of a checkpoint
@@ -107,7 +103,7 @@ def write_metrics(
     rows:list, # of dicts
 ):
     "Write the record anew, at once."
-    write_whole(Path(folder)/"metrics.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+    write_jsonl(Path(folder)/"metrics.jsonl", rows)
 
 # %% ../../nbs/06_train/02_fit.ipynb #5c615fd5
 class Pace:
@@ -275,13 +271,10 @@ def _save(out, engine, step, meter, run, best):
 def _alone(out):
     "No other process trains into the same folder meanwhile; the system unlocks it when a process dies."
     if not out: yield; return
-    Path(out).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(out)/".lock")
-    try: lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"another process is training into {out}: wait for it, or give another folder") from None
-    try: yield
-    finally: lock.release()
+    with ExitStack() as stack:
+        try: stack.enter_context(locked(Path(out)/".lock", 0))
+        except TimeoutError as e: raise ValueError(f"another process is training into {out} ({e}): wait for it, or give another folder") from None
+        yield
 
 @contextmanager
 def _told_to_stop():
@@ -327,6 +320,32 @@ def _report(out, row, history, hooks, accelerator):
     if said := _early_warning(history): warnings.warn(f"step {row['step']}: {said}", stacklevel=3)
     accelerator.log({k: v for k,v in row.items() if k != "step"}, step=row["step"])
 
+# %% ../../nbs/06_train/02_fit.ipynb #84a291f0
+def _end_reader(error, item): # of a process that reads, instead of going on without the batch
+    print(f"a process that reads data ended: {one_line(error)}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+def _start_reader(number): queues.Queue._on_queue_feeder_error = staticmethod(_end_reader)
+
+@contextmanager
+def _reading(workers):
+    "Errors of the processes that read, in one line."
+    try: yield
+    except Exception as e:
+        text = str(e)
+        if "Original Traceback" in text: raise RuntimeError(f"data can't be read: {text.strip().splitlines()[-1]}") from None # what a reader raised
+        lost = isinstance(e, OSError) or isinstance(e, RuntimeError) and re.search(r"DataLoader worker|shared memory|shm", text)
+        if not workers or not lost: raise
+        shm = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
+        room = f"has {format_bytes(shm.free)} of {format_bytes(shm.total)} left" if shm else "is not there"
+        raise OSError(f"a process that reads data ended ({one_line(e, 300)}); batches come through /dev/shm, which {room}: "
+                      f"make it larger (docker run --shm-size=8g), or set num_workers, which is {workers}, to 0") from None
+
+def _batches(data, sampler, workers):
+    "A step's samples after another, read here or by other processes."
+    start = _start_reader if workers else None
+    with _reading(workers): yield from DataLoader(data, sampler=sampler, batch_size=None, num_workers=workers, worker_init_fn=start)
+
 # %% ../../nbs/06_train/02_fit.ipynb #f6f13eec
 def fit(
     model:nn.Module, # with `loss(batch) -> (scalar, dict of logs)`; trained in place
@@ -355,7 +374,7 @@ def fit(
             if state: _keep(out, done, cfg.keep, best)
         if cfg.trackers: accelerator.init_trackers(Path(out or "defi_nb").name, {k: str(v) for k,v in run.items()})
         sampler = StepSampler(len(data), cfg.batch_size, cfg.steps, cfg.seed, done, engine.rank, engine.ranks, cfg.accumulate)
-        batches = iter(DataLoader(data, sampler=sampler, batch_size=None, num_workers=cfg.num_workers))
+        batches = _batches(data, sampler, cfg.num_workers)
         saved, need = done, _first_look(engine, data) if done < cfg.steps else None
         engine.model.train()
         pace = Pace(history[-1]["seconds"] if history else 0.)
