@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['find_notebook', 'describe', 'options_of', 'read_parameters', 'check_parameters', 'check_injected', 'write_metrics',
-           'earlier_run', 'run_folder', 'write_html', 'execute', 'run_notebook', 'run_notebooks', 'joined_pairs',
-           'given_pairs', 'one_line_exit', 'main']
+           'earlier_run', 'run_folder', 'execute', 'run_notebook', 'run_notebooks', 'joined_pairs', 'given_pairs',
+           'one_line_exit', 'main']
 
 # %% ../../nbs/13_run/01_cli.ipynb #bcc220ea
 import difflib
@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,10 @@ from importlib import import_module
 from pathlib import Path
 
 import defi_nb
-from ..core.utils import locked, one_line, os_remedy, project_root, read_json, write_whole
+from ..core.page import declared_parameters, write_html
+from defi_nb.core.utils import (
+    Tee, duration, folder_bytes, format_bytes, locked, one_line, os_remedy, project_root, read_json,
+    write_whole)
 
 # %% ../../nbs/13_run/01_cli.ipynb #5dbc5b83
 def _run_notebooks_of(
@@ -136,9 +140,8 @@ def read_parameters(
     path:Path # of a run notebook
 )->dict: # name -> dict(type, default, help)
     "A run notebook's parameters, as its cell declares them."
-    from papermill import inspect_notebook
-    found = inspect_notebook(_literal(path))
-    return {n: dict(type=p["inferred_type_name"], default=literal_eval(p["default"]), help=p["help"]) for n, p in found.items()}
+    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    return declared_parameters(next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ())))
 
 def check_parameters(
     name:str, # of a run notebook
@@ -216,21 +219,21 @@ def run_folder(
     _write_json(folder/"parameters.json", {n: v for n, v in params.items() if n != "out"})
     return folder
 
-# %% ../../nbs/13_run/01_cli.ipynb #7eb8d631
-def write_html(
-    record:Path, # an executed notebook
-)->Path: # of the page: the same name with .html
-    "A self-contained page of an executed notebook: pictures and videos inside, nothing fetched when it is opened."
-    from nbconvert import HTMLExporter
-    from traitlets.config import Config
-    config = Config(TagRemovePreprocessor=dict(enabled=True, remove_input_tags={"hide-input"}),
-                    HTMLExporter=dict(exclude_input_prompt=True, exclude_output_prompt=True, preprocessors=["nbconvert.preprocessors.TagRemovePreprocessor"]))
-    page, _ = HTMLExporter(config=config).from_filename(str(record))
-    page = re.sub(r"<script[^>]*\bsrc=\"http[^>]*>\s*</script>|<link[^>]*\bhref=\"http[^>]*>", "", page) # formulas and widgets would be fetched
-    page = re.sub(r"<ul>\s*<li>skip_exec: true</li>\s*</ul>", "", page) # a note to nbdev, not to the reader
-    path = record.with_suffix(".html")
-    path.write_text(page, encoding="utf-8")
-    return path
+# %% ../../nbs/13_run/01_cli.ipynb #20ac422c
+def _open_log(folder): # what goes to the terminal also goes to the run's log.txt, unless the terminal is that file
+    log = open(folder/"log.txt", "a", encoding="utf-8")
+    return log if os.path.sameopenfile(1, log.fileno()) else Tee(sys.stdout, log)
+
+def _conclusion(metrics): # a sentence, or the first numbers
+    numbers = [f"{n} {v:.4g}" for n, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    return metrics.get("conclusion") or ", ".join(numbers[:8])
+
+def _cost(folder, params, seconds): # of a run that has ended in another process: markdown
+    memory = format_bytes(1024*resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+    kept = {str(folder.relative_to(project_root())): folder} if folder.is_relative_to(project_root()) else {}
+    kept |= {params[n]: project_root()/params[n] for n in ("data", "ckpts") if (params.get(n) and (project_root()/params[n]).is_dir())}
+    disk = ", ".join(f"{format_bytes(folder_bytes(f)[0])} in `{name}`" for name, f in kept.items())
+    return f"{duration(seconds)}; at most {memory} of memory in a process; on the disk {disk}. `defi-nb clean` frees what can be made again."
 
 # %% ../../nbs/13_run/01_cli.ipynb #86dd5aab
 _RANKS = re.compile("(LOCAL_|GROUP_|NODE_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|(ACCELERATE|TORCHELASTIC|OMPI_COMM_WORLD|MV2_COMM_WORLD|PMI)_.*") # what launchers and clusters set
@@ -299,11 +302,13 @@ def execute(
             return folder
         _keep_interrupted(record)
         print(f"{name}: running, in {folder}", flush=True)
+        began, log = time.monotonic(), _open_log(folder)
         if "out" in params: params["out"] = str(folder)
         how = dict(kernel_name="python3", language="python", kernel_manager_class=_this_python(), extra_arguments=["--IPKernelApp.log_level=50"]) # no remarks on its own transport
         try:
-            execute_notebook(_literal(source), _literal(record), params, cwd=root, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, **how)
-            write_html(record)
+            execute_notebook(_literal(source), _literal(record), params, cwd=root, progress_bar=False, stdout_file=log, stderr_file=log, **how)
+            metrics = read_json(folder/"metrics.json", _MADE_AGAIN) if (folder/"metrics.json").exists() else {}
+            write_html(record, _conclusion(metrics), _cost(folder, params, time.monotonic() - began))
         except KeyboardInterrupt: # the kernel has ended with the cell's error, which nobody will fetch
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)
             raise
@@ -413,11 +418,10 @@ def joined_pairs(
 
 def given_pairs(pairs): return dict(pair.split("=", 1) for pair in pairs) # key -> text
 
-def _result(folder): # what a finished run says of itself in the terminal: its first numbers, and where its page is
-    metrics = read_json(folder/"metrics.json", _MADE_AGAIN)
-    numbers = [f"{n} {v:.4g}" for n, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
+def _result(folder): # what a finished run says of itself in the terminal: its conclusion, and where its page is
     pages = [str(page) for page in folder.glob("*.html")]
-    return "\n".join(filter(None, (", ".join(numbers[:8]), f"page: {pages[0]}" if pages else "")))
+    conclusion = _conclusion(read_json(folder/"metrics.json", _MADE_AGAIN))
+    return "\n".join(filter(None, (conclusion, f"page: {pages[0]}" if pages else "")))
 
 def _parser():
     parser = ArgumentParser(prog="defi-nb", description="List, check and execute run notebooks; look after checkpoints and datasets.")

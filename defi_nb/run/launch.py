@@ -17,7 +17,7 @@ from argparse import ArgumentParser
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 
-from ..core.utils import locked, project_root, read_json
+from ..core.utils import Tee, locked, project_root, read_json
 from .cli import (
     _new_folder, check_parameters, earlier_run, find_notebook, given_pairs, joined_pairs, one_line_exit)
 
@@ -37,15 +37,6 @@ def _run_cells(
 
 # %% ../../nbs/13_run/02_launch.ipynb #5e2fd4a2
 _STOPPED = "stopped" # a file in the folder of a run that was told to stop, until it goes on
-
-class _Tee:
-    "A stream that writes to several."
-    def __init__(self, *streams): self.streams = streams
-    def write(self, text):
-        for s in self.streams: s.write(text)
-        return len(text)
-    def flush(self):
-        for s in self.streams: s.flush()
 
 def run_here(
     name:str, # of a run notebook
@@ -74,7 +65,7 @@ def run_here(
     with ExitStack() as stack:
         if state.is_main_process: stack.enter_context(locked(folder/".lock"))
         log = stack.enter_context(open(mine/"log.txt", "a"))
-        stack.enter_context(redirect_stdout(_Tee(sys.stdout, log) if state.is_main_process else log))
+        stack.enter_context(redirect_stdout(Tee(sys.stdout, log) if state.is_main_process else log))
         print(f"{name}: running on {state.num_processes} processes, in {folder}", flush=True)
         try: _run_cells(source, params | dict(out=str(mine)))
         except BaseException as e:
