@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIRECTIONS', 'show_code_table', 'show_clips', 'film_clips', 'show_action_table', 'show_reversal', 'show_transfer',
-           'show_embedding', 'code_figures', 'code_clips', 'show_first_transfers', 'show_maps']
+           'show_embedding', 'code_figures', 'code_clips', 'show_first_transfers', 'show_maps', 'show_common_codes']
 
 # %% ../../nbs/08_analysis/05_latent_plots.ipynb #29c59f9a
 import numpy as np
@@ -280,3 +280,22 @@ def show_maps(
     axes = plt.subplots(1, 2, figsize=(9.8, 3.6), dpi=80, layout="constrained")[1]
     for ax, (name, x) in zip(axes, maps.items()): show_embedding(x, _action_direction(action), ax, name)
     return axes[0].figure
+
+# %% ../../nbs/08_analysis/05_latent_plots.ipynb #68a412f2
+def _meaning(action): # (N,n,7) of the pairs of one code: their mean motion, in words
+    done = np.concatenate([action[..., :6].sum(1), action[..., 6:].mean(1)], 1).mean(0)
+    return _bin_names([done])[0]
+
+def show_common_codes(
+    pairs:Pairs, # held out
+    got:Inferred, # of them
+    codes:int, # size of the codebook
+    most:int=4, # codes, the most used first
+    ax=None, # axes to draw into
+): # the axes; None for a latent without codes of its tokens
+    "Pairs of the codes that are used most, with the mean motion between their frames."
+    rows = {}
+    for name, clips in code_clips(got, pairs.demo, codes, most=most).items():
+        uses = got.codes[:, 0] == int(name.split()[1])
+        rows[f"{name}, {100*uses.mean():.0f} % of pairs\n{_meaning(pairs.action[uses])}"] = clips
+    return show_clips(pairs, rows, ax, 1.2) if rows else None

@@ -56,12 +56,13 @@ def kept_lines(
 
 def kept_outputs(
     outputs:list, # of an executed cell
+    root:str="", # folder whose files are named by their path in it
 )->list: # copies, for a page
     "Outputs without progress, warnings and widgets."
     printed = kept_lines("".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout"))
     shown = [o for o in outputs if o.output_type != "stream" and not any("widget" in kind for kind in o.get("data", ()))]
     first = deepcopy(next((o for o in outputs if o.output_type == "stream"), None))
-    if printed: first.update(name="stdout", text=printed + "\n")
+    if printed: first.update(name="stdout", text=printed.replace(f"{root}/", "") + "\n")
     return [first]*bool(printed) + shown
 
 # %% ../../nbs/00_core/07_page.ipynb #69d9c51a
@@ -74,13 +75,14 @@ def page_notebook(
     nb, # an executed notebook
     conclusion:str="", # a sentence
     cost:str="", # time, memory and disk, markdown
+    root:str="", # folder whose files are named by their path in it
 ): # another notebook, for a page
     "The title and the conclusion, results, method, parameters, cost, what comes next."
     from nbformat.v4 import new_markdown_cell, new_notebook
     title, *cells = deepcopy(nb.cells)
     cells = [c for c in cells if not {"parameters", "injected-parameters"} & {*_tags(c)}]
     for c in cells:
-        if c.cell_type == "code": c.outputs = kept_outputs(c.outputs)
+        if c.cell_type == "code": c.outputs = kept_outputs(c.outputs, root)
     results, after = ([c for c in cells if tag in _tags(c)] for tag in ("results", "next"))
     method = _with_text([c for c in cells if c not in results + after])
     for c in method: c.source = re.sub(r"^#", "##", c.source, flags=re.M) if c.cell_type == "markdown" else c.source
@@ -107,6 +109,9 @@ code{font-size:.92em;overflow-wrap:anywhere} a{color:#0072b2} summary{cursor:poi
 _NOTHING_FETCHED = ("default-src 'none'; img-src data:; media-src data:; font-src data:; "
                     "style-src 'unsafe-inline'; script-src 'unsafe-inline'")
 
+def _wider(image): # a match: an image of twice the dots that it was drawn for is shown half as large again
+    return f'{image[1]} style="width:min(100%,{int(1.5*int(image[2]))}px)"'
+
 def _framed(title, body): # a page of HTML
     return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -123,9 +128,11 @@ def write_html(
     import nbformat
     from nbconvert import HTMLExporter
     nb = nbformat.read(record, 4)
+    root = next((str(p) for p in Path(record).absolute().parents if (p/"settings.ini").is_file()), "")
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True, exclude_anchor_links=True)
-    body, _ = exporter.from_notebook_node(page_notebook(nb, conclusion, cost))
+    body, _ = exporter.from_notebook_node(page_notebook(nb, conclusion, cost, root))
     code = "\n\n".join(c.source for c in nb.cells if c.cell_type == "code")
+    body = re.sub(r'(<img[^>]*?)\s+width="?(\d+)"?(?:\s+height="?\d+"?)?', _wider, body)
     body += f"<details><summary>The code of this run</summary><pre>{html.escape(code)}</pre></details>"
     title = nb.cells[0].source.splitlines()[0].lstrip("# ") if nb.cells else record.stem
     return write_whole(Path(record).with_suffix(".html"), _framed(title, body))

@@ -53,6 +53,7 @@ class Tee:
         return len(text)
     def flush(self):
         for s in self.streams: s.flush()
+    def __getattr__(self, name): return getattr(self.streams[0], name)
 
 # %% ../../nbs/00_core/02_utils.ipynb #c7279bd4
 @contextmanager

@@ -117,8 +117,8 @@ def encode_mp4(
     _encode(file, "mp4", video, hz, "libx264", dict(crf=20))
     return file.getvalue()
 
-_FIGURE = ('<figure style="display:inline-block;margin:4px"><video controls loop muted playsinline width="{width}" '
-           'style="image-rendering:pixelated" src="data:video/mp4;base64,{data}"></video>'
+_FIGURE = ('<figure style="display:inline-block;margin:4px"><video controls loop muted autoplay playsinline width="{width}" '
+           'style="image-rendering:pixelated;max-width:100%" src="data:video/mp4;base64,{data}"></video>'
            '<figcaption style="max-width:{width}px">{caption}</figcaption></figure>')
 
 def show_video(

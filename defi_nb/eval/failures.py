@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['replay_to', 'TaskStart', 'play_task', 'verdict', 'study_task', 'watch', 'relative_error', 'FailureReport',
-           'study_failures', 'show_failures', 'film_studied']
+           'study_failures', 'show_failures', 'film_predicted', 'film_studied']
 
 # %% ../../nbs/07_eval/09_failures.ipynb #fa693a28
 import copy
@@ -331,6 +331,18 @@ def show_failures(
     return ax
 
 # %% ../../nbs/07_eval/09_failures.ipynb #eb0e15a5
+def film_predicted(
+    policy:CoupledPolicy, # that acted
+    record:dict, # of a chain whose actions were kept
+    sequence, # (initial state, task names) of that chain
+    config:EvalConfig, # of the evaluation
+    path, # of the video
+    only:int|None=None, # number of the one task that is filmed; None: all
+)->Path: # of the video
+    "A chain again, with the frames that the policy predicted."
+    looks = [r["look"] for r in watch(policy, record, sequence, config, only=only)]
+    return save_video(film_chain(record, sequence, config, looks=looks, only=only), path)
+
 def film_studied(
     policy:CoupledPolicy, # that was studied
     report:FailureReport, # from `study_failures`
@@ -344,7 +356,6 @@ def film_studied(
     chains = {r["chain"]: r for r in records}
     for row in report.failed[:most] + report.control[:most]:
         record, sequence, number = chains[row["chain"]], sequences[row["chain"]], row["number"]
-        looks = [r["look"] for r in watch(policy, record, sequence, config, only=number)]
         path = Path(folder)/f"{row['task']}-{row['chain']}-{'solved' if row['solved'] else 'failed'}.mp4"
         outcome = "solved" if row["solved"] else f"failed because of {_VERDICTS[row['verdict']]}"
-        yield f"{row['text']}: {outcome}", save_video(film_chain(record, sequence, config, looks=looks, only=number), path)
+        yield f"{row['text']}: {outcome}", film_predicted(policy, record, sequence, config, path, number)

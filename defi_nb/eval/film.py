@@ -68,11 +68,11 @@ def _draw_actions(
     "A chunk as small bars, one lane a number; up is positive, for the gripper open."
     width, height = size
     picture = Image.new("RGB", size, PAPER)
-    draw, left, lane = ImageDraw.Draw(picture), 48, height/ACTION_DIM
+    draw, left, lane = ImageDraw.Draw(picture), 56, height/ACTION_DIM
     step = (width - left - 8)/len(actions)
     for i, (name, colour) in enumerate(zip(_ACTION_LABELS, _LANE_COLOURS)):
         middle, reach = (i + .5)*lane, .42*lane
-        _text(draw, (left - 6, middle), name, 13, anchor="rm")
+        _text(draw, (left - 6, middle), name, 15, anchor="rm")
         draw.line((left, middle, width - 8, middle), FAINT)
         for k, value in enumerate(actions[:, i]):
             x, y = left + k*step, middle - reach*float(value)
@@ -95,7 +95,7 @@ def expectation_frame(
     "The cameras, the frames that were foreseen, and the actions, with a line of text."
     due = [i for i, o in enumerate(look.offsets) if o > 0] if look.frames else []
     due = [due[i] for i in np.unique(np.linspace(0, len(due) - 1, min(most, len(due))).round().astype(int))] if due else []
-    columns, head, bar, chart = 1 + len(due), 22, 32, 230
+    columns, head, bar, chart = 1 + len(due), 26, 36, 230
     frame = Image.new("RGB", (columns*side + chart, len(VIEWS)*side + head + bar), PAPER)
     draw = ImageDraw.Draw(frame)
     draw.rectangle((0, frame.height - bar, *frame.size), _BAR_COLOURS[state])
@@ -105,12 +105,12 @@ def expectation_frame(
         for column, picture in enumerate(pictures):
             resized = Image.fromarray(np.ascontiguousarray(picture)).resize((side - 2, side - 2), Image.Resampling.BICUBIC)
             frame.paste(resized, (column*side + 1, head + row*side + 1))
-    _text(draw, (side/2, head/2), f"now, {since/CONTROL_HZ:.2f} s on", 13, anchor="mm")
+    _text(draw, (side/2, head/2), f"now, {since/CONTROL_HZ:.2f} s on", 16, anchor="mm")
     for column, i in enumerate(due, 1):
-        _text(draw, ((column + .5)*side, head/2), f"foreseen for {look.offsets[i]/CONTROL_HZ:.2f} s", 13, INK if since >= look.offsets[i] else FAINT, "mm")
-    _text(draw, (columns*side + chart/2, head/2), "actions since this look", 13, anchor="mm")
+        _text(draw, ((column + .5)*side, head/2), f"predicted for {look.offsets[i]/CONTROL_HZ:.2f} s", 16, INK if since >= look.offsets[i] else FAINT, "mm")
+    _text(draw, (columns*side + chart/2, head/2), "actions of this plan", 16, anchor="mm")
     frame.paste(_draw_actions(look.actions, min(since, len(look.actions)), (chart, len(VIEWS)*side)), (columns*side, head))
-    _text(draw, (12, frame.height - bar/2), text, 16)
+    _text(draw, (12, frame.height - bar/2), text, 20)
     return np.asarray(frame)
 
 # %% ../../nbs/07_eval/07_film.ipynb #809c8f6f

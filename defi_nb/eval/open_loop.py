@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARM_DIMS', 'action_error', 'unit_errors', 'show_open_loop', 'predict_chunks', 'chunk_errors', 'show_chunk',
-           'predict_episodes', 'error_text', 'show_episode']
+           'errors_markdown', 'predict_episodes', 'error_text', 'show_episode']
 
 # %% ../../nbs/07_eval/04_open_loop.ipynb #4d45bf0f
 from dataclasses import replace
@@ -14,6 +14,7 @@ import torch
 
 from ..core.plot import show_actions, show_frames
 from ..core.spec import CONTROL_HZ
+from ..core.stats import markdown_table
 from ..data.robot_dataset import RobotSamples
 
 # %% ../../nbs/07_eval/04_open_loop.ipynb #c013225f
@@ -22,14 +23,14 @@ ARM_DIMS = ("x", "y", "z", "roll", "pitch", "yaw") # of an action, before the gr
 def action_error(
     predicted:torch.Tensor, # (...,A) actions in about [-1, 1]
     target:torch.Tensor, # (...,A) what was done
-)->dict: # mean absolute error of each of `ARM_DIMS` and of all ("arm"), action units; "gripper": share of right signs
+)->dict: # mean absolute error of each of `ARM_DIMS` and of all ("arm"), action units; "gripper, right sign": a fraction, not an error
     "How far predicted actions are from the recorded ones."
     if predicted.shape != target.shape or predicted.shape[-1] != len(ARM_DIMS) + 1:
         raise ValueError(f"actions of shapes {tuple(predicted.shape)} and {tuple(target.shape)} can't be compared: "
                          f"both must be (...,{len(ARM_DIMS) + 1})")
     l1 = (predicted - target).abs()[..., :-1].flatten(0, -2).mean(0)
     right = ((predicted[..., -1] > 0) == (target[..., -1] > 0)).float().mean()
-    return {**dict(zip(ARM_DIMS, l1.tolist())), "arm": l1.mean().item(), "gripper": right.item()}
+    return {**dict(zip(ARM_DIMS, l1.tolist())), "arm": l1.mean().item(), "gripper, right sign": right.item()}
 
 # %% ../../nbs/07_eval/04_open_loop.ipynb #5af59381
 def _predict_episode(
@@ -131,6 +132,14 @@ def show_chunk(
     else: axes = show_open_loop({name: scale.undo(x) for name, x in pair.items()}, scale.labels, hz)
     axes[0].figure.suptitle(batch.text[i], fontsize=8)
     return axes
+
+# %% ../../nbs/07_eval/04_open_loop.ipynb #dd37b18f
+def errors_markdown(
+    errors:dict, # from `chunk_errors`
+)->str: # markdown
+    "Open-loop errors as a table; the gripper's is a fraction of right signs."
+    shown = {n: f"{100*x:.1f} %" if n.endswith("right sign") else f"{x:.3f}" for n, x in errors.items()}
+    return markdown_table(["of the normalised action", "mean absolute error"], shown.items())
 
 # %% ../../nbs/07_eval/04_open_loop.ipynb #d86bf978
 def predict_episodes(

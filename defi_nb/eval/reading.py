@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'other_samples', 'policy_inputs', 'taking_features', 'exchanged_context', 'sample_losses', 'Reads',
-           'what_is_read', 'show_reads']
+           'what_is_read', 'show_reads', 'reads_markdown']
 
 # %% ../../nbs/07_eval/05_reading.ipynb #af3e6242
 import copy
@@ -185,3 +185,13 @@ def show_reads(
     ax.set(xlabel="action loss with another sample's, relative to the right one")
     ax.invert_yaxis()
     return ax
+
+# %% ../../nbs/07_eval/05_reading.ipynb #0ab588c0
+def reads_markdown(
+    reads:dict, # name of a policy -> `Reads`
+)->str: # markdown
+    "How much more action loss policies have with each input of another sample."
+    names = [n for n in INPUTS if any(n in r.inputs for r in reads.values())]
+    more = lambda r, n: Interval(*(100*(x - 1) for x in r.inputs[n]["ratio"])) if n in r.inputs else Interval(np.nan)
+    rows = [[policy, *(f"{more(r, n):+.0f}" for n in names)] for policy, r in reads.items()]
+    return markdown_table(["more action loss, %, with another sample's", *(INPUTS[n] for n in names)], rows)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROTOCOL', 'chain_rates', 'fingerprint', 'protocol_name', 'task_table', 'write_row', 'read_row', 'EvalResult',
            'closing_table', 'closing_markdown', 'ResultTable', 'task_markdown', 'family_markdown', 'show_rates',
-           'Comparison', 'compare']
+           'show_lengths', 'Comparison', 'compare', 'conclusion']
 
 # %% ../../nbs/07_eval/00_results.ipynb #4d45bf0f
 import json
@@ -17,6 +17,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .. import __version__
+from ..core.plot import OKABE_ITO, new_axes, outer_legend
 from ..core.stats import (
     Interval, anytime_interval, bounded_mean_interval, markdown_table, wilson)
 from ..core.utils import json_digest, write_whole
@@ -281,15 +282,33 @@ def show_rates(
     ax=None, # axes to draw on; None: new ones
 ): # the axes
     "Success at 1..L tasks in a row, with 95 % intervals."
-    import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(5, 3), dpi=72)[1]
+    ax = new_axes(7, 3) if ax is None else ax
     for i, r in enumerate(results):
         rates, at = 100*r.rates, np.arange(1, len(r.rates) + 1) + .06*(i - (len(results) - 1)/2)
         ends = 100*np.array(r.rate_intervals)
         ax.errorbar(at, rates, np.abs(ends.T - rates), marker="o", capsize=2, lw=1.2,
                     label=f"{r.policy} ({r.average_length:.2f})")
     ax.set(xlabel="tasks solved in a row", ylabel="chains, %", ylim=(-3, 103), xticks=range(1, len(rates) + 1))
-    ax.legend(frameon=False, fontsize=8, title="average length", title_fontsize=8)
+    outer_legend(ax, title="average length", title_fontsize=8)
+    return ax
+
+# %% ../../nbs/07_eval/00_results.ipynb #a60b3a65
+def show_lengths(
+    results, # of `EvalResult`
+    ax=None, # axes to draw on; None: new ones
+): # the axes
+    "Average length of each policy with its 95 % interval, in the order given, from the top."
+    results = list(results)
+    ax = new_axes(6, .8 + .34*len(results)) if ax is None else ax
+    length, at = [r.average_length for r in results], range(len(results))
+    reach = np.abs(np.array([r.interval for r in results]).T - length)
+    ax.barh(at, length, color=OKABE_ITO["sky"], height=.62)
+    ax.errorbar(length, at, xerr=reach, fmt="none", ecolor="0.25", capsize=3)
+    for i, r in enumerate(results): ax.text(r.interval[1] + .06, i, f"{r.average_length:.2f}", va="center", fontsize=9)
+    most = results[0].protocol["length"]
+    ax.set(yticks=at, yticklabels=[r.policy for r in results], xlim=(0, 1.08*most), xlabel=f"tasks solved in a row, of {most}")
+    ax.invert_yaxis()
+    ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 # %% ../../nbs/07_eval/00_results.ipynb #8c7efa93
@@ -325,3 +344,17 @@ def compare(
     if not (first.early or second.early): difference = bounded_mean_interval(gap, bounds)
     else: difference = Interval(float(gap.mean()), *anytime_interval(gap, bounds)[-1].tolist())
     return Comparison(first.policy, second.policy, difference, n)
+
+# %% ../../nbs/07_eval/00_results.ipynb #acbebc9b
+_SIDES = {"above": "more than", "below": "fewer than", "open": "not separable from"} # of a difference's interval
+
+def conclusion(
+    result:EvalResult, # what the sentence is about
+    comparisons=(), # of `Comparison`, of it with others
+)->str: # a sentence
+    "The average length with its interval, and how it stands to other policies'."
+    low, high = result.interval
+    text = (f"{result.policy} solves {result.average_length:.2f} of {result.protocol['length']} tasks in a row "
+            f"(95 % interval {low:.2f} to {high:.2f}, {len(result.solved)} chains)")
+    stands = [f"{_SIDES[c.difference.side]} {c.second}, {c.difference:+.2f}" for c in comparisons]
+    return "; ".join([text, *sorted(stands, key=lambda s: s.startswith("not"))]) + "."

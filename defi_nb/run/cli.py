@@ -198,6 +198,22 @@ def earlier_run(
     metrics = folder/"metrics.json"
     return read_json(metrics, _MADE_AGAIN) if metrics.exists() else None
 
+# %% ../../nbs/13_run/01_cli.ipynb #f7599718
+def _of_papermill(): # whether plain papermill started this kernel
+    import psutil
+    parent = psutil.Process().parent()
+    return parent is not None and any(Path(part).name == "papermill" for part in parent.cmdline()[:3])
+
+def _prepare_kernel(name, folder): # figures with twice the dots, for pages; under plain papermill, progress that can be seen
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if getattr(shell, "kernel", None) is None: return
+    from matplotlib_inline.backend_inline import set_matplotlib_formats
+    set_matplotlib_formats("retina")
+    if "DEFI_NB_PROGRESS" in os.environ or not _of_papermill(): return
+    os.environ["DEFI_NB_PROGRESS"] = "10" # lines, as `execute` has them
+    sys.stdout = Tee(sys.stdout, open(folder/"log.txt", "a", encoding="utf-8", buffering=1))
+    shell.kernel.log.warning(f"{name}: running, in {folder}; progress is in {folder/'log.txt'}")
+
 # %% ../../nbs/13_run/01_cli.ipynb #8aa2fc51
 def _new_folder(name): # runs/NAME/TIME, made by this call alone
     time = datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -217,6 +233,7 @@ def run_folder(
     if earlier_run(folder, params) is not None: raise ValueError(f"{folder} holds a finished run: choose another folder (out) or delete that one")
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder/"parameters.json", {n: v for n, v in params.items() if n != "out"})
+    _prepare_kernel(name, folder)
     return folder
 
 # %% ../../nbs/13_run/01_cli.ipynb #20ac422c

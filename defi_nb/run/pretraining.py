@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pretraining_checkpoint', 'pretraining_info', 'alignment_info', 'clip_times', 'forward_clips', 'pretraining_model',
            'forward_model', 'inverse_pairs', 'inverse_auxiliary', 'alignment_models', 'alignment_samples', 'pair_clips',
-           'show_pieces', 'spread_batch', 'spread_batches', 'reversal_arms']
+           'show_pieces', 'spread_batch', 'spread_batches', 'held_out_codes', 'reversal_arms']
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #14219228
 from dataclasses import replace
@@ -13,18 +13,19 @@ from pathlib import Path
 
 import torch
 
+from ..analysis.latent_actions import infer, pair_gap, window_pairs
 from ..core.spec import CONTROL_HZ, VIEWS, DataSpec, preset_of
 from ..core.utils import project_root
 from ..data.cache import JoinedSamples
-from ..data.episodes import show_tasks
+from ..data.episodes import show_tasks, split_windows
 from ..models.aligned_gidm import AlignConfig, AlignedGIDM
-from ..models.encoders import weights_digest
+from ..models.encoders import load_encoders, weights_digest
 from ..models.gidm import GIDMConfig
 from ..models.policy import CoupledPolicy, PolicyConfig
-from .datasets import names_list, reading_of, store_name, video_data
+from .datasets import encoded, names_list, reading_of, store_name, video_data
 from .options import chosen
 from .pretrained import (
-    StepFeatures, checkpoint_name, feature_file, foreseen, fresh_model, pretrained)
+    StepFeatures, checkpoint_name, feature_file, foreseen, fresh_model, info_in, pretrained)
 from ..train.auxiliary import FewLabels, LatentAuxiliaryConfig, LatentBeside
 from ..train.config import TrainConfig
 from ..viz.denoising import check_draws
@@ -230,6 +231,21 @@ def spread_batches(
 ): # yields `Batch`
     "The same, in batches."
     for part in torch.linspace(0, len(data) - 1, n).long().split(batch_size): yield data[part].to(device)
+
+# %% ../../nbs/13_run/07_pretraining.ipynb #5a5af561
+def held_out_codes(
+    frames, # `data.episodes.Frames` of a recording, with images
+    weights, # folder of a GIDM's checkpoint
+    params:dict, # of the run: split and data
+    preset:str="tiny", # of the images and the encoders
+)->tuple: # `analysis.latent_actions.Pairs`, `Inferred` of them, size of the codebook
+    "The latent actions of a recording's held-out pairs."
+    encoders = load_encoders(preset)
+    gidm = load_model(weights, encoders, expect=("GIDM",))
+    dino = encoded(frames, encoders, params["split"], ("dino",), params["data"], preset)["dino"]
+    held = split_windows(frames.windows, .05)[1] or frames.windows
+    pairs = window_pairs(frames, held, dino, pair_gap(gidm, info_in(weights)), view=gidm.cfg.views[0])
+    return pairs, infer(gidm, pairs.features, pairs.text), gidm.cfg.codes
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #14baba3a
 def reversal_arms(
