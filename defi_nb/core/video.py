@@ -27,11 +27,10 @@ import av
 import numpy as np
 from PIL import Image
 from av.video.reformatter import VideoReformatter
-from filelock import FileLock
 
 from .plot import to_hwc
 from .spec import CONTROL_HZ
-from .utils import atomic, progress_bar, write_whole
+from .utils import atomic, locked, progress_bar, write_whole
 
 # %% ../../nbs/00_core/03_video.ipynb #153b9d0b
 def fake_video(
@@ -387,7 +386,7 @@ def index_files(
     if cache is None: return dict(zip(paths, _scanned(paths, scan, n_workers)))
     cache = Path(cache)
     cache.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{cache}.lock"):
+    with locked(f"{cache}.lock"):
         known, useless = _known(cache)
         names = {p: os.path.relpath(p, cache.parent) for p in paths}
         stamps = {p: _stamp(p) for p in paths}

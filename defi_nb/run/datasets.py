@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
 from ..core.spec import CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT, VIEWS, DataSpec, preset_of
-from ..core.utils import project_root
+from ..core.utils import locked, project_root
 from ..data.cache import encode_images, encode_samples, identity_key, keep_texts
 from ..data.calvin import named_scenes, open_calvin
 from ..data.csv_folder import write_own
@@ -328,8 +327,7 @@ def example_lab(
 )->Path: # of the laboratory's data
     "Play a laboratory: record demonstrations in the simulator and write them as videos and CSV files; what is there is kept."
     folder, key = project_root()/folder, identity_key(dict(demos=demos, tasks=tasks))[:8]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
+    with locked(folder.with_name(f".{folder.name}.lock")):
         if (folder/"captions.csv").exists(): return folder
         record_demonstrations(project_root()/data/f"lab-recording-{key}", RecordConfig(scenes="D", tasks=task_list(tasks), per_kind=demos//len(names_list(tasks))))
         frames = open_calvin(project_root()/data/f"lab-recording-{key}")

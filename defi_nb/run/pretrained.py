@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import nn
 
 from ..core.spec import VIEWS, DataSpec, preset_of
-from ..core.utils import project_root
+from ..core.utils import locked, project_root
 from ..data.cache import RowSamples, shard_rows
 from ..data.load import where_name
 from ..models.encoders import weights_digest
@@ -160,8 +159,7 @@ def _made_by_one(
 ): # yields whether it is missing still
     "One process at a time finds out whether a checkpoint has to be made, and makes it; the others wait, and find it."
     if is_finished(folder): yield False; return
-    Path(folder).parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(Path(folder).with_name(f".{Path(folder).name}.lock")): yield not is_finished(folder)
+    with locked(Path(folder).with_name(f".{Path(folder).name}.lock")): yield not is_finished(folder)
 
 _FINE_TUNED = "commitment", "restart_below" # a policy's own, whatever its GIDM was pretrained with
 
