@@ -14,16 +14,15 @@ import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 
-from ..core.utils import atomic, folder_bytes, format_bytes, progress_bar, write_whole
+from ..core.utils import atomic, folder_bytes, format_bytes, locked, progress_bar, write_whole
 from .episodes import FrameTable, Rows, Samples
 
 # %% ../../nbs/02_data/09_cache.ipynb #f3c0d6f9
@@ -74,13 +73,10 @@ _SHARD_BYTES = 64_000_000 # most bytes of a shard, if it holds more than one row
 @contextmanager
 def _claimed(folder, name, seconds=0):
     "Whether this process alone has a piece of work; a dead owner's lock is free."
-    lock = FileLock(folder/".locks"/name)
-    try:
-        (folder/".locks").mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=seconds)
-    except (Timeout, FileNotFoundError): yield False; return # the folder of locks goes when all is done
-    try: yield True
-    finally: lock.release()
+    with ExitStack() as stack:
+        try: stack.enter_context(locked(folder/".locks"/name, seconds))
+        except (TimeoutError, FileNotFoundError): yield False # the folder of locks goes when all is done
+        else: yield True
 
 def _as_rows(x, dtype): return torch.as_tensor(x).detach().float().cpu().numpy().astype(dtype, copy=False)
 
@@ -241,7 +237,7 @@ class KeptImages:
 # %% ../../nbs/02_data/09_cache.ipynb #29f1714f
 def _sets(table, folder): # of one camera -> {folder of a set: numbers of its rows}, which have all rows of the table; those missing are a new set
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder/".lock"):
+    with locked(folder/".lock"):
         sets = {path.parent: np.load(path) for path in sorted(folder.glob("*/rows.npy"))}
         missing = np.setdiff1d(table.rows, np.concatenate([[], *sets.values()])).astype(int)
         if len(missing):

@@ -18,11 +18,10 @@ from multiprocessing import connection, current_process, get_context, parent_pro
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
 from ..core.npz import write_npz
 from ..core.spec import CONTROL_HZ, VIEWS
-from ..core.utils import atomic, progress_bar
+from ..core.utils import atomic, locked, progress_bar
 from .calvin import VECTORS
 from .episodes import Window
 from ..sim.calvin_tasks import CATEGORIES, INSTRUCTIONS, check_tasks, state_after
@@ -331,7 +330,7 @@ def record_demonstrations(
         raise RuntimeError("record_demonstrations is called while this script is imported by one of its own workers: put the script's code under `if __name__ == \"__main__\":`, or record with n_workers=1")
     root = Path(folder)/split
     root.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(root.with_name(f".{split}.lock")): return _record(root, config, split, n_workers) # another process waits, and finds it recorded
+    with locked(root.with_name(f".{split}.lock")): return _record(root, config, split, n_workers) # another process waits, and finds it recorded
 
 def _record(root, config, split, n_workers):
     _claim(root, config)

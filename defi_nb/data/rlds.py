@@ -18,10 +18,9 @@ from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
-from filelock import FileLock
 from google_crc32c import value as crc32c
 
-from ..core.utils import atomic, progress_bar
+from ..core.utils import atomic, locked, progress_bar
 from .episodes import PLAIN, Reading, choose_cameras
 from .mixtures import TABLE_12
 from .robot_dataset import Recent, RobotSource, decode_picture
@@ -277,7 +276,7 @@ def index_split(
     file = None if cache is None else Path(cache)/f"{paths[0].name.split('.')[0]}-{name}.jsonl"
     if file is None: return _index(paths, {}, instruction, width, lambda line: None)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(file) + ".lock"), open(file, "ab") as out: # appended whole; a line that a kill cut off is closed first
+    with locked(str(file) + ".lock"), open(file, "ab") as out: # appended whole; a line that a kill cut off is closed first
         def keep(line): out.write(b"\n" + json.dumps(line).encode() + b"\n"); out.flush()
         return _index(paths, _kept_lines(file), instruction, width, keep)
 
