@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['progress_bar', 'Tee', 'atomic', 'write_whole', 'os_remedy', 'one_line', 'locked', 'read_json', 'read_jsonl',
            'write_jsonl', 'append_jsonl', 'json_digest', 'format_bytes', 'duration', 'folder_bytes', 'project_root',
-           'sendable', 'portable_error', 'start_python', 'JobError', 'received', 'play_jobs', 'cpu_hours']
+           'sendable', 'portable_error', 'start_python', 'process_note', 'noted_process', 'JobError', 'received',
+           'play_jobs', 'cpu_hours']
 
 # %% ../../nbs/00_core/02_utils.ipynb #3ce46b49
 import errno
@@ -17,6 +18,7 @@ import pickle
 import re
 import resource
 import select
+import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +30,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from pkgutil import resolve_name
 
+import psutil
 from filelock import FileLock, SoftFileLock, Timeout
 
 # %% ../../nbs/00_core/02_utils.ipynb #fdc80e0a
@@ -284,6 +287,26 @@ def start_python(
     process = subprocess.Popen([python, "-uc", code], env=env, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()], start_new_session=True, **kw)
     theirs.close()
     return process, pipe
+
+# %% ../../nbs/00_core/02_utils.ipynb #0b84a860
+def process_note(
+    pid:int|None=None, # of a process; None: this one
+)->dict: # JSON values
+    "What tells a process from every other: its number, host and start."
+    return dict(pid=pid or os.getpid(), host=socket.gethostname(), started=psutil.Process(pid).create_time())
+
+def noted_process(
+    note, # from `process_note`
+): # psutil.Process, or None
+    "The process that a note is of, if it still runs on this machine, under this user."
+    if not isinstance(note, dict): return
+    pid, started = note.get("pid"), note.get("started")
+    if type(pid) is not int or pid <= 1 or not isinstance(started, (int, float)) or note.get("host") != socket.gethostname(): return
+    try:
+        found = psutil.Process(pid)
+        same = abs(found.create_time() - started) < 1 and found.uids().effective == os.geteuid() and found.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error: return
+    return found if same else None
 
 # %% ../../nbs/00_core/02_utils.ipynb #08fa7a10
 class JobError(Exception):

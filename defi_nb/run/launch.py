@@ -17,7 +17,8 @@ from argparse import ArgumentParser
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 
-from ..core.utils import Tee, locked, project_root, read_json
+from ..core.utils import (
+    Tee, locked, noted_process, process_note, project_root, read_json, write_whole)
 from .cli import (
     _new_folder, check_parameters, earlier_run, find_notebook, given_pairs, joined_pairs, one_line_exit)
 
@@ -122,32 +123,32 @@ def start_run(
     env = os.environ | dict(PYTHONUNBUFFERED="1", DEFI_NB_PROGRESS="10", MPLBACKEND="agg")
     with open(folder/"log.txt", "a") as log:
         child = subprocess.Popen(command, cwd=project_root(), env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-    (folder/"pid").write_text(str(child.pid))
+    write_whole(folder/"pid", json.dumps(process_note(child.pid)))
     return folder
+
+_ENDED = "delete it, if that run has ended" # the remedy for a damaged file
 
 def is_running(
     folder:Path, # of a run that `start_run` started
 )->bool:
     "Whether its process is alive."
-    try: pid = int((Path(folder)/"pid").read_text())
-    except (FileNotFoundError, ValueError): return False
-    try:
-        if os.waitpid(pid, os.WNOHANG)[0] == pid: return False # a child of this kernel that has ended
-    except ChildProcessError: pass # started by another kernel
-    try: os.kill(pid, 0)
-    except (ProcessLookupError, PermissionError): return False
-    return True
+    return _process_of(folder) is not None
+
+def _process_of(folder): # of a run, or None
+    path = Path(folder)/"pid"
+    return noted_process(read_json(path, _ENDED, object)) if path.exists() else None
 
 def stop_run(
     folder:Path, # of a run
 )->str: # what was done
     "Ask a run's training to save and stop; a run that is not training yet is interrupted."
     folder = Path(folder)
-    if not is_running(folder): return f"{folder} is not running"
+    if (process := _process_of(folder)) is None: return f"{folder} is not running"
     training = folder/"training.json"
     if training.exists():
-        told = json.loads((Path(json.loads(training.read_text())["checkpoint"])/"run.json").read_text())
-        os.kill(told["pid"], signal.SIGTERM)
+        note = Path(read_json(training, _ENDED)["checkpoint"])/"run.json"
+        if (found := noted_process(read_json(note, _ENDED))) is None: return f"the process that {note} names has ended"
+        found.send_signal(signal.SIGTERM)
         return "the training saves at the end of this step and stops"
-    os.killpg(int((folder/"pid").read_text()), signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     return "interrupted before the training had begun"

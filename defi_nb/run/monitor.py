@@ -8,17 +8,16 @@ __all__ = ['TrainingState', 'training_state', 'state_numbers', 'show_training', 
 # %% ../../nbs/13_run/03_monitor.ipynb #ba2422ca
 import html
 import io
-import json
-import os
 import socket
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.utils import duration, project_root
+from ..core.utils import duration, noted_process, project_root, read_json
 from .launch import is_running, stop_run
 from ..train.fit import read_metrics
+from ..weights.checkpoint import read_config
 
 # %% ../../nbs/13_run/03_monitor.ipynb #085b9a0d
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def _checkpoint_of(
 )->Path:
     "Where a run's training keeps its checkpoint."
     folder = Path(folder)
-    if (folder/"training.json").exists(): return Path(json.loads((folder/"training.json").read_text())["checkpoint"])
+    if (folder/"training.json").exists(): return Path(read_json(folder/"training.json", "delete it, if that run has ended").get("checkpoint", ""))
     if (folder/"run.json").exists(): return folder
     raise FileNotFoundError(f"{folder} has no training yet: give the folder of a run that trains, or of its checkpoint; a run that began just now may still be preparing its data (see its log.txt)")
 
@@ -56,19 +55,17 @@ def training_state(
 )->TrainingState:
     "What is known of a training."
     folder = _checkpoint_of(folder)
-    told = json.loads((folder/"run.json").read_text())
-    try: saved = json.loads((folder/"config.json").read_text())["step"]
+    told = read_json(folder/"run.json", "the next training into that folder writes it anew")
+    try: saved = read_config(folder)["step"]
     except (FileNotFoundError, ValueError): saved = 0
-    return TrainingState(folder, read_metrics(folder), told["steps"], saved, _alive(told, folder))
+    return TrainingState(folder, read_metrics(folder), told.get("steps", 0), saved, _alive(told, folder))
 
 def _alive(told, folder):
     "Whether the process is there; on another machine, whether it wrote in the last five minutes."
-    if told["host"] != socket.gethostname():
+    if told.get("host") != socket.gethostname():
         try: return time.time() - (folder/"metrics.jsonl").stat().st_mtime < 300
         except FileNotFoundError: return False
-    try: os.kill(told["pid"], 0)
-    except (ProcessLookupError, PermissionError): return False
-    return True
+    return noted_process(told) is not None
 
 # %% ../../nbs/13_run/03_monitor.ipynb #df0d1b72
 def state_numbers(

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -27,7 +26,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..core.utils import format_bytes, locked, one_line, progress_bar, read_jsonl, write_jsonl, write_whole
+from ..core.utils import format_bytes, locked, one_line, process_note, progress_bar, read_jsonl, write_jsonl, write_whole
 from ..data.mixtures import Mixture, count_draws
 from ..models.vq import restart_logs
 from .config import (
@@ -198,11 +197,11 @@ def _run_identity(
 
 def _clean(out, resume, steps, record):
     "Before a run begins: drop what an earlier one left if it is not to be resumed, and say who runs and how long."
+    recover(out)
     if not resume:
         for old in [*Path(out).glob("step-*"), Path(out)/"best"]: _drop(old)
         if has_checkpoint(out): (Path(out)/"config.json").unlink() # else it is back after an early crash
-    recover(out)
-    write_whole(Path(out)/"run.json", json.dumps(dict(steps=steps, pid=os.getpid(), host=socket.gethostname())))
+    write_whole(Path(out)/"run.json", json.dumps(dict(steps=steps) | process_note()))
     if record: write_whole(Path(record)/"training.json", json.dumps(dict(checkpoint=str(Path(out).resolve()))))
 
 def _start(out, model, run):

@@ -10,6 +10,7 @@ __all__ = ['BASE_MODELS', 'BUILDERS', 'POLICY_CLASSES', 'BaseModel', 'find_base_
 # %% ../../nbs/05_weights/01_load.ipynb #423b106c
 import hashlib
 import json
+import re
 import struct
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
+from ..core.safe_load import _refusing
 from ..core.utils import folder_bytes, format_bytes
 from ..data.robot_dataset import ActionScale
 from ..models.direct_policy import DirectConfig, DirectPolicy
@@ -28,9 +31,9 @@ from ..models.aligned_gidm import AlignConfig, AlignedGIDM
 from ..models.gidm import GIDM, GIDMConfig
 from ..models.policy import (
     BlindConfig, BlindPolicy, CoupledPolicy, PlainConfig, PlainPolicy, PolicyConfig)
-from defi_nb.weights.checkpoint import (
-    differing_fields, has_checkpoint, load_checkpoint, load_state, plain_config, read_config,
-    restore_config)
+from .checkpoint import (
+    _check_fits, checkpoint_file, differing_fields, has_checkpoint, load_checkpoint, load_state, plain_config,
+    read_config, restore_config, verify)
 
 # %% ../../nbs/05_weights/01_load.ipynb #4cd43b28
 @dataclass(frozen=True)
@@ -204,12 +207,34 @@ def _check_encoders(folder, about, encoders):
     if differ := differing_fields(there, here):
         raise ValueError(f"{folder} was trained with other encoders (there -> here: {differ}): load those, or train again with these")
 
+_COUNTS = re.compile(r"(^|_)(blocks|depth|layers)$") # fields that say how many modules a network has
+
+def _shapes(folder, about): # name -> tensor without numbers, of what the file holds
+    with _refusing(path := checkpoint_file(folder, "model.safetensors")), safe_open(path, "pt") as f:
+        found = {k: torch.empty(f.get_slice(k).get_shape(), device="meta") for k in f.keys()}
+    return found | {second: found[first] for second, first in about["tied"].items()}
+
+def _check_counts(folder, tree, most, name=""):
+    "Raise `ValueError` before as many modules are built as a config may name."
+    if isinstance(tree, (dict, list)):
+        for key, value in tree.items() if isinstance(tree, dict) else ((name, v) for v in tree): _check_counts(folder, value, most, key)
+    elif isinstance(tree, (int, float)) and _COUNTS.search(name) and tree > most:
+        raise ValueError(f"{folder} has {name} {tree:g} in its config.json, and {most} tensors in its file: one of them is damaged; copy the checkpoint again, or train again")
+
+def _laid_out(folder, about, encoders, fields): # the model without numbers
+    _check_counts(folder, [fields, about["info"].get("gfdm", {})], len(_shapes(folder, about)))
+    with torch.device("cpu" if about["class"] == "DirectPolicy" else "meta"): # a Hugging Face encoder has tensors of its own that no checkpoint holds
+        return BUILDERS[about["class"]](fields, encoders, about["info"])
+
 def _stored_scale_of(
     about:dict, # what `read_config` gives
 )->ActionScale|None: # None: actions are CALVIN's, or the model has none
     "The bounds by which a policy's actions in [-1, 1] become its robot's: `policy.action_scale.undo(policy.act(batch))`."
-    found = about["info"].get("action_scale")
-    return restore_config(ActionScale, found) if found else None
+    if not (found := about["info"].get("action_scale")): return None
+    scale = restore_config(ActionScale, found)
+    numbers = torch.tensor([*map(float, scale.low), *map(float, scale.high)])
+    if not numbers.isfinite().all(): raise ValueError(f"the checkpoint's action_scale is {scale.low} to {scale.high}, and an action in it is no number: train again, from data whose actions are finite")
+    return scale
 
 def load_model(
     folder, # of a checkpoint
@@ -224,9 +249,11 @@ def load_model(
         raise ValueError(f"{folder} holds a {about['class']}; expected {' or '.join(expect)}: give the folder of such a checkpoint")
     encoders = encoders or load_encoders(about["info"].get("preset", "tiny"))
     _check_encoders(folder, about, encoders)
+    fields = about["fields"] | (change or {})
     with torch.random.fork_rng():
+        if trained and about["class"] != "DirectPolicy": _check_fits(folder, about, _laid_out(folder, about, encoders, fields), None, _shapes(folder, about)) # before memory is taken
         torch.manual_seed(0)
-        model = BUILDERS[about["class"]](about["fields"] | (change or {}), encoders, about["info"])
+        model = BUILDERS[about["class"]](fields, encoders, about["info"])
     if trained: load_checkpoint(folder, model, about["fields"]) # compared by its tensors: its fields are the checkpoint's
     model.action_scale = _stored_scale_of(about)
     return model.eval()
@@ -238,14 +265,14 @@ def load_to_act(
     about = read_config(folder)
     if about["class"] not in POLICY_CLASSES:
         raise ValueError(f"{folder} holds a {about['class']}; expected {' or '.join(POLICY_CLASSES)}: give the folder of such a checkpoint")
+    verify(folder, ("model.safetensors",))
     forward, preset = about["info"].get("forward", "GFDM"), about["info"].get("preset", "tiny")
     encoders = load_acting_encoders(preset) if forward == "GFDM" else load_encoders(preset)
     _check_encoders(folder, about, encoders)
-    with torch.device("cpu" if about["class"] == "DirectPolicy" else "meta"): # a Hugging Face encoder has tensors of its own that no checkpoint holds
-        model = BUILDERS[about["class"]](about["fields"], encoders, about["info"])
+    model = _laid_out(folder, about, encoders, about["fields"])
     if about["class"] == "CoupledPolicy" and forward == "GFDM": for_features(model.gfdm)
     model.action_scale = _stored_scale_of(about)
-    return read_weights(model, [Path(folder)/"model.safetensors"]).eval()
+    return read_weights(model, [checkpoint_file(folder, "model.safetensors")]).eval()
 
 def is_finished(
     folder, # where a checkpoint may be
@@ -260,7 +287,7 @@ def checkpoint_digest(
 )->str: # 16 hex digits of SHA-256
     "What identifies a checkpoint's weights."
     read_config(folder) # an error that says what is missing
-    return hashlib.sha256((Path(folder)/"model.safetensors").read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(checkpoint_file(folder, "model.safetensors").read_bytes()).hexdigest()[:16]
 
 # %% ../../nbs/05_weights/01_load.ipynb #6208da0c
 def count_parameters(
