@@ -200,6 +200,57 @@ def test_goes_on_and_ends_when_nobody_reads_what_it_says():
         assert process.wait(30) == 0
 
 
+# clients that do not read
+
+def stuck(url, frame, n):
+    "A socket that is a websocket by hand, and sends n frames without reading."
+    host, port = url[5:].split(":")
+    found = socket.create_connection((host, int(port)), 10)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    found.sendall(f"GET / HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: {'A'*22}==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode())
+    assert b" 101 " in found.recv(4096)
+    found.settimeout(5)
+    try:
+        for _ in range(n): found.sendall(frame)
+    except OSError: pass # dropped, or nobody takes more
+    return found
+
+
+def frame(kind, data): # masked with zeros, as a client's may be
+    size = bytes([0x80 | len(data)]) if len(data) < 126 else bytes([0x80 | 126]) + len(data).to_bytes(2, "big")
+    return bytes([0x80 | kind]) + size + bytes(4) + data
+
+
+def test_a_flood_of_pings():
+    "The server's memory stays, others are answered, and it ends within 10 s."
+    with command("noop") as (process, url):
+        with Client(url) as client: client.infer(observation())
+        before = psutil.Process(process.pid).memory_info().rss
+        held = stuck(url, frame(9, bytes(125)), 400_000)
+        with Client(url) as client: assert client.infer(observation())["actions"].shape == (10, 7)
+        assert psutil.Process(process.pid).memory_info().rss < before + 20*2**20
+        process.terminate()
+        assert process.wait(10) == 0
+        held.close()
+
+
+@pytest.mark.parametrize("patience", [.5, 60.])
+def test_answers_that_are_not_read(patience):
+    "Dropped after a while; a server that is stopped before that ends within 10 s."
+    said, large = [], contract(horizon=200_000) # answers of 5.6 MB, more than the system holds
+    server = PolicyServer(Looks(), large, patience=patience, log=said.append)
+    with serving(server) as url:
+        held = stuck(url, frame(2, pack(observation())), 3)
+        end = time.monotonic() + (20 if patience < 1 else 3)
+        while not server.open: time.sleep(.01)
+        while server.open and time.monotonic() < end: time.sleep(.05)
+        assert server.open == (patience > 1)
+        began = time.monotonic()
+    assert time.monotonic() - began < 10
+    assert any("dropped, because it did not read its answer for 0.5 s" in str(line) for line in said) == (patience < 1)
+    held.close()
+
+
 # 10,000 wrong requests
 
 def mutate(rng, data):

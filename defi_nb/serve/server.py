@@ -28,11 +28,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
-from websockets.asyncio.server import serve
+from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 from .. import __version__
 from ..core.spec import ACTION_DIM, CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT, VIEWS, Batch
+from ..core.utils import one_line
 from ..eval.rollout import NoOpPolicy, RandomPolicy, obs_to_batch, on_device, predict
 from .protocol import MAX_BYTES, Client, pack, unpack
 from ..weights.load import checkpoint_digest, load_to_act
@@ -168,7 +169,9 @@ def answer(
     with torch.inference_mode(): action = torch.as_tensor(policy.act(batch.to(device), noise=noise.to(device))).float().cpu().numpy()
     if action.shape != tuple(noise.shape) or not np.isfinite(action).all():
         raise ValueError(f"the policy returned actions of shape {action.shape}, {np.isfinite(action).sum()} of them finite; the contract asks for {tuple(noise.shape)}")
-    return scale.undo(action.clip(-1, 1))
+    action = scale.undo(action.clip(-1, 1))
+    if not np.isfinite(action).all(): raise ValueError("the policy's action_scale makes actions of them that are not finite: train it again from data whose actions are")
+    return action
 
 # %% ../../nbs/11_serve/01_server.ipynb #9654b679
 class PolicyError(RuntimeError):
@@ -184,6 +187,7 @@ class PolicyServer:
     batch:int = 16 # most requests that are computed at once
     window:float = .002 # seconds that a request waits for others to join its batch
     clients:int = 64 # most connections
+    patience:float = 30. # seconds that a client may leave an answer unread, before it is dropped
     max_bytes:int = MAX_BYTES//2 # of a request; two pictures of 1080p are 12 MiB
     log:object = lambda *said: None # called with what happens, in words
     batches:dict = field(default_factory=dict) # rows of a batch -> how often it was computed
@@ -191,7 +195,7 @@ class PolicyServer:
     def __post_init__(self):
         self.contract = self.contract or contract_of(self.policy)
         if self.key is not None and not (self.key.isascii() and self.key.isprintable() and self.key.strip() == self.key != ""): raise ValueError("the key must be printable ASCII without spaces around it, and not empty")
-        if min(self.batch, self.clients) < 1 or self.window < 0: raise ValueError(f"batch is {self.batch}, clients {self.clients}, window {self.window}: at least 1, 1 and 0")
+        if min(self.batch, self.clients) < 1 or min(self.window, self.patience) < 0: raise ValueError(f"batch is {self.batch}, clients {self.clients}, window {self.window}, patience {self.patience}: at least 1, 1, 0 and 0")
         self.open, self.busy, self.stopping, self.number = 0, 0, False, 0
         if hasattr(self.policy, "eval"): self.policy.eval()
 
@@ -242,6 +246,28 @@ async def _reply(self:PolicyServer, data, place): # place: episode, requests in 
         return pack({"actions": actions, "server_timing": timing | {"total_ms": 1000*(time.perf_counter() - begin)}})
     except (ValueError, PolicyError) as e: return str(e)
 
+_UNREAD, _SHUTDOWN = 2**20, 3. # bytes that wait for a client to read them; seconds that a stopping server waits for that
+
+def _abort_unread(server): # connections whose clients do not read
+    for connection in list(server.connections):
+        if connection.transport.get_write_buffer_size(): connection.transport.abort()
+
+class _Bounded(ServerConnection):
+    "A connection that ends when its client sends pings, which are answered at once, and does not read."
+    def data_received(self, data):
+        super().data_received(data)
+        if self.transport.get_write_buffer_size() > _UNREAD: self.transport.abort()
+
+def _complain(log, every=10.): # of an event loop; what it says of each lack of file descriptors would fill a disk
+    last = -every
+    def handle(loop, context):
+        nonlocal last
+        if not isinstance(error := context.get("exception"), OSError): return loop.default_exception_handler(context)
+        if time.monotonic() - last < every: return
+        log(f"{context['message']}: {one_line(error)}")
+        last = time.monotonic()
+    return handle
+
 @patch
 async def _talk(self:PolicyServer, connection):
     "One client, from its first request to its last."
@@ -253,7 +279,13 @@ async def _talk(self:PolicyServer, connection):
             await connection.send(pack(self.contract.metadata()))
             async for data in connection:
                 self.busy += 1
-                try: await connection.send(await self._reply(data, place))
+                try:
+                    reply = await self._reply(data, place)
+                    async with asyncio.timeout(self.patience): await connection.send(reply)
+                except TimeoutError:
+                    self.log(f"{name}: dropped, because it did not read its answer for {self.patience:g} s")
+                    connection.transport.abort()
+                    break
                 finally: self.busy -= 1
                 answered += 1
                 if self.stopping: break
@@ -261,6 +293,7 @@ async def _talk(self:PolicyServer, connection):
         self.open -= 1
         self.log(f"{name}: gone after {answered} answers, {connection.close_code} {connection.close_reason or ''}".rstrip())
 
+# %% ../../nbs/11_serve/01_server.ipynb #d3d834b2
 @patch
 async def run(self:PolicyServer,
     host:str="127.0.0.1", # address to listen at
@@ -271,17 +304,22 @@ async def run(self:PolicyServer,
     quiet = logging.getLogger("defi_nb.serve.server.websockets")
     quiet.setLevel(logging.CRITICAL) # what strangers send to a port is no error of ours
     stop, loop, self.queue, self.stopping = asyncio.Event(), asyncio.get_running_loop(), asyncio.Queue(), False
+    loop.set_exception_handler(_complain(self.log))
     with ThreadPoolExecutor(1, "policy") as thread:
         work = loop.create_task(self._work(thread))
         try:
-            async with serve(self._talk, host, port, process_request=self._admit, origins=[None], compression=None, max_size=self.max_bytes, max_queue=2, open_timeout=10,
+            async with serve(self._talk, host, port, process_request=self._admit, create_connection=_Bounded, origins=[None], compression=None, max_size=self.max_bytes, max_queue=2, open_timeout=10,
                              close_timeout=2, server_header=None, logger=quiet) as server:
                 bound = server.sockets[0].getsockname()
                 started(f"ws://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}", lambda: loop.call_soon_threadsafe(stop.set))
                 await asyncio.wait([ending := loop.create_task(stop.wait()), work], return_when=asyncio.FIRST_COMPLETED)
                 ending.cancel()
                 self.stopping = True
-                while self.busy and not work.done(): await asyncio.sleep(.01)
+                until = time.monotonic() + _SHUTDOWN
+                while self.busy and not work.done():
+                    await asyncio.sleep(.01)
+                    if time.monotonic() > until: _abort_unread(server)
+                _abort_unread(server)
                 server.close(reason="the server was stopped")
             if work.done(): work.result()
         finally: work.cancel()
@@ -402,8 +440,8 @@ def main(
     "`defi-nb serve`."
     args = _parser().parse_args(argv)
     try: asyncio.run(_until_stopped(_server(args), args.host, args.port))
-    except (ValueError, FileNotFoundError) as error:
-        print(f"defi-nb: {error}", file=sys.stderr)
+    except (ValueError, FileNotFoundError, OSError, RuntimeError) as error:
+        print(f"defi-nb: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt: return 130
     return 0
