@@ -10,6 +10,7 @@ __all__ = ['FORMATS', 'fake_video', 'read_numbers', 'write_video', 'save_video',
 import base64
 import io
 import json
+import math
 import os
 import re
 import time
@@ -171,6 +172,7 @@ class VideoInfo:
     turn:int # quarter turns, counter-clockwise, by which the stored pictures are shown
     pts:str # time stamps of the N frames in the order shown, packed
     keys:str # which of the frames are key frames, packed
+    counted:bool = False # whether frames are told by counting from a key frame, for their stamps are not those of the packets
 
     def __len__(self): return len(unpack(self.pts))
 
@@ -188,7 +190,7 @@ def _open(path): # the container and its video stream
         raise ValueError(f"{path} holds no video: give a file with pictures")
     if stream.codec_context is None: # a cut file may have lost what says how its pictures are coded
         file.close()
-        raise ValueError(f"{path} can't be read as a video (its codec is unknown): download it again, or leave it out")
+        raise ValueError(f"{path} can't be read as a video (its codec is unknown): restore a whole copy, or leave it out")
     stream.codec_context.thread_count = 1 # data loaders have processes for that
     return file, stream
 
@@ -196,10 +198,10 @@ def _open(path): # the container and its video stream
 def _named(path):
     "What goes wrong inside is a `ValueError` of one line that names the file."
     try: yield
-    except av.error.FileNotFoundError: raise FileNotFoundError(f"{path} is missing: download it again") from None
+    except av.error.FileNotFoundError: raise FileNotFoundError(f"{path} is missing: restore a whole copy") from None
     except (av.FFmpegError, OSError) as e:
         reason = getattr(e, "strerror", None) or e
-        raise ValueError(f"{path} can't be read as a video ({reason}): download it again, or leave it out") from None
+        raise ValueError(f"{path} can't be read as a video ({reason}): restore a whole copy, or leave it out") from None
 
 @contextmanager
 def _opened(path): # yields the container and its video stream
@@ -208,14 +210,14 @@ def _opened(path): # yields the container and its video stream
         with file: yield file, stream
 
 def _packets(path):
-    "Time stamps of a file's frames and of its key frames, and the stream's description, without decoding."
+    "Time stamps of a file's frames, as its packets have them in their order, and of its key frames, and their unit, without decoding."
     pts, keys, total = [], [], 0
     with _opened(path) as (file, stream):
         for p in file.demux(stream):
             if not p.size: continue
-            if p.is_corrupt: raise ValueError(f"{path} is cut short or damaged at packet {total}: download it again")
+            if p.is_corrupt: raise ValueError(f"{path} is cut short or damaged at packet {total}: restore a whole copy")
             total += 1
-            if p.pts is None: raise ValueError(f"{path} has no time stamps: copy it into an mp4 (ffmpeg -c copy)")
+            if p.pts is None: raise ValueError(f"{path} has no time stamps: convert it (ffmpeg -i OLD NEW.mp4)")
             if p.is_discard: continue # cut away by the container's edit list
             pts.append(p.pts)
             if p.is_keyframe: keys.append(p.pts)
@@ -225,15 +227,28 @@ def _packets(path):
 def _check_whole(path, file, stream, pts, total):
     "Raise if the container promises more than is there."
     if stream.frames > total:
-        raise ValueError(f"{path} is cut short: {total} of its {stream.frames} frames are there; download it again")
-    if not pts: raise ValueError(f"{path} has no frames: download it again, or leave it out")
+        raise ValueError(f"{path} is cut short: {total} of its {stream.frames} frames are there; restore a whole copy")
+    if not pts: raise ValueError(f"{path} has no frames: restore a whole copy, or leave it out")
     said = [Fraction(m[1])*3600 + Fraction(m[2])*60 + Fraction(m[3])
             for k, v in stream.metadata.items() if k.upper() == "DURATION" and (m := re.fullmatch(r"(\d+):(\d+):([\d.]+)", v))]
     if not said and len(file.streams) == 1 and file.duration: said = [Fraction(file.duration, av.time_base)]
     there = (max(pts) - min(pts))*stream.time_base
     usual = there/max(len(pts) - 1, 1)
     if said and there > 0 and said[0] - there > max(3*usual, Fraction(1, 2)) and stream.frames == 0:
-        raise ValueError(f"{path} is cut short: {float(there):.1f} of its {float(said[0]):.1f} s are there; download it again")
+        raise ValueError(f"{path} is cut short: {float(there):.1f} of its {float(said[0]):.1f} s are there; restore a whole copy")
+
+def _counts(path):
+    "Positions of the key frames where the frames come in another order than their stamps have; None: in the same."
+    with _opened(path) as (file, stream):
+        if not stream.codec_context.has_b_frames: return None
+        last = -math.inf
+        for p in (p for p in file.demux(stream) if p.size and p.pts is not None):
+            if p.pts < last: return None # stamps in the order shown, which is not that of the packets
+            last = p.pts
+    with _opened(path) as (file, stream): shown = [(f.pts, f.key_frame) for f in file.decode(stream)]
+    stamps = sorted(t for t, _ in shown)
+    if [t for t, _ in shown] == stamps: return None
+    return [i for i, (t, key) in enumerate(shown) if i == 0 or key and t == stamps[i]] # with open groups of pictures it is not
 
 def scan_video(
     path, # of the file
@@ -249,12 +264,12 @@ def scan_video(
             shown.append(frame.pts)
             if not decode: break
         name = stream.codec_context.name
-    if not shown: raise ValueError(f"{path} has no frame that can be decoded: download it again, or leave it out")
+    if not shown: raise ValueError(f"{path} has no frame that can be decoded: restore a whole copy, or leave it out")
     if decode and (lost := len(set(pts) - set(shown))):
-        raise ValueError(f"{path}: {lost} of its {len(pts)} frames can't be decoded; download it again, or leave it out")
-    rows = np.unique(pts)
-    key_rows = np.searchsorted(rows, np.unique(keys)) if keys else [0]
-    return VideoInfo(first.shape[1], first.shape[0], name, str(Fraction(tick)), turn, pack(rows), pack(key_rows))
+        raise ValueError(f"{path}: {lost} of its {len(pts)} frames can't be decoded; restore a whole copy, or leave it out")
+    rows, counts = np.unique(pts), _counts(path)
+    key_rows = counts or (np.searchsorted(rows, np.unique(keys)) if keys else [0])
+    return VideoInfo(first.shape[1], first.shape[0], name, str(Fraction(tick)), turn, pack(rows), pack(key_rows), counts is not None)
 
 @lru_cache(maxsize=1)
 def _one_thread(): # a conversion is over before threads have started for it; older PyAV has none
@@ -266,7 +281,7 @@ def _turn(frame): return round((frame.rotation or 0)/90) % 4
 
 def _picture(frame, path):
     "(H,W,3) uint8, turned the way the camera was held."
-    if frame.is_corrupt: raise ValueError(f"{path} is damaged at {frame.time:.2f} s: download it again, or leave it out")
+    if frame.is_corrupt: raise ValueError(f"{path} is damaged at {frame.time:.2f} s: restore a whole copy, or leave it out")
     return np.ascontiguousarray(np.rot90(_rgb(frame), _turn(frame)))
 
 # %% ../../nbs/00_core/03_video.ipynb #ae772249
@@ -281,6 +296,7 @@ def _forward(frames, pts):
 
 def _pyav_frames(path, rows, info):
     "(H,W,3) pictures of increasing rows, one by one."
+    if info.counted: yield from _counted_frames(path, rows, info); return
     pts, keys, at, frames = unpack(info.pts), unpack(info.keys), -1, None
     with _opened(path) as (file, stream):
         for row in rows:
@@ -288,10 +304,24 @@ def _pyav_frames(path, rows, info):
             if frames is None or keys[key] > at + 1: frames = _seek(file, stream, pts[keys[key]])
             while (frame := _forward(frames, pts[row])) is None: # the seek landed too late
                 if key == 0:
-                    raise ValueError(f"{path}: frame {row} of {len(pts)} can't be decoded; index it with decode=True")
+                    raise ValueError(f"{path}: frame {row} of {len(pts)} can't be decoded: convert it (ffmpeg -i OLD NEW.mp4), or leave it out")
                 key, back = max(key - back, 0), 2*back
                 frames = _seek(file, stream, pts[keys[key]])
             at = row
+            yield _picture(frame, path)
+
+def _counted_frames(path, rows, info):
+    "The same, of a video whose packets' time stamps are not those of the frames."
+    pts, keys, at, frames = unpack(info.pts), unpack(info.keys), -1, None
+    with _opened(path) as (file, stream):
+        for row in rows:
+            key = int(keys[np.searchsorted(keys, row, "right") - 1])
+            if frames is None or key > at + 1: frames, at = _seek(file, stream, pts[key]), key - 1
+            for frame in frames:
+                at += 1
+                if at == key and frame.pts != pts[key] or at == row: break
+            if at != row or row == key and frame.pts != pts[key]:
+                raise ValueError(f"{path}: frame {row} of {len(pts)} can't be found: convert it (ffmpeg -i OLD NEW.mp4), or leave it out")
             yield _picture(frame, path)
 
 @lru_cache(maxsize=1)
@@ -304,7 +334,7 @@ def _torchcodec():
 
 def _torchcodec_frames(path, rows, info):
     "The same pictures by torchcodec; None if it can't, or might give others."
-    if info.turn: return None
+    if info.turn or info.counted: return None
     try:
         decoder = _torchcodec()(str(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
         if len(decoder) != len(info): return None
@@ -334,6 +364,7 @@ class OpenVideo:
         path, # of the file
     ):
         self.path, self.lock = path, Lock()
+        if _counts(path) is not None: raise ValueError(f"{path} has time stamps that are not those of its frames: convert it (ffmpeg -i OLD NEW.mp4)")
         with _named(path): self.file, self.stream = _open(path)
         self.stream.codec_context.options = {"err_detect": "explode"} # rather no frame than a patched one
 
@@ -360,8 +391,19 @@ class OpenVideo:
                 found[t] = _picture(frame, self.path)
         if missing := sorted(set(map(float, times)) - set(found)):
             reached = "its end was met first" if frame is None else f"the next one is at {frame.time:.3f} s"
-            raise ValueError(f"{self.path} has no frame at {missing[0]:.3f} s ({reached}): it is cut short or does not belong to these episodes; download it again")
+            raise ValueError(f"{self.path} has no frame at {missing[0]:.3f} s ({reached}): it is cut short or does not belong to these episodes; restore a whole copy")
         return [found[float(t)] for t in times]
+
+    def end(self): # seconds of the last frame that can be decoded, by the file's own time stamps
+        with self.lock, _named(self.path):
+            said = self.stream.duration*self.stream.time_base if self.stream.duration else (self.file.duration or 0)/av.time_base
+            decoder, frame = self._seek(float(said), 0.)
+            last = None
+            try:
+                while frame is not None and not frame.is_corrupt: last, frame = frame, next(decoder, None)
+            except av.error.InvalidDataError: pass # cut there
+        if last is None: raise ValueError(f"{self.path} has no frame that can be decoded: restore a whole copy, or leave it out")
+        return last.time
 
 # %% ../../nbs/00_core/03_video.ipynb #fb688fd1
 def _known(cache):
