@@ -93,7 +93,7 @@ def test_an_episode_of_one_frame(toy):
 def test_truncated_parquet(broken, share):
     path = parquets(broken)[0]
     path.write_bytes(path.read_bytes()[:int(share*path.stat().st_size)])
-    with pytest.raises(ValueError, match=f"{path.name} is damaged .*download it again"): samples(broken)
+    with pytest.raises(ValueError, match=f"{path.name} is damaged .*restore a whole copy"): samples(broken)
 
 
 @pytest.mark.parametrize("share", [0, .3, .6, .95])
@@ -102,7 +102,7 @@ def test_truncated_video(broken, share):
     ds, theirs = samples(broken), np.load(broken/"expected.npz")[TOP]
     path.write_bytes(path.read_bytes()[:int(share*path.stat().st_size)])
     try: assert (ds[:].video[:, 0].numpy() == theirs).all() and share > .9 # only what follows the frames is cut
-    except ValueError as e: assert path.name in str(e) and "download it again" in str(e) and "\n" not in str(e)
+    except ValueError as e: assert path.name in str(e) and "restore a whole copy" in str(e) and "\n" not in str(e)
 
 
 @pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
@@ -147,7 +147,7 @@ def test_wrong_types_and_values(broken):
         ("action", lambda x: [v[:6] for v in x], "action has 6 numbers a row, meta/info.json says 7"),
         ("action", lambda x: [v[:i % 2 + 1] for i,v in enumerate(x)], "action has"),
         ("action", lambda x: [None] + x[1:], "missing"),
-        ("action", lambda x: [[*x[0][:2], float("nan"), *x[0][3:]], *x[1:]], "action 'z' of row 0 is nan: leave this episode out"),
+        ("action", lambda x: [[*x[0][:2], float("nan"), *x[0][3:]], *x[1:]], "action 'z' of row 0 is nan: repair it, or leave this episode out"),
         ("observation.state", lambda x: [[float("inf")]*6] + x[1:], "proprio of row 0"),
         ("timestamp", lambda x: [t*2 for t in x], "has time 0.200 s, 0.100 s at 10 rows a second"),
         ("episode_index", lambda x: [7 for _ in x], "are not those of episode 0"),
@@ -166,7 +166,7 @@ def test_a_nan_late_in_the_data_is_met_when_it_is_sampled(broken):
     kw = dict(chunk=3, scale=measure_scale(LeRobotFolder(broken), "min_max", episodes=[0, 2, 3]), views=())
     assert np.isfinite(RobotSamples(LeRobotFolder(broken), episodes=[0, 2, 3], **kw)[:].action.numpy()).all()
     ds = RobotSamples(LeRobotFolder(broken), **kw)
-    with pytest.raises(ValueError, match="episode 1 from row 0: action 'x' of row 0 is nan: leave this episode out"): ds[:]
+    with pytest.raises(ValueError, match="episode 1 from row 0: action 'x' of row 0 is nan: repair it, or leave this episode out"): ds[:]
 
 
 def test_empty_language(broken):

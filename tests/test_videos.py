@@ -307,7 +307,7 @@ def test_hostile_annotations(tmp_path):
     kept = index_clips(read_annotations(tmp_path, on_problem=skip), on_problem=skip)
     assert [c.id for c in kept] == ["9"] and sorted(skip, key=int) == ["1", "2", "3", "4", "5", "6", "7", "8", "10", "11"]
     assert all("\n" not in why for why in skip.values())
-    with pytest.raises(ValueError, match="1.json is not JSON"): read_annotations(tmp_path)
+    with pytest.raises(ValueError, match="1.json is damaged"): read_annotations(tmp_path)
 
 
 def test_hostile_lists(tmp_path):

@@ -8,6 +8,7 @@ __all__ = ['write_npz', 'read_npz', 'load_dict']
 # %% ../../nbs/00_core/06_npz.ipynb #8e787351
 import ast
 import os
+import re
 import struct
 import zipfile
 import zlib
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .safe_load import ARRAYS, interpret, plain_tree
+from .safe_load import ARRAYS, MAPPINGS, interpret, plain_tree
 from .utils import atomic
 
 # %% ../../nbs/00_core/06_npz.ipynb #560371ba
@@ -110,8 +111,8 @@ def read_npz(
 
 # %% ../../nbs/00_core/06_npz.ipynb #60b19c8f
 def _only_arrays(name):
-    "Raise for what a dictionary of arrays does not need."
-    if name not in ARRAYS: raise ValueError(f"it wants to import {name[:80]}")
+    "Raise for what a dictionary of arrays does not need; a defaultdict names what it makes."
+    if name not in ARRAYS | MAPPINGS and not re.fullmatch(r"(builtins|__builtin__)\.(dict|list|set|int|float|str)", name): raise ValueError(f"it wants to import {name[:80]}")
     return name
 
 def load_dict(

@@ -397,11 +397,13 @@ class OpenVideo:
     def end(self): # seconds of the last frame that can be decoded, by the file's own time stamps
         with self.lock, _named(self.path):
             said = self.stream.duration*self.stream.time_base if self.stream.duration else (self.file.duration or 0)/av.time_base
-            decoder, frame = self._seek(float(said), 0.)
             last = None
-            try:
-                while frame is not None and not frame.is_corrupt: last, frame = frame, next(decoder, None)
-            except av.error.InvalidDataError: pass # cut there
+            for start in (float(said), 0.): # near its end, a cut file may give nothing
+                try:
+                    decoder, frame = self._seek(start, 0.)
+                    while frame is not None and not frame.is_corrupt: last, frame = frame, next(decoder, None)
+                except av.error.InvalidDataError: pass # cut there
+                if last is not None: break
         if last is None: raise ValueError(f"{self.path} has no frame that can be decoded: restore a whole copy, or leave it out")
         return last.time
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VECTORS', 'KNOWN_SCENES', 'FILL', 'PLAY', 'read_segments', 'scene_spans', 'read_scenes', 'annotation_rows',
-           'covered_rows', 'read_index', 'check_kinds', 'check_frame', 'frame_cameras', 'picture_shapes', 'FrameFiles',
-           'FramePack', 'LazyPictures', 'LazyVectors', 'scene_columns', 'order_blocks', 'open_calvin', 'named_scenes',
-           'open_recording', 'read_vectors']
+           'find_annotations', 'covered_rows', 'read_index', 'check_kinds', 'check_frame', 'frame_cameras',
+           'picture_shapes', 'FrameFiles', 'FramePack', 'LazyPictures', 'LazyVectors', 'scene_columns', 'order_blocks',
+           'open_calvin', 'named_scenes', 'open_recording', 'read_vectors']
 
 # %% ../../nbs/02_data/03_calvin.ipynb #9622d117
 import hashlib
@@ -16,6 +16,7 @@ import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from os import scandir
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ from ..core.npz import load_dict, read_npz
 from ..core.spec import VIEWS
 from ..core.utils import progress_bar
 from ..core.video import resize_image
-from .episodes import Frames, Window, check_frames, take_fraction
+from .episodes import (
+    PLAIN, Frames, Reading, Window, check_frames, pick_episodes, take_fraction)
 from ..sim.calvin_tasks import COLOURS, check_tasks
 from ..sim.layout import layout_of
 
@@ -82,14 +84,28 @@ def read_scenes(
 # %% ../../nbs/02_data/03_calvin.ipynb #580804f4
 def annotation_rows(path): # of auto_lang_ann.npy
     "(first frame, last frame, task, instruction) of each annotation."
-    if not path.exists(): raise FileNotFoundError(f"{path} is missing: name another annotations folder, or None to read no windows")
     data = load_dict(path)
     try: return [(int(a), int(b), str(task), str(text)) for (a, b), task, text in zip(data["info"]["indx"], data["language"]["task"], data["language"]["ann"], strict=True)]
     except (KeyError, TypeError, ValueError) as e: raise ValueError(f"{path} is not in CALVIN's layout ({e!r}): download it again") from None
 
+def find_annotations(
+    root:Path, # folder of a split
+    wanted:str="", # name of the folder; "": lang_annotations, or where else there is one
+)->Path: # of auto_lang_ann.npy
+    "The instructions of a split; `lang_paraphrase-...` and the like hold the same sentences with other embeddings."
+    usual = root/(wanted or "lang_annotations")/"auto_lang_ann.npy"
+    others = sorted(p for p in root.glob("*/auto_lang_ann.npy") if not p.parent.name.startswith("."))
+    if usual.exists() or not others or wanted:
+        if usual.exists(): return usual
+        there = f"give `annotations` of reading one of {', '.join(p.parent.name for p in others)}" if others else "copy it from the dataset: without it there are no instructions"
+        raise FileNotFoundError(f"{usual} is missing: {there}")
+    if any(annotation_rows(p) != annotation_rows(others[0]) for p in others[1:]):
+        raise ValueError(f"{root} has other instructions in each of {', '.join(p.parent.name for p in others)}: give `annotations` of reading one of them")
+    return others[0]
+
 def _read_windows(root, annotations, spans):
     "Windows in frame numbers, as the annotation file and the scenes have them."
-    path = root/annotations/"auto_lang_ann.npy"
+    path = find_annotations(root, annotations)
     where = lambda n: next((letter for letter, (a, b) in spans.items() if a <= n <= b), "")
     windows = [Window(start, end, task, text, where(start)) for start, end, task, text in annotation_rows(path)]
     try: check_tasks(w.task for w in windows)
@@ -132,14 +148,14 @@ def covered_rows(
 def read_index(
     folder:Path, # that holds training/ and validation/
     split:str="training", # which of them
-    annotations:str|None="lang_annotations", # folder of the instructions; None: no windows
+    annotations:str|None="", # folder of the instructions, see `find_annotations`; None: no windows
     scene:str="", # of recordings that do not say, such as "D"
 )->tuple: # the split's folder; (N,) frame numbers; (S,2) rows of the segments; windows, in rows; a scene's letter for each segment
     "What a split holds, without opening a frame."
     root = Path(folder)/split
     numbers = read_segments(root)
     spans = read_scenes(root, numbers, scene)
-    windows = _read_windows(root, annotations, spans) if annotations else []
+    windows = _read_windows(root, annotations, spans) if annotations is not None else []
     ids = np.concatenate([np.arange(a, b + 1) for a, b in numbers])
     windows, segments = _to_rows(windows, numbers, root)
     letters = [next((letter for letter, (a, b) in spans.items() if a <= n <= b), "") for n in numbers[:, 0]]
@@ -214,8 +230,10 @@ class FrameFiles:
     def each(self, rows, keys, use): # use(i, frame) for each of the rows, in threads
         def work(part):
             for i in part:
-                frame = read_npz(path := self.path(rows[i]), keys)
-                check_frame(path, frame, self.shapes)
+                try:
+                    frame = read_npz(path := self.path(rows[i]), keys)
+                    check_frame(path, frame, self.shapes)
+                except ValueError as e: raise ValueError(f"{e}; or move the file away, and a run leaves its windows out") from None
                 use(i, frame)
         n = self.n_workers or (1 if get_worker_info() else min(8, os.cpu_count()))
         if n < 2 or len(rows) < 4: return work(range(len(rows)))
@@ -422,7 +440,7 @@ def open_calvin(
     split:str="training", # which of them
     views:tuple|None=VIEWS, # cameras, of "static" and "gripper"; () for none; None: those that there are
     size:int|None=None, # height and width of the pictures, pixels; None: as recorded
-    annotations:str|None="lang_annotations", # folder of the instructions; None: no windows
+    annotations:str|None="", # folder of the instructions, see `find_annotations`; None: no windows
     tasks:tuple=(), # whose windows are wanted; () for all
     scenes:str="", # letters of the scenes whose windows are wanted; "" for all
     play:int=0, # rows of a window of free play; 0: none of them
@@ -433,12 +451,16 @@ def open_calvin(
     cache:Path|None=None, # folder that keeps what was read for the next time; None: the vectors, in memory
     n_workers:int|None=None, # threads that read a batch; None: one a core, 8 at most, and in a process of a data loader one
     keep_gb:float=8., # most gigabytes of images in the cache; of a larger recording they are read from the frames' files each time
+    recordings:str="", # numbers of those whose windows are wanted, see `data.episodes.pick_episodes`; "": all
+    whole:bool=True, # False: windows with frames that are not there are left out
 )->Frames: # whose images and vectors are read when they are indexed
     "Open a split in CALVIN's format, of any size, without reading its frames."
     root, ids, segments, windows, letters = read_index(folder, split, annotations, scene)
     if play: windows = windows + _play_windows(segments, windows, play, letters, play_text)
     if windows: windows = take_fraction(_choose_windows(windows, tuple(tasks), scenes, str(root)), data_frac)
-    if windows_only:
+    if recordings: windows = _of_recordings(windows, segments, recordings)
+    if not whole: windows, lost = _present_windows(root, ids, windows)
+    if windows_only := windows_only or bool(recordings) or not whole and lost:
         if not windows: raise ValueError(f"{root} has no windows: open it with windows_only=False, or with play")
         ids, segments, windows = covered_rows(ids, segments, windows)
     first = root/f"episode_{ids[windows[0].start if windows else 0]:07d}.npz"
@@ -451,6 +473,21 @@ def open_calvin(
     return check_frames(Frames(video, *(LazyVectors(pack, k) for k in _PARTS), segments, windows), str(root))
 
 # %% ../../nbs/02_data/03_calvin.ipynb #2c7f306e
+def _of_recordings(windows, segments, wanted): # those of some recordings, by their numbers
+    chosen = pick_episodes(range(len(segments)), wanted)
+    return [w for w in windows if chosen[np.searchsorted(segments[:, 0], w.start, side="right") - 1]]
+
+def _present_windows(root, ids, windows):
+    "The windows whose frames are all there, and whether frames are missing."
+    there = np.zeros(10**7, bool)
+    with scandir(root) as found:
+        for e in found:
+            if re.fullmatch(r"episode_\d{7}\.npz", e.name): there[int(e.name[8:15])] = True
+    gone = ~there[ids]
+    kept = [w for w in windows if not gone[w.start:w.end + 1].any()] if gone.any() else windows
+    if gone.any(): print(f"{root}: {gone.sum()} of {len(ids)} frames are missing, such as episode_{ids[gone.argmax()]:07d}.npz; {len(windows) - len(kept)} of {len(windows)} windows are left out")
+    return kept, bool(gone.any())
+
 def named_scenes(folder): # letters of the scenes to train in, and of the evaluation's, as task_ABC_D says; else "", "D"
     found = re.search(r"([A-D]+)_([A-D])$", Path(folder).name)
     return found.groups() if found else ("", "D")
@@ -461,11 +498,12 @@ def open_recording(
     size:int|None=None, # height and width of the images, pixels; None: as recorded
     tasks:tuple=(), # whose windows are wanted; () for all
     cache:Path|None=None, # folder that keeps what was read for the next time; None: only in memory
+    reading:Reading=PLAIN, # annotations, and the recordings (`episodes`)
 )->Frames:
-    "A recording in CALVIN's format as a run reads it."
+    "A recording in CALVIN's format as a run reads it: without the windows whose frames are not all there."
     scenes, ours = named_scenes(folder)[0], (Path(folder)/split/"recording.json").exists()
     scene, keep_gb = scenes if len(scenes) == 1 else "", 0. if ours else 8.
-    frames = open_calvin(folder, split, None, size, windows_only=not ours, scene=scene, cache=cache, keep_gb=keep_gb)
+    frames = open_calvin(folder, split, None, size, reading.annotations, windows_only=not ours, scene=scene, cache=cache, keep_gb=keep_gb, recordings=reading.episodes, whole=False)
     return replace(frames, windows=_choose_windows(frames.windows, tasks, name=str(folder))) if tasks else frames
 
 _IN_MEMORY = 200_000 # frames whose vectors are read at once, 37 MB

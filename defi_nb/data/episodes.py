@@ -27,6 +27,7 @@ class DataSource:
     "What a dataset of any format offers; `units`, `texts`, `views` and `samples` are each format's own."
     unit, hz, actions, normalised = "episodes", 0., True, False
     by_camera = False # whether the encodings of each camera are kept by themselves
+    no_action = "has no actions" # what to say of a dataset without
 
     @property
     def parts(self): return [self] # the recordings that it joins, each with encodings of its own

@@ -9,6 +9,7 @@ __all__ = ['RobotSource', 'FakeRobot', 'decode_picture', 'ActionScale', 'measure
 import hashlib
 import io
 import json
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +29,16 @@ class RobotSource(DataSource):
     "What the sources of demonstrations have in common: episodes are their units."
     @property
     def units(self): return list(range(len(self.lengths)))
+
+    def episode_name(self, e): return str(e) # by which `data.episodes.pick_episodes` finds it
+
+    @contextmanager
+    def reading(self, e): # an episode: what goes wrong says how to read the others
+        try: yield
+        except (ValueError, FileNotFoundError) as error:
+            if "`episodes`" in str(error): raise
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"{error}; or leave it out, `episodes` of reading: not {self.episode_name(e)}") from None
 
     @property
     def texts(self): return sorted({t for t in self.text if t.strip()})
@@ -152,7 +163,7 @@ def _check_scale(
 ):
     "Raise `ValueError` if actions are not finite or do not fit the scale."
     if bad := np.argwhere(~np.isfinite(actions)).tolist():
-        raise ValueError(f"{name}: action {labels[bad[0][1]]!r} of row {bad[0][0]} is {actions[tuple(bad[0])]}: leave this episode out (`episodes`), or repair it")
+        raise ValueError(f"{name}: action {labels[bad[0][1]]!r} of row {bad[0][0]} is {actions[tuple(bad[0])]}: repair it, or leave this episode out (`episodes` of reading)")
     if scale is None:
         if (top := np.abs(actions).max(0, initial=0)).max(initial=0) > 1.001:
             raise ValueError(f"{name}: action {labels[top.argmax()]!r} reaches {top.max():.4g}, so these are the robot's units: give scale=measure_scale(source), and keep it beside the checkpoint")
@@ -177,9 +188,9 @@ def measure_scale(
     some = episodes[np.unique(np.linspace(0, len(episodes) - 1, min(most, len(episodes))).round().astype(int))]
     parts = []
     for e in progress_bar(some, desc=f"actions of {source.name}", unit="episode", delay=5):
-        action = source.vectors(e)[0]
-        if action is None: raise ValueError(f"{source.name} has no actions: name their key when you open it")
-        _check_scale(None, np.where(np.isfinite(action), 0, action), source.labels, f"{source.name}, episode {e}") # NaN are named here
+        with source.reading(e): action = source.vectors(e)[0]
+        if action is None: raise ValueError(f"{source.name} {source.no_action}")
+        _check_scale(None, np.where(np.isfinite(action), 0, action), source.labels, f"{source.name}, episode {source.episode_name(e)}") # NaN are named here
         parts.append(action)
     return _fit_scale(np.concatenate(parts), source.labels, how, source.name)
 
@@ -220,9 +231,9 @@ def _check(self:RobotSamples):
     if not len(self): raise ValueError(f"no samples: {len(self.episodes)} episodes of {self.source.name}, none longer than min_left = {self.left/self.source.hz:g} s")
     if not self.chunk: return
     for e in np.unique(self.episodes[[0, len(self.episodes)//2, -1]]):
-        action = self.source.vectors(e)[0]
-        if action is None: raise ValueError(f"chunk is {self.chunk}, but {self.source.name} has no actions: use chunk=0, or name their key when you open it")
-        _check_scale(self.scale, action, self.source.labels, f"{self.source.name}, episode {e}")
+        with self.source.reading(e): action = self.source.vectors(e)[0]
+        if action is None: raise ValueError(f"chunk is {self.chunk}, but {self.source.name} {self.source.no_action}")
+        _check_scale(self.scale, action, self.source.labels, f"{self.source.name}, episode {self.source.episode_name(e)}")
 
 @patch
 def locate(self:RobotSamples,
@@ -264,10 +275,14 @@ def __getitem__(self:RobotSamples,
 @patch
 def _sample(self:RobotSamples, e, t):
     "The arrays of one sample."
-    last, name = int(self.source.lengths[e]) - 1, f"{self.source.name}, episode {e}"
+    with self.source.reading(e): return self._arrays(e, t)
+
+@patch
+def _arrays(self:RobotSamples, e, t):
+    last, name = int(self.source.lengths[e]) - 1, f"{self.source.name}, episode {self.source.episode_name(e)}"
     rows, (action, proprio) = np.minimum(t + self.offsets, last), self.source.vectors(e)
     if proprio is not None and not np.isfinite(proprio[t]).all():
-        raise ValueError(f"{name}: proprio of row {t} is {proprio[t]}: leave this episode out (`episodes`), or repair it")
+        raise ValueError(f"{name}: proprio of row {t} is {proprio[t]}: repair it")
     return dict(text=self.source.instructions(e, [t])[0], proprio=None if proprio is None else proprio[t],
                 video=self._video(e, rows) if self.views else None, action=self._actions(action, t, name) if self.chunk else None, left=last - t if self.chunk else None)
 
@@ -298,7 +313,8 @@ def places(self:RobotSamples, indices):
 def items(self:RobotSamples): return {e: e for e in self.episodes.tolist()}
 
 @patch
-def read(self:RobotSamples, e, rows): return self._video(e, rows)
+def read(self:RobotSamples, e, rows):
+    with self.source.reading(e): return self._video(e, rows)
 
 @patch(as_prop=True)
 def blind(self:RobotSamples):
