@@ -17,7 +17,7 @@ import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -245,7 +245,9 @@ def _counts(path):
         for p in (p for p in file.demux(stream) if p.size and p.pts is not None):
             if p.pts < last: return None # stamps in the order shown, which is not that of the packets
             last = p.pts
-    with _opened(path) as (file, stream): shown = [(f.pts, f.key_frame) for f in file.decode(stream)]
+    shown = []
+    with _opened(path) as (file, stream), suppress(av.error.InvalidDataError): # a cut file gives what precedes the cut
+        for f in file.decode(stream): shown.append((f.pts, f.key_frame))
     stamps = sorted(t for t, _ in shown)
     if [t for t, _ in shown] == stamps: return None
     return [i for i, (t, key) in enumerate(shown) if i == 0 or key and t == stamps[i]] # with open groups of pictures it is not

@@ -94,9 +94,9 @@ def find_annotations(
 )->Path: # of auto_lang_ann.npy
     "The instructions of a split; `lang_paraphrase-...` and the like hold the same sentences with other embeddings."
     usual = root/(wanted or "lang_annotations")/"auto_lang_ann.npy"
+    if usual.exists(): return usual
     others = sorted(p for p in root.glob("*/auto_lang_ann.npy") if not p.parent.name.startswith("."))
-    if usual.exists() or not others or wanted:
-        if usual.exists(): return usual
+    if not others or wanted:
         there = f"give `annotations` of reading one of {', '.join(p.parent.name for p in others)}" if others else "copy it from the dataset: without it there are no instructions"
         raise FileNotFoundError(f"{usual} is missing: {there}")
     if any(annotation_rows(p) != annotation_rows(others[0]) for p in others[1:]):

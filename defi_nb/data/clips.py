@@ -524,14 +524,15 @@ def open_clips(
     cache=None, # folder for the index; None: look into all files each time
     latent:bool=False, # whether stored latents are wanted, where there are some
     whole:bool=False, # whether the release draws one sample from each whole clip, where `reading` asks for its rule
+    on_problem=None, # called with a clip's id and what is wrong with it; None: it is left out, and a line says so
 )->Clips:
     "A set of clips as a run reads it."
-    clips = read(on_problem=(skipped := Skipped()))
+    clips = read(on_problem=(skipped := Skipped() if on_problem is None else on_problem))
     clips = [c for c, ok in zip(clips, pick_episodes([c.id for c in clips], reading.episodes)) if ok]
     if not clips: raise ValueError(f"{name} has no clip that can be used: {skipped}")
     filmed = any(c.videos for c in clips)
     stored = bool(clips) and all(c.latents for c in clips) and (latent or not filmed)
     clips = index_clips(clips, video=filmed and not stored, latent=stored, cache=cache, on_problem=skipped)
-    if skipped: print(f"{name}: {len(clips)} clips; {skipped}")
+    if on_problem is None and skipped: print(f"{name}: {len(clips)} clips; {skipped}")
     views = choose_cameras(clips[0].latents if stored else clips[0].videos, reading.cameras)
     return Clips(clips, name, views, None if reading.sampling == "seconds" else WholeClip if whole else EveryOther)

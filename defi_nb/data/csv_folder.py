@@ -200,10 +200,11 @@ def _keep(self:OwnFolder, found, there, texts, hz, on_problem):
     self.episodes, self.films, self.files = list(lengths), [films[e] for e in lengths], [there[e] for e in lengths]
     self.lengths, self.text = np.array([*lengths.values()], np.int64), [texts[e] for e in lengths]
 
-def open_own(folder, reading=PLAIN, cache=None): # cameras, hz, columns, relative and episodes of a `Reading`
+def open_own(folder, reading=PLAIN, cache=None, on_problem=None): # cameras, hz, columns, relative and episodes of a `Reading`
     "A folder of one's own as a run reads it: without the episodes that are not whole."
-    source = OwnFolder(folder, reading.hz, (), reading.columns, reading.relative or (), cache, reading.episodes, skipped := Skipped())
-    if skipped: print(f"{folder}: {len(source.lengths)} episodes; {skipped}")
+    skipped = Skipped() if on_problem is None else on_problem
+    source = OwnFolder(folder, reading.hz, (), reading.columns, reading.relative or (), cache, reading.episodes, skipped)
+    if on_problem is None and skipped: print(f"{folder}: {len(source.lengths)} episodes; {skipped}")
     source.views = choose_cameras(source.views, reading.cameras)
     return source
 

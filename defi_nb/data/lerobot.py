@@ -162,13 +162,14 @@ def _choose(feature, columns, name):
 # %% ../../nbs/02_data/06_lerobot.ipynb #a81776e1
 def _names(labels): return tuple(int(n) if str(n).isdigit() else n for n in labels or ())
 
-def open_lerobot(folder, reading=PLAIN, cache=None): # cameras, action, columns, relative and episodes of a `Reading`
+def open_lerobot(folder, reading=PLAIN, cache=None, on_problem=None): # cameras, action, columns, relative and episodes of a `Reading`
     "A LeRobotDataset as a run reads it: without the episodes that are not whole."
     keys = camera_keys(read_info(folder)["features"])
     views = {c: keys[c] for c in choose_cameras(keys, reading.cameras)}
+    skipped = Skipped() if on_problem is None else on_problem
     source = LeRobotFolder(folder, views, reading.action, _names(reading.columns) or None, _names(reading.relative),
-                           episodes=reading.episodes, on_problem=(skipped := Skipped()), cache=cache)
-    if skipped: print(f"{folder}: {len(source.lengths)} episodes; {skipped}")
+                           episodes=reading.episodes, on_problem=skipped, cache=cache)
+    if on_problem is None and skipped: print(f"{folder}: {len(source.lengths)} episodes; {skipped}")
     return source
 
 # %% ../../nbs/02_data/06_lerobot.ipynb #0770b0b5
@@ -215,7 +216,7 @@ def _check_episode(self:LeRobotFolder, i, tables, videos):
     if missing := [k for k in ("timestamp", "task_index", self.action, self.proprio, *image) if k and k not in data["columns"]]:
         raise ValueError(f"{path} has no column {missing[0]}; it has {data['columns']}: restore a whole copy")
     if n < 1 or first + n > data["rows"]: raise ValueError(f"{path} has {data['rows']} rows, {first + max(n, 1)} are needed: restore a whole copy")
-    for key, (paths, starts) in self.table["videos"].items():
+    for paths, starts in self.table["videos"].values():
         end = found(videos, self.folder/paths[i])
         if end < (last := starts[i] + (n - 1)/self.hz) - .5/self.hz: raise ValueError(f"{self.folder/paths[i]} ends at {end:.2f} s, {last:.2f} s are needed: restore a whole copy")
 

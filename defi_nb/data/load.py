@@ -169,11 +169,11 @@ def _find_named(
 
 def _dataset(part, root): # of one dataset: (format or "", its folder's text, the text of its weight or None)
     known = lambda text: (Path(root)/text.strip()).is_dir()
+    ways = [(part, None), *([part.rpartition("*")[::2]] if "*" in part else [])]
+    text, weight = next((way for way in ways if known(way[0])), ways[-1])
     head, _, rest = part.partition(":")
-    kind, text = (head, rest) if head in NEEDS and rest and not known(part) else ("", part)
-    if known(text) or "*" not in text: return kind, text.strip(), None
-    text, _, weight = text.rpartition("*")
-    return kind, text.strip(), weight
+    if head in NEEDS and rest and not known(text): return head, *_dataset(rest, root)[1:]
+    return "", text.strip(), weight
 
 def split_where(
     where:str, # as for `read_where`
@@ -182,9 +182,9 @@ def split_where(
     "The datasets that a text names; a comma in the name of a folder that is there does not divide."
     parts, texts = [], where.split(",")
     while texts:
-        named = lambda n: (Path(root)/_dataset(",".join(texts[:n]).strip(), root)[1]).is_dir()
-        n = next((n for n in range(len(texts), 1, -1) if named(n)), 1)
-        parts, texts = [*parts, ",".join(texts[:n]).strip()], texts[n:]
+        first = [",".join(texts[:n]).strip() for n in range(len(texts), 0, -1)] # the longest first
+        part = next((p for p in first[:-1] if (Path(root)/_dataset(p, root)[1]).is_dir()), first[-1])
+        parts, texts = [*parts, part], texts[len(first) - first.index(part):]
     return [p for p in parts if p]
 
 def read_where(

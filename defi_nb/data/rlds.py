@@ -20,8 +20,10 @@ import numpy as np
 from fastcore.basics import patch
 from google_crc32c import value as crc32c
 
+from ..core.files import Skipped, read_json, refuse
 from ..core.utils import atomic, locked, progress_bar
-from .episodes import PLAIN, Reading, choose_cameras
+from .episodes import (
+    PLAIN, Reading, choose_cameras, is_depth, pick_episodes, role_keys)
 from .mixtures import TABLE_12
 from .robot_dataset import Recent, RobotSource, decode_picture
 
@@ -186,9 +188,8 @@ class RLDSKeys:
 
 # %% ../../nbs/02_data/07_rlds.ipynb #269ef0ab
 def _read_json(path):
-    try: return json.loads(path.read_text())
-    except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: give the folder of one version, such as bridge/1.0.0, downloaded whole") from None
-    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is damaged ({e}): download it again") from None
+    if not path.exists(): raise FileNotFoundError(f"{path} is missing: give the folder of one version, such as bridge/1.0.0, downloaded whole")
+    return read_json(path)
 
 def _flat(node, prefix=""):
     "(name, (kind, shape, dtype)) of the features under a node."
@@ -216,6 +217,7 @@ def read_features(
 def find_shards(
     folder:Path, # of one version of a dataset
     split:str, # such as "train"
+    partial:bool=False, # whether shards may be missing
 )->tuple: # (paths of its shards, episodes in each)
     "The shards of a split; raise an error naming those that are missing."
     path = Path(folder)/"dataset_info.json"
@@ -230,7 +232,7 @@ def find_shards(
         paths = [Path(folder)/pattern.format(**names, SHARD_X_OF_Y=f"{i:05d}-of-{len(lengths):05d}", SHARD_INDEX=f"{i:05d}", NUM_SHARDS=f"{len(lengths):05d}")
                  for i in range(len(lengths))]
     except (KeyError, TypeError, AttributeError) as e: raise ValueError(f"{path} is not in TensorFlow Datasets' layout ({e!r}): download it again") from None
-    if missing := [p.name for p in paths if not p.exists()]:
+    if (missing := [p.name for p in paths if not p.exists()]) and not partial:
         raise FileNotFoundError(f"{folder}: {len(missing)} of {len(paths)} shards of split {split!r} are missing, such as {missing[0]}: download them, or read another split")
     return paths, lengths
 
@@ -270,21 +272,27 @@ def index_split(
     instruction:str, # key of the text of a step
     cache:Path|None=None, # folder that keeps the index for the next time; None: it is made anew each time
     width:int=1, # letters of a step, where the text is stored as numbers
+    on_problem=refuse, # or a `Skipped()`: then a shard that can't be read has no episodes
 )->list: # what `index_shard` gives, for each shard
     "Find the episodes of all shards, those that are not in the cache or have changed."
     name = hashlib.sha256(repr((str(paths[0].resolve()), len(paths), instruction)).encode()).hexdigest()[:16]
     file = None if cache is None else Path(cache)/f"{paths[0].name.split('.')[0]}-{name}.jsonl"
-    if file is None: return _index(paths, {}, instruction, width, lambda line: None)
+    if file is None: return _index(paths, {}, instruction, width, lambda line: None, on_problem)
     file.parent.mkdir(parents=True, exist_ok=True)
     with locked(str(file) + ".lock"), open(file, "ab") as out: # appended whole; a line that a kill cut off is closed first
         def keep(line): out.write(b"\n" + json.dumps(line).encode() + b"\n"); out.flush()
-        return _index(paths, _kept_lines(file), instruction, width, keep)
+        return _index(paths, _kept_lines(file), instruction, width, keep, on_problem)
 
-def _index(paths, kept, instruction, width, keep):
+def _index(paths, kept, instruction, width, keep, on_problem):
     lines = []
     for path in progress_bar(paths, desc=f"index of {paths[0].parent}", unit="shard", delay=5):
-        line, stamp = kept.get(path.name, {}), _stamp(path)
-        if {k: line.get(k) for k in stamp} != stamp: keep(line := index_shard(path, instruction, width))
+        line, stamp = kept.get(path.name, {}), _stamp(path) if path.exists() else dict(name="") # a missing one says so below
+        try:
+            if {k: line.get(k) for k in stamp} != stamp: keep(line := index_shard(path, instruction, width))
+        except (ValueError, FileNotFoundError) as e:
+            if on_problem is refuse: raise
+            on_problem(path.name, str(e))
+            line = dict(place=[], length=[], steps=[], text=[])
         lines.append(line)
     return lines
 
@@ -294,7 +302,7 @@ def step_features(features): # of `read_features`, those of a step
 
 def image_keys(steps): # keys of the images, below steps/
     stored = lambda kind, shape, dtype: kind == "image" or kind == "tensor" and dtype == "uint8" and len(shape) == 3
-    return [k for k, f in steps.items() if "depth" not in k and stored(*f)]
+    return [k for k, f in steps.items() if not is_depth(k) and stored(*f)]
 
 def text_keys(steps, known=None): # keys that may hold the instruction, the likeliest first
     letters = lambda k, dtype: "instruction" in k and dtype.startswith("int") # Language Table's way
@@ -302,8 +310,9 @@ def text_keys(steps, known=None): # keys that may hold the instruction, the like
     return sorted(found, key=lambda k: (not known or k != known.text, "instruction" not in k))
 
 def action_keys(steps): # keys whose numbers make an action
-    numbers = lambda f: f[0] == "tensor" and f[2].startswith("float")
-    return [k for k, f in steps.items() if k.split("/")[0] == "action" and numbers(f) and "terminate" not in k]
+    keys = [k for k, f in steps.items() if f[0] == "tensor" and f[2].startswith("float") and "terminate" not in k]
+    groups = role_keys(dict.fromkeys(k.split("/")[0] for k in keys), "action")
+    return [k for k in keys if len(groups) == 1 and k.split("/")[0] == groups[0]]
 
 def known_set(name): # of Table 12; None: another
     return next((d for d in TABLE_12.values() if name in (d.name, *d.builder.split())), None)
@@ -322,6 +331,7 @@ def _rlds_keys(
     if not texts: raise ValueError(f"{folder} has no instruction among {', '.join(steps)}: it cannot be learned from by language")
     if not hz: raise ValueError(f"{folder} does not say how many steps a second it has, and {name!r} is not in Table 12: give hz")
     size = sum(int(np.prod(steps[k][1])) for k in numbers)
+    if odd := [c for c in (*reading.columns, *(reading.relative or ())) if not str(c).isdigit()]: raise ValueError(f"{folder}: the numbers of an action have no names, so none is {odd[0]!r}: give `columns` and `relative` of reading positions, 0 to {size - 1}")
     relative = tuple(range(size - 1)) if reading.relative is None else tuple(map(int, reading.relative))
     return RLDSKeys({k.split("/")[-1]: k for k in cameras}, texts[0], hz, tuple(numbers), tuple(map(int, reading.columns)) or None, relative)
 
@@ -335,20 +345,23 @@ class RLDSFolder(RobotSource):
         cache:Path|None=None, # folder that keeps the index for the next time; None: it is made anew each time
         check:bool=True, # whether to compare each record's checksum when it is read first
         keep_unlabelled:bool=False, # whether to keep episodes without an instruction
+        episodes:str="", # numbers of those to read, see `data.episodes.pick_episodes`; "": all
+        on_problem=refuse, # or a `Skipped()`: then shards that can't be read are left out
     ):
         self.folder, self.keys, self.name, self.hz = Path(folder), keys, f"{folder}, {split}", float(keys.hz)
         self.views, self.features, self.check = tuple(keys.views), read_features(folder), check
         _check_keys(keys, self.features, folder)
-        self.paths, lengths = find_shards(folder, split)
-        lines = index_split(self.paths, keys.instruction, cache, self._size(keys.instruction))
+        self.paths, lengths = find_shards(folder, split, on_problem is not refuse)
+        lines, self.actions = index_split(self.paths, keys.instruction, cache, self._size(keys.instruction), on_problem), bool(keys.action)
         for path, line, n in zip(self.paths, lines, lengths):
-            if len(line["place"]) != n: raise ValueError(f"{path} has {len(line['place'])} episodes, dataset_info.json says {n}: download it again")
+            if line.get("name") and len(line["place"]) != n: on_problem(path.name, f"{path} has {len(line['place'])} episodes, dataset_info.json says {n}: download it again")
+        self.numbers = [first + i for first, line in zip(np.cumsum([0, *lengths]), lines) for i in range(len(line["place"]))]
         self.text = [t for line in lines for t in line["text"]]
         steps = np.array([n for line in lines for n in line["steps"]], np.int64)
-        self.kept = np.flatnonzero((np.array([bool(t.strip()) for t in self.text], bool) | keep_unlabelled) & (steps > 0))
+        self.kept = np.flatnonzero((np.array([bool(t.strip()) for t in self.text], bool) | keep_unlabelled) & (steps > 0) & np.array(pick_episodes(self.numbers, episodes), bool))
         self.place = np.array([(i, a, n) for i, line in enumerate(lines) for a, n in zip(line["place"], line["length"])], np.int64).reshape(-1, 3)[self.kept]
         self.lengths = steps[self.kept]
-        if not len(self.kept): raise ValueError(f"{self.name} has {len(steps)} episodes, none with an instruction: give keep_unlabelled=True to train on video alone")
+        if not len(self.kept): raise ValueError(f"{self.name} has {len(steps)} episodes, none with an instruction{' among those chosen'*bool(episodes)}: choose others, or give keep_unlabelled=True to RLDSFolder{f'; {on_problem}' if on_problem is not refuse else ''}")
         sizes = [(k, self._size(k)) for k in keys.action]
         labels = [k if n == 1 else f"{k}[{i}]" for k, n in sizes for i in range(n)]
         self.columns = list(range(len(labels)) if keys.columns is None else keys.columns)
@@ -356,6 +369,8 @@ class RLDSFolder(RobotSource):
         self.labels = tuple(labels[c] for c in self.columns)
         self.relative = np.isin(np.arange(len(self.labels)), keys.relative)
         self.recent, self.checked = Recent(16), set()
+
+    def episode_name(self, e): return str(self.numbers[self.kept[e]]) # its number in the split
 
     def _size(self, key): return int(np.prod(self.features[f"steps/{key}"][1]))
 
@@ -378,11 +393,15 @@ def _check_keys(keys, features, folder):
             raise ValueError(f"{folder}: {field} {key!r} {what}; it has {[k for k, f in steps.items() if fits(f)]} for that: correct the keys")
     if not 0 < keys.hz < 1e4: raise ValueError(f"{folder}: hz is {keys.hz}; it is the number of steps a second")
 
-def open_rlds(version, name, reading=PLAIN, cache=None): # folder of one version; the run's name for it
+def open_rlds(version, name, reading=PLAIN, cache=None, on_problem=None): # folder of one version; the run's name for it
     "An RLDS dataset as a run reads it; Table 12 may know it by the run's name, its folder's, or its own."
     own = str(_read_json(version/"dataset_info.json").get("name"))
     called = (name, version.resolve().parent.name, version.name, own)
-    return RLDSFolder(version, _rlds_keys(version, next(filter(known_set, called), name), reading), cache=cache)
+    keys = _rlds_keys(version, next(filter(known_set, called), name), reading)
+    skipped = Skipped() if on_problem is None else on_problem
+    source = RLDSFolder(version, keys, cache=cache, episodes=reading.episodes, on_problem=skipped)
+    if on_problem is None and skipped: print(f"{version}: {len(source.lengths)} episodes; {skipped}")
+    return source
 
 @patch
 def _episode(self:RLDSFolder, e):

@@ -18,9 +18,9 @@ import numpy as np
 
 from ..core.npz import read_npz
 from ..core.spec import CONTROL_HZ, VIEWS
-from defi_nb.data.calvin import (
-    KNOWN_SCENES, VECTORS, annotation_rows, check_kinds, open_recording, read_segments,
-    scene_spans)
+from ..data.calvin import (
+    KNOWN_SCENES, VECTORS, annotation_rows, check_kinds, find_annotations, open_recording,
+    read_segments, scene_spans)
 from ..data.load import calvin_splits, run_split
 from .checks import (
     check_actions, check_disk, check_pictures, check_text, check_vector, judge_actions,
@@ -121,12 +121,8 @@ def check_windows(
     needed:bool=True, # whether a run trains on this split
 ):
     "Check the annotations of a split."
-    path = root/"lang_annotations"/"auto_lang_ann.npy"
-    if not path.exists():
-        others = [p.parent.name for p in sorted(root.glob("lang_*/auto_lang_ann.npy"))]
-        exam.find("error" if needed else "warning", f"{name}: no annotated windows", path, "missing", "lang_annotations/auto_lang_ann.npy",
-                  f"read it with annotations={others[0]!r}" if others else "copy it from the dataset: without it there are no instructions")
-        return
+    try: path = find_annotations(root, exam.reading.annotations)
+    except (ValueError, FileNotFoundError) as e: return exam.fail(f"{name}: no annotated windows", root, e, "error" if needed else "warning")
     rows = exam.attempt(f"{name}: annotations can't be read", path, partial(annotation_rows, path))
     if rows is None: return
     _windows(exam, name, path, rows, ids)
@@ -295,5 +291,5 @@ def check_calvin(
         exam.facts[f"{name}: cameras"] = ", ".join(f"{v} {'x'.join(map(str, s[:2]))}" for v, s in cameras.items()) or "none"
         pictures, views, files = pictures + frames*len(cameras), max(views, len(cameras)), files + frames
     root = splits[run_split(splits)]
-    exam.later += [partial(judge_speed, exam, views), partial(exam.last_word, folder, partial(open_recording, root.parent, root.name))]
+    exam.later += [partial(judge_speed, exam, views), partial(exam.last_word, folder, partial(open_recording, root.parent, root.name, reading=exam.reading))]
     check_disk(exam, folder, pictures, files)

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core.files import TABLE_SUFFIXES, VIDEO_SUFFIXES, Skipped, walk_files
 from ..core.video import read_frames
 from defi_nb.data.clips import (
-    FILE_COLUMNS, TEXT_COLUMNS, Skipped, WholeClip, annotated_clip, find_captions, index_clips,
+    FILE_COLUMNS, TEXT_COLUMNS, WholeClip, annotated_clip, find_captions, index_clips,
     list_annotations, open_clips, read_ego4d, read_folder, read_latent, read_something,
     scan_annotation)
-from ..data.load import (
-    VIDEO, ego4d_parts, list_clips, release_splits, something_splits, walk_names)
+from ..data.episodes import pick_episodes
+from ..data.load import ego4d_parts, list_clips, release_splits, something_splits
 from .checks import (
     check_actions, check_copies, check_disk, check_pictures, check_text, check_video,
     judge_actions, judge_pictures, judge_speed, judge_texts, judge_videos, timed)
@@ -109,7 +110,7 @@ def _judge_latents(
 # %% ../../nbs/03_doctor/03_clips.ipynb #0fbbb54a
 def _ask_reader(exam, kind, folder, files, hz=0.):
     "A reader looks into all files; where these are few, it has the last word."
-    if exam.everything or files <= 300: exam.later.append(partial(exam.last_word, folder, lambda: open_clips(folder.name, list_clips(kind, folder, hz))))
+    if exam.everything or files <= 300: exam.later.append(partial(exam.last_word, folder, lambda: open_clips(folder.name, list_clips(kind, folder, hz), exam.reading, on_problem=exam.problem("clips that a run leaves out"))))
 
 def _annotated(exam, name, root, fallback, path):
     "The clip of an annotation, without the files that aren't there."
@@ -160,7 +161,7 @@ def check_release(
         pictures, files = pictures + each*len(paths), files + len(paths)
     if fallback and not (folder/"latent_videos").is_dir():
         exam.find("note", "latents lie elsewhere than annotations say", folder/fallback, fallback, "latent_videos", f"read them with latent_fallback={fallback!r}")
-    check_copies(exam, "video files", [p for p in walk_names(folder/"videos", 10**9 if exam.everything else 20_000) if VIDEO.fullmatch(p.name)])
+    check_copies(exam, "video files", [*walk_files(folder/"videos", VIDEO_SUFFIXES, 10**9 if exam.everything else 20_000)])
     exam.later.append(partial(judge_speed, exam, views))
     _ask_reader(exam, "release", folder, files, hz)
     check_disk(exam, folder, round(pictures))
@@ -169,6 +170,7 @@ def check_release(
 def _check_list(exam, name, clips, skipped, share=.6, longest=0):
     "Check clips that are known before any file is opened; returns the number of pictures, and the views."
     for id, why in skipped.items(): exam.fail(f"{name}: entries that can't be used", id, ValueError(why))
+    clips = [c for c, ok in zip(clips, pick_episodes([c.id for c in clips], exam.reading.episodes)) if ok]
     first, counts = {}, Counter()
     for c in clips:
         counts[c.text] += 1
@@ -224,7 +226,7 @@ def check_videos(
     "Examine a folder of videos, with captions or without."
     table, skipped = exam.attempt("captions can't be read", folder, partial(find_captions, folder)), Skipped()
     exam.facts["captions"] = f"{table['captions']}: {table['file_column']}, {table['text_column']}" if table else "none: the files' names"
-    tables = [p.name for p in sorted(Path(folder).iterdir()) if p.suffix in (".csv", ".jsonl")]
+    tables = [p.name for p in walk_files(folder, TABLE_SUFFIXES, depth=0)]
     if tables and table == {}: exam.find("warning", "a table that is not read as captions", folder/tables[0], "no such columns", f"{' or '.join(FILE_COLUMNS)}, and {' or '.join(TEXT_COLUMNS)}", "name its columns so, or give captions, file_column and text_column to read_folder")
     clips = read_folder(folder, **table or {}, on_problem=skipped)
     _ask_reader(exam, "videos", folder, len(clips))

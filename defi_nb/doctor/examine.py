@@ -15,7 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 
-from ..data.load import calvin_splits, detect_format, rlds_version, walk_names
+from ..core.files import walk_files
+from ..core.utils import json_digest
+from ..data.episodes import PLAIN, Reading
+from ..data.load import calvin_splits, detect_format, rlds_version
 from .calvin import check_calvin
 from .clips import check_ego4d, check_release, check_something, check_videos
 from .report import Exam, Report
@@ -32,13 +35,14 @@ def examine(
     format:str="", # a key of `NEEDS`; "": as its names tell
     hz:float=0., # rows a second, where the files don't say; 0: unknown
     n_workers:int=4, # threads, where everything is looked at
+    reading:Reading=PLAIN, # how a run reads it, such as without some episodes
 )->Report: # also after Ctrl-C, with what was found until then
     "Examine a dataset."
     if format and format not in CHECKS: raise ValueError(f"format is {format!r}: choose one of {', '.join(CHECKS)}, or leave it empty")
-    exam, kind = Exam(everything, seconds, n_workers), format
+    exam, kind = Exam(everything, seconds, n_workers, reading), format
     try:
         kind = format or detect_format(folder)
-        CHECKS[kind](exam, Path(folder), hz)
+        CHECKS[kind](exam, Path(folder), hz or reading.hz)
     except KeyboardInterrupt: exam.interrupted = True
     except Exception as e: exam.fail("the dataset can't be read", folder, e) # whatever a damaged set sets off is a finding
     return exam.report(folder, kind)
@@ -52,7 +56,7 @@ def _describing(folder, format):
     "Files and folders whose sizes and times tell whether a dataset has changed; a split of CALVIN is too large to be listed."
     if format == "calvin": return {p for root in calvin_splits(folder).values() for p in (root, *(root/name for name in _INDEX[format])) if p.exists()}
     folders = {p for pattern in ("*", "*/*", "*/*/*") for p in islice(folder.glob(pattern), 300) if p.is_dir()}
-    return folders | {p for pattern in _INDEX[format] for p in folder.glob(pattern) if p.is_file()} | set(walk_names(folder, 5000))
+    return folders | {p for pattern in _INDEX[format] for p in folder.glob(pattern) if p.is_file()} | set(walk_files(folder, most=5000))
 
 def dataset_state(
     folder, # of a dataset
@@ -74,26 +78,27 @@ def require_sound(
     go_on:bool=False, # only warn where there are errors
     seconds:float=10., # that a sample may take, about
     format:str="", # a key of `NEEDS`; "": as its names tell
-    hz:float=0., # rows a second, where the files don't say
+    reading:Reading=PLAIN, # how a run reads it
     flag:str="unchecked=True", # what the caller's user sets to go on
 )->bool: # whether it is sound
     "Print a line about a dataset, and raise `ValueError` with its first errors if it has some; what is known of it costs nothing."
     if format and format not in CHECKS: raise ValueError(f"format is {format!r}: choose one of {', '.join(CHECKS)}, or leave it empty")
     folder = Path(folder)
     kind = format or detect_format(folder)
-    state, note = dataset_state(folder, kind), _read_note(folder/NOTE)
+    state, note = _state_with_reading(folder, kind, reading), _read_note(folder/NOTE)
     if known := note.get("state") == state: when = f"as seen {note['when']}"
     else:
-        report = examine(folder, seconds=seconds, format=kind, hz=hz)
+        report = examine(folder, seconds=seconds, format=kind, reading=reading)
         if report.interrupted: raise KeyboardInterrupt
         when = f"looked at for {report.seconds:.1f} s"
-        note = dict(state=_state_with_note(folder, kind), when=time.strftime("%Y-%m-%d %H:%M"), sound=report.sound, verdict=report.verdict, errors=[asdict(f) | dict(also=f.also[:10]) for f in report.of("error")[:20]])
+        _touch(folder/NOTE) # a new file changes its folder's time, and new content does not
+        note = dict(state=_state_with_reading(folder, kind, reading), when=time.strftime("%Y-%m-%d %H:%M"), sound=report.sound, verdict=report.verdict, errors=[asdict(f) | dict(also=f.also[:10]) for f in report.of("error")[:20]])
         _write_note(folder/NOTE, note)
     again = f"defi-nb doctor {shlex.quote(str(folder))}"
     print(f"{folder}: {kind}, {note['verdict']}, {when}" + ("" if note["sound"] and known else f"; more: {again}"), flush=True)
     if note["sound"] or go_on: return note["sound"]
     first = "\n".join(f"- {e['what']}: {e['where']}" + (f" and {e['places'] - 1:,} more" if e["places"] > 1 else "") + f": {e['found']}; {e['remedy']}" for e in note["errors"][:3])
-    raise ValueError(f"{folder} has {len(note['errors'])} kind{'s'*(len(note['errors']) > 1)} of errors:\n{first}\nSee all with {again}; mend them, or give {flag} to train on it as it is")
+    raise ValueError(f"{folder} has {len(note['errors'])} kind{'s'*(len(note['errors']) > 1)} of errors; mend them, or give {flag} to train on what is whole:\n{first}\nSee all with {again}")
 
 def _read_note(path):
     "What was written down the last time."
@@ -101,11 +106,12 @@ def _read_note(path):
     except (OSError, ValueError): return {}
     return note if isinstance(note, dict) and {"state", "when", "sound", "verdict", "errors"} <= set(note) else {}
 
-def _state_with_note(folder, kind):
-    "The state once the note is there, for a new file changes its folder's time, and new content does not."
-    try: (folder/NOTE).touch()
-    except OSError: pass
-    return dataset_state(folder, kind)
+def _state_with_reading(folder, kind, reading): # of a dataset, and how it is read
+    return dataset_state(folder, kind) + ("" if reading == PLAIN else json_digest(asdict(reading))[:8])
+
+def _touch(path):
+    try: path.touch()
+    except OSError: pass # a set that can't be written to is looked at anew each time
 
 def _write_note(path, note):
     "Remember; a set that can't be written to is looked at anew each time, as after a note that was cut off."

@@ -25,6 +25,7 @@ from fastcore.basics import patch
 
 from ..core.plot import new_axes
 from ..core.utils import progress_bar, write_whole
+from ..data.episodes import PLAIN, Reading
 
 # %% ../../nbs/03_doctor/00_report.ipynb #766a4f7f
 SEVERITIES = "error", "warning", "note"
@@ -93,7 +94,9 @@ class Exam:
         everything:bool=False, # look at all there is, however long it takes
         seconds:float=20., # for a sample, in all
         n_workers:int=4, # threads, where everything is looked at
+        reading:Reading=PLAIN, # how a run reads the data
     ):
+        self.reading = reading
         if not seconds > 0: raise ValueError(f"seconds is {seconds}: give the time that a sample may take, such as 20")
         self.everything, self.seconds, self.n_workers, self.begin = everything, seconds, n_workers, time.monotonic()
         self.findings, self.facts, self.looked, self.tallies, self.digests = {}, {}, {}, {}, {}
@@ -134,6 +137,9 @@ class Exam:
         "Call a reader, and write down what it raises."
         try: return f()
         except Exception as e: self.fail(what, where, e) # a bad file may set off anything
+
+    def problem(self, what): # kind of thing: a reader's `on_problem` that writes down what has an episode or clip left out
+        return lambda name, why: self.fail(what, name, ValueError(why))
 
     def last_word(self, folder, read): # () -> the dataset, opened as a run opens it
         "Where nothing is wrong so far, what the reader refuses is."

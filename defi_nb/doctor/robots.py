@@ -8,6 +8,7 @@ __all__ = ['check_lerobot', 'check_rlds', 'check_own']
 # %% ../../nbs/03_doctor/04_robots.ipynb #83a262eb
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +16,8 @@ import numpy as np
 
 from ..core.video import read_frames, scan_video
 from ..data.csv_folder import (
-    list_captions, list_tables, list_videos, no_video, open_own, read_table)
-from ..data.episodes import Reading
+    captions_path, list_captions, list_tables, list_videos, no_video, open_own, read_actions)
+from ..data.episodes import pick_episodes
 from ..data.load import rlds_version
 from ..data.rlds import (
     action_keys, decode_example, find_shards, image_keys, index_shard, known_set, open_rlds,
@@ -72,12 +73,12 @@ def _lerobot_videos(exam, source):
     "Compare each video file with the rows of the episodes in it."
     rows, key_of = {}, {}
     for key, (paths, _) in source.table["videos"].items():
-        for path, n in zip(paths, source.table["length"]): rows[path], key_of[path] = rows.get(path, 0) + n, key
+        for i in source.kept: rows[paths[i]], key_of[paths[i]] = rows.get(paths[i], 0) + source.table["length"][i], key
     look = lambda path: scan_video(source.folder/path, decode=exam.everything)
     for path, info in exam.each("video files", list(rows), look, share=.35):
         check_video(exam, "video files", source.folder/path, info, hz=source.hz)
         if len(info) != rows[path]:
-            exam.find("error" if len(info) < rows[path] else "warning", f"video files: {'fewer' if len(info) < rows[path] else 'more'} frames than rows", path, f"{len(info)} frames", f"{rows[path]}, the rows of its episodes", "download it again: videos and tables don't belong together")
+            exam.find("error" if len(info) < rows[path] else "warning", f"video files: {'fewer' if len(info) < rows[path] else 'more'} frames than rows", path, f"{len(info)} frames", f"{rows[path]}, the rows of its episodes", "restore a whole copy, or leave its episodes out (`episodes` of reading): videos and tables don't belong together")
         shape = tuple(source.features[key_of[path]]["shape"])
         exam.tally("video files: another size than said", {info.height, info.width} - set(shape) != set(), path, f"{info.height}x{info.width}, said {shape}")
     exam.later.append(partial(judge_videos, exam, "video files"))
@@ -101,12 +102,16 @@ def check_lerobot(
     hz:float=0., # not needed: meta/info.json says it
 ):
     "Examine a LeRobotDataset."
-    from defi_nb.data.lerobot import LeRobotFolder, action_key, open_lerobot, read_info
-    action = action_key(read_info(folder)["features"])
-    source = LeRobotFolder(folder, action=action, keep_unlabelled=True)
+    from defi_nb.data.lerobot import LeRobotFolder, open_lerobot
+    left, reading = exam.problem("episodes that a run leaves out"), exam.reading
+    source = LeRobotFolder(folder, action=reading.action, keep_unlabelled=True, episodes=reading.episodes, on_problem=left)
+    if (counted := source.info.get("total_episodes") or 0) < len(source.table["length"]):
+        exam.find("warning", "more episodes than meta/info.json counts", folder/"meta/info.json", f"{counted}", f"{len(source.table['length'])}, as the table of episodes", "nothing, if they are whole: all of them are read")
+    if len(keys := [k for k in source.no_action.split(": ")[0].split("has several keys of actions, ")[1:]]):
+        exam.find("warning", "several keys of actions", folder/"meta/info.json", keys[0], "one", "give `action` of reading one of them, or train on video alone")
     exam.facts |= {"version": source.info["codebase_version"], "episodes": _describe_lengths(source.lengths, source.hz), "cameras": ", ".join(source.views) or "none",
-                   "action": ", ".join(source.labels) or "none"}
-    for e, tasks in enumerate(source.table["tasks"]): check_text(exam, "episodes", next((str(t) for t in tasks or () if str(t or "").strip()), ""), f"episode {source.table['index'][e]}")
+                   "action": ", ".join(source.labels) or "none", "state": source.proprio or "none"}
+    for i in source.kept: check_text(exam, "episodes", next((str(t) for t in source.table["tasks"][i] or () if str(t or "").strip()), ""), f"episode {source.table['index'][i]}")
 
     def look(e):
         rows = np.unique(np.linspace(0, source.lengths[e] - 1, 3).astype(int))
@@ -115,8 +120,8 @@ def check_lerobot(
         return *source.vectors(e), pictures
     for e, (x, proprio, pictures) in exam.each("episodes", range(len(source.lengths)), look, share=.5, where=lambda e: f"episode {source.table['index'][source.kept[e]]}"):
         _check_episode(exam, "episodes", f"episode {source.table['index'][source.kept[e]]}", int(source.lengths[e]), x, source.labels, proprio, pictures, source.hz)
-    exam.later += [partial(_judge_episodes, exam, "episodes", source.views), partial(exam.last_word, folder, partial(open_lerobot, folder))]
-    if action: _lerobot_stats(exam, source)
+    exam.later += [partial(_judge_episodes, exam, "episodes", source.views), partial(exam.last_word, folder, partial(open_lerobot, folder, reading, on_problem=left))]
+    if source.action: _lerobot_stats(exam, source)
     _lerobot_videos(exam, source)
     exam.later.append(partial(judge_speed, exam, max(len(source.views), 1)))
     check_disk(exam, folder, int(source.lengths.sum())*len(source.views))
@@ -190,7 +195,7 @@ def check_rlds(
     if not hz: exam.find("note", "the rate is not in the files", version, "unknown", "steps a second", "give hz, which the dataset's page says: gaps in seconds need it")
     if not splits: exam.find("error", "no splits", version/"dataset_info.json", "an empty list, or no such file", "splits with shardLengths", "download it again")
     for k, split in enumerate(splits):
-        shards = exam.attempt(f"{split}: shards", version, partial(find_shards, version, split))
+        shards = exam.attempt(f"{split}: shards", version, partial(find_shards, version, split, True))
         if shards is None: continue
         for (path, _), (texts, episodes) in exam.each(f"shards of {split}", list(zip(*shards)), partial(_look_at_shard, exam, keys, features), where=lambda s: s[0].name, share=.8/(len(splits) - k)):
             if text is not None:
@@ -200,27 +205,21 @@ def check_rlds(
                 lengths.append(rows)
         exam.facts[f"{split}: episodes"] = f"{sum(shards[1]):,} in {len(shards[0]):,} shards"
         pictures += sum(shards[1])*float(np.mean(lengths or [0]))*len(views)
-        if exam.everything or sum(p.stat().st_size for p in shards[0]) < _FEW_BYTES:
-            read = partial(open_rlds, version, folder.name, Reading(hz=hz or 1.))
+        if exam.everything or sum(p.stat().st_size for p in shards[0] if p.exists()) < _FEW_BYTES:
+            read = partial(open_rlds, version, folder.name, replace(exam.reading, hz=hz or 1.), on_problem=exam.problem("episodes that a run leaves out"))
             exam.later.append(partial(exam.last_word, version, read))
     exam.facts["episodes looked at"] = _describe_lengths(lengths, hz, "steps")
     exam.later += [partial(_judge_episodes, exam, "episodes", tuple(views)), partial(judge_speed, exam, max(len(views), 1))]
     check_disk(exam, version, round(pictures))
 
 # %% ../../nbs/03_doctor/04_robots.ipynb #b309b220
-def _read_actions(path):
-    "labels, (n,A) numbers, (n,P) state or None, (n,) seconds or None of a CSV."
-    names, x = read_table(path)
-    state, moves = [i for i, h in enumerate(names) if h.startswith("state.")], [i for i, h in enumerate(names) if h != "timestamp" and not h.startswith("state.")]
-    return tuple(names[i] for i in moves), x[:, moves], x[:, state] if state else None, x[:, names.index("timestamp")] if "timestamp" in names else None
-
 def _look_at_own(
     exam:Exam, # that times reading
     films:dict, # episode -> {view: path}, from `data.csv_folder.list_videos`
     path:Path, # of an episode's actions
 )->tuple: # what its table has, view -> (path, VideoInfo, frames)
     "Read an episode's table and some images of each video."
-    table, videos = _read_actions(path), {}
+    table, videos = read_actions(path), {}
     for view, video in films.get(path.stem, {}).items():
         info = scan_video(video, decode=exam.everything)
         rows = np.unique(np.linspace(0, len(info) - 1, 8).astype(int))
@@ -257,12 +256,13 @@ def check_own(
     hz:float=0., # rows a second, where there are no time stamps; 0: rows are spread over the video
 ):
     "Examine a lab's own folder."
-    tables, films, labels_of, rates = list(list_tables(folder).values()), list_videos(folder), {}, []
-    if not any((folder/n).exists() for n in ("captions.csv", "captions.jsonl")):
+    there, films, labels_of, rates = list_tables(folder), list_videos(folder), {}, []
+    tables = [p for p, ok in zip(there.values(), pick_episodes(there, exam.reading.episodes)) if ok]
+    if captions_path(folder) is None:
         exam.find("warning", "episodes: no captions", folder/"captions.csv", "missing; the files' names are read as sentences", "episode,text", "write one line for each episode")
-    captions = exam.attempt("captions can't be read", folder/"captions.csv", partial(list_captions, folder, [p.stem for p in tables])) or {}
+    captions = exam.attempt("captions can't be read", folder/"captions.csv", partial(list_captions, folder, list(there))) or {}
     for p in tables: check_text(exam, "episodes", captions.get(p.stem, ""), f"episode {p.stem}")
-    names = {p.stem for p in tables}
+    names = set(there)
     for kind, others, remedy in (("captions without actions", sorted(captions.keys() - names), "mend captions.csv"), ("videos without actions", sorted(films.keys() - names), "add their actions, or move them")):
         if others: exam.find("warning", f"episodes: {kind}", others[0], f"{len(others)} of them", "the same names", remedy, len(others))
     counts, views = [], ()
@@ -280,6 +280,6 @@ def check_own(
     exam.facts |= {"episodes": _describe_lengths(counts or [0], float(np.median(rates)) if rates else 0.), "cameras": ", ".join(views) or "none", "action": ", ".join(next(iter(labels_of), ())) or "none"}
     exam.later += [partial(exam.judge, "episodes: holes in the rows", "cut these episodes in two, or leave them out", "an even rate"), partial(_judge_episodes, exam, "episodes", views, True),
                    partial(judge_videos, exam, "video files"), partial(judge_speed, exam, max(len(views), 1))]
-    if exam.everything or len(tables) <= 300: exam.later.append(partial(exam.last_word, folder, partial(open_own, folder, Reading(hz=hz))))
+    if exam.everything or len(tables) <= 300: exam.later.append(partial(exam.last_word, folder, partial(open_own, folder, replace(exam.reading, hz=hz), on_problem=exam.problem("episodes that a run leaves out"))))
     check_copies(exam, "video files", [p for t in tables for p in films.get(t.stem, {}).values()])
     check_disk(exam, folder, round(np.mean(counts or [0])*len(tables)*len(views)))

@@ -20,8 +20,9 @@ from ..data.cache import encode_images, encode_samples, identity_key, keep_texts
 from ..data.calvin import named_scenes, open_calvin
 from ..data.csv_folder import write_own
 from ..data.episodes import PLAIN, FrameTable, Frames, Reading, take_fraction
-from ..data.load import (
-    Piece, join_recordings, mix, open_piece, read_where, split_units, where_name)
+from defi_nb.data.load import (
+    Piece, join_recordings, mix, open_piece, read_where, split_units, split_where,
+    where_name)
 from ..data.record import LAPTOP_TASKS, RecordConfig, record_demonstrations
 from ..data.robot_dataset import ActionScale, measure_scale
 from ..doctor.examine import require_sound
@@ -67,7 +68,7 @@ def store_name(
     preset:str="tiny", # "tiny" or "paper"
 )->str: # beginning of the names of folders
     "What a split's files are called."
-    name = f"playtable-{split}" if split in SPLITS else where_name(split)
+    name = f"playtable-{split}" if split in SPLITS else where_name(split, project_root())
     return name if name.removeprefix("playtable-") in SPLITS else f"{name}-{preset}"
 
 def task_list(
@@ -88,7 +89,7 @@ def _recorded_folder(split, tasks, demos, data, preset):
 def _named_datasets(where, tasks="default", demos=200, data="data", preset="tiny"): # as for `run.datasets.open_pieces`
     "A `data.load.Asked` of each dataset, and whether it is the embedded default's, which is recorded first where it is missing."
     asked = []
-    for part in names_list(where):
+    for part in split_where(where, project_root()):
         for a in read_where(part, project_root()):
             if a.name in SPLITS and part.partition("*")[0].strip() == a.name:
                 folder = _recorded_folder(a.name, tasks, demos, data, preset)
@@ -116,7 +117,7 @@ def video_splits(
     video:str, # further data, separated by commas
 )->tuple: # of splits, the run's own first
     "The data whose video a forward or inverse model is pretrained on."
-    splits = (*names_list(split), *names_list(video))
+    splits = (*split_where(split, project_root()), *split_where(video, project_root()))
     if len(set(splits)) < len(splits):
         raise ValueError(f"video is {video!r}: it names further splits than the run's own, {split}, each once")
     return splits
@@ -146,9 +147,11 @@ def reading_of(
     columns:str="", # numbers of an action to take, by label or position
     relative:str="default", # those of them that are changes; "" for none
     sampling:str="seconds", # or "release"
+    **more, # action, episodes and annotations of a `Reading`
 )->Reading:
     "Run parameters as a `Reading`."
-    return Reading(names_list(cameras), hz, names_list(columns), None if relative == "default" else names_list(relative), sampling)
+    relative = None if relative == "default" else names_list(relative)
+    return Reading(names_list(cameras), hz, names_list(columns), relative, sampling, **more)
 
 def open_pieces(
     where:str, # data, as `data.load.read_where` reads it, and names of `run.datasets.SPLITS` among them
@@ -163,8 +166,9 @@ def open_pieces(
     "Open everything that a run parameter names, after it has been examined."
     pieces = []
     for asked, ours in _named_datasets(where, tasks, demos, data, preset):
-        if not ours: require_sound(asked.folder, unchecked, format=asked.format, hz=reading.hz)
-        pieces.append(open_piece(asked, size, _reading_of_tasks(tasks, reading), project_root()/data))
+        if not ours: require_sound(asked.folder, unchecked, format=asked.format, reading=reading, flag="-p reading.unchecked True")
+        how = replace(reading, episodes="", annotations="") if ours else reading
+        pieces.append(open_piece(asked, size, _reading_of_tasks(tasks, how), project_root()/data))
     if len({p.name for p in pieces}) < len(pieces): raise ValueError(f"{where!r} names {[p.name for p in pieces]}: two datasets of one name; rename a folder")
     if len({p.weight is None for p in pieces}) > 1: raise ValueError(f"{where!r}: give a weight to each of the datasets, or to none")
     return pieces
@@ -294,7 +298,8 @@ def policy_data(
     with _encoders_on(encoders, cfg.device_):
         piece, *more = pieces = open_pieces(split, spec.image_size, reading, tasks, demos, data, preset, unchecked)
         if more or not piece.data.actions:
-            raise ValueError(f"{split!r} is {', '.join(f'{p.name} ({p.format})' for p in pieces)}: a policy learns from one dataset with actions, in CALVIN's format, LeRobot's, RLDS, or your own (videos/ and actions/)")
+            why = f"; {piece.name} {piece.data.no_action}" if not piece.data.actions else ""
+            raise ValueError(f"{split!r} is {', '.join(f'{p.name} ({p.format})' for p in pieces)}{why}: a policy learns from one dataset with actions, in CALVIN's format, LeRobot's, RLDS, or your own (videos/ and actions/)")
         train, held = split_units(piece)
         some, hz = piece.data.fraction(train, data_frac), piece.hz
         scale = None if piece.data.normalised else measure_scale(piece.data, episodes=sorted(some + held))

@@ -9,7 +9,7 @@ __all__ = ['PolicyAuxiliary', 'policy_checkpoint', 'real_pairs', 'policy_demonst
            'demonstration_numbers', 'ladder_samples']
 
 # %% ../../nbs/13_run/06_policies.ipynb #7208ab75
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from ..models.policy import (
     BlindConfig, BlindPolicy, CoupledPolicy, PlainConfig, PlainPolicy, PolicyConfig)
 from .datasets import (
     SPLITS, PolicyData, keep_run_texts, names_list, policy_data, reading_of, store_name)
-from .options import POLICIES, PolicyVariant, chosen
+from .options import POLICIES, DataReading, PolicyVariant, chosen
 from .pretrained import (
     aligned_folder, checkpoint_name, feature_bytes, feature_file, foreseen, inferred, load_aligned,
     preset_in, pretrained, pretrained_folder, trained_policy)
@@ -117,7 +117,7 @@ def _coupled(params, encoders, views, robot):
     params = params | dict(variant=asdict(PolicyVariant(**params["variant"])))
     start, variant = params["pretrained"], PolicyVariant(**params["variant"])
     shared = {n: params[n] for n in ("preset", "split", "tasks", "demos", "data")}
-    shared |= dict(reading={n: params["reading"][n] for n in ("cameras", "hz", "unchecked")})
+    shared |= dict(reading={f.name: params["reading"][f.name] for f in fields(DataReading)})
     if start["steps"]: shared["steps"] = start["steps"]
     step = {} if variant.extract_step == 1 else dict(extract_step=variant.extract_step)
     gfdm = pretrained("gfdm", start["gfdm"], encoders, shared, asdict(variant), params["ckpts"], **step)

@@ -145,7 +145,7 @@ def checkpoint_name(
 )->str: # such as "gidm-tiny-D_D-mlp"; what is the default is not named
     "The folder of a default checkpoint."
     if kind not in KEYS: raise ValueError(f"no kind of model is called {kind!r}; choose {', '.join(KEYS)}")
-    usual, parts = KEYS[kind], [kind, preset, where_name(split)]
+    usual, parts = KEYS[kind], [kind, preset, where_name(split, project_root())]
     for name in (n for n in NAMED if n in usual and n in made):
         value = Path(made[name]).name if name in ("vision_encoder", "gfdm", "gidm", "start") else made[name]
         if value == usual[name] or names_list(str(value)) == names_list(str(usual[name])): continue
