@@ -170,7 +170,7 @@ def test_missing_files(broken):
 
 
 @pytest.mark.parametrize("name,value,message", [
-    ("action/world_vector", lambda n: np.full((n, 3), np.nan), "action 'action/world_vector.0.' of row 0 is nan: leave this episode out"),
+    ("action/world_vector", lambda n: np.full((n, 3), np.nan), "action 'action/world_vector.0.' of row 0 is nan: repair it, or leave this episode out"),
     ("action/world_vector", lambda n: np.zeros((n, 4)), "action/world_vector has .* numbers; features.json says"),
     ("action/world_vector", lambda n: ["a"]*3*n, "byte strings; features.json says"),
     ("observation/state", lambda n: np.full((n, 8), np.inf), "proprio of row 0"),
