@@ -250,8 +250,9 @@ def index_shard(
     width:int=1, # letters of a step, where the text is stored as numbers
 )->dict: # name, size, mtime of the file; place, length, steps and text of each episode
     "Find the episodes of one shard."
+    records = scan_records(path).tolist()
     found = dict(_stamp(path), place=[], length=[], steps=[], text=[])
-    for place, length in scan_records(path).tolist():
+    for place, length in records:
         try: example = decode_example(read_record(path, place, length, check=False), {f"steps/{instruction}"})
         except ValueError as e: raise ValueError(f"{path}, byte {place}: {e}") from None
         if (value := example.get(f"steps/{instruction}")) is None: raise ValueError(f"{path}, byte {place}: no steps/{instruction} in an episode: give the right `instruction`")

@@ -6,7 +6,6 @@
 __all__ = ['check_release', 'check_something', 'check_ego4d', 'check_videos']
 
 # %% ../../nbs/03_doctor/03_clips.ipynb #a5808502
-import json
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -15,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.files import TABLE_SUFFIXES, VIDEO_SUFFIXES, Skipped, walk_files
+from ..core.files import (
+    TABLE_SUFFIXES, VIDEO_SUFFIXES, Skipped, read_json, walk_files)
 from ..core.video import read_frames
 from defi_nb.data.clips import (
     FILE_COLUMNS, TEXT_COLUMNS, WholeClip, annotated_clip, find_captions, index_clips,
@@ -124,8 +124,7 @@ def _annotated(exam, name, root, fallback, path):
 
 def _annotated_actions(exam, name, paths):
     "Check the actions that annotations carry."
-    read = lambda path: json.loads(Path(path).read_text(encoding="utf-8"))
-    for path, note in exam.each(f"{name}: actions", paths, read, share=.1, problem="an annotation can't be read"):
+    for path, note in exam.each(f"{name}: actions", paths, read_json, share=.1, problem="an annotation can't be read"):
         found = next((note[k] for k in ("action", "actions") if isinstance(note.get(k), list) and note[k]), None)
         if found is None: continue
         try: x = np.array(found, float)

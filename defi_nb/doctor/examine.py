@@ -97,8 +97,9 @@ def require_sound(
     again = f"defi-nb doctor {shlex.quote(str(folder))}"
     print(f"{folder}: {kind}, {note['verdict']}, {when}" + ("" if note["sound"] and known else f"; more: {again}"), flush=True)
     if note["sound"] or go_on: return note["sound"]
-    first = "\n".join(f"- {e['what']}: {e['where']}" + (f" and {e['places'] - 1:,} more" if e["places"] > 1 else "") + f": {e['found']}; {e['remedy']}" for e in note["errors"][:3])
-    raise ValueError(f"{folder} has {len(note['errors'])} kind{'s'*(len(note['errors']) > 1)} of errors; mend them, or give {flag} to train on what is whole:\n{first}\nSee all with {again}")
+    first, *more = [f"{e['what']}: {e['where']}" + (f" and {e['places'] - 1:,} more" if e["places"] > 1 else "") + f": {e['found']}; {e['remedy']}" for e in note["errors"][:3]]
+    count = f"{len(note['errors'])} kind{'s'*(len(note['errors']) > 1)} of errors"
+    raise ValueError(f"{folder} has {count}: {first}; or give {flag} to train on what is whole, and see all with {again}" + "".join(f"\n- {line}" for line in more))
 
 def _read_note(path):
     "What was written down the last time."
