@@ -11,7 +11,10 @@ STAMP := $(VENV)/.installed
 CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3 python)
 SUITABLE := import sys, venv, ensurepip; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
-.PHONY: demo test lab docs install clean
+RECORDS ?= doctor eval_gfdm eval_gidm eval_features denoising attention ladder explore failures own_data eval_simulators \
+  bench_evaluation bench_inference bench_loader bench_serve
+
+.PHONY: demo test lab docs records install clean
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -25,6 +28,10 @@ test: install
 lab: install
 	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs/index.ipynb \
 	  $(if $(filter 0,$(shell id -u)),--allow-root)
+
+# the experiments that take a laptop minutes each, on the demo's models; their executed copies are what make docs shows
+records: demo
+	for name in $(RECORDS); do $(BIN)/defi-nb run $$name --out runs/records/$$name || exit 1; done
 
 # search needs a server: python -m http.server -d build/docs
 docs: install

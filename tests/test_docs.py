@@ -1,40 +1,46 @@
-"README's code runs, and the docs site is built without a broken link, fetches nothing from outside and is legible on a phone."
+"README's and the guides' code runs; the docs site has no broken link, fetches nothing, and fits a phone."
 import json
 import re
-import subprocess
-import sys
 import tempfile
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import lab
 import pytest
-import torch
-from conftest import ENV, LIBRARY, ROOT, RUNS
+from conftest import LIBRARY, ROOT, RUNS, command
 
 from defi_nb.models.encoders import load_encoders
-from defi_nb.models.policy import PlainConfig, PlainPolicy
+from defi_nb.models.policy import fake_policies
 from defi_nb.weights.checkpoint import save_checkpoint
 from defi_nb.weights.load import model_info
 
-README = (ROOT/"README.md").read_text()
-
 
 def test_readme_is_two_screens():
-    assert len(README.encode()) < 10_000
+    assert (ROOT/"README.md").stat().st_size < 10_000
     assert (ROOT/"nbs/images/rollout.gif").stat().st_size < 1_000_000
 
 
-def test_readme_acts(tmp_path):
-    "The lines of Python in README, with an untrained policy where it has a trained one."
-    torch.manual_seed(0)
-    encoders = load_encoders("tiny")
-    policy = PlainPolicy(PlainConfig.tiny(), encoders)
-    save_checkpoint(tmp_path/"ckpts/coupled-tiny-D_D", policy, info=model_info(policy, encoders))
-    code = re.search(r"```python\n(.+?)```", README, re.S)[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and re.fullmatch(r"drawer: -?[\d.e-]+ m open\n", done.stdout), done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    "A folder with an untrained policy where `make demo` leaves a trained one."
+    folder, encoders = tmp_path_factory.mktemp("docs"), load_encoders("tiny")
+    policy = fake_policies(encoders)[0]
+    save_checkpoint(folder/"ckpts/coupled-tiny-D_D", policy, info=model_info(policy, encoders))
+    return folder
+
+
+@pytest.mark.parametrize("page,prints", [
+    ("README.md", r"drawer: -?[\d.e-]+ m open\n"),
+    ("docs/guides/inside.md", r"gidm\.encoder\.\S+ \(\d+, 4, \d+, \d+\) batch, head, query, key\n"),
+    ("docs/first_run.md", None)], ids=["readme", "inside", "first_run"]) # None: what the page's next block shows
+def test_lines_of_python_run(page, prints, workplace):
+    text = (ROOT/page).read_text()
+    code, after = re.search(r"```python\n(.+?)```\n(.*)", text, re.S).groups()
+    done = command("python", "-c", code, cwd=workplace)
+    shown = prints or re.escape(re.search(r"```\n(.+?)```", after, re.S)[1])
+    assert done.returncode == 0 and re.fullmatch(shown, done.stdout), done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +48,14 @@ def site():
     "The site, built from this checkout into a folder of its own; a broken link is an error."
     for name in ("mkdocs", "material", "latex2mathml", "ziamath"): pytest.importorskip(name)
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder], cwd=ROOT,
-                              env=ENV | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, timeout=900)
+        done = command("python", "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder)
         assert done.returncode == 0, done.stdout + done.stderr
-        yield type(ROOT)(folder)
+        yield Path(folder)
 
 
 def test_site_is_complete(site):
     rooms = {f"reference/{p.parent.name[3:]}/{p.stem[3:]}.html" for p in LIBRARY}
-    pages = rooms | {f"experiments/{p.stem}.html" for p in RUNS} | {f"learn/{n}.html" for n in ("1_diffusion", "6_evaluation")}
+    pages = rooms | {f"experiments/{p.stem}.html" for p in RUNS} | {"learn/1_diffusion.html", "learn/6_evaluation.html"}
     assert not {page for page in pages if not (site/page).is_file()}
     entries = len(re.findall(r"^- (?:~~)?\*\*", (ROOT/"LOG.md").read_text(), re.M))
     assert len(list((site/"findings").glob("*.html"))) == entries + 1, "a page for each finding, and their list"
@@ -78,9 +83,13 @@ def address(site):
     server.shutdown()
 
 
-PAGES = "index.html", "learn/2_gfdm.html", "reference/eval/film.html", "experiments/eval_calvin.html", "findings/index.html", "results.html"
-STATE = """const outside = performance.getEntriesByType('resource').map(r => r.name).filter(n => !n.startsWith(location.origin) && !n.startsWith('data:'));
-return {outside, empty: [...document.images].filter(i => !i.naturalWidth).map(i => i.src), wide: document.documentElement.scrollWidth - document.documentElement.clientWidth};"""
+PAGES = ("index.html", "learn/2_gfdm.html", "reference/eval/film.html", "experiments/eval_calvin.html",
+         "findings/index.html", "results.html")
+LOADED = "return document.readyState == 'complete' && [...document.images].every(i => i.complete)"
+STATE = """const page = document.documentElement, names = performance.getEntriesByType('resource').map(r => r.name);
+return {outside: names.filter(n => !n.startsWith(location.origin) && !n.startsWith('data:')),
+        empty: [...document.images].filter(i => !i.naturalWidth).map(i => i.src),
+        wide: page.scrollWidth - page.clientWidth};"""
 
 
 @lab.needs_browser
@@ -88,12 +97,14 @@ return {outside, empty: [...document.images].filter(i => !i.naturalWidth).map(i 
 def test_site_in_a_browser(address, tmp_path, width):
     driver = lab.chrome(tmp_path, 60, "--disable-gpu", "--window-size=1280,1200")
     try:
-        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": 1200, "deviceScaleFactor": 1, "mobile": width < 800})
+        screen = {"width": width, "height": 1200, "deviceScaleFactor": 1, "mobile": width < 800}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         for page in PAGES:
             driver.get(f"{address}/{page}")
-            lab.until(lambda: driver.execute_script("return document.readyState == 'complete' && [...document.images].every(i => i.complete)"), 60)
+            lab.until(lambda: driver.execute_script(LOADED), 60)
             assert driver.execute_script(STATE) == {"outside": [], "empty": [], "wide": 0}, page
-        assert not [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE" and "favicon" not in entry["message"]]
+        severe = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
+        assert not [message for message in severe if "favicon" not in message]
         driver.get(f"{address}/index.html?q=codebook") # a search, as from the page's field
         lab.until(lambda: driver.find_elements("css selector", ".md-search-result__item"), 60)
     finally: driver.quit()

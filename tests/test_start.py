@@ -9,8 +9,11 @@ pytestmark = lab.needs_browser
 IMAGES = "return [...document.querySelectorAll('.jp-Notebook .jp-MarkdownOutput img')]"
 LINKS = "return [...document.querySelectorAll('.jp-Notebook .jp-MarkdownOutput a[href]')].map(a => a.href)"
 MISSING = """const [links, done] = arguments;
-Promise.all(links.map(async link => [link, (await fetch(link)).status])).then(all => done(all.filter(([_, status]) => status != 200)));"""
-CLICK = "[...document.querySelectorAll('.jp-Notebook .jp-MarkdownOutput a')].find(a => a.innerText == arguments[0]).click()"
+Promise.all(links.map(async link => [link, (await fetch(link)).status]))
+  .then(all => done(all.filter(([_, status]) => status != 200)));"""
+FIRST_TAB = "const shell = window.jupyterapp.shell; shell.activateById(shell.widgets('main').next().value.id)"
+CLICK = """const links = [...document.querySelectorAll('.jp-Notebook .jp-MarkdownOutput a')];
+links.find(a => a.innerText == arguments[0]).click()"""
 TITLE = "return window.jupyterapp.shell.currentWidget.title.label"
 
 
@@ -38,7 +41,7 @@ def test_start_page(page):
     assert len(local) > 40 and driver.execute_async_script(MISSING, [*local]) == []
     assert all(link.startswith("https://arxiv.org/") for link in links - local)
     for text, opened in (("ladder", "ladder.ipynb"), ("CALVIN", "calvin.md")):
-        driver.execute_script("window.jupyterapp.shell.activateById(window.jupyterapp.shell.widgets('main').next().value.id)")
+        driver.execute_script(FIRST_TAB)
         lab.until(lambda: driver.execute_script(TITLE) == "index.ipynb", 30)
         driver.execute_script(CLICK, text)
         lab.until(lambda title=opened: driver.execute_script(TITLE) == title, 60)

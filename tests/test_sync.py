@@ -94,7 +94,8 @@ def test_names_in_text_exist():
     "What prose and comments call `floor.room` or `floor.room.name` is there, and no notebook is called by a number."
     defined = {module(p): (ROOT/"defi_nb"/f"{module(p).replace('.', '/')}.py").read_text() for p in LIBRARY}
     texts = {(p.name, i): source(c) for p in [*LIBRARY, *RUNS, ROOT/"nbs/index.ipynb"] for i, c in enumerate(json.loads(p.read_text())["cells"])}
-    texts |= {(p.name, 0): p.read_text() for p in [*PAGES, *map(ROOT.joinpath, ("LOG.md", "NOTICE", "data/README.md", "ckpts/README.md"))]}
+    others = (ROOT/name for name in ("LOG.md", "NOTICE", "data/README.md", "ckpts/README.md"))
+    texts |= {(p.name, 0): p.read_text() for p in [*PAGES, *others]}
     stale = []
     for where, text in texts.items():
         named = [m for m in NAMED.finditer(text) if not re.search(r"\.(pkl|json)$", m[1])] # a file's name

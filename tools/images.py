@@ -1,7 +1,8 @@
-"""The images of README.md, the start page and the docs, in nbs/images: `python tools/images.py rollout`, `results` or `gallery`.
+"""The images of README.md, the start page and the docs: `python tools/images.py rollout`, `results` or `gallery`.
 
-`rollout` films a chain of an evaluation of `make demo` again, with what the policy's GFDM predicts in one denoising step, as the policy
-reads it; `results` draws results/coupling; `gallery` takes stored outputs of notebooks.
+`rollout` films a chain of an evaluation of `make demo` again, with what the policy's GFDM predicts in one
+denoising step, as the policy reads it; `results` draws results/coupling; `gallery` takes stored outputs of
+notebooks. They are written to nbs/images.
 """
 import argparse
 import base64
@@ -16,11 +17,13 @@ from PIL import Image, ImageOps
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT/"nbs"/"images"
 SIZE = 320, 200  # of an image of the gallery, pixels
-GALLERY = {  # name -> notebook, number of the image among its outputs, box to keep (left, top, right, bottom) as fractions
+WHOLE = 0, 0, 1, 1
+GALLERY = {  # name -> notebook, number of the image among its outputs, fractions to keep (left, top, right, bottom)
     "scenes": ("01_sim/04_playtable", 0, (0, 0, .75, .6)), "experts": ("01_sim/05_experts", 2, (0, 0, .6, .52)),
-    "features": ("04_models/03_encoders", 1, (.16, .1, .75, .52)), "diffusion": ("04_models/01_diffusion", 1, (0, 0, 1, 1)),
-    "codes": ("08_analysis/05_latent_plots", 2, (0, 0, 1, 1)), "attention": ("10_explore/02_export", 4, (0, 0, 1, 1)),
-    "denoising": ("09_viz/05_denoising", 4, (0, 0, 1, 1)), "serving": ("11_serve/02_robot_loop", 0, (0, 0, 1, 1))}
+    "features": ("04_models/03_encoders", 1, (.16, .1, .75, .52)),
+    "diffusion": ("04_models/01_diffusion", 1, WHOLE),
+    "codes": ("08_analysis/05_latent_plots", 2, WHOLE), "attention": ("10_explore/02_export", 4, WHOLE),
+    "denoising": ("09_viz/05_denoising", 4, WHOLE), "serving": ("11_serve/02_robot_loop", 0, WHOLE)}
 
 
 def save_gif(
@@ -66,7 +69,8 @@ def results():
     "Average lengths of results/coupling, with their intervals and each training."
     import matplotlib.pyplot as plt
     text = (ROOT/"results"/"coupling"/"table.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| ([^|]+) \| [\d.]+ \| \*\*([\d.]+)\*\* \(([\d.]+)–([\d.]+)\) \| \d+ \| ([\d., ]+) \|", text, re.M)
+    length = r"\*\*([\d.]+)\*\* \(([\d.]+)–([\d.]+)\)"
+    rows = re.findall(rf"^\| ([^|]+) \| [\d.]+ \| {length} \| \d+ \| ([\d., ]+) \|", text, re.M)
     figure, ax = plt.subplots(figsize=(7.2, 2.4), layout="constrained")
     for y, (_, mean, low, high, seeds) in enumerate(rows):
         ax.plot([float(low), float(high)], [y, y], lw=7, color="C0", alpha=.3, solid_capstyle="butt")
@@ -83,17 +87,19 @@ def gallery():
     (IMAGES/"gallery").mkdir(exist_ok=True)
     for name, (notebook, number, box) in GALLERY.items():
         cells = json.loads((ROOT/"nbs"/f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
-        data = [o["data"][kind] for c in cells for o in c.get("outputs", ()) for kind in ("image/png", "image/jpeg") if kind in o.get("data", {})]
+        outputs = [o.get("data", {}) for c in cells for o in c.get("outputs", ())]
+        data = [o[kind] for o in outputs for kind in ("image/png", "image/jpeg") if kind in o]
         image = Image.open(io.BytesIO(base64.b64decode("".join(data[number])))).convert("RGB")
         image = image.crop([round(f*side) for f, side in zip(box, image.size*2)])
-        ImageOps.pad(image, SIZE, color="white").quantize(96, kmeans=4).save(IMAGES/"gallery"/f"{name}.png", optimize=True)
+        small = ImageOps.pad(image, SIZE, color="white").quantize(96, kmeans=4)
+        small.save(IMAGES/"gallery"/f"{name}.png", optimize=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("rollout", "results", "gallery"))
-    parser.add_argument("--run", type=Path, default=ROOT/"runs/demo/eval_coupled_all", help="evaluation whose chain is filmed")
-    parser.add_argument("--chain", type=int, default=0, help="its number")
+    parser.add_argument("--run", type=Path, default=ROOT/"runs/demo/eval_coupled_all", help="evaluation to film")
+    parser.add_argument("--chain", type=int, default=0, help="number of its chain")
     given = parser.parse_args()
     if given.what == "rollout": rollout(given.run, given.chain)
     else: {"results": results, "gallery": gallery}[given.what]()

@@ -1,7 +1,8 @@
-"""Fill in the tables of README.md, of the start page nbs/index.ipynb and of docs/ (or, with --check, say whether they are up to date).
+"""Fill in the tables of README.md, of the start page nbs/index.ipynb and of docs/.
 
-What stands between `<!-- NAME -->` and `<!-- end -->` is made from the notebooks' titles, the packages' docstrings and results/; `TABLES`
-has the names. All else in these files is written by hand.
+What stands between `<!-- NAME -->` and `<!-- end -->` is made from the notebooks' titles, the packages'
+docstrings and results/; `TABLES` has the names. All else in these files is written by hand. With --check,
+nothing is written, and files that differ are named.
 """
 import ast
 import json
@@ -16,12 +17,13 @@ FLOORS = sorted(NBS.glob("[0-9]*/"))
 RUNS = [p for p in sorted(NBS.glob("[a-z]*.ipynb")) if p.stem != "index"]
 REGION = re.compile(r"(<!-- (\w+) -->\n).*?(\n?<!-- end -->)", re.S)
 PAPERS = {  # run notebook -> what of DeFI's paper it answers, or of the second one on inverse dynamics (IDL)
-    "ablations": "Tables 4 to 9, Figures 5, 7, 8", "align": "", "attention": "Figure 12", "bench_evaluation": "",
-    "bench_inference": "Table 13", "bench_loader": "", "bench_serve": "", "data_efficiency": "Figure 4, Table 4", "denoising": "Figure 9",
-    "doctor": "", "eval_calvin": "Table 1", "eval_features": "IDL: Tables 4, 5", "eval_gfdm": "", "eval_gidm": "", "eval_simulators": "Table 2",
-    "explore": "", "failures": "Figures 10, 11", "gidm_reversal": "IDL: Table 6, for GIDM", "ladder": "", "monitor": "",
-    "own_data": "Table 3, on your robot", "pipeline": "Table 1, small", "pretrain_encoders": "", "pretrain_gfdm": "Section 3.2, Table 11",
-    "pretrain_gidm": "Section 3.3, Tables 7, 12", "pretrain_zoo": "Section 3.2, 3.3, small", "state_aliasing": "IDL: Figure 1, Tables 4, 5, 11, 12", "train_coupled": "Section 3.4, Table 10"}
+    "ablations": "Tables 4 to 9, Figures 5, 7, 8", "attention": "Figure 12",
+    "bench_inference": "Table 13", "data_efficiency": "Figure 4, Table 4", "denoising": "Figure 9",
+    "eval_calvin": "Table 1", "eval_features": "IDL: Tables 4, 5", "eval_simulators": "Table 2",
+    "failures": "Figures 10, 11", "gidm_reversal": "IDL: Table 6, for GIDM",
+    "own_data": "Table 3, on your robot", "pipeline": "Table 1, small",
+    "pretrain_gfdm": "Section 3.2, Table 11", "pretrain_gidm": "Section 3.3, Tables 7, 12",
+    "state_aliasing": "IDL: Figure 1, Tables 4, 5, 11, 12", "train_coupled": "Section 3.4, Table 10"}
 
 
 def source(cell): return "".join(cell["source"])
@@ -43,8 +45,8 @@ def floor_docstring(floor):
 def link(path, text, base): return f"[{text}]({Path(os.path.relpath(path, base)).as_posix()})"
 
 
-def table(head, rows, align="---"):
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, [align]*len(head) if isinstance(align, str) else align, *rows))
+def table(head, rows, align=None):
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, align or ["---"]*len(head), *rows))
 
 
 def rooms(floor): return sorted(floor.glob("[0-9]*.ipynb"))
@@ -52,17 +54,21 @@ def rooms(floor): return sorted(floor.glob("[0-9]*.ipynb"))
 
 def floors(base):
     "The map: a line a floor, linked to its first room."
-    return table(("floor", "what a line there knows about"), [(link(rooms(f)[0], f"`{f.name[3:]}`", base), floor_docstring(f)) for f in FLOORS])
+    rows = [(link(rooms(f)[0], f"`{f.name[3:]}`", base), floor_docstring(f)) for f in FLOORS]
+    return table(("floor", "what a line there knows about"), rows)
 
 
 def library(base):
     "The map with all rooms."
-    rows = [(f"`{f.name[3:]}`", floor_docstring(f), ", ".join(link(p, p.stem[3:], base) for p in rooms(f))) for f in FLOORS]
+    links = lambda floor: ", ".join(link(p, p.stem[3:], base) for p in rooms(floor))
+    rows = [(f"`{f.name[3:]}`", floor_docstring(f), links(f)) for f in FLOORS]
     return table(("floor", "what a line there knows about", "rooms"), rows)
 
 
 def runs(base):
-    return table(("notebook", "what it does", "in the paper"), [(link(p, f"`{p.stem}`", base), about(p)[1], PAPERS[p.stem]) for p in RUNS])
+    "The run notebooks, with what they answer."
+    rows = [(link(p, f"`{p.stem}`", base), about(p)[1], PAPERS.get(p.stem, "")) for p in RUNS]
+    return table(("notebook", "what it does", "in the paper"), rows)
 
 
 POLICIES = {"coupled_all": "coupled, all labels", "plain_all": "plain: the present frames alone, all labels",
@@ -71,14 +77,17 @@ POLICIES = {"coupled_all": "coupled, all labels", "plain_all": "plain: the prese
 
 
 def demo(base):
+    "The policies of `make demo`."
     from defi_nb.eval.results import EvalResult
     rows, solved = [], lambda counts: f"{counts['successes']}/{counts['attempts']}"
     for name, policy in POLICIES.items():
         r = EvalResult.load(ROOT/"results"/"demo"/f"{name}.json")
         low, high = r.interval
         kinds = (solved(r.families()[kind]) for kind in ("needs images", "fixtures"))
-        rows.append((policy, f"**{r.average_length:.2f}** ({low:.2f}–{high:.2f})", ", ".join(f"{100*x:.0f}" for x in r.rates), *kinds))
-    return table(("policy", "average length of 5", "1 to 5 in a row, %", "with blocks", "with fixtures"), rows, (":--", *["--:"]*4))
+        length = f"**{r.average_length:.2f}** ({low:.2f}–{high:.2f})"
+        rows.append((policy, length, ", ".join(f"{100*x:.0f}" for x in r.rates), *kinds))
+    head = "policy", "average length of 5", "1 to 5 in a row, %", "with blocks", "with fixtures"
+    return table(head, rows, (":--", *["--:"]*4))
 
 
 def stored(name): return lambda base: (ROOT/"results"/name/"table.md").read_text(encoding="utf-8").strip()
@@ -104,7 +113,7 @@ def main(args):
     stale = [path for path in files if render(path) != path.read_text(encoding="utf-8")]
     if args != ["--check"]:
         for path in stale: path.write_text(render(path), encoding="utf-8")
-    elif stale: print(*(p.relative_to(ROOT) for p in stale), "differ from the notebooks or results/: run python tools/readme.py")
+    elif stale: print(*(p.relative_to(ROOT) for p in stale), "are not up to date: run python tools/readme.py")
     return 1 if stale and args == ["--check"] else 0
 
 
