@@ -51,7 +51,7 @@ def run_here(
 
     from defi_nb.train.engine import meet_peers
     params, source = check_parameters(name, given), find_notebook(name)
-    peers = meet_peers() # held until they are connected
+    _peers = meet_peers() # held until they are connected
     state = PartialState(cpu=not torch.cuda.is_available())
     chosen = [str(project_root()/params["out"] if params.get("out") else _new_folder(name)) if state.is_main_process else ""]
     if state.num_processes > 1: broadcast_object_list(chosen)

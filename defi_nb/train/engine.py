@@ -165,7 +165,7 @@ def make_accelerator(
     ours = dict(ACCELERATE_GRADIENT_ACCUMULATION_STEPS="1", ACCELERATE_DYNAMO_BACKEND="no") # done here, not there
     ours |= {f"ACCELERATE_USE_{other}": "false" for other in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "SAGEMAKER")}
     with patch_environment(**ours):
-        peers = meet_peers() # held until they are connected
+        _peers = meet_peers() # held until they are connected
         return Accelerator(mixed_precision=resolve_precision(cfg), cpu=cfg.device_.type == "cpu", log_with=[*cfg.trackers_] or None,
                            project_dir=None if out is None else str(Path(out)/"trackers"))
 
