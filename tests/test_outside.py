@@ -14,8 +14,6 @@ from defi_nb.core.video import fake_video, read_numbers, write_video
 from defi_nb.data.csv_folder import write_own
 from defi_nb.data.episodes import PLAIN
 from defi_nb.data.load import open_piece, read_where
-from defi_nb.data.lerobot import open_lerobot
-from defi_nb.doctor.examine import examine
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
