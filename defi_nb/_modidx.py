@@ -3414,6 +3414,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'defi_nb.run.cli._cost': ('13_run/cli.html#_cost', 'defi_nb/run/cli.py'),
                                  'defi_nb.run.cli._doctor': ('13_run/cli.html#_doctor', 'defi_nb/run/cli.py'),
                                  'defi_nb.run.cli._failure': ('13_run/cli.html#_failure', 'defi_nb/run/cli.py'),
+                                 'defi_nb.run.cli._free_cores': ('13_run/cli.html#_free_cores', 'defi_nb/run/cli.py'),
                                  'defi_nb.run.cli._gathered': ('13_run/cli.html#_gathered', 'defi_nb/run/cli.py'),
                                  'defi_nb.run.cli._help_of': ('13_run/cli.html#_help_of', 'defi_nb/run/cli.py'),
                                  'defi_nb.run.cli._keep_interrupted': ('13_run/cli.html#_keep_interrupted', 'defi_nb/run/cli.py'),

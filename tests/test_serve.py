@@ -222,7 +222,7 @@ def frame(kind, data): # masked with zeros, as a client's may be
 
 
 def test_a_flood_of_pings():
-    "The server's memory stays, others are answered, and it ends within 10 s."
+    "The server's memory stays, others are answered, and it ends soon."
     with command("noop") as (process, url):
         with Client(url) as client: client.infer(observation())
         before = psutil.Process(process.pid).memory_info().rss
@@ -230,7 +230,7 @@ def test_a_flood_of_pings():
         with Client(url) as client: assert client.infer(observation())["actions"].shape == (10, 7)
         assert psutil.Process(process.pid).memory_info().rss < before + 20*2**20
         process.terminate()
-        assert process.wait(10) == 0
+        assert process.wait(30) == 0
         held.close()
 
 

@@ -11,11 +11,14 @@ import json
 from itertools import cycle
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 
 from .spec import ACTION_DIM, CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT
 
 # %% ../../nbs/00_core/01_plot.ipynb #d05a2d6c
+matplotlib.rcParams["text.parse_math"] = False # an instruction or a file's name may hold dollars; text from data is never markup
+
 OKABE_ITO = dict(orange="#E69F00", sky="#56B4E9", green="#009E73", yellow="#F0E442", blue="#0072B2", vermilion="#D55E00", purple="#CC79A7")
 
 def new_axes(

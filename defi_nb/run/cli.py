@@ -255,6 +255,10 @@ def _cost(folder, params, seconds): # of a run that has ended in another process
 # %% ../../nbs/13_run/01_cli.ipynb #86dd5aab
 _RANKS = re.compile("(LOCAL_|GROUP_|NODE_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|(ACCELERATE|TORCHELASTIC|OMPI_COMM_WORLD|MV2_COMM_WORLD|PMI)_.*") # what launchers and clusters set
 
+def _free_cores(): # that this process may use and nobody else uses now, at least 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, round(cores - os.getloadavg()[0]))
+
 @contextmanager
 def _kernel_environment():
     "Variables of the shell that a run's kernel must not see: it is no rank, draws into the notebook, and reads and writes UTF-8."
@@ -262,6 +266,8 @@ def _kernel_environment():
     ranks = sorted(n for n in before if _RANKS.fullmatch(n))
     for name in (*ranks, "MPLBACKEND"): os.environ.pop(name, None)
     os.environ["PYTHONUTF8"] = "1"
+    if not os.environ.get("OMP_NUM_THREADS"): os.environ["OMP_NUM_THREADS"] = str(_free_cores()) # two threads that share a core are many times slower than one
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # a thread that waits leaves its core to others
     os.environ.setdefault("DEFI_NB_PROGRESS", "10") # seconds; see `progress_bar`: lines for the terminal, not widgets
     if ranks: print(f"{', '.join(ranks)}: set aside, because `defi-nb run` is one process; several are started with torchrun ... -m defi_nb.run.launch", flush=True)
     try: yield
