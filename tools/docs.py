@@ -19,6 +19,8 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
 
+from defi_nb.core.page import page_notebook
+
 sys.path.insert(0, str(Path(__file__).parent))
 from readme import FLOORS, NBS, ROOT, RUNS, about, rooms  # noqa: E402
 
@@ -68,21 +70,26 @@ def executed():
     return copies
 
 
-def state_of_run(path):
-    "What a run notebook's page says under its title."
-    if copy := executed().get(path.stem): return f"*Executed: `{name_of(copy)}`.*\n"
+def run_notebook(path):
+    "A run notebook: its newest executed copy as a page, results first, or as it is."
+    copy, nb = executed().get(path.stem), nbformat.read(path, 4)
     command = f"`defi-nb run {path.stem}`, then `make docs` again"
-    return f"*Not executed in this checkout: {command}, shows its results here.*\n"
+    state = f"Not executed in this checkout: {command}, shows its results here."
+    if copy:
+        state = f"Executed: `{name_of(copy)}`."
+        metrics = json.loads((copy.parent/"metrics.json").read_text(encoding="utf-8"))
+        nb = page_notebook(nbformat.read(copy, 4), metrics.get("conclusion", ""), root=str(ROOT))
+    nb.cells[0].source += f"\n\n*{state}*\n"
+    return nb
 
 
 def notebook_page(config, path):
     "A notebook as Markdown, and the images of its outputs."
-    nb = nbformat.read(executed().get(path.stem, path) if path in RUNS else path, 4)
+    nb = run_notebook(path) if path in RUNS else nbformat.read(path, 4)
     for cell in nb.cells:
         directives = r"^#\|.*\n?" if cell.cell_type == "code" else r"^- skip_exec: true\n?"
         cell.source = re.sub(directives, "", cell.source, flags=re.M).strip()
     nb.cells, nb.metadata.language_info = [c for c in nb.cells if c.source], {"name": "python"}
-    if path in RUNS: nb.cells[0].source += f"\n\n{state_of_run(path)}"
     where = {"output_files_dir": f"{path.stem}_files", "unique_key": "output"}
     text, resources = EXPORTER.from_notebook_node(nb, resources=where)
     images = [media(config, f"{name_of(path.parent)}/{file}", data) for file, data in resources["outputs"].items()]
