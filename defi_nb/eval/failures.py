@@ -132,7 +132,7 @@ def watch(
     make_env:Callable=playtable_env, # make_env(config) -> environment
     only:int|None=None, # number of the one task that is watched; None: all
     expert:bool=False, # whether an expert's future is compared too; in the embedded simulator only
-    steps:int=10, # of the sampler
+    steps:int=1, # of the sampler; 1 draws the mean of the futures, which is what the policy reads
     pictures:bool=True, # whether the foreseen frames are drawn as pictures
     at_once:int=16, # looks whose futures are drawn together
 )->list: # of {"task": number, "look": `Look` with frames, "happened": error, "expert": error, "...copy": of the present frame repeated}

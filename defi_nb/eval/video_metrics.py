@@ -324,7 +324,7 @@ def show_samples(
     vae, # `models.encoders.VAE`
     batch:Batch, # held-out clips with `latent`, on the model's device
     times:tuple, # seconds of the frames
-    steps:int=10, # of the sampler
+    steps:int=1, # of the sampler; 1 draws the mean of the futures, whose features policies read
 )->tuple: # a figure for each clip; mean PSNR of the predicted frames, dB, or None
     "Futures that a forward model draws, under the true ones, in the first view."
     if not isinstance(model, GFDM): return [], None
