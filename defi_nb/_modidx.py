@@ -1911,6 +1911,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'defi_nb.doctor.report._looks': ('03_doctor/report.html#_looks', 'defi_nb/doctor/report.py'),
                                        'defi_nb.doctor.report._plain_text': ( '03_doctor/report.html#_plain_text',
                                                                               'defi_nb/doctor/report.py'),
+                                       'defi_nb.doctor.report._raised': ('03_doctor/report.html#_raised', 'defi_nb/doctor/report.py'),
                                        'defi_nb.doctor.report._sort_of': ('03_doctor/report.html#_sort_of', 'defi_nb/doctor/report.py'),
                                        'defi_nb.doctor.report.read_error': ('03_doctor/report.html#read_error', 'defi_nb/doctor/report.py'),
                                        'defi_nb.doctor.report.show_action_values': ( '03_doctor/report.html#show_action_values',

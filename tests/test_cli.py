@@ -2,7 +2,7 @@
 import json
 
 import pytest
-from conftest import ROOT, RUNS, command, last_line
+from conftest import ROOT, RUNS, command, last_line, write_notebook
 
 from defi_nb.run.cli import main
 
@@ -49,6 +49,38 @@ def test_what_is_typed_wrong(toy, args, said):
     done = command("defi-nb", *args, cwd=toy)
     assert (done.returncode, done.stderr.strip()) == (2, f"defi-nb: {said}")
     assert not (toy/"runs").exists()
+
+
+KINDS = """engine: dict = {}  # numbers of the training (`train.config.TrainConfig`)
+names: list = []  # of things
+pair: tuple = (1, 2)  # of numbers
+quick: bool = False  # whether it is
+lr: float = 1.0  # rate
+out: str = ""  # folder of the run"""
+TYPED = {"engine": "{'keep': 2}", "names": '["a, b", "c"]', "pair": "(3, 4)", "quick": "true", "lr": "-1e-4"}
+READ = {"engine": {"keep": 2}, "names": ["a, b", "c"], "pair": [3, 4], "quick": True, "lr": -1e-4}
+
+
+@pytest.mark.parametrize("form", ["papermill", "defi-nb"])
+def test_values_as_they_are_typed(toy, form):
+    "A dictionary, a list, a tuple, a switch and a number that begins with a dash are the same run in both forms."
+    write_notebook(toy/"nbs/kinds.ipynb", "# Kinds", KINDS, "from defi_nb.run import cli\nparams = cli.check_injected(globals())\nfolder = cli.run_folder('kinds', params)",
+                   "cli.write_metrics(folder, dict(engine=engine, names=names, pair=pair, quick=quick, lr=lr))")
+    given = [word for key, value in (TYPED | {"out": "runs/a"}).items() for word in ("-p", key, value)]
+    (toy/"runs").mkdir()
+    done = command("papermill", "nbs/kinds.ipynb", "runs/x.ipynb", *given, cwd=toy) if form == "papermill" else command("defi-nb", "run", "kinds", *given, cwd=toy)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((toy/"runs/a/metrics.json").read_text()) == READ
+
+
+def test_places_that_cannot_be_written(toy, capsys, monkeypatch):
+    "One line with the place and what to do, whichever command met it."
+    monkeypatch.chdir(toy)
+    (toy/"taken").touch()
+    for argv in (["run", "count", "--out", "taken"], ["run", "count", "--out", "taken/x"], ["run", "count", "--out", "/proc/x"], ["run", "count", "--out", "x"*300]):
+        assert main(argv) in (1, 2)
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1 and said.startswith("defi-nb: ") and argv[-1] in said and "choose" in said, said
 
 
 def test_outside_the_project(tmp_path):

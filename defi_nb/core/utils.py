@@ -85,6 +85,7 @@ def write_whole(
 
 # %% ../../nbs/00_core/02_utils.ipynb #ebc32e59
 _REMEDIES = {
+    errno.ENOENT: "it is not there, or can't be made there: correct the path, or choose another place",
     errno.EROFS: "nothing can be written there: choose another place",
     errno.EACCES: "this user may not do that there: choose another place, or have its permissions changed",
     errno.EPERM: "this user may not do that there: choose another place, or have its permissions changed",

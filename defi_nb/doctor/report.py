@@ -19,12 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from traceback import extract_tb
 
 import numpy as np
 from fastcore.basics import patch
 
 from ..core.plot import new_axes
-from ..core.utils import progress_bar, write_whole
+from ..core.utils import os_remedy, progress_bar, write_whole
 from ..data.episodes import PLAIN, Reading
 
 # %% ../../nbs/03_doctor/00_report.ipynb #766a4f7f
@@ -63,12 +64,17 @@ def _sort_of(
 def read_error(
     error:Exception, # what a reader raised
 )->tuple: # (what it says, what to do)
-    "The two halves of our readers' messages, which end in `: do this`."
+    "The two halves of our readers' messages, which end in `: do this`; what another library says has no such end."
     said = _plain_text(error, 600)
     if not isinstance(error, (ValueError, FileNotFoundError, ImportError)): return f"{type(error).__name__}: {said}", "leave this out, and report the failure: a reader should have said what is wrong"
-    if getattr(error, "errno", None): return said, "download it again, or leave it out"
+    if getattr(error, "errno", None): return said, os_remedy(error) or "copy it again, or leave it out"
     what, colon, remedy = said.rpartition(": ")
-    return (what, remedy) if colon else (said, "mend or leave out what is named")
+    ours = type(error) in (ValueError, FileNotFoundError, ImportError) and _raised(error) and re.match(r"[a-z]+('t)?,? [^']", remedy)
+    return (what, remedy) if colon and ours else (said, "mend or leave out what is named")
+
+def _raised(error): # by a statement of ours, and not by a library, or by Python in converting something; one that was never raised is ours too
+    if not (trace := extract_tb(error.__traceback__)): return True
+    return "raise " in (trace[-1].line or "") and "site-packages" not in trace[-1].filename
 
 # %% ../../nbs/03_doctor/00_report.ipynb #25ece36a
 def spread(
