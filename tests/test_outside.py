@@ -12,8 +12,11 @@ from PIL import Image
 
 from defi_nb.core.video import fake_video, read_numbers, write_video
 from defi_nb.data.csv_folder import write_own
-from defi_nb.data.episodes import PLAIN
+from defi_nb.data.episodes import PLAIN, Reading
+from defi_nb.data.lerobot import open_lerobot
 from defi_nb.data.load import open_piece, read_where
+from defi_nb.data.robot_dataset import measure_scale
+from defi_nb.doctor.examine import examine
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -96,14 +99,6 @@ MAKE = dict(own=own, videos=clips, lerobot=lerobot)
 def sets(tmp_path_factory):
     root = tmp_path_factory.mktemp("sets")
     return {kind: make(root/kind) for kind, make in MAKE.items()}
-
-
-def one_line(error): # that names a file or folder and what to do
-    text = str(error).split("\n")[0]
-    assert isinstance(error, (ValueError, FileNotFoundError)), repr(error)
-    assert re.search(r"[/\\]", text) and re.search(r": |; ", text), text
-    assert "download it again" not in text, text
-    return text
 
 
 # Mutations of a sound set: each returns the episodes that it costs; None: it may also be refused.
@@ -223,6 +218,127 @@ def columns(folder, kind, rng):
             table = pq.read_table(p)
             pq.write_table(table.rename_columns([names.get(c, c) for c in table.column_names]), p)
     return ()
+
+
+def sound(folder, **kw): # to the doctor, which looks by the same eye
+    report = examine(folder, seconds=3, reading=Reading(**kw))
+    return report.sound
+
+
+@pytest.mark.parametrize("names", [("actions", "state", "image"), ("Action", "observation/state", "observation/image"), ("robot_action", "proprio", "observation.images.cam_high.rgb"), ("action_ee", "states", "wrist_image")])
+def test_lerobot_keys_of_other_names(tmp_path, names):
+    folder = lerobot(tmp_path/"set", *names)
+    assert opened(folder) == expected("lerobot") and sound(folder)
+    source = open_lerobot(folder)
+    assert (source.action, source.proprio, source.view_keys[source.views[0]]) == names
+    assert (source.vectors(2)[1] == source.vectors(2)[0]).all()
+
+
+def test_lerobot_sets_without_actions_and_with_several(tmp_path):
+    film = lerobot(tmp_path/"film", action=None, state=None)
+    assert opened(film) == {t: [(n, None)] for t, ((n, _),) in expected("lerobot").items()} and sound(film)
+    two = lerobot(tmp_path/"two", action="action.joints", state="action.pose")
+    assert opened(two) == {t: [(n, None)] for t, ((n, _),) in expected("lerobot").items()} and sound(two)
+    with pytest.raises(ValueError, match="has several keys of actions, action.joints, action.pose: give `action` of reading one of them"): measure_scale(open_lerobot(two))
+    assert opened(two, Reading(action="action.pose")) == expected("lerobot")
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0c", "\x1e"])
+def test_a_line_ends_at_its_end_only(sets, tmp_path, mark):
+    text = f"open the drawer{mark}then close it"
+    for kind in MAKE:
+        folder = Path(shutil.copytree(sets[kind], tmp_path/kind))
+        for p in (*folder.glob("captions.csv"), *folder.rglob("*.jsonl")): p.write_text(p.read_text(encoding="utf-8").replace(TEXTS[0], text), encoding="utf-8", newline="")
+        assert text in opened(folder) and len(opened(folder)) == 4
+
+
+def test_text_of_other_encodings_is_read_or_refused_by_name(sets, tmp_path):
+    for kind, name in (("own", "captions.csv"), ("videos", "captions.csv"), ("lerobot", "meta/tasks.jsonl")):
+        folder = Path(shutil.copytree(sets[kind], tmp_path/kind))
+        text = (folder/name).read_text(encoding="utf-8").replace(TEXTS[0], "öffne die Schublade")
+        for encoding in ("utf-8-sig", "utf-16"):
+            (folder/name).write_bytes(text.encode(encoding))
+            assert "öffne die Schublade" in opened(folder)
+        (folder/name).write_bytes(text.encode("cp1252", "replace"))
+        with pytest.raises(ValueError, match=f"{name}, line . is not in UTF-8 .*: save it as UTF-8"): opened(folder)
+        assert not sound(folder)
+
+
+@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize("damage", ["cut", "gone", "empty", "zeros"])
+def test_damage_costs_the_episodes_that_have_it(sets, tmp_path, capsys, kind, damage):
+    folder = Path(shutil.copytree(sets[kind], tmp_path/"set"))
+    for path in _files(folder, ".mp4", ".parquet")[1:3]:
+        data = path.read_bytes()
+        if damage == "gone": path.unlink()
+        else: path.write_bytes(dict(cut=data[:len(data)//2], empty=b"", zeros=data[:100] + bytes(len(data) - 100))[damage])
+    lost = {1, 2}
+    if kind == "videos": lost = {_number(p) for p in _files(sets[kind], ".mp4")[1:3]}
+    assert opened(folder) == expected(kind, lost)
+    said = capsys.readouterr().out
+    assert ("2 skipped, such as" in said) and ("2 episodes" in said or "2 clips" in said)
+    assert not sound(folder)
+    names = dict(own="not größe1, größe2", lerobot="not 1,2", videos="")[kind]
+    if names: assert sound(folder, episodes=names) and opened(folder, Reading(episodes=names)) == expected(kind, lost)
+
+
+def test_a_recording_that_crashed(sets, tmp_path, capsys):
+    more, less, line = (Path(shutil.copytree(sets["lerobot"], tmp_path/n)) for n in ("more", "less", "line"))
+    for folder, n in ((more, 3), (less, 5)):
+        info = json.loads((folder/"meta/info.json").read_text())
+        (folder/"meta/info.json").write_text(json.dumps(info | dict(total_episodes=n)))
+        assert opened(folder) == expected("lerobot")
+    assert sound(more) and not sound(less) and "lists 4 episodes, info.json says 5" in capsys.readouterr().out
+    path = line/"meta/episodes.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert opened(line) == expected("lerobot", {3}) and not sound(line)
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_links_are_followed_once(sets, tmp_path, kind):
+    folder = Path(shutil.copytree(sets[kind], tmp_path/"set"))
+    linked(folder, kind, np.random.default_rng(0))
+    for p in [p for p in folder.iterdir() if p.is_symlink()][:1]: (p.resolve()/"loop").symlink_to(folder, target_is_directory=True)
+    assert opened(folder) == expected(kind) and sound(folder)
+    (tmp_path/"all").symlink_to(folder, target_is_directory=True)
+    assert opened(tmp_path/"all") == expected(kind)
+    files = tmp_path/"cache" # each file a link, as in a hub's cache
+    for p in (p for p in sets[kind].rglob("*") if p.is_file()):
+        (files/p.relative_to(sets[kind])).parent.mkdir(parents=True, exist_ok=True)
+        (files/p.relative_to(sets[kind])).symlink_to(p)
+    assert opened(files) == expected(kind) and sound(files)
+
+
+@pytest.mark.parametrize("change", [capitals, decompose, hidden])
+def test_names_of_other_machines(sets, tmp_path, change):
+    for kind in ("own", "videos"):
+        for seed in range(3):
+            folder = Path(shutil.copytree(sets[kind], tmp_path/f"{kind}{seed}"))
+            change(folder, kind, np.random.default_rng(seed))
+            assert opened(folder) == expected(kind) and sound(folder)
+
+
+def test_captions_that_fit_no_video_say_why(sets, tmp_path):
+    folder = Path(shutil.copytree(sets["videos"], tmp_path/"set"))
+    (folder/"captions.csv").write_text("file_name,text\nclip_one.mp4,open it\n")
+    with pytest.raises(ValueError, match="captions.csv names none of the 4 videos: 'clip_one.mp4' is not there, 'lab0.*' is; write the files' names in file_name"): opened(folder)
+
+
+@pytest.mark.parametrize("name", ["pick, place", "take*2", "a,b,c*0.5", "set [v2]", "own:x", "#1 'a' \"b\"", "50% done", "~lab", "run 12:30"])
+def test_names_of_folders(sets, tmp_path, name):
+    folder = Path(shutil.copytree(sets["own"], tmp_path/name))
+    assert opened(folder) == expected("own")
+    both = read_where(f"{folder}*0.5, {sets['videos']}*0.5")
+    assert [(a.folder, a.weight) for a in both] == [(folder, .5), (sets["videos"], .5)]
+    with pytest.raises(ValueError, match="a comma stands between several, an asterisk before a weight"): open_piece(read_where(f"{tmp_path}/not, there")[0], 32)
+
+
+def one_line(error): # that names a file or folder and what to do
+    text = str(error).split("\n")[0]
+    assert isinstance(error, (ValueError, FileNotFoundError)), repr(error)
+    assert re.search(r"[/\\]", text) and re.search(r": |; ", text), text
+    assert "download it again" not in text, text
+    return text
 
 
 WHOLE = capitals, decompose, hidden, encoding, separator, line_ends, spelt, columns, counted # first, as they leave all episodes
