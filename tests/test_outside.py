@@ -3,6 +3,7 @@ import csv
 import json
 import re
 import shutil
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 from unicodedata import normalize
 
@@ -12,9 +13,10 @@ from PIL import Image
 
 from defi_nb.core.video import fake_video, read_numbers, write_video
 from defi_nb.data.csv_folder import write_own
-from defi_nb.data.episodes import PLAIN, Reading
+from defi_nb.data.episodes import PLAIN, Reading, Window
 from defi_nb.data.lerobot import open_lerobot
 from defi_nb.data.load import open_piece, read_where
+from defi_nb.data.record import finish_split, write_segment
 from defi_nb.data.robot_dataset import measure_scale
 from defi_nb.doctor.examine import examine
 
@@ -386,3 +388,63 @@ def test_mutated_sets_give_the_right_samples_or_one_line(sets, tmp_path):
 @pytest.mark.slow
 def test_ten_thousand_mutated_sets(sets, tmp_path):
     for seed in range(1000, 11_000): check(sets, tmp_path, seed)
+
+
+def calvin(folder):
+    "A small recording in CALVIN's format: two windows in each split."
+    rng = np.random.default_rng(0)
+    for split, start in (("training", 0), ("validation", 500)):
+        frames = dict(rel_actions=rng.uniform(-1, 1, (60, 7)), robot_obs=rng.normal(size=(60, 15))*.01, scene_obs=rng.normal(size=(60, 24))*.01)
+        frames |= dict(rgb_static=fake_video(60, 24), rgb_gripper=fake_video(60, 24, 60))
+        write_segment(folder/split, start, frames, "D", [Window(0, 29, "open_drawer", "open the drawer"), Window(30, 59, "turn_on_led", "turn on the light")])
+        finish_split(folder/split)
+    return folder
+
+
+def windows(folder, reading=PLAIN):
+    piece = open_piece(read_where(str(folder))[0], 24, reading)
+    return {w.text: read_numbers(piece.samples((0.,), units=[w], stride=1.)[0].video[0, 0]).tolist() for w in piece.units}
+
+
+WINDOWS = {"open the drawer": [0], "turn on the light": [30]}
+
+
+def rewrite(folder, change):
+    path = folder/"training/lang_annotations/auto_lang_ann.npy"
+    np.save(path, change(np.load(path, allow_pickle=True).item()), allow_pickle=True)
+
+
+@pytest.mark.parametrize("change", [
+    lambda d: OrderedDict(language=OrderedDict(d["language"]), info=OrderedDict(d["info"])), lambda d: defaultdict(dict, d),
+    lambda d: defaultdict(list, language=defaultdict(str, d["language"]), info=OrderedDict(d["info"])),
+    lambda d: d | dict(language=d["language"] | dict(ann=np.array(d["language"]["ann"]), task=np.array(d["language"]["task"], object)))])
+def test_annotations_of_other_writers(tmp_path, change):
+    folder = calvin(tmp_path/"set")
+    rewrite(folder, change)
+    assert windows(folder) == WINDOWS and sound(folder)
+
+
+def test_annotations_in_other_folders(tmp_path):
+    folder = calvin(tmp_path/"set")
+    first, other = (folder/"training"/n for n in ("lang_annotations", "lang_paraphrase-MiniLM-L3-v2"))
+    first.rename(other)
+    assert windows(folder) == WINDOWS and sound(folder)
+    shutil.copytree(other, folder/"training/lang_clip_resnet50") # the same sentences
+    assert windows(folder) == WINDOWS and sound(folder)
+    shutil.copytree(other, first)
+    rewrite(folder, lambda d: d | dict(language=d["language"] | dict(ann=["draw", "light"])))
+    first.rename(folder/"training/lang_other")
+    with pytest.raises(ValueError, match="has other instructions in each of lang_clip_resnet50, lang_other, lang_paraphrase-MiniLM-L3-v2: give `annotations` of reading"): windows(folder)
+    assert not sound(folder) and sound(folder, annotations="lang_other")
+    assert [*windows(folder, Reading(annotations="lang_other"))] == ["draw", "light"]
+
+
+def test_missing_frames_cost_their_windows(tmp_path, capsys):
+    folder = calvin(tmp_path/"set")
+    (folder/"training/episode_0000040.npz").unlink()
+    assert windows(folder) == {"open the drawer": [0]} and not sound(folder)
+    assert "1 of 60 frames are missing, such as episode_0000040.npz; 1 of 2 windows are left out" in capsys.readouterr().out
+    (folder/"training/episode_0000003.npz").write_bytes(b"")
+    with pytest.raises(ValueError, match="episode_0000003.npz is damaged .*; or move the file away, and a run leaves its windows out"): open_piece(read_where(str(folder))[0], 24).data.video["static"][3]
+    (folder/"training/episode_0000003.npz").unlink()
+    with pytest.raises(ValueError, match="has no windows"): windows(folder)
