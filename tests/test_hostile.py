@@ -104,7 +104,7 @@ def refused(do, *names):
     with pytest.raises((ValueError, FileNotFoundError)) as e: do()
     text = str(e.value)
     assert "\n" not in text and all(name in text for name in names), text
-    assert any(word in text for word in ("again", "name another", "download it", "keep the others", "leave", "give", "write", "choose", "mend", "make room", "add one", "read another")), text
+    assert any(word in text for word in ("again", "name another", "download it", "restore", "repair", "keep the others", "leave", "give", "write", "choose", "mend", "make room", "add one", "read another")), text
     return text
 
 

@@ -97,7 +97,7 @@ def find_annotations(
     if usual.exists(): return usual
     others = sorted(p for p in root.glob("*/auto_lang_ann.npy") if not p.parent.name.startswith("."))
     if not others or wanted:
-        there = f"give `annotations` of reading one of {', '.join(p.parent.name for p in others)}" if others else "copy it from the dataset: without it there are no instructions"
+        there = f"give `annotations` of reading one of {', '.join(p.parent.name for p in others)}" if others else "copy it from the dataset, or give annotations=None to open_calvin: without it there are no instructions"
         raise FileNotFoundError(f"{usual} is missing: {there}")
     if any(annotation_rows(p) != annotation_rows(others[0]) for p in others[1:]):
         raise ValueError(f"{root} has other instructions in each of {', '.join(p.parent.name for p in others)}: give `annotations` of reading one of them")
