@@ -76,7 +76,7 @@ _NO_GL = ("no OpenGL can draw here (tried {}): on Debian install libegl1 libegl-
 _PROBE = ("import mujoco; gl = mujoco.GLContext(8, 8); gl.make_current(); "
           "mujoco.MjrContext(mujoco.MjModel.from_xml_string('<mujoco/>'), 100)")
 _OFF, _ANY = ("disable", "disabled", "off", "false", "0"), ("", "enable", "enabled", "on", "true", "1") # other values of MUJOCO_GL
-_GL_VARIABLES = re.compile("MUJOCO_(GL|EGL_DEVICE_ID)|PYOPENGL_PLATFORM|(__)?E?GLX?_.*|(MESA|LIBGL|GALLIUM)_.*")
+_GL_VARIABLES = re.compile("MUJOCO_(GL|EGL_DEVICE_ID)|(__)?E?GLX?_.*|(MESA|LIBGL|GALLIUM)_.*")
 
 def _chosen_for(backend): # variables with which MuJoCo and PyOpenGL draw through it
     return dict(MUJOCO_GL=backend) | (dict(PYOPENGL_PLATFORM=backend) if backend in ("egl", "osmesa") else {})
@@ -99,7 +99,7 @@ def _no_drawing(reasons, candidates): # backend -> why it can't
     tried = _NO_GL.format("; ".join(f"{name}: {why}" for name, why in reasons.items()))
     draws = lambda *without: next((c for c in candidates if not _refusal(c, without)), None)
     if not found or not (able := draws(*found)): return RuntimeError(tried)
-    guilty = [v for v in found if draws(v)][:1] or found
+    guilty = ["MUJOCO_GL"] if "MUJOCO_GL" in found and draws() else [v for v in found if draws(v)][:1] or found
     given = " and ".join(f"{v}={os.environ[v]!r}" for v in guilty)
     why = next(iter(reasons.values()))
     return RuntimeError(f"with {given} nothing can be drawn ({why}): unset {' and '.join(guilty)}, and MUJOCO_GL={able} draws")
