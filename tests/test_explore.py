@@ -15,7 +15,7 @@ from lab import assert_no_errors, chrome, jupyterlab
 pytestmark = lab.needs_browser
 until = partial(lab.until, seconds=300)
 FLAGS = ["--window-size=1600,2200", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"] # WebGL without a graphics card
-PARAMETERS = {"policy": "ckpts/coupled", "second": "ckpts/plain", "split": "data/waves_D_D", "at": 2, "steps": 1}
+PARAMETERS = {"attention": "latent action x patch", "policy": "ckpts/coupled", "second": "ckpts/plain", "split": "data/waves_D_D", "at": 2, "steps": 1}
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ class Explorer:
     def __init__(self,
         session:Session, # a policy and an episode
         second:Session|None=None, # another policy with the same episode, to compare
-        side:int=168, # of the frames, pixels
+        side:int=224, # of the frames, pixels
         execute:int=10, # actions of a chunk that a policy executes in the simulator before it plans again
     ):
         if second is not None and second.episode is not session.episode:
@@ -167,7 +167,7 @@ def _keys(self:Explorer, s):
     return dict(clock=moment, strip=(moment, part("future", "maps"), s.heat, heat),
                 codes=(id(s.episode), s.t, s.query.text, coded), table=(moment, part("maps"), heat),
                 numbers=(moment, part("future", "maps", "chunk"), s.level, heat),
-                notes=(moment, part("maps"), heat, s.heat),
+                notes=(moment, part("maps", "future"), heat, s.heat, coded),
                 motion=(moment, part("chunk"), s.level, self.teleop and len(self.teleop.actions)))
 
 @patch

@@ -184,6 +184,7 @@ def show_report(
 )->None:
     "Show static views below each other; what can't be shown says why."
     from IPython.display import Markdown, display
+    for note in state.notes(): display(Markdown(f"**Note**: {note}."))
     for name in names:
         try: view = static_view(state, name)
         except ValueError as error: display(Markdown(f"*{error}*"))

@@ -453,7 +453,7 @@ class ViewState:
     heat:bool = True # whether heat is drawn on the frames
     level:int = 10**6 # step of the action sampler, from 1; greater is the last
     live:np.ndarray|None = None # (n,3) metres, where the end effector has been in the simulator
-    side:int = 168 # of a frame in the strip, pixels
+    side:int = 224 # of a frame in the strip, pixels
 
     @property
     def episode(self): return self.sessions[0].episode
@@ -629,6 +629,24 @@ def numbers_table(
     body = "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)
     return f'<table style="font-size:12px;line-height:1.35">{body}</table>'
 
+# %% ../../nbs/10_explore/01_panels.ipynb #1cd00017
+@patch
+def _constant_codes(self:ViewState, i, least=8): # [a sentence], or []: too few moments are known, or they differ
+    s = self.sessions[i]
+    if "codes" in s.missing: return []
+    known = [c for t in range(len(self.episode)) if (c := s.cache.get(("codes", t, self.query.text))) is not None]
+    if len(known) < least or len(np.unique(np.stack(known), axis=0)) > 1: return []
+    return [f"{s.name}'s codes are the same at all {len(known)} moments: they say nothing of this motion (eval_gidm measures it)"]
+
+@patch
+def _worse_than_still(self:ViewState, i): # [a sentence], or [], of the last predicted frame
+    rows, captions, _ = self.frames()
+    name = self.sessions[i].name
+    found = _frame_measures(rows[name], rows["recorded"], captions)
+    less = found.get(f"standing still {captions[-1]}, dB", 0) - found.get(f"PSNR {captions[-1]}, dB", 0)
+    if not less > 0: return []
+    return [f"{name}'s predicted frame at {captions[-1]} is worse than standing still ({less:.1f} dB)"]
+
 # %% ../../nbs/10_explore/01_panels.ipynb #38ad2e8a
 @patch
 def caption(self:ViewState)->str: # one sentence
@@ -652,4 +670,5 @@ def notes(self:ViewState)->list: # of sentences
     e, text = self.episode, self.query.text
     return ([f"asked for {text!r}; recorded for {e.text!r}"]*(text != e.text)
             + ["no true actions: this is a clip"]*(e.action is None)
-            + ["no simulator: it can't be gone on with from here"]*(not e.scene) + e.assumed)
+            + ["no simulator: it can't be gone on with from here"]*(not e.scene) + e.assumed
+            + [x for i in range(len(self.sessions)) for x in (*self._constant_codes(i), *self._worse_than_still(i))])
