@@ -41,7 +41,7 @@ docs: install
 install: $(STAMP)
 
 # torch first and alone, at its pin, so that no other package chooses its build; openpi's client last and alone, for the tests: it asks for
-# an old NumPy, and works with this one
+# an old NumPy, and works with this one. Git compares run notebooks without outputs (.gitattributes), so that Run All leaves the tree clean
 $(STAMP): constraints.txt settings.ini setup.py pyproject.toml
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
 	  for python in $(CANDIDATES); do "$$python" -c '$(SUITABLE)' 2>/dev/null && found="$$python" && break; done; \
@@ -55,6 +55,7 @@ $(STAMP): constraints.txt settings.ini setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps openpi-client
 	mkdir -p "$(VENV)/share/jupyter/lab/settings"
 	echo '{"@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"markdown": "Markdown Preview"}}}' > "$(VENV)/share/jupyter/lab/settings/overrides.json"
+	@git rev-parse --git-dir >/dev/null 2>&1 && git config filter.run-notebook.clean "'$(abspath $(BIN))/defi-nb' strip" || true
 	@touch $@
 
 # runs, data and checkpoints stay: they are results

@@ -894,6 +894,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'defi_nb.core.page.kept_outputs': ('00_core/page.html#kept_outputs', 'defi_nb/core/page.py'),
                                    'defi_nb.core.page.page_notebook': ('00_core/page.html#page_notebook', 'defi_nb/core/page.py'),
                                    'defi_nb.core.page.parameters_table': ('00_core/page.html#parameters_table', 'defi_nb/core/page.py'),
+                                   'defi_nb.core.page.stripped_notebook': ('00_core/page.html#stripped_notebook', 'defi_nb/core/page.py'),
                                    'defi_nb.core.page.write_html': ('00_core/page.html#write_html', 'defi_nb/core/page.py')},
             'defi_nb.core.plot': { 'defi_nb.core.plot._array': ('00_core/plot.html#_array', 'defi_nb/core/plot.py'),
                                    'defi_nb.core.plot._labelled': ('00_core/plot.html#_labelled', 'defi_nb/core/plot.py'),

@@ -10,6 +10,8 @@ import sys
 import pytest
 from conftest import LIBRARY, ROOT, RUNS, command, module
 
+from defi_nb.core.page import stripped_notebook
+
 PAGES = [ROOT/"README.md", *sorted((ROOT/"docs").rglob("*.md"))]
 IGNORE = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
 
@@ -84,6 +86,8 @@ def test_run_notebook(path):
         assert not cell["outputs"] and cell["execution_count"] is None, "run notebooks have no outputs in git"
         defined = [n for n in ast.walk(ast.parse(source(cell))) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
         assert not defined and not re.match(r"#\| exports?\b", source(cell)), "definitions belong in the library"
+    assert stripped_notebook(path.read_text()) == path.read_text(), "not as git's filter leaves it: run defi-nb strip on it"
+    assert any("results" in c["metadata"].get("tags", []) for c in nb["cells"]), "no cell is tagged results, with which its page begins"
 
 
 FLOORS = {p.parent.name[3:] for p in LIBRARY}
