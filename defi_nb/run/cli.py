@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,10 +32,11 @@ from importlib import import_module
 from pathlib import Path
 
 import defi_nb
-from ..core.page import declared_parameters, write_html
+from ..core.page import declared_parameters, stripped_notebook, write_html
 from defi_nb.core.utils import (
     Tee, duration, folder_bytes, format_bytes, locked, one_line, os_remedy, project_root, read_json,
     write_whole)
+from .options import check_value
 
 # %% ../../nbs/13_run/01_cli.ipynb #5dbc5b83
 def _run_notebooks_of(
@@ -108,6 +110,8 @@ def _check_options(name, given, help): # a dictionary parameter's keys and their
     for key in given:
         if key not in known: raise ValueError(f"{name} has no key {key!r}: {_suggest(key, known)}It takes {', '.join(known)}")
     checked = {n: _check_type(f"{name}.{n}", _read(v, known[n]["type"]), known[n]["type"]) for n, v in given.items()}
+    for n, value in checked.items():
+        if value != known[n]["default"]: check_value(f"{name}.{n}", value, known[n]["help"] or "")
     return {n: d["default"] for n, d in known.items()} | checked if cls.__module__.endswith(".options") else checked
 
 def _gathered(given, declared): # parameter -> value; keys as "variant.quantiser" in their dictionaries
@@ -129,8 +133,9 @@ def _check_names(given, declared): # a name that a notebook lacks may be a key o
         dotted = [f"{n}.{key}" for n in keys for key in keys[n]]
         raise ValueError(f"unknown parameter {name!r}: {_suggest(name, [*declared, *dotted])}This notebook takes {', '.join(declared)}")
 
-def _checked_values(values, declared): # parameter -> value of its type
+def _checked_values(values, declared, notebook=""): # parameter -> value of its type
     typed = {n: _check_type(n, values[n], d["type"]) for n, d in declared.items()}
+    for n, value in typed.items(): check_value(n, value, declared[n]["help"] or "", notebook, project_root())
     return {n: _check_options(n, v, declared[n]["help"]) if declared[n]["type"] == "dict" else v for n, v in typed.items()}
 
 # %% ../../nbs/13_run/01_cli.ipynb #89d61d40
@@ -151,7 +156,8 @@ def check_parameters(
     declared = read_parameters(find_notebook(name))
     given = _gathered(given, declared)
     _check_names(given, declared)
-    return _checked_values({n: _read(given.get(n, d["default"]), d["type"]) for n, d in declared.items()}, declared)
+    read = {n: _read(given.get(n, d["default"]), d["type"]) for n, d in declared.items()}
+    return _checked_values(read, declared, find_notebook(name).stem)
 
 # %% ../../nbs/13_run/01_cli.ipynb #8bc82b05
 def _help_of(name, sources): # the comment behind a parameter in the cell that declares it
@@ -234,6 +240,8 @@ def run_folder(
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder/"parameters.json", {n: v for n, v in params.items() if n != "out"})
     _prepare_kernel(name, folder)
+    if {"split", "data", "ckpts"} <= params.keys(): # it may have to make what it needs
+        print(import_module("defi_nb.run.pretrained").run_plan(name, params), flush=True)
     return folder
 
 # %% ../../nbs/13_run/01_cli.ipynb #20ac422c
@@ -314,8 +322,8 @@ def execute(
     given:dict, # parameter -> value or text; the others keep their defaults
 )->Path: # the run's folder
     "Execute a run notebook in a folder of its own and keep the executed copy there; `RuntimeError` in one line when it fails."
-    from papermill import execute_notebook
     source, params, root = find_notebook(name), check_parameters(name, given), project_root()
+    from papermill import execute_notebook # after the check, which is quick
     folder = root/params["out"] if params.get("out") else _new_folder(source.stem)
     folder.mkdir(parents=True, exist_ok=True)
     record = folder/source.name
@@ -384,6 +392,39 @@ def run_notebooks(
     if waiting: raise ValueError(f"jobs wait for each other: {', '.join(map(str, waiting))}")
     return {name: done[name] for name in jobs}, seconds
 
+# %% ../../nbs/13_run/01_cli.ipynb #fa47948b
+def _removable(data): # path -> what it is
+    root = project_root()
+    found = {p: "encodings of frames" for p in sorted((root/data).glob("*-encoded"))}
+    found |= {p: "index of files" for p in sorted((root/data).glob("*-index"))}
+    found |= {p: "encodings of sentences" for p in [root/data/"texts"] if p.is_dir()}
+    return found | {p: "record of an interrupted run" for p in sorted((root/"runs").rglob("*.interrupted*.ipynb"))}
+
+def _clean(data, yes):
+    found = {p: (folder_bytes(p)[0] if p.is_dir() else p.stat().st_size, what) for p, what in _removable(data).items()}
+    for p, (size, what) in found.items(): print(f"{format_bytes(size):>8}  {what}: {p.relative_to(project_root())}")
+    total = format_bytes(sum(size for size, _ in found.values()))
+    if not found: return print("nothing to free")
+    if not yes and not sys.stdin.isatty(): raise ValueError(f"{total} can be freed: confirm with --yes")
+    if not yes and input(f"free {total}? No run may be at work. [y/N] ").lower() != "y": return print("nothing is removed")
+    for p in found: shutil.rmtree(p) if p.is_dir() else p.unlink()
+    print(f"{total} freed; runs that need it make it again")
+
+# %% ../../nbs/13_run/01_cli.ipynb #217392cc
+_COMPLETION = """_defi_nb() {
+  COMPREPLY=($(compgen -W "$(defi-nb complete -- "${COMP_WORDS[@]:1:COMP_CWORD-1}" 2>/dev/null)" -- "${COMP_WORDS[COMP_CWORD]}"))
+  [ ${#COMPREPLY[@]} -gt 0 ] || COMPREPLY=($(compgen -f -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -F _defi_nb defi-nb"""
+_COMMANDS = ("list", "params", "run", "ckpts", "doctor", "compare", "clean", "serve", "vla-eval", "bench", "completion")
+
+def _candidates(words): # what may follow these words of a command line
+    if not words: return _COMMANDS
+    if words[0] not in ("run", "params"): return ()
+    if len(words) == 1: return tuple(_run_notebooks_of(project_root()))
+    if words[-1] == "-p": return tuple(read_parameters(find_notebook(words[1])))
+    return ("-p", "--out") if words[0] == "run" and words[-2] != "-p" and words[-1] != "--out" else ()
+
 # %% ../../nbs/13_run/01_cli.ipynb #17c79842
 def _print_list():
     for name, path in _run_notebooks_of(project_root()).items(): print(f"{name:<18} {describe(path)}")
@@ -393,6 +434,12 @@ def _print_params(name):
         print(f"{n}: {p['type']} = {p['default']!r}  # {p['help']}")
         keys = _option_fields(cls) if p["type"] == "dict" and (cls := options_of(p["help"])) else {}
         for key, k in keys.items(): print(f"    {n}.{key}: {k['type']} = {k['default']!r}  # {k['help']}")
+
+def _print_run_parameters(words): # of `defi-nb run NAME --help`
+    for path in [p for name, p in _run_notebooks_of(project_root()).items() if name in words]:
+        print(f"{path.stem}: {describe(path)}\n")
+        for n, p in read_parameters(path).items(): print(f"  -p {n:<12} {p['type']:<6} {p['default']!r:<10} {p['help']}")
+        print(f"\n`defi-nb params {path.stem}` has the keys of dictionaries, too.\n")
 
 def _ckpts(get, folder): # imported here: the other commands need no torch
     from defi_nb.weights.load import ckpt_table, ckpt_text, get_base_model
@@ -467,6 +514,12 @@ def _parser():
     doctor.add_argument("--format", default="", help="calvin, lerobot, rlds, something, release, ego4d, own or videos; without it, as names of files tell")
     doctor.add_argument("--hz", type=float, default=0., help="rows a second, where the files don't say")
     doctor.add_argument("--json", default="", metavar="FILE", help="also write the report here")
+    clean = sub.add_parser("clean", help="free disk: encodings and indices, which are made again when needed, and interrupted records")
+    clean.add_argument("--yes", action="store_true", help="without asking")
+    clean.add_argument("--data", default="data", help="folder of recordings and encodings, relative to the project's root")
+    sub.add_parser("completion", help="a script for bash: source <(defi-nb completion)")
+    sub.add_parser("strip", help=SUPPRESS) # the filter of .gitattributes
+    sub.add_parser("complete", help=SUPPRESS).add_argument("words", nargs="*")
     compare = sub.add_parser("compare", help="whether two evaluations differ by more than chance")
     for name, (_, what) in _ELSEWHERE.items(): sub.add_parser(name, help=what)
     compare.add_argument("first", help="its result.json, or the folder of its run")
@@ -487,6 +540,10 @@ def _command(args): # the exit status
     if args.command == "params": _print_params(args.name)
     if args.command == "ckpts": _ckpts(args.get, args.ckpts)
     if args.command == "compare": _compare(args.first, args.second, args.varying)
+    if args.command == "clean": _clean(args.data, args.yes)
+    if args.command == "completion": print(_COMPLETION)
+    if args.command == "strip": sys.stdout.write(stripped_notebook(sys.stdin.read()))
+    if args.command == "complete": print(*_candidates(args.words), sep="\n")
     if args.command == "run": _run(args.name, given_pairs(args.p) | ({"out": args.out} if args.out else {}), args.child)
     return 0
 
@@ -512,6 +569,7 @@ def main(
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv and argv[0] in _ELSEWHERE: return import_module(_ELSEWHERE[argv[0]][0]).main(argv[1:])
+        if argv[:1] == ["run"] and {"-h", "--help"} & {*argv}: _print_run_parameters(argv[1:])
         args = (parser := _parser()).parse_args(joined_pairs(argv))
         if args.command: return _command(args)
         parser.print_help()
