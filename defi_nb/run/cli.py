@@ -574,4 +574,7 @@ def main(
         if args.command: return _command(args)
         parser.print_help()
         return 2
+    except BrokenPipeError: # whoever read has enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except (Exception, KeyboardInterrupt) as error: return one_line_exit(error, again="; the same --out goes on where it stopped")
