@@ -34,7 +34,7 @@ from pathlib import Path
 import defi_nb
 from ..core.page import declared_parameters, stripped_notebook, write_html
 from defi_nb.core.utils import (
-    Tee, duration, folder_bytes, format_bytes, locked, one_line, os_remedy, project_root, read_json,
+    Tee, duration, folder_bytes, format_bytes, locked, one_line, os_remedy, project_root, read_own_json,
     write_whole)
 from .options import check_value
 
@@ -198,11 +198,11 @@ def earlier_run(
 )->dict|None: # metrics, or None where no such run is finished
     "The metrics of a finished run with the same parameters; `ValueError` where the folder holds another one."
     wanted, path = json.loads(json.dumps({n: v for n, v in params.items() if n != "out"})), folder/"parameters.json"
-    if path.exists() and (found := read_json(path, _MADE_AGAIN)) != wanted:
+    if path.exists() and (found := read_own_json(path, _MADE_AGAIN)) != wanted:
         other = [f"{n}={found.get(n)!r} and not {wanted.get(n)!r}" for n in sorted(found.keys() | wanted.keys()) if found.get(n) != wanted.get(n)]
         raise ValueError(f"{folder} holds a run with {', '.join(other)}: choose another folder (out) or delete that one")
     metrics = folder/"metrics.json"
-    return read_json(metrics, _MADE_AGAIN) if metrics.exists() else None
+    return read_own_json(metrics, _MADE_AGAIN) if metrics.exists() else None
 
 # %% ../../nbs/13_run/01_cli.ipynb #f7599718
 def _of_papermill(): # whether plain papermill started this kernel
@@ -338,7 +338,7 @@ def execute(
         how = dict(kernel_name="python3", language="python", kernel_manager_class=_this_python(), extra_arguments=["--IPKernelApp.log_level=50"]) # no remarks on its own transport
         try:
             execute_notebook(_literal(source), _literal(record), params, cwd=root, progress_bar=False, stdout_file=log, stderr_file=log, **how)
-            metrics = read_json(folder/"metrics.json", _MADE_AGAIN) if (folder/"metrics.json").exists() else {}
+            metrics = read_own_json(folder/"metrics.json", _MADE_AGAIN) if (folder/"metrics.json").exists() else {}
             write_html(record, _conclusion(metrics), _cost(folder, params, time.monotonic() - began))
         except KeyboardInterrupt: # the kernel has ended with the cell's error, which nobody will fetch
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -366,7 +366,7 @@ def run_notebook(
             last.append(line.rstrip())
             print(f"[{folder.name}] {line}", end="", flush=True)
     if child.returncode: raise RuntimeError(last[0].removeprefix("defi-nb: ") if last else f"{name} ended with exit status {child.returncode}")
-    return read_json(folder/"metrics.json", _MADE_AGAIN)
+    return read_own_json(folder/"metrics.json", _MADE_AGAIN)
 
 # %% ../../nbs/13_run/01_cli.ipynb #4b214eaa
 def run_notebooks(
@@ -490,7 +490,7 @@ def given_pairs(pairs): return dict(pair.split("=", 1) for pair in pairs) # key 
 
 def _result(folder): # what a finished run says of itself in the terminal: its conclusion, and where its page is
     pages = [str(page) for page in folder.glob("*.html")]
-    conclusion = _conclusion(read_json(folder/"metrics.json", _MADE_AGAIN))
+    conclusion = _conclusion(read_own_json(folder/"metrics.json", _MADE_AGAIN))
     return "\n".join(filter(None, (conclusion, f"page: {pages[0]}" if pages else "")))
 
 def _parser():

@@ -18,7 +18,7 @@ from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 
 from ..core.utils import (
-    Tee, locked, noted_process, process_note, project_root, read_json, write_whole)
+    Tee, locked, noted_process, process_note, project_root, read_own_json, write_whole)
 from .cli import (
     _new_folder, check_parameters, earlier_run, find_notebook, given_pairs, joined_pairs, one_line_exit)
 
@@ -136,7 +136,7 @@ def is_running(
 
 def _process_of(folder): # of a run, or None
     path = Path(folder)/"pid"
-    return noted_process(read_json(path, _ENDED, object)) if path.exists() else None
+    return noted_process(read_own_json(path, _ENDED, object)) if path.exists() else None
 
 def stop_run(
     folder:Path, # of a run
@@ -146,8 +146,8 @@ def stop_run(
     if (process := _process_of(folder)) is None: return f"{folder} is not running"
     training = folder/"training.json"
     if training.exists():
-        note = Path(read_json(training, _ENDED)["checkpoint"])/"run.json"
-        if (found := noted_process(read_json(note, _ENDED))) is None: return f"the process that {note} names has ended"
+        note = Path(read_own_json(training, _ENDED)["checkpoint"])/"run.json"
+        if (found := noted_process(read_own_json(note, _ENDED))) is None: return f"the process that {note} names has ended"
         found.send_signal(signal.SIGTERM)
         return "the training saves at the end of this step and stops"
     os.killpg(process.pid, signal.SIGINT)

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.utils import duration, noted_process, project_root, read_json
+from ..core.utils import duration, noted_process, project_root, read_own_json
 from .launch import is_running, stop_run
 from ..train.fit import read_metrics
 from ..weights.checkpoint import read_config
@@ -46,7 +46,7 @@ def _checkpoint_of(
 )->Path:
     "Where a run's training keeps its checkpoint."
     folder = Path(folder)
-    if (folder/"training.json").exists(): return Path(read_json(folder/"training.json", "delete it, if that run has ended").get("checkpoint", ""))
+    if (folder/"training.json").exists(): return Path(read_own_json(folder/"training.json", "delete it, if that run has ended").get("checkpoint", ""))
     if (folder/"run.json").exists(): return folder
     raise FileNotFoundError(f"{folder} has no training yet: give the folder of a run that trains, or of its checkpoint; a run that began just now may still be preparing its data (see its log.txt)")
 
@@ -55,7 +55,7 @@ def training_state(
 )->TrainingState:
     "What is known of a training."
     folder = _checkpoint_of(folder)
-    told = read_json(folder/"run.json", "the next training into that folder writes it anew")
+    told = read_own_json(folder/"run.json", "the next training into that folder writes it anew")
     try: saved = read_config(folder)["step"]
     except (FileNotFoundError, ValueError): saved = 0
     return TrainingState(folder, read_metrics(folder), told.get("steps", 0), saved, _alive(told, folder))

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import defi_nb
-from ..core.utils import format_bytes, json_digest, read_json
+from ..core.utils import format_bytes, json_digest, read_own_json
 
 # %% ../../nbs/05_weights/00_checkpoint.ipynb #cf3b17c1
 PRESETS = "tiny", "small", "paper" # class methods that a config may have
@@ -241,7 +241,7 @@ def read_config(
     if not path.is_file():
         what = "has no config.json" if folder.is_dir() else "does not exist"
         raise FileNotFoundError(f"no checkpoint at {folder}: it {what}; train the model, or correct the path")
-    about = read_json(path, _AGAIN)
+    about = read_own_json(path, _AGAIN)
     if lacking := [k for k in ("class", "fields", "step", "info", "tied") if k not in about]: raise ValueError(f"{path} has no {', '.join(lacking)}: {_AGAIN}")
     if (noted := about.pop("checksum", None)) and (is_ := json_digest(about)[:8]) != noted: # those of before 2026-12 have none
         raise ValueError(f"{path} is damaged or was changed by hand (its checksum is {is_}, {noted} was saved): {_AGAIN}")
@@ -271,7 +271,7 @@ def load_state(
     verify(folder, ("state.json", "state.safetensors"))
     plain, tensors = (checkpoint_file(folder, f"state.{kind}") for kind in ("json", "safetensors"))
     if not plain.is_file(): raise FileNotFoundError(f"{plain} is missing: {_AGAIN}")
-    return _join_tensors(read_json(plain, _AGAIN), _read_tensors(tensors))
+    return _join_tensors(read_own_json(plain, _AGAIN), _read_tensors(tensors))
 
 # %% ../../nbs/05_weights/00_checkpoint.ipynb #d7eb58b4
 def _few(names, most=4):
