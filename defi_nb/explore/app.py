@@ -106,7 +106,7 @@ def _query_widgets(self:Explorer):
     self.text = _labelled(w.Text, "instruction", 84, self.episode.text, size=0, continuous_update=False)
     self.recorded = self._button("as recorded", lambda: setattr(self.text, "value", self.episode.text),
                                  "the episode's own instruction")
-    self.steps = _labelled(w.ToggleButtons, "video steps", 74, options=[1, 2, 5, 10, 20], value=10, button_width=41,
+    self.steps = _labelled(w.ToggleButtons, "video steps", 74, options=[1, 2, 5, 10, 20], value=1, button_width=41,
                            tooltips=["of the sampler of the predicted video"]*5)
     self.seed = _labelled(w.BoundedIntText, "noise", 74, min=0, max=10**6)
 

@@ -125,7 +125,7 @@ class Query:
     t:int # row of the episode
     text:str # instruction
     seed:int = 0 # of the noise, for future and chunk
-    steps:int = 10 # of the sampler of the predicted video
+    steps:int = 1 # of the sampler of the predicted video; 1 draws the mean, whose features the policy reads
 
     def keys(self)->dict: # part -> what it depends on
         "Under what each part of an answer is kept."
