@@ -184,7 +184,7 @@ class Rung:
     demonstrations:int # labelled ones
     predicted:np.ndarray # (draws,n,A)
 
-@dataclass
+@dataclass(repr=False)
 class Ladder:
     "All rungs of a chain."
     columns:dict # from `motion_columns`

@@ -31,7 +31,7 @@ _POLICY_NAMES = {"lam.": "gidm.", "Video_Former.": "video_former.", "goal_emb.":
 _UNUSED = tuple(f"model.inner_model.{name}" for name in ("pos_emb", "goal_emb.", "proprio_emb.")) # saved by the release, never used
 _FROZEN = ("TVP_encoder.text_encoder.", "language_goal.clip_rn50.", "lam.text_encoder.", "lam.dino_encoder.", "text_encoder.", "dino_encoder.") # stock encoders
 
-@dataclass
+@dataclass(repr=False)
 class Official:
     "A checkpoint's tensors by their official names, sorted."
     source:str # the file, or "the state dict"
