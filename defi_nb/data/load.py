@@ -175,6 +175,10 @@ def _dataset(part, root): # of one dataset: (format or "", its folder's text, th
     if head in NEEDS and rest and not known(text): return head, *_dataset(rest, root)[1:]
     return "", text.strip(), weight
 
+def _whole(text, root): # whether a text with commas names one dataset
+    _, folder, weight = _dataset(text, root)
+    return (Path(root)/folder).is_dir() and "," not in (weight or "")
+
 def split_where(
     where:str, # as for `read_where`
     root=".", # folder that paths are relative to
@@ -183,7 +187,7 @@ def split_where(
     parts, texts = [], where.split(",")
     while texts:
         first = [",".join(texts[:n]).strip() for n in range(len(texts), 0, -1)] # the longest first
-        part = next((p for p in first[:-1] if (Path(root)/_dataset(p, root)[1]).is_dir()), first[-1])
+        part = next((p for p in first[:-1] if _whole(p, root)), first[-1])
         parts, texts = [*parts, part], texts[len(first) - first.index(part):]
     return [p for p in parts if p]
 

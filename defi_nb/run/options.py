@@ -202,7 +202,7 @@ SPLITS = { # name -> scenes to learn in, scenes of the evaluation
 CHOICES = { # parameter or key -> what it can be called
     "preset": ("tiny", "paper"), "forward": ("svd", "dino"), "inverse": ("gidm", "transformer", "mlp"),
     "quantiser": ("vq", "ema", "fsq", "lfq", "residual", "binning", "mixture", "continuous"),
-    "sampling": ("seconds", "release"), "reversed_text": ("drop", "keep"), "pair": ("real", "imagined"),
+    "sampling": ("seconds", "release"), "reversed_text": ("drop", "keep"), "auxiliary.pair": ("real", "imagined"),
     "dtype": ("float32", "bfloat16", "float16"), "latents": ("code", "embedding", "both", "none"),
     "train_coupled.policy": POLICIES, "own_data.policy": ("plain", "coupled")}
 
@@ -226,7 +226,7 @@ def check_value(
 ):
     "Raise `ValueError` for a value that a parameter can't have."
     key = name.rpartition(".")[2]
-    known = CHOICES.get(f"{notebook}.{name}", CHOICES.get(key))
+    known = next((CHOICES[n] for n in (f"{notebook}.{name}", name, key) if n in CHOICES), ())
     if known and value not in known: raise ValueError(f"{name} is {value!r}; choose {', '.join(known)}")
     if not _in_range(value, help): raise ValueError(f"{name} is {value!r}; it is {help}")
     if name == "split" and (lost := _unknown_split(value, root)):

@@ -6,6 +6,7 @@
 __all__ = ['CLOCK', 'FREE', 'Meter', 'evaluate', 'read_metrics', 'write_metrics', 'Pace', 'fit', 'ShareLog', 'SpreadRatio']
 
 # %% ../../nbs/06_train/02_fit.ipynb #c77f92aa
+import gc
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from multiprocessing import queues
 from pathlib import Path
 from statistics import median
@@ -340,10 +341,21 @@ def _reading(workers):
         raise OSError(f"a process that reads data ended ({one_line(e, 300)}); batches come through /dev/shm, which {room}: "
                       f"make it larger (docker run --shm-size=8g), or set num_workers, which is {workers}, to 0") from None
 
+@contextmanager
+def _no_garbage_inherited():
+    "For the time of a fork: a child that collected its parent's garbage would wait for ever for a decoder's threads, which it does not have."
+    gc.collect()
+    gc.freeze()
+    try: yield
+    finally: gc.unfreeze()
+
 def _batches(data, sampler, workers):
     "A step's samples after another, read here or by other processes."
     start = _start_reader if workers else None
-    with _reading(workers): yield from DataLoader(data, sampler=sampler, batch_size=None, num_workers=workers, worker_init_fn=start)
+    loader = DataLoader(data, sampler=sampler, batch_size=None, num_workers=workers, worker_init_fn=start)
+    with _reading(workers):
+        with _no_garbage_inherited() if workers else nullcontext(): batches = iter(loader)
+        yield from batches
 
 # %% ../../nbs/06_train/02_fit.ipynb #f6f13eec
 def fit(

@@ -15,6 +15,7 @@ import struct
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -223,8 +224,10 @@ def _check_counts(folder, tree, most, name=""):
 
 def _laid_out(folder, about, encoders, fields): # the model without numbers
     _check_counts(folder, [fields, about["info"].get("gfdm", {})], len(_shapes(folder, about)))
-    with torch.device("cpu" if about["class"] == "DirectPolicy" else "meta"): # a Hugging Face encoder has tensors of its own that no checkpoint holds
-        return BUILDERS[about["class"]](fields, encoders, about["info"])
+    build = partial(BUILDERS[about["class"]], fields, encoders, about["info"])
+    if about["class"] == "DirectPolicy": return build() # a Hugging Face encoder has tensors of its own that no checkpoint holds
+    with suppress(RuntimeError), torch.device("meta"): return build()
+    return build() # a quantiser's library computes with its numbers while it is built
 
 def _stored_scale_of(
     about:dict, # what `read_config` gives
