@@ -416,7 +416,8 @@ def _server(args): # what the command line asks for
     names = _NAMES | dict(map(_name, args.name))
     policy, digest = load_served(args.policy, args.device)
     changes = dict(checkpoint=digest, names=names, prompt=args.prompt) | ({} if args.hz is None else dict(control_hz=args.hz))
-    return PolicyServer(policy, contract_of(policy, **changes), key, args.seed, args.batch, args.window/1000, args.clients, int(args.max_mb*2**20), log=_say)
+    limits = dict(batch=args.batch, window=args.window/1000, clients=args.clients, max_bytes=int(args.max_mb*2**20))
+    return PolicyServer(policy, contract_of(policy, **changes), key, args.seed, **limits, log=_say)
 
 async def _until_stopped(server, host, port):
     "Serve until Ctrl-C or SIGTERM; a second one ends the process at once."
