@@ -254,9 +254,13 @@ def _abort_unread(server): # connections whose clients do not read
 
 class _Bounded(ServerConnection):
     "A connection that ends when its client sends pings, which are answered at once, and does not read."
+    unread = 0 # bytes of answers to pings since all was read
+
     def data_received(self, data):
+        before = self.transport.get_write_buffer_size()
         super().data_received(data)
-        if self.transport.get_write_buffer_size() > _UNREAD: self.transport.abort()
+        self.unread = self.transport.get_write_buffer_size() - before + (self.unread if before else 0)
+        if self.unread > _UNREAD: self.transport.abort()
 
 def _complain(log, every=10.): # of an event loop; what it says of each lack of file descriptors would fill a disk
     last = -every
