@@ -204,7 +204,7 @@ def zoo_evaluations(
     video = shared | dict(data=params["data"], demos=params["demos"])
     played = shared | dict(policy=str(zoo/"coupled"), chains=params["chains"], workers=1)
     return {"eval_gfdm": ("eval_gfdm", video | dict(gfdm=str(zoo/"gfdm"), steps="1,10", dims=0), folder/"eval_gfdm"),
-            "eval_gidm": ("eval_gidm", video | dict(model=str(zoo/"gidm")), folder/"eval_gidm"),
+            "eval_gidm": ("eval_gidm", video | dict(model=str(zoo/"gidm"), replays=0, clips=0), folder/"eval_gidm"),
             "eval_coupled": ("eval_calvin", played, folder/"eval_coupled")}
 
 # %% ../../nbs/13_run/08_players.ipynb #8ee25916
