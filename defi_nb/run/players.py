@@ -241,7 +241,7 @@ def zoo_cards(
         gidm=model_card(zoo/"gidm", "Infers latent actions between two frames a third of a second apart, from DINO's features.",
                         f"{metrics['gidm']['pairs']:,} pairs of frames without actions, {recorded}.", spent("gidm").format("static camera"),
                         [*_suite_rows(metrics["eval_gidm"]["suite"])], _LIMITS),
-        coupled=model_card(zoo/"coupled", "Chooses ten actions from two camera frames, the robot's state and an instruction, through the GFDM and GIDM beside it.",
+        coupled=model_card(zoo/"coupled", "Chooses ten actions from two camera frames, the robot's state and an instruction, through frozen GFDM and GIDM, whose weights it holds.",
                            f"{metrics['coupled']['demonstrations']} demonstrations with actions of {params['split']}; its frozen models, what their cards say.",
                            spent("coupled").format("fine-tuning alone"),
                            [("average length of five tasks in a row", f"{played['average_length']:.2f}", f"{played['low']:.2f} to {played['high']:.2f}, {params['chains']} chains"),
