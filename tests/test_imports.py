@@ -13,10 +13,10 @@ NEVER = {"papermill", "jupyterlab", "jupyter_server", "notebook", "plotly", "ipy
 MODELS = {"diffusers", "transformers", "accelerate"}
 LIGHT = {"core.spec", "core.plot", "models.layers", "models.diffusion", "models.vq", "data.episodes", "sim.calvin_tasks", "run.cli"} # neither models nor simulator
 
-# each import in a fork of a process that has torch already, which saves two seconds a module
+# each import in a fork of a process that has the slowest libraries already, which saves three seconds a module
 PROBE = """
 import importlib, json, os, sys, threading
-import torch
+import scipy.stats, torch, torch.distributed.fsdp
 for name in sys.argv[1:]:
     if pid := os.fork():
         os.waitpid(pid, 0)

@@ -7,7 +7,7 @@ import gc
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import get_context, set_start_method
+from multiprocessing import Pipe, get_context, set_start_method
 from pathlib import Path
 from subprocess import CompletedProcess
 from tempfile import TemporaryDirectory
@@ -46,10 +46,12 @@ def forked(target, *args, cwd, timeout=600):
 
 
 def _in_this_process():
-    "Let papermill execute notebooks in this process, and runs that start runs fork it."
+    "Let papermill execute notebooks in this process; runs that start runs, and evaluations that start workers, fork it."
     from execnb.shell import CaptureShell
     from papermill.engines import Engine, papermill_engines
 
+    from defi_nb.core import utils
+    from defi_nb.eval import workers
     from defi_nb.run import cli
 
     class Shell(Engine):
@@ -95,7 +97,26 @@ def _in_this_process():
         sys.stderr.flush()
         os._exit(status)
 
+    class Forked: # what `eval.workers` needs of a subprocess.Popen
+        def __init__(self, pid): self.pid, self.returncode = pid, None
+
+        def wait(self): self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def forked_python(target, **streams): # in place of `core.utils.start_python`
+        ours, theirs = Pipe()
+        pid = os.fork()
+        if not pid:
+            os.setsid()
+            ours.close()
+            for number, name in ((1, "stdout"), (2, "stderr")):
+                if name in streams: os.dup2(streams[name].fileno(), number)
+            try: utils.resolve_name(target)(theirs)
+            finally: os._exit(0)
+        theirs.close()
+        return Forked(pid), ours
+
     papermill_engines.register(None, Shell)
+    workers.start_python = forked_python
     cli.subprocess = type("Forking", (), {"Popen": Child, "PIPE": None, "STDOUT": None})
     cli.ThreadPoolExecutor = lambda workers: ThreadPoolExecutor(1) # one run after the other: what is forked while another thread imports waits for ever
 
