@@ -31,7 +31,7 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "eval_gfdm": DATA | {"gfdm": "ckpts/forward", "clips": 6, "steps": "1,2", "dims": 1, "strips": 1},
     "denoising": DATA | {"moments": 1, "steps": "1,2", "schedule": 2, "clips": 4, "noises": 2},
     "failures": DATA | {"chains": 1, "steps": 20, "failures": 1, "control": 1, "draws": 1, "future.train_samples": 32, "future.test_samples": 16, "film": 1},
-    "explore": DATA | {"at": 3, "steps": 1, "text": "close the drawer"},
+    "explore": DATA | {"data": "data", "at": 3, "steps": 1, "text": "close the drawer"},
     "pretrain_encoders": {"tasks": DATA["tasks"], "demos": 8, "vae_steps": 2, "dino_steps": 2, "text_steps": 2, "data": "data/encoders", "assets": "assets"},
     "pipeline": DATA | {"chains": 1, "data_frac": 0.5, "steps_gfdm": 4, "steps_gidm": 4, "steps_align": 4, "steps_few": 4, "steps_all": 4, "ckpts": "ckpts/pipeline"},
     "doctor": {"seconds": 5},

@@ -322,6 +322,7 @@ def run_plan(
     then = f"then its own work (~{own:g} min with default numbers)" if own and preset == "tiny" else "then its own work"
     if not missing: return f"plan: what it needs is there; {then}"
     if preset != "tiny": return f"plan: makes first {', '.join(missing)}"
-    minutes, gb = (sum(table.get(k, 0) for k in missing.values()) for table in (MINUTES, _GB))
-    parts = ", ".join(f"{n} (~{MINUTES[k]:g} min)" for n, k in missing.items())
-    return f"plan: makes first {parts}: about {minutes:g} min and {gb:.1f} GB, kept for later runs; {then}"
+    cost = lambda kind, table: table.get(kind, 0)*(max(params.get("demos", 200)/200, .1) if kind == "recording" else 1)
+    minutes, gb = (sum(cost(k, table) for k in missing.values()) for table in (MINUTES, _GB))
+    parts = ", ".join(f"{n} (~{cost(k, MINUTES):.2g} min)" for n, k in missing.items())
+    return f"plan: makes first {parts}: about {minutes:.2g} min and {gb:.1f} GB, kept for later runs; {then}"
