@@ -33,7 +33,7 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "failures": DATA | {"chains": 1, "steps": 20, "failures": 1, "control": 1, "draws": 1, "future.train_samples": 32, "future.test_samples": 16, "film": 1},
     "explore": DATA | {"data": "data", "at": 3, "steps": 1, "text": "close the drawer"},
     "pretrain_encoders": {"tasks": DATA["tasks"], "demos": 8, "vae_steps": 2, "dino_steps": 2, "text_steps": 2, "data": "data/encoders", "assets": "assets"},
-    "pipeline": DATA | {"chains": 1, "data_frac": 0.5, "steps_gfdm": 4, "steps_gidm": 4, "steps_align": 4, "steps_few": 4, "steps_all": 4, "ckpts": "ckpts/pipeline"},
+    "pipeline": DATA | {"demos": 8, "data_frac": 0.5, "chains": 1, "steps_gfdm": 20, "steps_gidm": 20, "steps_align": 4, "steps_few": 4},
     "doctor": {"seconds": 5},
     "bench_loader": {"windows": 3, "samples": 32, "repeats": 1, "steps": 2},
     "bench_evaluation": {"chains": 2, "steps": 10, "group": 2, "workers": "0,1", "look_steps": 10},
@@ -44,9 +44,9 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "state_aliasing": DATA | {"steps": 4, "batch_size": 4, "arms": "BC, PTR", "seeds": 1, "learn": 6, "judge": 6, "probe_steps": 2, "pairs": 10},
     "attention": DATA | {"pairs": 8, "columns": 2, "draws": 1, "video": "data/example_lab"},
     "ablations": DATA | {"rows": "coupled, without GIDM pretraining, without GFDM pretraining, plain: no video, MLP inverse model", "chains": 1, "fractions": "1.0", "seeds": 1, "steps": 4,
-                         "pretrain_steps": 4, "ckpts": "ckpts/pipeline"},
+                         "pretrain_steps": 4, "ckpts": "ckpts/ablations"},
     "pretrain_zoo": DATA | {"video": "", "steps_gfdm": 4, "steps_gidm": 4, "steps_align": 2, "steps_policy": 4, "curve": "2", "chains": 1, "ckpts": "ckpts/zoo"},
-    "data_efficiency": DATA | {"split": "D_D", "rows": "coupled, blind", "labels": "2", "claims": "2", "seeds": 2, "steps": 4, "chains": 1, "ckpts": "ckpts/pipeline"},
+    "data_efficiency": DATA | {"split": "D_D", "rows": "coupled, blind", "labels": "2", "claims": "2", "seeds": 2, "steps": 4, "chains": 1, "ckpts": "ckpts/ablations"},
 }
 
 WRONG = [ # run notebook, parameters, what the one-line error must say
@@ -116,6 +116,14 @@ def test_run(project, name):
     done = run(name, "--out", f"runs/{name}", *arguments(SMALL[name]), cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (project/"runs"/name/"metrics.json").exists() and (project/"runs"/name/f"{name}.html").exists()
+
+
+@pytest.mark.slow
+def test_demonstration_from_random_weights(project):
+    given = SMALL["pipeline"] | DATA | {"pretrain": "fresh", "steps_all": 4, "ckpts": "ckpts/fresh"}
+    done = run("pipeline", "--out", "runs/fresh", *arguments(given), cwd=project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {"coupled_all", "plain_all"} <= json.loads((project/"runs/fresh/metrics.json").read_text()).keys()
 
 
 def test_papermill_itself(project):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['names_list', 'label_fractions', 'split_scenes', 'store_name', 'task_list', 'recorded_frames', 'video_splits',
-           'encoded', 'reading_of', 'open_pieces', 'keep_run_texts', 'video_data', 'PolicyData', 'policy_data',
-           'example_lab']
+           'encoded', 'demo_recording', 'reading_of', 'open_pieces', 'keep_run_texts', 'video_data', 'PolicyData',
+           'policy_data', 'example_lab']
 
 # %% ../../nbs/13_run/04_datasets.ipynb #3402f1bf
 from contextlib import contextmanager
@@ -133,6 +133,15 @@ def encoded(
     "What the frozen encoders make of every image, each computed once and kept."
     folder, made = project_root()/data/f"{store_name(split, preset)}-encoded", {f: _encoder_of(encoders, f) for f in fields}
     return {f: encode_images(FrameTable(frames), encode, folder/f, identity, n_workers=n_workers) for f, (encode, identity) in made.items()}
+
+# %% ../../nbs/13_run/04_datasets.ipynb #b4064ff5
+def demo_recording(
+    params:dict, # of `pipeline`
+)->dict: # demos, data and data_frac of the policies with few labels
+    "What the demonstration records: behind shipped models, only the demonstrations whose actions are used."
+    given, frac = {n: params[n] for n in ("demos", "data")}, params["data_frac"]
+    if params["pretrain"] == "fresh": return given | dict(data_frac=frac)
+    return dict(demos=max(4, round(frac*params["demos"])), data=f"{params['data']}/few", data_frac=1.)
 
 # %% ../../nbs/13_run/04_datasets.ipynb #2fa7ba31
 def reading_of(

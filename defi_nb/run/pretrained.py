@@ -27,7 +27,7 @@ from ..models.gfdm_dino import DinoForward, DinoForwardConfig, fit_dino
 from ..models.gidm import GIDM, GIDMConfig
 from ..models.policy import CoupledPolicy, PolicyConfig
 from .cli import run_notebook
-from .datasets import names_list, store_name
+from .datasets import demo_recording, names_list, store_name
 from .options import (
     POLICIES, SPLITS, AlignVariant, GFDMVariant, GIDMAuxiliary, GIDMVariant, PolicyVariant, chosen)
 from ..train.auxiliary import pair_features
@@ -300,12 +300,12 @@ def preset_in(
 MINUTES = dict(recording=8, gfdm=4.5, gidm=2.5, aligned=2, coupled=6.5, no_gidm=4, plain=2.5, blind=2, direct=6) # on two cores
 _GB = dict(recording=.7, gfdm=.2, gidm=1.2, coupled=.6) # of a recording, and of encodings that the training keeps
 
-_OWN = dict(pipeline=17, pretrain_gfdm=4.5, pretrain_gidm=2.5, align=2, eval_calvin=1.5) # minutes of a run's own work
+_OWN = dict(pretrain_gfdm=4.5, pretrain_gidm=2.5, align=2, eval_calvin=1.5) # minutes of a run's own work
 
 def _needed(name, params): # kinds of models that a run reads, those that others need first
     what = params.get("policy") or params.get("model") or ""
     parts = dict(coupled=("gfdm", "gidm", "aligned"), no_gidm=("gfdm",), gidm=("gidm",), gfdm=("gfdm",)).get(what, ())
-    if name in ("align", "pipeline"): parts = ("gfdm", "gidm") + ("aligned",)*(name == "pipeline")
+    if name == "align" or params.get("pretrain") == "fresh": parts = ("gfdm", "gidm") + ("aligned",)*(name == "pipeline")
     mine = name in ("train_coupled", "own_data") or what in parts
     return parts if mine or what not in POLICIES else (*parts, what)
 
@@ -314,11 +314,12 @@ def run_plan(
     params:dict, # of the run: split, data, ckpts, and policy or model
 )->str: # one line
     "What a run has to make before its own work, with minutes and disk."
+    if "pretrain" in params: params = params | demo_recording(params)
     split, preset, variant = params["split"], params.get("preset", "tiny"), params.get("variant", {})
     made = lambda kind: checkpoint_name(kind, split, preset, **{n: v for n, v in variant.items() if n in KEYS[kind]})
     missing = {made(k): k for k in _needed(name, params) if not is_finished(project_root()/params["ckpts"]/made(k))}
     if split in SPLITS and not (project_root()/params["data"]/store_name(split, preset)).is_dir(): missing = {f"recording of {split}": "recording"} | missing
-    own = _OWN.get(name) or (name == "train_coupled" and MINUTES.get(params["policy"]))
+    own = dict(shipped=7, fresh=17).get(params.get("pretrain")) or _OWN.get(name) or (name == "train_coupled" and MINUTES.get(params["policy"]))
     then = f"then its own work (~{own:g} min with default numbers)" if own and preset == "tiny" else "then its own work"
     if not missing: return f"plan: what it needs is there; {then}"
     if preset != "tiny": return f"plan: makes first {', '.join(missing)}"
