@@ -307,6 +307,8 @@ def _needed(name, params): # kinds of models that a run reads, those that others
     parts = dict(coupled=("gfdm", "gidm", "aligned"), no_gidm=("gfdm",), gidm=("gidm",), gfdm=("gfdm",)).get(what, ())
     if name == "align" or params.get("pretrain") == "fresh": parts = ("gfdm", "gidm") + ("aligned",)*(name == "pipeline")
     mine = name in ("train_coupled", "own_data") or what in parts
+    given = params.get("pretrained") or {}
+    parts = tuple(p for p in parts if not given.get(p))
     return parts if mine or what not in POLICIES else (*parts, what)
 
 def run_plan(
