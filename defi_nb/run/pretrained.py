@@ -320,7 +320,8 @@ def run_plan(
     split, preset, variant = params["split"], params.get("preset", "tiny"), params.get("variant", {})
     made = lambda kind: checkpoint_name(kind, split, preset, **{n: v for n, v in variant.items() if n in KEYS[kind]})
     missing = {made(k): k for k in _needed(name, params) if not is_finished(project_root()/params["ckpts"]/made(k))}
-    if split in SPLITS and not (project_root()/params["data"]/store_name(split, preset)).is_dir(): missing = {f"recording of {split}": "recording"} | missing
+    recorded = split not in SPLITS or (project_root()/params["data"]/store_name(split, preset)).is_dir()
+    if not recorded and (missing or name != "eval_calvin"): missing = {f"recording of {split}": "recording"} | missing
     own = dict(shipped=7, fresh=17).get(params.get("pretrain")) or _OWN.get(name) or (name == "train_coupled" and MINUTES.get(params["policy"]))
     then = f"then its own work (~{own:g} min with default numbers)" if own and preset == "tiny" else "then its own work"
     if not missing: return f"plan: what it needs is there; {then}"
