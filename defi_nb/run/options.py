@@ -141,6 +141,7 @@ class Simulation:
     device:str = "cpu" # of the policies; several take turns, such as cuda:0,cuda:1
     patience:float = 600. # seconds without a step after which a process is taken to hang, and its chains are played again
     group:int = 5 # chains that share one batch of the policy
+    length:int = 5 # tasks in a row of a chain; 1 is single tasks, which need not be of different kinds
 
 @dataclass(frozen=True)
 class InverseVariant:

@@ -71,11 +71,12 @@ def find_chains(
     tasks:str, # names separated by commas, "default", or "all": then the first of CALVIN's 1000
     chains:int, # how many
     split:str="D_D", # whose test scenes are played in, in turn where there are several
+    length:int=5, # tasks of a chain
 )->tuple: # sequences (initial state, task names); where they come from, in words
     "The chains that an evaluation plays."
     scenes = scene_names(split_scenes(split)[1])
-    if tasks == "all": found, source = first_sequences(chains), "first_sequences(chains)"
-    else: found, source = get_sequences(chains, tasks=task_list(tasks)), "get_sequences(chains, tasks)"
+    if tasks == "all" and length == 5: found, source = first_sequences(chains), "first_sequences(chains)"
+    else: found, source = get_sequences(chains, tasks=task_list(tasks), length=length), "get_sequences(chains, tasks)"
     if len(scenes) == 1: return found, source
     return in_scenes(found, scenes), f"{source}, each in a scene of its own"
 

@@ -230,7 +230,7 @@ def missing_models(
 # %% ../../nbs/13_run/06_policies.ipynb #d7fbf0d4
 def row_jobs(
     runs:list, # of `eval.published.AblationRun`
-    params:dict, # of the run notebook: split, tasks, demos, data, ckpts, steps, pretrain_steps and chains
+    params:dict, # of the run notebook: split, tasks, demos, data, ckpts, steps, pretrain_steps, judge, length and chains
     folder, # of its run, absolute
 )->dict: # name -> (notebook, params, out, names of jobs before), for `run.cli.run_notebooks`
     "The pretrainings, trainings and evaluations of rows."
@@ -250,6 +250,7 @@ def row_jobs(
         before = [models[kind] for kind in run.row.starts_from if models[kind] in jobs]
         jobs[f"train-{run.name}"] = ("train_coupled", given, folder/f"train-{run.name}", before)
         given = shared | dict(policy=policy, chains=params["chains"], film=0, workers=1)
+        given |= dict(tasks=params["judge"] or params["tasks"]) | {"simulation.length": params["length"]}
         jobs[f"eval-{run.name}"] = ("eval_calvin", given, folder/f"eval-{run.name}", [f"train-{run.name}"])
     return jobs
 
