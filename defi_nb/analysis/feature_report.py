@@ -19,7 +19,7 @@ from .feature_sources import (
     STATE, FeatureSource, ProbeData, at_step, gather, gfdm_tokens, pool, source_tokens)
 from .latent_report import STYLES
 from .probes import ProbeConfig, ProbeResult, linear_probe, r2, train_probe
-from ..core.plot import OKABE_ITO, new_axes
+from ..core.plot import OKABE_ITO, log_scale, new_axes
 from ..core.spec import CONTROL_HZ
 from ..core.stats import Interval, Measured, demo_mean_interval, markdown_table, measured
 from ..core.utils import progress_bar
@@ -279,7 +279,8 @@ def show_gaps(
     for i, r in enumerate(shown):
         rho = r.aligned.score.per_gap
         ax.plot(list(rho), [v[distance] for v in rho.values()], "os^Dvp*X"[i % 8] + ("-", "--", ":")[i//8 % 3], color=_SOURCE_COLOURS[i % 8], ms=4, lw=1, label=r.name)
-    ax.set(xscale="log", xlabel="control steps between the frames of a pair", ylabel=f"partial Spearman ({distance})")
+    log_scale(ax, "x")
+    ax.set(xlabel="control steps between the frames of a pair", ylabel=f"partial Spearman ({distance})")
     gaps = sorted({g for r in shown for g in r.aligned.score.per_gap})
     ax.set_xticks(gaps, gaps)
     ax.minorticks_off()

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .probes import r2
-from ..core.plot import OKABE_ITO, new_axes
+from ..core.plot import OKABE_ITO, log_scale, new_axes
 from ..core.stats import Interval, markdown_table, measured, seed_interval
 from ..core.utils import progress_bar
 from ..models.policy import goal_embedding, hand_state
@@ -381,7 +381,8 @@ def show_labels_needed(
         ax.annotate(name, (x[-1], max(y[-1], -.2)), (1.03, at), textcoords=("axes fraction", "data"), fontsize=8, color=colours[name], va="center",
                     arrowprops=dict(arrowstyle="-", color=colours[name], lw=.4, relpos=(0, .5)))
     counts = sorted({int(n) for x, _ in lines.values() for n in x})
-    ax.set(xscale="log", ylim=(-.25, 1.08), xlabel="labelled demonstrations", ylabel=f"R2 of the {ladder.main}")
+    log_scale(ax, "x")
+    ax.set(ylim=(-.25, 1.08), xlabel="labelled demonstrations", ylabel=f"R2 of the {ladder.main}")
     ax.set_xticks(counts, [str(n) for n in counts])
     ax.minorticks_off()
     ax.grid(alpha=.3)

@@ -19,7 +19,7 @@ from .latent_actions import (
     codebook_report, decode, duplicate_codes, idle_norm, infer, inner_gidm,
     reversal_antisymmetry, reversal_purity, transfer, window_pairs)
 from .probes import held_out, linear_probe, network_error, r2
-from ..core.plot import OKABE_ITO, new_axes
+from ..core.plot import OKABE_ITO, log_scale, new_axes
 from ..core.stats import Measured, Suite, measured, missing
 
 # %% ../../nbs/08_analysis/04_latent_report.ipynb #bbadac21
@@ -364,7 +364,8 @@ def show_curve(
     ax.fill_between(x, *zip(*(m.interval for m in all_)), color=STYLES[0][0], alpha=.15, lw=0)
     ax.axhline(0, color="black", lw=.6)
     low = min(m.interval[0] for m in all_)
-    ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if log else "linear", ylim=(max(-.5, min(low, 0) - .05), 1.02))
+    if log: log_scale(ax, "x")
+    ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(max(-.5, min(low, 0) - .05), 1.02))
     ax.legend(fontsize=7)
     ax.grid(alpha=.3)
     return ax

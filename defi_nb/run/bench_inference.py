@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..core.plot import log_scale
 from ..core.spec import ACTION_DIM, VIEWS
 from ..models import diffusion
 from ..models.diffusion import exponential_sigmas
@@ -353,7 +354,8 @@ def show_bench(
         own = [r for r in rows if r["way"] == way]
         at, medians = [names.index(r["part"]) + .8*(i - (len(ways) - 1)/2)/len(ways) for r in own], [r["median"] for r in own]
         ax.bar(at, medians, .8/len(ways), yerr=[[0]*len(own), [max(0, r["p90"] - r["median"]) for r in own]], label=way)
-    ax.set(xticks=range(len(names)), xticklabels=names, ylabel="ms a chunk", yscale="log")
+    ax.set(xticks=range(len(names)), xticklabels=names, ylabel="ms a chunk")
+    log_scale(ax)
     ax.legend(fontsize=7)
     return ax
 

@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ..core.spec import CONTROL_HZ, VIEWS, Batch, DataSpec
+from ..core.plot import log_scale
 from ..core.utils import folder_bytes
 from ..core.video import resize_image, write_video
 from ..data.calvin import covered_rows, open_calvin, read_index
@@ -290,7 +291,8 @@ def show_rates(
     bars = ax.barh([r["way"] for r in rows], [r["samples_s"] for r in rows], color=["grey" if r["way"] == plain else "tab:blue" for r in rows])
     ax.bar_label(bars, [f" {r['samples_s']:.0f}" + f" ({r['samples_s']/base:.1f} x)"*(r["way"] != plain and r["way"].startswith(compared)) for r in rows], fontsize=8)
     ax.axvline(base, color="grey", lw=.8, ls=":")
-    ax.set(xscale="log", xlabel="samples a second, one process", xlim=(min(r["samples_s"] for r in rows)/2, 12*max(r["samples_s"] for r in rows)))
+    log_scale(ax, "x")
+    ax.set(xlabel="samples a second, one process", xlim=(min(r["samples_s"] for r in rows)/2, 12*max(r["samples_s"] for r in rows)))
     ax.invert_yaxis()
     return ax
 

@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..core.plot import log_scale
 from ..core.utils import duration, noted_process, project_root, read_own_json
 from .launch import is_running, stop_run
 from ..train.fit import read_metrics
@@ -95,7 +96,7 @@ def show_training(
         for name in names:
             if any(name in r for r in state.rows): ax.plot(*series(name), label=name, marker="." if len(state.rows) < 40 else None)
         ax.set(xlim=(0, max(state.steps, 1)), xlabel="step", ylabel={"lr": "learning rate", "samples_per_second": "samples a second"}.get(names[0], "loss"))
-    if all(r.get("loss", 1) > 0 for r in state.rows): axes[0].set_yscale("log")
+    if all(r.get("loss", 1) > 0 for r in state.rows): log_scale(axes[0])
     if any("val_loss" in r for r in state.rows): axes[0].legend(fontsize=7)
     return axes
 
