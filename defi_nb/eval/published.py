@@ -16,36 +16,47 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ..core.plot import new_axes
+from ..core.printed import chain_marks, printed_table, printed_tables, row_marks
 from ..core.stats import Interval, crossed_interval, markdown_table
 
 # %% ../../nbs/07_eval/10_published.ipynb #d86e5781
-_ROUNDING = .005 + 5*.0005 # how far a printed average may be from the sum of printed rates, tasks
-
 @dataclass(frozen=True)
 class Published:
     "A row of somebody's table."
     name:str # of the method
     split:str # "ABC_D": learned in A, B and C, evaluated in D; "ABCD_D"
     average:float # printed average length, in [0, 5]
-    rates:tuple|None # printed success of 1..5 tasks in a row, in [0, 1]; None where we don't have them
+    rates:tuple # printed success of 1..5 tasks in a row, in [0, 1]
     source:str # where it is printed
-    sum:float|None = None # of the rates, where that is known
     note:str = "" # what to know about it
 
     @property
+    def marks(self)->list: # of texts
+        "What does not hold in it."
+        return chain_marks([100*r for r in self.rates], self.average)
+
+    @property
     def contradicts(self)->bool: # itself
-        return self.sum is not None and abs(self.sum - self.average) > _ROUNDING + 1e-9
+        return any("add up" in mark for mark in self.marks)
+
+def _paper_rows(): # of both papers' tables of chains, ABC to D
+    for table in (t for t in printed_tables() if t.kind == "chains"):
+        for name, (*rates, average) in table.rows.items():
+            name = name if table.table == "table 1" else f"{table.paper}: {name}"
+            yield dict(name=name, split="ABC_D", average=average, rates=rates, source=table.source)
 
 def published(
     split:str="", # "ABC_D" or "ABCD_D"; empty: all
 )->list: # of `Published`, by average length
-    "Printed results for CALVIN."
-    rows = json.loads(resources.files("defi_nb").joinpath("assets/published_calvin.json").read_text())
-    if split and split not in (known := {r["split"] for r in rows}): raise ValueError(f"split is {split!r}; there are rows for {', '.join(sorted(known))}")
-    made = []
-    for r in rows:
-        rates = tuple(np.divide(r["rates"], 100).tolist()) if r["rates"] else None
-        made.append(Published(**r | dict(rates=rates, sum=round(sum(rates), 4) if rates else r.get("sum"))))
+    "Printed results for CALVIN; a row that several tables print stands here once."
+    asset = resources.files("defi_nb").joinpath("assets/published_calvin.json")
+    rows = {}
+    for r in [*json.loads(asset.read_text()), *_paper_rows()]:
+        same = rows.setdefault((r["split"], r["average"], *r["rates"]), r)
+        if same is not r: same["source"] += f"; {r['source']}"
+    if split and split not in (known := {r["split"] for r in rows.values()}):
+        raise ValueError(f"split is {split!r}; there are rows for {', '.join(sorted(known))}")
+    made = [Published(**r | dict(rates=tuple(np.divide(r["rates"], 100).tolist()))) for r in rows.values()]
     return sorted((p for p in made if split in ("", p.split)), key=lambda p: p.average)
 
 def _standard_error(
@@ -65,10 +76,9 @@ def published_markdown(
     "Printed and own results under one another, those that contradict themselves marked."
     cells = []
     for p in rows:
-        rates = [f"{100*r:.1f}" for r in p.rates] if p.rates else ["", "", "", "", ""]
-        noise = f" ± {1.96*_standard_error(p.rates):.2f}" if p.rates else ""
-        said = f"**≠ {p.sum:.2f}**, the sum of its rates" if p.contradicts else "" if p.sum is not None else "rates not at hand"
-        cells.append((p.average, [p.name, *rates, f"{p.average:.2f}{noise}", "; ".join(t for t in (said, p.note) if t), p.source]))
+        rates, noise = [f"{100*r:.1f}" for r in p.rates], 1.96*_standard_error(p.rates, 125 if "125" in "".join(p.marks) else 1000)
+        note = "; ".join([*(f"**{mark}**" for mark in p.marks), p.note]).strip("; ")
+        cells.append((p.average, [p.name, *rates, f"{p.average:.2f} ± {noise:.2f}", note, p.source]))
     for r in results:
         rates = [f"**{100*x:.1f}**" for x in r.rates]
         cells.append((r.average_length, [f"**{r.policy}**", *rates, f"**{Interval(r.average_length, *r.interval):.2f}**", f"{len(r.solved)} chains", "measured here"]))
@@ -79,13 +89,20 @@ def published_markdown(
 class Row:
     "A variant that the paper compares, or that we add."
     name:str # what is different
-    tables:tuple = () # numbers of the paper's tables that have it; none: it is ours
-    paper:float|None = None # the paper's average length, in [0, 5]; None: not known to us, or not in the paper
-    chains:int = 1000 # over how many chains the paper's number is, as far as its rates tell
+    tables:tuple = () # numbers of the paper's tables that have it, or "figure 7"; none: it is ours
+    printed:str = "" # its name in the first of them
     note:str = "" # what to know about the paper's number
     train:dict = field(default_factory=dict) # parameters of `train_coupled`, keys of its dictionaries as "variant.views"
     gfdm:dict = field(default_factory=dict) # keys of `pretrain_gfdm`'s variant
     gidm:dict = field(default_factory=dict) # keys of `pretrain_gidm`'s variant
+
+    @property
+    def paper(self): # the paper's average length, in [0, 5]; None: it is not in the paper
+        return printed_table("DeFI", self.tables[0]).row(self.printed)["average"] if self.tables else None
+
+    @property
+    def marks(self): # what does not hold in the paper's row
+        return row_marks(printed_table("DeFI", self.tables[0]), self.printed) if self.tables else []
 
     def parameters(self)->dict: # parameter -> value
         "Parameters of `train_coupled`: its own, and which kinds of models it starts from."
@@ -104,34 +121,36 @@ class Row:
 def _quantiser(name, row, **kw): return Row(row, gidm=dict(quantiser=name), **kw)
 _OTHER = dict(video="ABC_D") # video of scenes that a run on D_D does not see
 def _share(share, video="ABC_D"): return {kind: dict(video=video, video_frac=share) for kind in ("gfdm", "gidm")}
-_FIFTHS = (("a fifth of the", .2), ("half of the", .5), ("all", 1.))
+_FIFTHS = (("a fifth of the", .2, "0.2 of the human video"), ("half of the", .5, ""), ("all", 1., "1.0 of the human video")) # name, share, the paper's row
+def _fifths(of, video):
+    return (Row(f"{part} {of}", ("figure 7",)*bool(row), row, **_share(share, video)) for part, share, row in _FIFTHS)
 _UNTRAINED = "untrained"
 
 ROWS = (
-    Row("coupled", (1, 4, 6, 7, 8), 4.51, note="the full model"),
-    Row("static view", (1,), train={"variant.views": "static"}),
-    Row("without GIDM pretraining", (4,), chains=125, train={"pretrained.gidm": _UNTRAINED}),
-    Row("without GFDM pretraining", (4,), 3.28, 125, train={"pretrained.gfdm": _UNTRAINED}),
+    Row("coupled", (1, 4, 6, 7, 8), "DeFI"),
+    Row("static view", (1,), "DeFI, static view", train={"variant.views": "static"}),
+    Row("without GIDM pretraining", (4,), "GIDM without pretraining", train={"pretrained.gidm": _UNTRAINED}),
+    Row("without GFDM pretraining", (4,), "GFDM without pretraining", train={"pretrained.gfdm": _UNTRAINED}),
     Row("without either pretraining", (), train={"pretrained.gfdm": _UNTRAINED, "pretrained.gidm": _UNTRAINED}),
     Row("latent actions hidden in half", train={"variant.latent_dropout": .5}), # of the training samples
-    Row("other scenes for both", (5,), 4.51, note="the full model", gfdm=_OTHER, gidm=_OTHER),
-    Row("other scenes for GIDM", (5,), chains=125, gidm=_OTHER),
-    Row("other scenes for GFDM", (5,), 4.34, 125, gfdm=_OTHER),
-    Row("own scene only", (5,), 3.92, 125, "its rates sum to 4.34 and are those of the row above"),
+    Row("other scenes for both", (5,), "both with human video", gfdm=_OTHER, gidm=_OTHER),
+    Row("other scenes for GIDM", (5,), "GFDM without human video", gidm=_OTHER),
+    Row("other scenes for GFDM", (5,), "GIDM without human video", gfdm=_OTHER),
+    Row("own scene only", (5,), "both without human video"),
     Row("a quarter of the other scenes", **_share(.25)), Row("half of the other scenes", **_share(.5)),
-    *(Row(f"{part} further scenes", **_share(share, "more_G")) for part, share in _FIFTHS),
-    *(Row(f"{part} video of a hand", **_share(share, "hand_G")) for part, share in _FIFTHS),
-    Row("features of step 5", (6,), 4.45, 125, train={"variant.extract_step": 5}),
-    Row("DINO forward model", (6,), 3.70, 125, gfdm=dict(forward="dino")),
-    Row("MLP inverse model", (7,), 3.42, 125, gidm=dict(inverse="mlp")),
-    Row("transformer inverse model", (7,), 4.22, 125, gidm=dict(inverse="transformer")),
-    _quantiser("mixture", "Gaussian mixture", tables=(8,), paper=4.12, note="its rates sum to 4.21"),
-    _quantiser("binning", "simple binning", tables=(8,), paper=3.98, note="its rates sum to 4.10"),
-    _quantiser("continuous", "continuous latent", tables=(8,), paper=4.20, note="its rates sum to 4.27"),
-    Row("adapter only", (9,), 4.33, note="its rates sum to 4.32", train={"variant.train": "adapter"}),
-    Row("GIDM and adapter", (9,), 4.51, note="the full model; at tiny the coupled row trains the adapter alone", train={"variant.train": "gidm,adapter"}),
-    Row("GFDM and adapter", (9,), train={"variant.train": "gfdm,adapter"}),
-    Row("all trained", (9,), train={"variant.train": "gfdm,gidm,adapter"}),
+    *_fifths("further scenes", "more_G"), *_fifths("video of a hand", "hand_G"),
+    Row("features of step 5", (6,), "five denoising steps", train={"variant.extract_step": 5}),
+    Row("DINO forward model", (6,), "DINO-based generator as GFDM", gfdm=dict(forward="dino")),
+    Row("MLP inverse model", (7,), "MLP", gidm=dict(inverse="mlp")),
+    Row("transformer inverse model", (7,), "Transformer", gidm=dict(inverse="transformer")),
+    _quantiser("mixture", "Gaussian mixture", tables=(8,), printed="Gaussian mixture (G.M.)"),
+    _quantiser("binning", "simple binning", tables=(8,), printed="simple binning (S.B.)"),
+    _quantiser("continuous", "continuous latent", tables=(8,), printed="continuous latent action (C.L.A.)"),
+    Row("adapter only", (9,), "adapter only", train={"variant.train": "adapter"}),
+    Row("GIDM and adapter", (9,), "GIDM + adapter (DeFI)", "at tiny the coupled row trains the adapter alone",
+        train={"variant.train": "gidm,adapter"}),
+    Row("GFDM and adapter", (9,), "GFDM + adapter", train={"variant.train": "gfdm,adapter"}),
+    Row("all trained", (9,), "all trained", train={"variant.train": "gfdm,gidm,adapter"}),
     Row("without GIDM (VPP)", train=dict(policy="no_gidm")),
     Row("plain: no video", train=dict(policy="plain")), Row("blind", train=dict(policy="blind")),
     _quantiser("ema", "codebook by running means"), _quantiser("fsq", "finite scalar quantisation"),
@@ -142,8 +161,8 @@ SETS = dict(default=("coupled", "without GIDM pretraining", "without GFDM pretra
                     "plain: no video", "blind"),
             library=("coupled", "codebook by running means", "finite scalar quantisation", "lookup-free quantisation", "residual quantisation"),
             figure8=("own scene only", "a quarter of the other scenes", "half of the other scenes", "other scenes for both"),
-            further_scenes=("own scene only", *(f"{part} further scenes" for part, _ in _FIFTHS)), # of G_G, as the next
-            hand=("own scene only", *(f"{part} video of a hand" for part, _ in _FIFTHS)),
+            further_scenes=("own scene only", *(f"{part} further scenes" for part, *_ in _FIFTHS)), # of G_G, as the next
+            hand=("own scene only", *(f"{part} video of a hand" for part, *_ in _FIFTHS)),
             all=tuple(row.name for row in ROWS)) # name -> names of rows
 SETS |= {f"table{n}": tuple(row.name for row in ROWS if n in row.tables) for n in (1, 4, 5, 6, 7, 8, 9)}
 
@@ -163,8 +182,8 @@ def _paper_cell(
     row:Row, # of the table
 )->str: # for a table
     "The paper's number, with what has to be known about it."
-    if row.paper is None: return "not known" if row.tables else "not in the paper"
-    return f"{row.paper:.2f} (n={row.chains}{'; ' + row.note if row.note else ''})"
+    notes = "; ".join([*row.marks, *([row.note] if row.note else [])])
+    return f"{row.paper:.2f}{f' ({notes})'*bool(notes)}" if row.tables else "not in the paper"
 
 # %% ../../nbs/07_eval/10_published.ipynb #14e79934
 def _by_video(rows): # of (`Row`, table row) -> of (label, share, table row); without further video a row begins each curve
