@@ -3356,6 +3356,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'defi_nb/run/bench_inference.py'),
                                              'defi_nb.run.bench_inference.measure': ( '13_run/bench_inference.html#measure',
                                                                                       'defi_nb/run/bench_inference.py'),
+                                             'defi_nb.run.bench_inference.paper_cells': ( '13_run/bench_inference.html#paper_cells',
+                                                                                          'defi_nb/run/bench_inference.py'),
                                              'defi_nb.run.bench_inference.plain_act': ( '13_run/bench_inference.html#plain_act',
                                                                                         'defi_nb/run/bench_inference.py'),
                                              'defi_nb.run.bench_inference.plain_latent_actions': ( '13_run/bench_inference.html#plain_latent_actions',

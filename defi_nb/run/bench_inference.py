@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SVD_VAE', 'PARTS', 'plain_sample', 'plain_tokens', 'plain_latent_actions', 'plain_act', 'random_weights',
            'empty_models', 'share_weights', 'Part', 'bench_parts', 'count_macs', 'measure', 'graphed', 'ways',
-           'compare', 'show_bench', 'machine_name', 'bench_totals', 'bench_cells']
+           'compare', 'show_bench', 'machine_name', 'bench_totals', 'bench_cells', 'paper_cells']
 
 # %% ../../nbs/13_run/09_bench_inference.ipynb #044d616b
 import math
@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.plot import log_scale
+from ..core.printed import printed_table
 from ..core.spec import ACTION_DIM, VIEWS
 from ..models import diffusion
 from ..models.diffusion import exponential_sigmas
@@ -382,3 +383,20 @@ def bench_cells(
     cells = [[r["part"], r["way"], f"{r['median']:.2f}", f"{r['p90']:.2f}", f"{plain[r['part']]['median']/r['median']:.1f}", f"{r['gmac']:.4g}",
               f"{r['difference']:.1e}", f"{r['peak']:.0f}"] for r in rows]
     return cells + [["sum", way, f"**{t['median']:.2f}**", "", f"{total['plain']['median']/t['median']:.1f}", f"{t['gmac']:.4g}", "", ""] for way, t in total.items()]
+
+# %% ../../nbs/13_run/09_bench_inference.ipynb #26a3d030
+_PAPER_PARTS = {"GFDM": ("vae", "gfdm"), "GIDM": ("text", "gidm"), "action adapter": ("former", "adapter")} # Table 13 -> of PARTS
+
+def paper_cells(
+    rows:list, # from `compare`, of all parts
+)->list: # of rows: the paper's part, ours in it, milliseconds here, which way, the paper's milliseconds
+    "The fastest way here next to the paper's time on an RTX 4090 (Table 13)."
+    best, cells = {}, []
+    for r in rows: best[r["part"]] = min(best.get(r["part"], r), r, key=lambda r: r["median"])
+    for name, (printed,) in printed_table("DeFI", 13).rows.items():
+        timed = [best[part] for part in _PAPER_PARTS[name] if part in best]
+        if not timed: continue
+        ways = "; ".join(dict.fromkeys(r["way"] for r in timed))
+        ours = ", ".join(r["part"] for r in timed)
+        cells.append([name, ours, f"{sum(r['median'] for r in timed):.2f}", ways, printed])
+    return cells
