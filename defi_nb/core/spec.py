@@ -36,17 +36,23 @@ class DataSpec:
     @classmethod
     def paper(cls): return cls(image_size=256, frames=16, frame_stride=2, gidm_frames=(0, 5))
 
+    @classmethod
+    def printed(cls): return replace(cls.paper(), gidm_frames=(0, 15))
+
+    @property
+    def gap(self): return self.gidm_frames[-1]*self.frame_stride # control steps between the two frames that GIDM reads
+
 # %% ../../nbs/00_core/00_spec.ipynb #f155ebb6
-PRESETS = ("tiny", "paper")
+PRESETS = ("tiny", "paper", "printed") # a laptop's; the release's; the paper's text and tables, where they differ from the release
 
 def preset_of(
-    config, # class with a class method for each preset
+    config, # class with a class method for each preset; without one of its own, `printed` is `paper`
     preset:str, # one of `PRESETS`
     **changes, # fields to set otherwise
 ): # an instance of the class
     "A preset of a configuration."
     if preset not in PRESETS: raise ValueError(f"preset is {preset!r}; choose one of {', '.join(PRESETS)}")
-    return replace(getattr(config, preset)(), **changes)
+    return replace(getattr(config, preset, config.paper)(), **changes)
 
 # %% ../../nbs/00_core/00_spec.ipynb #64d9d874
 @dataclass

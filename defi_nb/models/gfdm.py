@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..core.spec import CONTROL_HZ, Batch, DataSpec
 from . import diffusion
-from .diffusion import EDM, karras_sigmas, log_normal
+from .diffusion import EDM, beta_sigmas, karras_sigmas, log_normal
 from .encoders import Absent, read_weights
 from .layers import attend, group_tokens, merge_heads, split_heads
 
@@ -40,6 +40,11 @@ class GFDMConfig:
     motion:float = 127. # motion bucket that the network is told
     augmentation:float = 0. # noise level of the first frame that the network is told
     text_dropout:float = .05 # fraction of clips whose text is replaced by zeros in training
+    camera_draw:float = 0. # probability of the static camera where one of two is drawn for each sample in training; 0: both are trained on; released .75
+    noising:str = "log_normal" # noise levels in training: "log_normal" with v-prediction, as released, or "betas": the paper's chain and its prediction of the noise (eq. 1 to 3)
+    chain_steps:int = 1000 # of that chain, S; its betas rise evenly
+    beta_low:float = 1e-4 # of its first step
+    beta_high:float = .02 # of its last step
     sigma_mean:float = .7 # of ln sigma in training
     sigma_std:float = 1.6 # of ln sigma in training
     extract_sigma:float = 700. # first noise level of the schedule along which features are taken
@@ -57,7 +62,11 @@ class GFDMConfig:
     @classmethod
     def paper(cls):
         return cls(latent_channels=4, scaling_factor=.18215, latent_size=32, frames=16, widths=(320, 640, 1280, 1280), attention=(True, True, True, False),
-                   heads=(5, 10, 20, 20), layers=2, text_dim=512, id_dim=256, fps=7., extract_fps=4., group=1, noise_seed=None)
+                   heads=(5, 10, 20, 20), layers=2, text_dim=512, id_dim=256, fps=7., extract_fps=4., group=1, noise_seed=None, camera_draw=.75)
+
+    @classmethod
+    def printed(cls): # chain and betas are not printed: DDPM's
+        return replace(cls.paper(), noising="betas", extract_sigma=float(beta_sigmas()[-1]))
 
 def fit_encoders(
     cfg:GFDMConfig, # a preset
@@ -94,10 +103,21 @@ class GFDM(nn.Module):
     ):
         super().__init__()
         if clip is not None and clip.dim != cfg.text_dim: raise ValueError(f"the text encoder gives {clip.dim} numbers a token, the configuration expects {cfg.text_dim}: use fit_encoders")
-        self.cfg, self.clip, self.vae, self.edm, self.unet = cfg, clip, vae, EDM(1., velocity=True), _build_unet(cfg)
+        self.cfg, self.clip, self.vae, self.unet = cfg, clip, vae, _build_unet(cfg)
+        if cfg.noising not in ("log_normal", "betas"): raise ValueError(f"noising is {cfg.noising!r}; choose log_normal or betas")
         shape, drawn = (cfg.frames, cfg.latent_channels, cfg.latent_size, cfg.latent_size), torch.Generator().manual_seed(cfg.noise_seed or 0)
         noise = torch.randn(shape, generator=drawn, device="cpu") # even where the weights are on the meta device
         self.register_buffer("noise", noise, persistent=False) # made from the seed, so not stored
+
+    @property
+    def edm(self): return EDM(1., "noise" if self.cfg.noising == "betas" else "velocity")
+
+    def levels(self, steps:int, high:float=700.): # network calls; first noise level, where the model was trained on all
+        "(steps+1,) falling noise levels of a sampler, then 0."
+        cfg = self.cfg
+        if cfg.noising == "log_normal": return karras_sigmas(steps, high=high)
+        chain = beta_sigmas(cfg.chain_steps, cfg.beta_low, cfg.beta_high).flip(0)
+        return F.pad(chain[torch.linspace(0, len(chain) - 1, steps).round().long()], (0, 1))
 
     def network(self,
         present:Tensor, # (N,C,h,w) latent of the present frame, not scaled
@@ -154,14 +174,34 @@ def one_step_error(
 
 # %% ../../nbs/04_models/04_gfdm.ipynb #62331d22
 @patch
+def draw_cameras(self:GFDM,
+    latent:Tensor|None, # (B,V,T,C,h,w)
+)->Tensor|None: # (B,V,T,C,h,w), or (B,1,T,C,h,w)
+    "The cameras of a batch that are trained on."
+    if latent is None or not self.cfg.camera_draw or latent.shape[1] != 2: return latent
+    wrist = (torch.rand(len(latent)) >= self.cfg.camera_draw).long()
+    return latent[torch.arange(len(latent)), wrist][:, None]
+
+@patch
+def draw_levels(self:GFDM,
+    n:int, # clips
+)->Tensor: # (n,) noise levels
+    "Noise levels of training, one a clip."
+    cfg = self.cfg
+    if cfg.noising == "log_normal": return log_normal((n,), cfg.sigma_mean, cfg.sigma_std)
+    chain = beta_sigmas(cfg.chain_steps, cfg.beta_low, cfg.beta_high)
+    return chain[torch.randint(len(chain), (n,))]
+
+@patch
 def loss(self:GFDM,
     batch:Batch, # with latent (B,V,T,C,h,w) and text
 )->tuple: # scalar, logs
     "The denoising error of all clips of a batch, at random noise levels."
-    latent, cfg = clips(batch.latent, self.cfg), self.cfg
-    x0, text = latent*cfg.scaling_factor, self.encode_text(batch.text, batch.latent.shape[1])
+    cfg, given = self.cfg, self.draw_cameras(batch.latent)
+    latent = clips(given, cfg)
+    x0, text = latent*cfg.scaling_factor, self.encode_text(batch.text, given.shape[1])
     keep = torch.rand(len(text), 1, 1, device=text.device) >= cfg.text_dropout
-    sigma, noise = log_normal((len(x0),), cfg.sigma_mean, cfg.sigma_std).to(x0), torch.randn_like(x0)
+    sigma, noise = self.draw_levels(len(x0)).to(x0), torch.randn_like(x0)
     if cfg.extract_fraction:
         at = torch.rand(len(x0), device=x0.device) < cfg.extract_fraction
         sigma = torch.where(at, cfg.extract_sigma, sigma)
@@ -171,21 +211,36 @@ def loss(self:GFDM,
 
 # %% ../../nbs/04_models/04_gfdm.ipynb #04c1bacc
 @patch
+def guided(self:GFDM,
+    present:Tensor, # (N,C,h,w) latents of present frames, not scaled
+    hidden:Tensor, # (N,L,D) CLIP's hidden states
+    guidance=1., # as for `sample`
+): # function of x (N,T,C,h,w) and sigma (N,) to the denoised estimate
+    "The denoiser, guided by its own prediction without text (classifier-free guidance)."
+    low, high = guidance if isinstance(guidance, tuple) else (guidance, guidance)
+    weight = torch.linspace(low, high, self.cfg.frames).view(-1, 1, 1, 1).to(present)
+    told, untold = (self.network(present, text, self.cfg.fps) for text in (hidden, torch.zeros_like(hidden)))
+    if low == high == 1: return lambda x, sigma: self.edm.denoise(told, x, sigma)
+    return lambda x, sigma: torch.lerp(*(self.edm.denoise(f, x, sigma) for f in (untold, told)), weight)
+
+@patch
 @torch.no_grad()
 def sample(self:GFDM,
     latent:Tensor, # (B,...,C,h,w) latents of the present frames, not scaled; any axes between, such as views
     text:list, # B instructions
-    steps:int=10, # network calls
+    steps:int=10, # denoising steps
     noise:Tensor|None=None, # (B,...,T,C,h,w) standard normal; drawn from torch's global generator if None
     callback=None, # called as callback(i, sigma, x, denoised), both (N,T,C,h,w) and scaled
+    guidance=1., # 1: the prediction with text; more goes further from the one without; two numbers: at the first and the last frame (released (1, 3))
 )->Tensor: # (B,...,T,C,h,w) latents, not scaled
     "Draw a future for each present frame."
     between, cfg = latent.shape[1:-3], self.cfg
     present = latent.flatten(0, -4)
-    network = self.network(present, self.encode_text(text, between.numel()), cfg.fps)
+    hidden = self.encode_text(text, between.numel())
+    denoise = self.guided(present, hidden, guidance)
     x = torch.randn(len(present), *self.noise.shape).to(present) if noise is None else noise.flatten(0, -5)
-    sigmas = karras_sigmas(steps)
-    x = diffusion.sample(lambda x, sigma: self.edm.denoise(network, x, sigma), x*sigmas[0], sigmas, callback)
+    sigmas = self.levels(steps)
+    x = diffusion.sample(denoise, x*sigmas[0], sigmas, callback)
     return (x/cfg.scaling_factor).unflatten(0, (len(text), *between))
 
 # %% ../../nbs/04_models/04_gfdm.ipynb #d561c674
@@ -246,7 +301,7 @@ def feature_maps(self:GFDM,
     steps:int=20, # of the schedule, at least `extract_step`
 )->list: # of feature maps, see `level_maps`
     "The network's maps in the configured step of a schedule."
-    k, sigmas = self.cfg.extract_step, karras_sigmas(steps, high=self.cfg.extract_sigma)
+    k, sigmas = self.cfg.extract_step, self.levels(steps, self.cfg.extract_sigma)
     if not 1 <= k <= steps: raise ValueError(f"extract_step is {k} of a schedule of {steps} steps: choose 1 to {steps}, or a longer schedule")
     network = self.network(latent, text, self.cfg.extract_fps)
     x = self.extraction_noise(len(latent)) if noise is None else noise
