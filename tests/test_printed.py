@@ -1,10 +1,22 @@
 "Both papers' tables as data: every row adds up, or is marked with what it comes to."
+from dataclasses import asdict
+
 import numpy as np
 import pytest
+import torch
+from conftest import ROOT
 
 from defi_nb.core.printed import printed_markdown, printed_table, printed_tables, row_marks
-from defi_nb.data.mixtures import MIXTURES, TABLE_12
+from defi_nb.core.spec import DataSpec, preset_of
+from defi_nb.data.episodes import WindowDataset, fake_frames
+from defi_nb.data.mixtures import MIXTURES, TABLE_12, Mixture
 from defi_nb.eval.published import ROWS, ablation_markdown, published
+from defi_nb.models.action_adapter import ActionAdapter, AdapterConfig
+from defi_nb.models.gfdm import GFDMConfig
+from defi_nb.models.gidm import GIDM, GIDMConfig
+from defi_nb.models.policy import PlainConfig, PolicyConfig
+from defi_nb.train.config import TrainConfig
+from defi_nb.weights.checkpoint import _preset_name as preset_name
 
 ROWS_OF = [(t, name) for t in printed_tables() for name in t.rows]
 
@@ -57,3 +69,44 @@ def test_no_number_of_the_paper_is_unknown():
 def test_printed_shares_have_the_release_s_names():
     assert set(MIXTURES["paper_table_12"]) == set(TABLE_12)
     assert MIXTURES["paper_table_12"]["ego4d"] == pytest.approx(3.5/99.9)
+
+
+def size(model): return sum(p.numel() for p in model.parameters())
+
+
+def test_printed_models_have_the_printed_sizes():
+    "Table 10, on the meta device."
+    table = printed_table("DeFI", 10)
+    gidm, adapter = GIDMConfig.printed(), AdapterConfig.printed()
+    value = lambda name: table.row(name)["value"]
+    assert (gidm.codes, gidm.enc_blocks, gidm.dim) == tuple(map(value, ("GIDM: vocabulary size of VQ codebook", "GIDM: number of layers", "GIDM: feature dimension")))
+    assert (adapter.enc_blocks + adapter.dec_blocks, adapter.dim, adapter.steps, adapter.action_dim) == tuple(
+        value(f"action adapter: {n}") for n in ("number of layers", "feature dimension", "sampling steps", "action dimension"))
+    with torch.device("meta"): sizes = size(ActionAdapter(adapter)), size(GIDM(gidm)), size(ActionAdapter(AdapterConfig.paper()))
+    assert 29e6 < sizes[0] < 33e6 and sizes[2] < 22e6 # the text has 30 M; the release about 22
+    assert sizes[1] > 260e6 and len(PolicyConfig.printed().frames) == value("GFDM: predicted future frames")
+    for stage, epochs in (("gfdm", "pretraining"), ("gidm", "pretraining"), ("policy", "fine-tuning")):
+        recipe = TrainConfig.preset("printed", stage)
+        printed = [value(f"training: {n}") for n in ("learning rate", "weight decay", "batch size", f"{epochs} epochs")]
+        assert [recipe.lr, recipe.weight_decay, recipe.batch_size, recipe.epochs] == printed
+
+
+def test_presets_are_told_apart():
+    "Where the print is silent, the release's; every difference is one that docs/guides/fidelity.md lists."
+    text = (ROOT/"docs/guides/fidelity.md").read_text()
+    for config in (DataSpec, GFDMConfig, GIDMConfig, AdapterConfig):
+        printed, release = asdict(preset_of(config, "printed")), asdict(preset_of(config, "paper"))
+        differ = [n for n in printed if printed[n] != release[n]]
+        assert differ and not [n for n in differ if f"`{config.__name__}.{n}`" not in text]
+        assert preset_name(preset_of(config, "printed")) == "printed"
+    assert preset_of(PlainConfig, "printed").adapter.dec_blocks == 6
+
+
+def test_epochs_become_steps():
+    "An epoch of a mixture is as many samples as its largest dataset has, whatever is drawn in all."
+    cfg = TrainConfig(epochs=2, batch_size=32)
+    assert cfg.over(range(64)).steps == 4 and cfg.over(range(65)).steps == 5 and cfg.over(range(64)).epochs == 0
+    store = fake_frames()
+    frames = WindowDataset(store, store.windows, chunk=2)
+    mixture = Mixture(dict(a=frames, b=frames), dict(a=1, b=3), draws=1000)
+    assert mixture.epoch == len(frames) and cfg.over(mixture) == cfg.over(frames)

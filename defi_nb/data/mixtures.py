@@ -139,6 +139,7 @@ class Mixture:
             raise ValueError(f"dataset {empty[0]!r} has no samples: leave it out of the mixture")
         self.shares = shares_of(weights, datasets)
         self.datasets, self.seed, self.draws = dict(datasets), seed, draws
+        self.epoch = max(map(len, datasets.values())) # samples of one, as the release counts
         self.edges = np.cumsum(list(self.shares.values()))
         self.edges[-1] = 1.
         counts = np.diff(self._starts(np.arange(-(-draws//BLOCK))), axis=1)

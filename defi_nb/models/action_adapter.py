@@ -6,7 +6,7 @@
 __all__ = ['AdapterConfig', 'ContextEncoder', 'ActionDecoder', 'ActionAdapter', 'Prepared']
 
 # %% ../../nbs/04_models/06_action_adapter.ipynb #1ffd6f04
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from fastcore.basics import patch
@@ -53,6 +53,9 @@ class AdapterConfig:
         return cls(dim=384, enc_blocks=4, dec_blocks=4, heads=8, goal_dim=512, goal_hidden=768, video_dim=384, latent_dim=768, proprio_dim=0,
                    drops=(.3, .1, .05),
                    cross_attn="causal", adaln_offset=0., pos_embed="none", init_std=.02, noise_scale=1.)
+
+    @classmethod
+    def printed(cls): return replace(cls.paper(), enc_blocks=6, dec_blocks=6) # Table 10: twelve layers; they come to the text's 30 M
 
 # %% ../../nbs/04_models/06_action_adapter.ipynb #4f10679e
 class ContextEncoder(nn.Module):

@@ -435,7 +435,7 @@ def _encoder_spec(
     name, # "tiny", "paper" or an `EncoderSpec`
 )->EncoderSpec:
     "Where a preset's encoders are."
-    presets = dict(tiny=EncoderSpec.tiny, paper=EncoderSpec.paper)
+    presets = dict(tiny=EncoderSpec.tiny, paper=EncoderSpec.paper, printed=EncoderSpec.paper)
     if isinstance(name, str) and name not in presets: raise ValueError(f"no encoders are called {name!r}; choose one of {sorted(presets)} or pass an EncoderSpec")
     return presets[name]() if isinstance(name, str) else name
 

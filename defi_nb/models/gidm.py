@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'GIDMConfig', 'prepare_texts', 'Encoder', 'TransformerEncoder', 'MLPEncoder', 'Decoder', 'LatentActions',
-           'GIDM']
+           'GIDM', 'augment_frames']
 
 # %% ../../nbs/04_models/05_gidm.ipynb #c2d38924
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ class GIDMConfig:
     text_mask:str = "rows" # "rows", or "tiled" as released
     inverse:str = "gidm" # network that infers the latent action: "gidm", "transformer" or "mlp" (Table 7)
     quantiser:str = "vq" # "vq", as released, or another of `models.vq.QUANTISERS` (Table 8)
+    augment:bool = False # whether training frames that come as `video` are cropped and coloured first, both of a pair alike
     texts:str = "raw" # "raw", or "normalised": lower case without punctuation, as released in pretraining
 
     @classmethod
@@ -48,6 +49,9 @@ class GIDMConfig:
     def paper(cls):
         return cls(in_dim=768, dim=768, enc_blocks=12, dec_blocks=12, heads=12, code_dim=128, text_dim=768,
                    restart_below=0., texts="normalised")
+
+    @classmethod
+    def printed(cls): return replace(cls.paper(), codes=128, enc_blocks=16, dec_blocks=16) # Table 10
 
 # %% ../../nbs/04_models/05_gidm.ipynb #cf641ab8
 def prepare_texts(
@@ -171,11 +175,12 @@ class GIDM(nn.Module):
     def __init__(self,
         cfg:GIDMConfig, # size and behaviour
         text_encoder = None, # frozen: list of B strings -> (hidden (B,L,text_dim), mask (B,L)); needed by `loss`
+        dino = None, # frozen: (...,3,H,W) uint8 -> (...,P,in_dim); needed where frames come as `video`
     ):
         super().__init__()
         for field, choices in dict(text_mask=("rows", "tiled"), texts=("raw", "normalised"), inverse=tuple(ENCODERS)).items():
             if (value := getattr(cfg, field)) not in choices: raise ValueError(f"{field} is {value!r}; choose one of {choices}")
-        self.cfg, self.text_encoder = cfg, text_encoder
+        self.cfg, self.text_encoder, self.dino = cfg, text_encoder, dino
         self.action_latent = nn.Parameter(torch.empty(1, 1, cfg.queries, cfg.in_dim).uniform_(-1, 1))
         self.lang_proj = nn.Linear(cfg.text_dim, cfg.dim)
         self.encoder, self.to_codebook = ENCODERS[cfg.inverse](cfg), nn.Linear(cfg.dim, cfg.code_dim)
@@ -247,12 +252,43 @@ def reconstruct(self:GIDM,
     out = self.encode(features, text, text_mask)
     return self.decode(features[:, 0], out.latent_actions, text, text_mask), out
 
+# %% ../../nbs/04_models/05_gidm.ipynb #c5f47a6b
+_YIQ = ((.299, .587, .114), (.596, -.274, -.322), (.211, -.523, .312)) # brightness and two axes of colour, of RGB
+
+def augment_frames(
+    video:Tensor, # (B,V,T,3,H,W) uint8; the T frames of a clip are changed alike
+    crop:float=.9, # part of the area that is kept, at a random place
+    brightness:float=.2, # most that is added, of the range
+    contrast:float=.2, # most that contrast changes by, as a factor 1 ± contrast
+    saturation:float=.2, # likewise
+    hue:float=.05, # most that colours turn, of a full turn
+)->Tensor: # (B,V,T,3,H,W) uint8
+    "Frames cropped and coloured at random, as the release changes GIDM's."
+    clips, n = video.flatten(0, 1).float()/255, video.shape[0]*video.shape[1]
+    about = lambda most, middle: middle + most*(2*torch.rand(n, 1, 1, 1, 1, device=video.device) - 1)
+    side, (T, _, H, W) = crop**.5, clips.shape[1:]
+    place = (1 - side)*(2*torch.rand(n, 2, device=video.device) - 1)
+    theta = torch.cat([side*torch.eye(2, device=video.device).expand(n, 2, 2), place[..., None]], -1)
+    grid = F.affine_grid(theta.repeat_interleave(T, 0), [n*T, 3, H, W], align_corners=False)
+    x = F.grid_sample(clips.flatten(0, 1), grid, padding_mode="border", align_corners=False).unflatten(0, (n, T))
+    x = x + about(brightness, 0.)
+    x = (x - x.mean((3, 4), keepdim=True))*about(contrast, 1.) + x.mean((3, 4), keepdim=True)
+    yiq = torch.tensor(_YIQ, device=video.device)
+    y, i, q = torch.einsum("ck,btkhw->cbthw", yiq, x).unsqueeze(3)
+    turn, strength = 2*torch.pi*about(hue, 0.), about(saturation, 1.)
+    turned = torch.cat([y, strength*(i*turn.cos() - q*turn.sin()), strength*(i*turn.sin() + q*turn.cos())], 2)
+    x = torch.einsum("kc,btchw->btkhw", torch.linalg.inv(yiq), turned)
+    return (255*x).round().clamp(0, 255).to(torch.uint8).view_as(video)
+
 # %% ../../nbs/04_models/05_gidm.ipynb #0f1e889e
 @patch
 def transitions(self:GIDM,
-    batch:Batch, # with `dino` (B,V,2,P,in_dim) and `text`
+    batch:Batch, # with `dino` (B,V,2,P,in_dim), or `video` (B,V,2,3,H,W), and `text`
 )->tuple: # features (V*B,2,P,in_dim), all transitions of a view, then of the next; their text and its mask, as `encode` takes them
     "What a batch holds for this GIDM."
+    if batch.dino is None and batch.video is not None and self.dino is not None:
+        video = augment_frames(batch.video) if self.cfg.augment and self.training else batch.video
+        batch = replace(batch, dino=self.dino(video).to(video.device))
     if batch.dino is None or batch.dino.shape[2] != 2:
         raise ValueError("GIDM learns from `dino` features of two frames: give the dataset two offsets and `dino`")
     views = [VIEWS.index(view) for view in self.cfg.views]
@@ -261,7 +297,7 @@ def transitions(self:GIDM,
 
 @patch
 def loss(self:GIDM,
-    batch:Batch, # with `dino` (B,V,2,P,in_dim) and `text`
+    batch:Batch, # as for `transitions`
 )->tuple: # scalar loss; dict of logs
     "Feature reconstruction and quantiser loss."
     features, text, mask = self.transitions(batch)

@@ -126,6 +126,11 @@ class PolicyConfig:
                    former_depth=6, former_queries=14, former_heads=8, former_head_dim=64, former_hidden=768,
                    gidm=replace(GIDMConfig.paper(), dec_blocks=0, texts="raw"), adapter=AdapterConfig.paper())
 
+    @classmethod
+    def printed(cls):
+        return replace(cls.paper(), spec=DataSpec.printed(), adapter=AdapterConfig.printed(),
+                       gidm=replace(GIDMConfig.printed(), dec_blocks=0, texts="raw"))
+
 def _check_policy_config(
     cfg:PolicyConfig, # to be checked
 )->PolicyConfig: # the same
@@ -421,6 +426,9 @@ class PlainPolicy(nn.Module):
         "A chunk of actions for what is seen now."
         return self.adapter.sample(self.encode_batch(batch), noise).clamp(-1, 1)
 
+    @classmethod
+    def printed(cls): return replace(cls.paper(), adapter=replace(AdapterConfig.printed(), latent_dim=0))
+
 # %% ../../nbs/04_models/07_policy.ipynb #7900e365
 @dataclass(frozen=True)
 class BlindConfig:
@@ -433,6 +441,9 @@ class BlindConfig:
 
     @classmethod
     def paper(cls): return cls(DataSpec.paper(), replace(AdapterConfig.paper(), video_dim=0, latent_dim=0))
+
+    @classmethod
+    def printed(cls): return replace(cls.paper(), adapter=replace(AdapterConfig.printed(), video_dim=0, latent_dim=0))
 
 class BlindPolicy(nn.Module):
     "The action adapter on instruction and proprioception alone."

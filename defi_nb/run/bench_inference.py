@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.plot import log_scale
 from ..core.printed import printed_table
-from ..core.spec import ACTION_DIM, VIEWS
+from ..core.spec import ACTION_DIM, VIEWS, preset_of
 from ..models import diffusion
 from ..models.diffusion import exponential_sigmas
 from ..models.encoders import VAE, vae_encoder
@@ -126,15 +126,13 @@ SVD_VAE = dict(in_channels=3, out_channels=3, latent_channels=4, layers_per_bloc
                down_block_types=("DownEncoderBlock2D",)*4, sample_size=768, scaling_factor=.18215) # of Stable Video Diffusion
 
 def empty_models(
-    preset:str, # "tiny" or "paper"
+    preset:str, # one of `PRESETS`
     encoders=None, # `Encoders` of "tiny", whose sizes its models take
 )->tuple: # `CoupledPolicy` with GFDM and without encoders, `VAE` without decoder; on the meta device
     "A preset's models without weights."
-    if preset not in ("tiny", "paper"): raise ValueError(f"there is no preset {preset!r}; choose tiny or paper")
     if preset == "tiny" and encoders is None: raise ValueError("the preset tiny has the sizes of its encoders: pass load_acting_encoders('tiny')")
-    cfg, vae = PolicyConfig.paper(), SVD_VAE
-    if preset == "tiny": cfg, vae = PolicyConfig.tiny(), encoders.vae.model.config
-    gfdm_cfg = GFDMConfig.paper() if preset == "paper" else fit_encoders(GFDMConfig.tiny(), encoders, cfg.spec)
+    cfg, gfdm_cfg, vae = preset_of(PolicyConfig, preset), preset_of(GFDMConfig, preset), SVD_VAE
+    if preset == "tiny": gfdm_cfg, vae = fit_encoders(gfdm_cfg, encoders, cfg.spec), encoders.vae.model.config
     with torch.device("meta"):
         gfdm = GFDM(gfdm_cfg)
         return CoupledPolicy(replace(cfg, feature_dim=gfdm.feature_shape()[-1]), None, gfdm), VAE(vae_encoder(vae))

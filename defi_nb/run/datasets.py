@@ -213,7 +213,7 @@ def _watched_share(
 def video_data(
     split:str, # what to learn from, see `open_pieces`
     video:str, # further data, separated by commas
-    field:str, # of `Batch`: "latent" or "dino"
+    field:str, # of `Batch`: "latent", "dino", or "video" for the frames as they are
     encoders, # `models.encoders.Encoders`
     cfg:TrainConfig, # of the run: steps, batch size, seed, device
     times, # seconds of a sample's frames; or a function that gives them for a `Piece`
@@ -245,7 +245,8 @@ def video_data(
             made += (pair := _video_pair(piece, (units, unseen), field, encoders, keep_gb, _encoded_folders(piece, data, preset), stride, kw))
             train[piece.name], held[piece.name] = pair
     data_val = mix(held, pieces, where, min(4096, sum(map(len, held.values()))), cfg.seed, (field,))
-    return mix(train, pieces, where, cfg.steps*cfg.batch_size, cfg.seed, (field,)), data_val, pieces
+    largest = range(max(map(len, train.values())))
+    return mix(train, pieces, where, cfg.over(largest).steps*cfg.batch_size, cfg.seed, (field,)), data_val, pieces
 
 def _encoded_folders(piece, data, preset): # where the encodings of a dataset, or of those that it joins, are kept
     return [project_root()/data/f"{store_name(name, preset)}-encoded" for name in piece.names or (piece.name,)]
@@ -263,6 +264,7 @@ def _video_pair(piece, parts, field, encoders, keep_gb, folders, stride, kw):
     if field == "latent" and piece.data.stores_latents((encoders.vae.channels, side, side)):
         print(f"{piece.name}: its own latents are used")
         return sets(latent=True)
+    if field == "video" and piece.data.has_images: return sets(video=True)
     if not piece.data.has_images:
         raise ValueError(f"{piece.name} has latents and no videos, and they are not {field} of shape {(encoders.vae.channels, side, side)}, which this run reads: add the videos, or take the preset whose latents these are")
     return _codes(piece, sets(), field, encoders, keep_gb, folders, kw["views"])

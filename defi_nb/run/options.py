@@ -20,6 +20,7 @@ class GFDMVariant:
     start:str = "" # folder of a checkpoint whose weights are gone on from, or shipped, the package's; empty is the preset's own start
     video:str = "" # further splits or data, separated by commas, whose video is used too; empty is the own scenes only (Table 5)
     video_frac:float = 1. # fraction of the demonstrations in further recordings of the simulator (`video`), in (0, 1] (Figure 8)
+    camera_draw:float = -1. # probability of the static camera where one of two is drawn for each sample, in [0, 1]; 0 trains on both; -1 is the preset's own
 
 @dataclass(frozen=True)
 class GIDMVariant:
@@ -33,6 +34,7 @@ class GIDMVariant:
     queries:int = -1 # latent-action tokens per transition
     commitment:float = -1. # weight of the quantiser's commitment loss
     restart_below:float = -1. # fraction of the fair use under which a code is restarted; 0 is never
+    augment:int = -1 # 1: frames of a pair cropped and coloured alike, as released, and encoded in each step; 0: not
 
 def chosen(
     variant:dict, # keys of a run's dictionary parameter
@@ -201,7 +203,7 @@ SPLITS = { # name -> scenes to learn in, scenes of the evaluation
 }
 
 CHOICES = { # parameter or key -> what it can be called
-    "preset": ("tiny", "paper"), "forward": ("svd", "dino"), "inverse": ("gidm", "transformer", "mlp"),
+    "preset": ("tiny", "paper", "printed"), "forward": ("svd", "dino"), "inverse": ("gidm", "transformer", "mlp"),
     "quantiser": ("vq", "ema", "fsq", "lfq", "residual", "binning", "mixture", "continuous"),
     "sampling": ("seconds", "release"), "reversed_text": ("drop", "keep"), "auxiliary.pair": ("real", "imagined"),
     "dtype": ("float32", "bfloat16", "float16"), "latents": ("code", "embedding", "both", "none"),

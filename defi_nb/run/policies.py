@@ -132,7 +132,7 @@ def _coupled(params, encoders, views, robot):
 def _direct(params, encoders, views, robot):
     "A vision encoder, pretrained where there is one, and the adapter behind it."
     given, base = params["pretrained"]["vision_encoder"], preset_of(DirectConfig, params["preset"], views=views)
-    dino = f"{params['ckpts']}/{find_base_model('dino').folder}" if params["preset"] == "paper" else ""
+    dino = f"{params['ckpts']}/{find_base_model('dino').folder}" if params["preset"] != "tiny" else ""
     if given: base = around_encoder(base, project_root()/given)
     model = DirectPolicy(replace(base, adapter=_adapter(base, params, robot)), encoders)
     if given or dino: model.start_from(project_root()/(given or dino))

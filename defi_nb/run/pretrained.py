@@ -108,7 +108,7 @@ def fresh_model(
     encoders, # `models.encoders.Encoders`
     seed:int|None=0, # of the weights; None goes on with torch's generator
     forward:str="svd", # GFDM's network: "svd", or "dino" for a `DinoForward`
-    preset:str="tiny", # "tiny" or "paper"
+    preset:str="tiny", # "tiny", "paper" or "printed"
     ckpts="ckpts", # folder with Stable Video Diffusion, relative to the project's root
     **fields, # of `GFDMConfig`, `DinoForwardConfig` or `GIDMConfig` that are not the preset's
 ): # a `GFDM`, `DinoForward` or `GIDM`
@@ -118,17 +118,18 @@ def fresh_model(
     spec = preset_of(DataSpec, preset)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None: torch.manual_seed(seed)
-        if kind == "gidm": return GIDM(preset_of(GIDMConfig, preset, **fields), encoders.t5)
+        if kind == "gidm": return GIDM(preset_of(GIDMConfig, preset, **fields), encoders.t5, encoders.dino)
         if forward == "dino": return DinoForward(replace(fit_dino(preset_of(DinoForwardConfig, preset), encoders, spec), **fields), encoders.clip)
         if preset == "tiny": return GFDM(replace(fit_encoders(GFDMConfig.tiny(), encoders, spec), **fields), encoders.clip)
         model = load_gfdm(project_root()/ckpts/find_base_model("svd").folder, clip=encoders.clip, frames=spec.frames, size=spec.image_size)
-        model.cfg, model.vae = replace(model.cfg, **fields), None # pictures come encoded
+        other = asdict(preset_of(GFDMConfig, preset)).items() - asdict(GFDMConfig.paper()).items() # how it is trained
+        model.cfg, model.vae = replace(model.cfg, **dict(other) | fields), None # pictures come encoded
         return model
 
 # %% ../../nbs/13_run/05_pretrained.ipynb #c38ded0d
-NAMED = dict(gfdm="gfdm_", gidm="gidm_", forward="", inverse="", quantiser="", codes="codes", queries="queries", video="video_", video_frac="share", extract_step="step", train="train_", align="align", views="", start="from_",
+NAMED = dict(gfdm="gfdm_", gidm="gidm_", forward="", inverse="", quantiser="", codes="codes", queries="queries", video="video_", video_frac="share", extract_step="step", camera_draw="static_", train="train_", align="align", views="", start="from_",
              latents="", latent_dropout="drop", present="present", feature_norm="norm", latent_positions="positions", frames="frames_", gidm_frames="pair_", proprio="proprio", proprio_dropout="hidden",
-             vq_weight="vq", latent_weight="latents", commitment="commitment", restart_below="restart",
+             vq_weight="vq", latent_weight="latents", commitment="commitment", restart_below="restart", augment="augment",
              p_reverse="reverse", reversed_text="text_", antisymmetry="antisymmetry", labels="labels", label_weight="weight",
              data_frac="frac", seed="seed", vision_encoder="") # what a checkpoint's name holds, in this order -> the word before its value
 KEYS = { # kind of model -> what its name may hold, with the defaults, which are left out

@@ -8,7 +8,7 @@ __all__ = ['RECIPES', 'TrainConfig', 'lr_at', 'trainable', 'make_optimizer', 'EM
 # %% ../../nbs/06_train/00_config.ipynb #471c7fa2
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -25,7 +25,9 @@ RECIPES = { # preset -> stage -> fields of `TrainConfig`
     "paper": dict(gfdm=dict(_CONSTANT, steps=100_000, batch_size=48, lr=5e-6, betas=(.9, .999), weight_decay=0.),
                   gidm=dict(_CONSTANT, steps=100_000, batch_size=512, lr=1e-4, betas=(.9, .999), weight_decay=.01, grad_clip=.1),
                   aligned=dict(_CONSTANT, steps=10_000, batch_size=224, lr=1e-4, betas=(.9, .999), weight_decay=.01),
-                  policy=dict(_CONSTANT, steps=37_300, batch_size=224, lr=1e-4, betas=(.9, .9), weight_decay=.05, grad_clip=0.))}
+                  policy=dict(_CONSTANT, steps=37_300, batch_size=224, lr=1e-4, betas=(.9, .9), weight_decay=.05, grad_clip=0.)),
+    "printed": {stage: dict(_CONSTANT, epochs=epochs, batch_size=32, lr=1e-4, betas=(.9, .999), weight_decay=.01, grad_clip=clip)
+                for stage, epochs, clip in (("gfdm", 20, 1.), ("gidm", 20, .1), ("aligned", 1, 1.), ("policy", 12, 0.))}}
 
 _PRECISIONS, _TRACKERS = ("auto", "bf16", "fp16", "float32"), ("tensorboard", "wandb", "trackio")
 
@@ -33,6 +35,7 @@ _PRECISIONS, _TRACKERS = ("auto", "bf16", "fp16", "float32"), ("tensorboard", "w
 class TrainConfig:
     "How a model is trained."
     steps:int = 1000 # optimiser steps
+    epochs:float = 0. # passes over the data (of a mixture: over its largest dataset) that make up the steps; 0: `steps` counts
     batch_size:int = 32 # samples of a step, over all processes
     accumulate:int = 1 # parts in which a process computes its samples of a step, one after the other; more take less memory
     lr:float = 2e-3 # highest learning rate
@@ -75,7 +78,7 @@ class TrainConfig:
 
     @classmethod
     def preset(cls,
-        name, # "tiny" or "paper"
+        name, # "tiny", "paper" or "printed"
         stage, # "gfdm", "gidm", "aligned" or "policy"
         more=None, # dict of further fields, taken as they are
         **changes, # fields, of which those that are 0 are left out
@@ -85,7 +88,17 @@ class TrainConfig:
         if stage not in RECIPES[name]: raise ValueError(f"stage is {stage!r}; it is one of {', '.join(RECIPES[name])}")
         if unknown := set(more or {}) - {f.name for f in fields(cls)}:
             raise ValueError(f"a run has no number {sorted(unknown)[0]!r}; it has {', '.join(f.name for f in fields(cls))}")
-        return cls(**RECIPES[name][stage] | {k: v for k,v in changes.items() if v != 0} | (more or {}))
+        given = {k: v for k,v in changes.items() if v != 0} | (more or {})
+        if "steps" in given: given = dict(epochs=0.) | given
+        return cls(**RECIPES[name][stage] | given)
+
+    def over(self,
+        data, # a dataset
+    )->"TrainConfig": # the same, with the steps that its epochs take
+        "Count the steps."
+        if not self.epochs: return self
+        steps = math.ceil(self.epochs*getattr(data, "epoch", len(data))/self.batch_size)
+        return replace(self, steps=steps, epochs=0.)
 
     @property
     def trackers_(self): # names, a tuple

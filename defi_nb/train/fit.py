@@ -191,7 +191,7 @@ def _run_identity(
     beside:nn.Module|None=None, # what is trained with it, with `identity()`
 )->dict: # of JSON values
     "What makes two runs the same run."
-    train = {k: v for k,v in plain_config(cfg).items() if k not in FREE and not (k == "lr_scale" and not v)} # older runs had none
+    train = {k: v for k,v in plain_config(cfg).items() if k not in FREE and not (k in ("lr_scale", "epochs") and not v)} # older runs had none
     size = sum(p.numel() for p in trainable(model).values())
     return {"class": type(model).__name__, "model": plain_config(getattr(model, "cfg", None)), "parameters": size,
             "train": train, "samples": len(data), "info": plain_config(info)} | ({} if beside is None else {"beside": plain_config(beside.identity())})
@@ -371,6 +371,7 @@ def fit(
     beside:nn.Module|None=None, # trained with the model and no part of it: `loss(model, batch)` calls the model's and adds to it, `identity()` says what it is
 )->list: # of rows: dicts with step, loss, the model's logs, lr, grad_norm, seconds, val_loss, ...
     "Train a model, or go on with it, or find it finished."
+    cfg = cfg.over(data)
     accelerator, run, hooks = make_accelerator(cfg, out), _run_identity(model, data, cfg, info, beside), [on_log] if callable(on_log) else on_log
     main = accelerator.is_main_process
     with _alone(out if main else None), borrowed_torch(cfg.num_threads), _told_to_stop() as stop:
@@ -436,8 +437,8 @@ class ShareLog:
         cfg, # `TrainConfig`: steps, batch size, seed
         lines:int=10, # that are printed over the whole run
     ):
-        self.mixture, self.cfg, self.counts, self.step = data if isinstance(data, Mixture) else None, cfg, {}, 0
-        self.every = max(1, cfg.steps//lines)
+        self.mixture, self.cfg, self.counts, self.step = data if isinstance(data, Mixture) else None, cfg.over(data), {}, 0
+        self.every = max(1, self.cfg.steps//lines)
 
     def __call__(self, row): # a logged row
         if self.mixture is None: return

@@ -56,10 +56,11 @@ def sample_schedules(
     text:list, # B instructions
     steps:tuple=(1, 2, 5, 10, 20), # of each schedule
     noise:Tensor|None=None, # (B,...,T,C,h,w) standard normal, for all schedules; None: from `future_noise`
+    guidance=1., # as for `GFDM.sample`
 )->dict: # steps -> (B,...,T,C,h,w) latents, not scaled
     "Futures drawn by schedules of several lengths, each run to its end."
     noise = future_noise(check_draws(gfdm), latent.shape[:-3]) if noise is None else noise
-    return {n: gfdm.sample(latent, text, n, noise) for n in steps}
+    return {n: gfdm.sample(latent, text, n, noise, guidance=guidance) for n in steps}
 
 @torch.no_grad()
 def _sample_estimates(

@@ -25,7 +25,7 @@ import defi_nb
 from ..core.utils import format_bytes, json_digest, read_own_json
 
 # %% ../../nbs/05_weights/00_checkpoint.ipynb #cf3b17c1
-PRESETS = "tiny", "small", "paper" # class methods that a config may have
+PRESETS = "tiny", "small", "paper", "printed" # class methods that a config may have
 
 def plain_config(
     config, # a dataclass, a dict or None
@@ -35,7 +35,7 @@ def plain_config(
 
 def _preset_name(
     config, # a dataclass instance
-)->str: # "tiny", "small", "paper" or "custom"
+)->str: # one of `PRESETS`, or "custom"
     "The preset that a config equals."
     make = [(p, getattr(type(config), p, None)) for p in PRESETS]
     return next((p for p,f in make if f and plain_config(f()) == plain_config(config)), "custom")
