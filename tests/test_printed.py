@@ -106,7 +106,7 @@ def test_epochs_become_steps():
     "An epoch of a mixture is as many samples as its largest dataset has, whatever is drawn in all."
     cfg = TrainConfig(epochs=2, batch_size=32)
     assert cfg.over(range(64)).steps == 4 and cfg.over(range(65)).steps == 5 and cfg.over(range(64)).epochs == 0
-    store = fake_frames()
+    store = fake_frames({"open_drawer": 3})
     frames = WindowDataset(store, store.windows, chunk=2)
     mixture = Mixture(dict(a=frames, b=frames), dict(a=1, b=3), draws=1000)
     assert mixture.epoch == len(frames) and cfg.over(mixture) == cfg.over(frames)

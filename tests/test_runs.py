@@ -40,6 +40,7 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "bench_inference": {"parts": "text,adapter", "repeats": 2},
     "bench_serve": {"requests": 3, "clients": "2", "seconds": 0.2, "side": 32},
     "eval_simulators": {},
+    "eval_real": {"trials": 1, "attempts": 1, "seconds": 0.7},
     "own_data": {"demos": 4, "steps": 4, "batch_size": 4},
     "state_aliasing": DATA | {"steps": 4, "batch_size": 4, "arms": "BC, PTR", "seeds": 1, "learn": 6, "judge": 6, "probe_steps": 2, "pairs": 10},
     "attention": DATA | {"pairs": 8, "columns": 2, "draws": 1, "video": "data/example_lab"},
@@ -82,6 +83,7 @@ WRONG = [ # run notebook, parameters, what the one-line error must say
     ("own_data", {"data": "data/playtable-D_D"}, "actions"),
     ("pretrain_gidm", {"split": "data/example_lab", "auxiliary.labels": 0.5}, "example_lab (own): actions beside video are read from recordings of the simulator"),
     ("eval_simulators", {"benchmark": "libero"}, "make one with `defi-nb bench setup simpler` or `defi-nb bench setup libero`"),
+    ("eval_real", {"tasks": "fold"}, "no task is called 'fold'; Table 3 has place, open"),
     ("eval_simulators", {"benchmark": "gazebo"}, "no benchmark is called 'gazebo': choose simpler, libero"),
     ("pretrain_gfdm", {"preset": "paper"}, "the public ones come with defi-nb ckpts"),
 ]
