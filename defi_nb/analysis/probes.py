@@ -7,7 +7,7 @@ __all__ = ['held_out', 'linear_probe', 'r2', 'ProbeConfig', 'ProbeHead', 'probe_
            'network_error', 'scene_targets', 'scene_r2']
 
 # %% ../../nbs/08_analysis/00_probes.ipynb #c6764854
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -131,6 +131,7 @@ class ProbeResult:
     last:float # of the evaluations
     curve:list # (step, validation loss)
     errors:np.ndarray # (E,n) loss of each held-out frame at each evaluation, for paired comparisons; its mean is `val`
+    head:ProbeHead = field(repr=False) # after the last step
 
 def train_probe(
     tokens, # (N,P,C) frozen features
@@ -159,7 +160,7 @@ def train_probe(
                 at.append(step)
                 errors.append(_evaluated(head, x[held], y[held], cfg))
     curve = [(step, float(e.mean())) for step, e in zip(at, errors)]
-    return ProbeResult(float(np.mean(losses)), float(np.mean([v for _, v in curve])), curve[-1][1], curve, np.stack(errors))
+    return ProbeResult(float(np.mean(losses)), float(np.mean([v for _, v in curve])), curve[-1][1], curve, np.stack(errors), head)
 
 @torch.no_grad()
 def _evaluated(head, x, y, cfg):

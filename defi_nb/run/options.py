@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['POLICIES', 'SPLITS', 'CHOICES', 'GFDMVariant', 'GIDMVariant', 'chosen', 'AlignVariant', 'AlignStart', 'DataReading',
            'VideoReading', 'GIDMAuxiliary', 'PolicyVariant', 'Pretrained', 'PolicyReading', 'Simulation',
-           'InverseVariant', 'OtherModels', 'StateProbes', 'LatentProbes', 'PairReading', 'TrueFuture', 'check_value']
+           'InverseVariant', 'OtherModels', 'StateProbes', 'probe_fields', 'LatentProbes', 'PairReading', 'TrueFuture',
+           'check_value']
 
 # %% ../../nbs/13_run/00_options.ipynb #52d1668c
 import re
@@ -165,11 +166,19 @@ class StateProbes:
     train_demos:int = 40 # demonstrations that probes are trained on, at most
     test_demos:int = 40 # demonstrations that they are tested on, at most
     stride:int = 4 # control steps between two frames
+    sizes:str = "small" # small: the next four; paper: networks and training of the second paper (Tables 11 and 12)
     project:int = 32 # width of the networks' projection (256 in the paper)
     hidden:int = 64 # and of their second layer (512)
     steps:int = 300 # of their training (1000)
     lr:float = .001 # of their training (0.0002, which is too little for so few steps)
     device:str = "cpu" # of their training
+
+def probe_fields(
+    probes:dict, # keys of `StateProbes`
+)->dict: # fields of `analysis.probes.ProbeConfig`, whose defaults are the paper's
+    "Sizes and training of the probe networks."
+    if probes["sizes"] == "paper": return {}
+    return {n: probes[n] for n in ("project", "hidden", "lr", "steps")} | dict(every=max(1, probes["steps"]//4))
 
 @dataclass(frozen=True)
 class LatentProbes:
@@ -205,7 +214,7 @@ SPLITS = { # name -> scenes to learn in, scenes of the evaluation
 CHOICES = { # parameter or key -> what it can be called
     "preset": ("tiny", "paper", "printed"), "forward": ("svd", "dino"), "inverse": ("gidm", "transformer", "mlp"),
     "quantiser": ("vq", "ema", "fsq", "lfq", "residual", "binning", "mixture", "continuous"),
-    "sampling": ("seconds", "release"), "reversed_text": ("drop", "keep"), "auxiliary.pair": ("real", "imagined"),
+    "probes.sizes": ("small", "paper"), "sampling": ("seconds", "release"), "reversed_text": ("drop", "keep"), "auxiliary.pair": ("real", "imagined"),
     "dtype": ("float32", "bfloat16", "float16"), "latents": ("code", "embedding", "both", "none"),
     "train_coupled.policy": POLICIES, "own_data.policy": ("plain", "coupled")}
 
