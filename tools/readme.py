@@ -19,7 +19,8 @@ REGION = re.compile(r"(<!-- (\w+) -->\n).*?(\n?<!-- end -->)", re.S)
 PAPERS = {  # run notebook -> what of DeFI's paper it answers, or of the second one on inverse dynamics (IDL)
     "ablations": "Tables 4 to 9, Figures 5, 7, 8", "attention": "Figure 12",
     "bench_inference": "Table 13", "data_efficiency": "Figure 4, Table 4", "denoising": "Figure 9",
-    "eval_calvin": "Table 1", "eval_features": "IDL: Tables 4, 5", "eval_real": "Table 3", "eval_simulators": "Table 2",
+    "eval_calvin": "Table 1", "eval_features": "IDL: Tables 4, 5",
+    "eval_frozen": "IDL: Tables 3, 4", "eval_real": "Table 3", "eval_simulators": "Table 2",
     "failures": "Figures 10, 11", "gidm_reversal": "IDL: Table 6, for GIDM",
     "own_data": "Table 3, on your robot", "pipeline": "Table 1, small",
     "pretrain_gfdm": "Section 3.2, Table 11", "pretrain_gidm": "Section 3.3, Tables 7, 12",
