@@ -8,8 +8,8 @@ VENV ?= .venv
 OUT ?= runs/demo
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3 python)
-SUITABLE := import sys, venv, ensurepip; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.13 python3.14 python3 python)
+SUITABLE := import sys, venv, ensurepip; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
 
 RECORDS ?= doctor eval_gfdm eval_gidm eval_features denoising attention ladder explore failures own_data eval_simulators \
   bench_evaluation bench_inference bench_loader bench_serve
@@ -46,12 +46,12 @@ $(STAMP): constraints.txt settings.ini setup.py pyproject.toml
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
 	  for python in $(CANDIDATES); do "$$python" -c '$(SUITABLE)' 2>/dev/null && found="$$python" && break; done; \
 	  if [ -z "$$found" ]; then \
-	    echo "error: none of '$(CANDIDATES)' is Python 3.11 or 3.12 with its venv module (Debian, Ubuntu: apt-get install python3-venv);" \
+	    echo "error: none of '$(CANDIDATES)' is Python 3.11 to 3.14 with its venv module (Debian, Ubuntu: apt-get install python3-venv);" \
 	      "name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; fi; \
 	  echo "Making the environment $(VENV) with $$found"; "$$found" -m venv "$(VENV)"; }
 	@echo "Installing into $(VENV); this takes some minutes the first time"
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH_FLAGS) torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all,dev]"
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps openpi-client
 	mkdir -p "$(VENV)/share/jupyter/lab/settings"
 	echo '{"@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"markdown": "Markdown Preview"}}}' > "$(VENV)/share/jupyter/lab/settings/overrides.json"

@@ -15,6 +15,7 @@ from .latent_actions import (
     nearest_frames, reversal_purity)
 from ..core.plot import OKABE_ITO, new_axes, show_frames
 from ..core.spec import POSITION_UNIT, ROTATION_UNIT
+from ..core.utils import needed
 
 # %% ../../nbs/08_analysis/05_latent_plots.ipynb #73e55a9a
 def _code_table(
@@ -192,7 +193,7 @@ def _tsne_2d(
     seed:int=0, # of its start
 )->np.ndarray: # (N,2)
     "t-SNE of latents."
-    from sklearn.manifold import TSNE
+    TSNE = needed("sklearn.manifold", "lab").TSNE
     x = np.asarray(latents, np.float32).reshape(len(latents), -1)
     return TSNE(perplexity=min(perplexity, (len(x) - 1)/3), init="pca", random_state=seed).fit_transform(x)
 

@@ -15,7 +15,7 @@ from copy import deepcopy
 from itertools import takewhile
 from pathlib import Path
 
-from .utils import write_whole
+from .utils import needed, project_root, write_whole
 
 # %% ../../nbs/00_core/08_page.ipynb #a4eb151b
 def declared_parameters(
@@ -127,12 +127,9 @@ def write_html(
     cost:str="", # time, memory and disk, markdown
 )->Path: # of the page: the same name with .html
     "The page of a run, self-contained."
-    import nbformat
-    from nbconvert import HTMLExporter
-    nb = nbformat.read(record, 4)
-    root = next((str(p) for p in Path(record).absolute().parents if (p/"settings.ini").is_file()), "")
-    exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True, exclude_anchor_links=True)
-    body, _ = exporter.from_notebook_node(page_notebook(nb, conclusion, cost, root))
+    nb = needed("nbformat", "lab").read(record, 4)
+    exporter = needed("nbconvert", "lab").HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True, exclude_anchor_links=True)
+    body, _ = exporter.from_notebook_node(page_notebook(nb, conclusion, cost, str(project_root())))
     code = "\n\n".join(c.source for c in nb.cells if c.cell_type == "code")
     body = re.sub(r'(<img[^>]*?)\s+width="?(\d+)"?(?:\s+height="?\d+"?)?', _wider, body)
     body += f"<details><summary>The code of this run</summary><pre>{html.escape(code)}</pre></details>"

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['progress_bar', 'Tee', 'atomic', 'write_whole', 'os_remedy', 'one_line', 'locked', 'read_own_json', 'read_jsonl',
            'write_jsonl', 'append_jsonl', 'json_digest', 'format_bytes', 'duration', 'folder_bytes', 'project_root',
-           'sendable', 'portable_error', 'start_python', 'process_note', 'noted_process', 'JobError', 'received',
-           'play_jobs', 'cpu_hours']
+           'needed', 'sendable', 'portable_error', 'start_python', 'process_note', 'noted_process', 'JobError',
+           'received', 'play_jobs', 'cpu_hours']
 
 # %% ../../nbs/00_core/02_utils.ipynb #3ce46b49
 import errno
@@ -26,6 +26,7 @@ import time
 import traceback
 from collections import deque
 from contextlib import contextmanager
+from importlib import import_module
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from pkgutil import resolve_name
@@ -233,11 +234,23 @@ def folder_bytes(
 def project_root(
     start:str|Path="." # a folder in the project
 )->Path: # absolute
-    "The folder that holds `settings.ini` and `nbs`."
+    "The folder of runs, data and checkpoints: `DEFI_NB_ROOT`, the repository, or this folder."
+    if given := os.environ.get("DEFI_NB_ROOT"):
+        if (root := Path(given).expanduser()).is_dir(): return root.resolve()
+        raise FileNotFoundError(f"DEFI_NB_ROOT is {given!r}, which is no folder: make it, or unset the variable")
     start = Path(start).resolve()
-    for folder in (start, *start.parents):
-        if (folder/"settings.ini").is_file() and (folder/"nbs").is_dir(): return folder
-    raise FileNotFoundError(f"{start} is not inside the project (no settings.ini beside nbs/ in it or above it): change into the repository first")
+    inside = lambda folder: (folder/"settings.ini").is_file() and (folder/"nbs").is_dir()
+    return next((folder for folder in (start, *start.parents) if inside(folder)), start)
+
+# %% ../../nbs/00_core/02_utils.ipynb #36604333
+def needed(
+    module:str, # to import
+    extra:str, # of this package, which brings it
+): # the module
+    "An optional package, or an `ImportError` that names what to install."
+    try: return import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{module} is needed here ({error}): pip install 'defi_nb[{extra}]'") from None
 
 # %% ../../nbs/00_core/02_utils.ipynb #daede1a5
 def sendable(

@@ -7,22 +7,26 @@ __all__ = ['read_info', 'camera_keys', 'LeRobotFolder', 'open_lerobot', 'stored_
 
 # %% ../../nbs/02_data/06_lerobot.ipynb #9bbc3b85
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
 
 from ..core.files import Skipped, read_json, read_json_lines, refuse, walk_files
+from ..core.utils import needed
 from ..core.video import OpenVideo, index_files
 from .episodes import PLAIN, choose_cameras, is_depth, pick_episodes, role_keys
 from .robot_dataset import ActionScale, Recent, RobotSource, decode_picture
 
-try: import pyarrow, pyarrow.parquet
-except ImportError: raise ImportError("LeRobot's data needs pyarrow: pip install pyarrow") from None
+def _arrow(): # pyarrow with its Parquet files
+    needed("pyarrow.parquet", "lerobot")
+    return sys.modules["pyarrow"]
 
 # %% ../../nbs/02_data/06_lerobot.ipynb #97f3eb04
 def _read_parquet(path, columns, first=0, rows=None, others=False):
     "Some columns and rows of a Parquet file; only the row groups that hold them are read."
+    pyarrow = _arrow()
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if missing := set(columns) - set(file.schema_arrow.names):
@@ -81,7 +85,7 @@ def _episodes(folder, info, video_keys, on_problem):
         try: tables.append(_read_parquet(p, wanted))
         except ValueError as e: on_problem(p, str(e))
     if not tables: raise ValueError(f"{folder}/meta/episodes has no table that can be read: restore a whole copy")
-    t = pyarrow.concat_tables(tables).sort_by("episode_index").to_pydict()
+    t = _arrow().concat_tables(tables).sort_by("episode_index").to_pydict()
     files = lambda kind, pattern, **kw: [pattern.format(chunk_index=c, file_index=f, **kw) for c,f in zip(*(t[k] for k in part(kind)))]
     data, starts = files("data", info["data_path"]), {}
     for path, at in zip(data, t["dataset_from_index"]): starts[path] = min(at, starts.get(path, at))
@@ -189,7 +193,7 @@ def _read_tables(self:LeRobotFolder, keep_unlabelled, episodes, on_problem):
 
 def _scan_data(path): # what the index keeps of a data file
     rows = len(_read_parquet(Path(path), ["episode_index"]))
-    with pyarrow.parquet.ParquetFile(path) as file: return dict(rows=rows, columns=file.schema_arrow.names)
+    with _arrow().parquet.ParquetFile(path) as file: return dict(rows=rows, columns=file.schema_arrow.names)
 
 @patch
 def _leave_out(self:LeRobotFolder, on_problem, cache):
@@ -232,7 +236,7 @@ def _rows(self:LeRobotFolder, e, columns):
 
 def _matrix(column, path, key):
     "(n,size) float32 array of a column of numbers or of lists of numbers, nested or not."
-    n, values = len(column), column.combine_chunks()
+    n, values, pyarrow = len(column), column.combine_chunks(), _arrow()
     while pyarrow.types.is_nested(values.type): # an extension type or a list
         if not hasattr(values, "flatten") or values.null_count or pyarrow.types.is_struct(values.type): break
         values = values.flatten()

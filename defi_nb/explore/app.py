@@ -17,6 +17,7 @@ from PIL import Image
 from fastcore.basics import patch
 
 from ..core.spec import CONTROL_HZ, VIEWS
+from ..core.utils import needed
 from ..eval.film import caption_frame
 from .export import STATIC_VIEWS, View, show_report, static_view
 from .panels import (
@@ -33,6 +34,7 @@ class Explorer:
         side:int=224, # of the frames, pixels
         execute:int=10, # actions of a chunk that a policy executes in the simulator before it plans again
     ):
+        needed("ipywidgets", "lab")
         if second is not None and second.episode is not session.episode:
             raise ValueError(f"{second.name} is given {second.episode.name}, {session.name} {session.episode.name}: "
                              "build both sessions with the same episode")

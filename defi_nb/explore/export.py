@@ -17,7 +17,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core.spec import CONTROL_HZ
-from ..core.utils import atomic
+from ..core.utils import atomic, needed
 from ..core.video import encode_mp4
 from .panels import (
     COVER, ViewState, default_columns, paint_strip, paint_video, resize_square)
@@ -49,7 +49,7 @@ def _view_page(
     views:list, # of `View`, one below the other
 )->str: # a page that needs nothing else
     "Views as one page of HTML."
-    from plotly.offline import get_plotlyjs
+    get_plotlyjs = needed("plotly.offline", "lab").get_plotlyjs
     parts = [f"<h2>{html.escape(v.title)}</h2>\n{v.draw().html()}\n{_video_html(v) if v.frames else ''}" for v in views]
     body, title = "\n".join(parts), html.escape(views[0].title)
     program = f"<script>{get_plotlyjs()}</script>" if "Plotly.newPlot" in body else ""

@@ -24,6 +24,7 @@ from matplotlib import colormaps
 
 from ..core.plot import OKABE_ITO
 from ..core.spec import CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT, VIEWS
+from ..core.utils import needed
 from ..eval.video_metrics import psnr
 from .session import Query, Session
 from ..viz.attention_maps import Maps, overlay
@@ -365,7 +366,7 @@ def motion_figure(
     parts:tuple=("path", "actions"), # in space, over time, or both
 ): # plotly figure
     "The motion in space and over time."
-    import plotly.graph_objects as go
+    go = needed("plotly.graph_objects", "lab")
     data, (path, actions) = [], (part in parts for part in ("path", "actions"))
     for name, line in lines.items():
         if "z" in line and path: data.append(go.Scatter3d(**line, **_path_trace(name, names, live)))

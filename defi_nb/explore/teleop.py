@@ -9,10 +9,10 @@ __all__ = ['KEYS', 'Teleop', 'key_action', 'key_field']
 from functools import cache
 
 import numpy as np
-import traitlets
 from fastcore.basics import patch
 
 from ..core.spec import ACTION_DIM, VIEWS
+from ..core.utils import needed
 from ..eval.rollout import EvalConfig, chain_noise, obs_to_batch, playtable_env, predict
 from .session import Episode
 from ..sim.calvin_tasks import solved
@@ -139,7 +139,7 @@ export default { render };
 @cache
 def _key_field_class():
     "The widget's class; whoever works without a page never needs anywidget."
-    import anywidget
+    anywidget, traitlets = needed("anywidget", "lab"), needed("traitlets", "lab")
     class KeyField(anywidget.AnyWidget):
         _esm = _KEY_FIELD_JS
         known = traitlets.List().tag(sync=True) # keys that are passed on

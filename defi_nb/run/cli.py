@@ -33,17 +33,20 @@ from pathlib import Path
 
 import defi_nb
 from ..core.page import declared_parameters, stripped_notebook, write_html
-from defi_nb.core.utils import (
-    Tee, duration, folder_bytes, format_bytes, locked, one_line, os_remedy, project_root, read_own_json,
-    write_whole)
+from ..core.utils import (
+    Tee, duration, folder_bytes, format_bytes, locked, needed, one_line, os_remedy, project_root,
+    read_own_json, write_whole)
 from .options import check_value
 
 # %% ../../nbs/13_run/01_cli.ipynb #5dbc5b83
 def _run_notebooks_of(
     root:Path # of the project
 )->dict: # name -> path, in alphabetical order
-    "The project's run notebooks: those in `nbs` without a number, the index aside."
-    return {p.stem: p for p in sorted((root/"nbs").glob("[a-z]*.ipynb")) if p.stem != "index"}
+    "The run notebooks, those without a number, the index aside: the repository's own, elsewhere the package's."
+    home = Path(defi_nb.__file__).parent
+    package = next(p for p in (home/"nbs", home.parent/"nbs") if p.is_dir()) # as installed, or as cloned
+    folder = root/"nbs" if (root/"settings.ini").is_file() else package
+    return {p.stem: p for p in sorted(folder.glob("[a-z]*.ipynb")) if p.stem != "index"}
 
 def _suggest(word, known): # ", did you mean ...?" for a word that is not among the known ones
     close = difflib.get_close_matches(word, list(known), 1, .5)
@@ -323,7 +326,7 @@ def execute(
 )->Path: # the run's folder
     "Execute a run notebook in a folder of its own and keep the executed copy there; `RuntimeError` in one line when it fails."
     source, params, root = find_notebook(name), check_parameters(name, given), project_root()
-    from papermill import execute_notebook # after the check, which is quick
+    execute_notebook = needed("papermill", "lab").execute_notebook # after the check, which is quick
     folder = root/params["out"] if params.get("out") else _new_folder(source.stem)
     folder.mkdir(parents=True, exist_ok=True)
     record = folder/source.name
@@ -556,7 +559,7 @@ def one_line_exit(
     if isinstance(error, KeyboardInterrupt):
         print(f"{prefix}interrupted{again}", file=sys.stderr)
         return 130
-    known = isinstance(error, (ValueError, FileNotFoundError, RuntimeError, ConnectionError)) or os_remedy(error)
+    known = isinstance(error, (ValueError, FileNotFoundError, RuntimeError, ConnectionError)) or type(error) is ImportError or os_remedy(error)
     print(f"{prefix}{one_line(error)}{'' if known else _keep_traceback()}", file=sys.stderr)
     return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
 

@@ -18,7 +18,7 @@ from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 
 from ..core.utils import (
-    Tee, locked, noted_process, process_note, project_root, read_own_json, write_whole)
+    Tee, locked, needed, noted_process, process_note, project_root, read_own_json, write_whole)
 from .cli import (
     _new_folder, check_parameters, earlier_run, find_notebook, given_pairs, joined_pairs, one_line_exit)
 
@@ -28,8 +28,7 @@ def _run_cells(
     params:dict, # every parameter -> value
 )->dict: # the namespace that the cells leave
     "Execute a run notebook's cells in this process."
-    import nbformat
-    cells, namespace = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"], dict(__name__="__main__")
+    cells, namespace = [c for c in needed("nbformat", "lab").read(path, 4).cells if c.cell_type == "code"], dict(__name__="__main__")
     for i,cell in enumerate(cells):
         name = f"{path.stem}[{i}]"
         exec(compile(ast.parse(cell.source, name), name, "exec"), namespace)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.plot import log_scale
-from ..core.utils import duration, noted_process, project_root, read_own_json
+from ..core.utils import duration, needed, noted_process, project_root, read_own_json
 from .launch import is_running, stop_run
 from ..train.fit import read_metrics
 from ..weights.checkpoint import read_config
@@ -107,7 +107,7 @@ class LiveView:
         folder, # of a run, or of its checkpoint
         every:float=2., # seconds between two looks
     ):
-        import ipywidgets as w
+        w = needed("ipywidgets", "lab")
         self.folder, self.every, self.closed = Path(folder), every, threading.Event()
         self.numbers, self.curves = w.HTML(), w.Image(format="png", layout=w.Layout(display="none"))
         self.stop = w.Button(description="Save and stop", tooltip="the training saves at the end of this step, and the same call goes on later")

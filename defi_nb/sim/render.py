@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 from fastcore.basics import patch
 
+from ..core.utils import needed
 from .scene import LIGHT_RGBA, build
 
 @contextmanager
@@ -35,7 +36,7 @@ def _environment(**variables): # for a while
 
 try: import mujoco
 except Exception: # MUJOCO_GL names what this machine lacks, which matters to those only who draw
-    with _environment(MUJOCO_GL="disable"): import mujoco
+    with _environment(MUJOCO_GL="disable"): mujoco = needed("mujoco", "sim")
 
 # %% ../../nbs/01_sim/03_render.ipynb #87ec2f63
 def euler_to_matrix(
