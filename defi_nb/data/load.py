@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['NEEDS', 'SPLITS', 'NAMED', 'calvin_splits', 'rlds_version', 'release_splits', 'something_splits', 'run_split',
            'ego4d_parts', 'list_clips', 'detect_format', 'Asked', 'split_where', 'read_where', 'where_name', 'Piece',
-           'open_piece', 'load_dataset', 'split_units', 'join_recordings', 'mix']
+           'open_piece', 'load_dataset', 'main', 'split_units', 'join_recordings', 'mix']
 
 # %% ../../nbs/02_data/10_load.ipynb #fd862106
 import math
 import re
+from argparse import ArgumentParser
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -26,7 +27,7 @@ from .clips import (
     find_captions, open_clips, read_annotations, read_ego4d, read_folder, read_something)
 from .csv_folder import open_own
 from .episodes import PLAIN, DataSource, Reading, concat_frames
-from .lerobot import open_lerobot
+from .lerobot import open_lerobot, write_lerobot
 from .mixtures import (
     GIDM_WEIGHTS, MIXTURES, TABLE_12, Mixture, shares_by_size, shares_of)
 from .rlds import open_rlds
@@ -267,13 +268,36 @@ def open_piece(
 # %% ../../nbs/02_data/10_load.ipynb #5b0e7c12
 def load_dataset(
     where:str, # folder of a dataset in any format of `NEEDS`, perhaps with the format before it, as in lerobot:/data/mine
-    size:int, # height and width of images that are kept once they are read (CALVIN's), pixels; for others `samples` takes it
+    size:int|None, # height and width of images that are kept once they are read (CALVIN's), pixels; None: as recorded; for others `samples` takes it
     reading:Reading=PLAIN, # what the data do not say
 )->Piece: # with `units`, `texts`, `views` and `samples`
     "Open one dataset."
     asked = read_where(where)
     if len(asked) > 1: raise ValueError(f"{where!r} names {len(asked)} datasets: open them one by one, or mix them (`mix`)")
     return open_piece(asked[0], size, reading)
+
+# %% ../../nbs/02_data/10_load.ipynb #a52b51a7
+def _parser():
+    parser = ArgumentParser(prog="defi-nb export", description="Write demonstrations of any format that is read here in another one.")
+    parser.add_argument("format", choices=("lerobot",), help="lerobot: a LeRobotDataset v3.0")
+    parser.add_argument("dataset", help="its folder, perhaps with its format before it, as rlds:/data/mine")
+    parser.add_argument("folder", help="new or empty")
+    parser.add_argument("--hz", type=float, default=0., help="rows a second, where the dataset does not say")
+    parser.add_argument("--cameras", nargs="+", default=[], metavar="NAME", help="one or two, static before gripper; without it, as a run chooses them")
+    parser.add_argument("--episodes", default="", help="numbers of those to write, as 0-49,60 or not 4,7")
+    parser.add_argument("--quality", type=int, default=18, help="of the videos, x264's crf: 0 (best) to 51 (default: %(default)s)")
+    return parser
+
+def main(
+    argv:list|None=None, # arguments; None takes the command line's
+)->int: # exit status
+    "`defi-nb export`."
+    args = _parser().parse_args(argv)
+    reading = Reading(hz=args.hz, cameras=tuple(args.cameras), episodes=args.episodes)
+    folder = write_lerobot(args.folder, load_dataset(args.dataset, None, reading).data, args.quality)
+    written = open_lerobot(folder) # read back, each episode's files looked at
+    print(f"{folder}: {len(written.lengths)} episodes, {written.lengths.sum()} rows at {written.hz:g} Hz, cameras {', '.join(written.views)}")
+    return 0
 
 # %% ../../nbs/02_data/10_load.ipynb #a1f24a0e
 def split_units(

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['RLDS_KEYS', 'PLAIN_WAY', 'LAZILY', 'UNPACKED', 'PlainCalvin', 'EachCamera', 'write_clips', 'write_release',
-           'write_lerobot', 'write_rlds', 'forget', 'time_steps', 'training_step', 'show_rates', 'write_formats',
-           'Loaders', 'open_formats', 'check_equal', 'time_loaders', 'rate_cells', 'rate_ratios', 'show_loaders',
-           'encode_store']
+           'write_rlds', 'forget', 'time_steps', 'training_step', 'show_rates', 'write_formats', 'Loaders',
+           'open_formats', 'check_equal', 'time_loaders', 'rate_cells', 'rate_ratios', 'show_loaders', 'encode_store']
 
 # %% ../../nbs/13_run/10_bench_loader.ipynb #5048e2e7
 import io, json, os, shutil, time
@@ -26,12 +25,9 @@ from ..data.calvin import covered_rows, open_calvin, read_index
 from ..data.clips import (
     LATENT_SCALE, VideoDataset, index_clips, read_annotations, read_folder)
 from ..data.episodes import Frames, WindowDataset
-from ..data.lerobot import LeRobotFolder
+from ..data.lerobot import LeRobotFolder, write_lerobot
 from ..data.rlds import RLDSFolder, RLDSKeys, encode_example, write_records
 from ..data.robot_dataset import RobotSamples
-
-try: import pyarrow, pyarrow.parquet
-except ImportError: raise ImportError("LeRobot's data needs pyarrow: pip install pyarrow") from None
 
 # %% ../../nbs/13_run/10_bench_loader.ipynb #0f193a21
 def _copy_windows(
@@ -133,38 +129,6 @@ def write_release(
             note["latent_videos"].append(dict(latent_video_path=latent))
         (root/"annotation/train").mkdir(parents=True, exist_ok=True)
         (root/f"annotation/train/{i}.json").write_text(json.dumps(note))
-
-# %% ../../nbs/13_run/10_bench_loader.ipynb #c420b3e5
-_PATHS = dict(data_path="data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet", video_path="videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4")
-
-def _lerobot_info(frames):
-    "What info.json says."
-    features = {f"observation.images.{v}": dict(dtype="video", shape=list(x.shape[1:]), names=["height", "width", "channels"]) for v, x in frames.video.items()}
-    features |= {"observation.state": dict(dtype="float32", shape=[15], names=None), "action": dict(dtype="float32", shape=[7], names=["x", "y", "z", "roll", "pitch", "yaw", "gripper"])}
-    return dict(codebase_version="v3.0", fps=CONTROL_HZ, features=features, chunks_size=1000, total_episodes=len(frames.windows), **_PATHS)
-
-def write_lerobot(
-    folder:Path, # that will hold meta/, data/ and videos/
-    frames:Frames, # a recording with windows
-):
-    "A LeRobotDataset v3.0 of one Parquet file and one video for each camera."
-    root, zero = Path(folder), dict(chunk_index=0, file_index=0)
-    rows = np.concatenate([np.arange(w.start, w.end + 1) for w in frames.windows])
-    lengths = [len(w) for w in frames.windows]
-    starts, tasks = np.cumsum([0, *lengths[:-1]]), list(dict.fromkeys(w.text for w in frames.windows))
-    within = np.concatenate([np.arange(n) for n in lengths])
-    each = lambda values: np.repeat(values, lengths)
-    write = lambda path, table: ((root/path).parent.mkdir(parents=True, exist_ok=True), pyarrow.parquet.write_table(table, root/path))
-    write(_PATHS["data_path"].format(**zero), pyarrow.table({"action": list(frames.action[rows]), "observation.state": list(frames.robot_obs[rows]),
-        "timestamp": (within/CONTROL_HZ).astype(np.float32), "frame_index": within, "index": np.arange(len(rows)),
-        "episode_index": each(np.arange(len(lengths))), "task_index": each([tasks.index(w.text) for w in frames.windows])}))
-    notes = dict(episode_index=range(len(lengths)), length=lengths, tasks=[[w.text] for w in frames.windows], dataset_from_index=starts)
-    for view in frames.video:
-        write_video(root/_PATHS["video_path"].format(video_key=f"observation.images.{view}", **zero), frames.video[view][rows], CONTROL_HZ, g=2)
-        notes |= {f"videos/observation.images.{view}/{k}": np.zeros(len(lengths), int) for k in zero} | {f"videos/observation.images.{view}/from_timestamp": starts/CONTROL_HZ}
-    write("meta/episodes/chunk-000/file-000.parquet", pyarrow.table(notes | {f"data/{k}": np.zeros(len(lengths), int) for k in zero}))
-    write("meta/tasks.parquet", pyarrow.table(dict(task_index=range(len(tasks)), task=tasks)))
-    (root/"meta/info.json").write_text(json.dumps(_lerobot_info(frames)))
 
 # %% ../../nbs/13_run/10_bench_loader.ipynb #f09b1f5f
 RLDS_KEYS = RLDSKeys({v: f"observation/{v}" for v in VIEWS}, "language_instruction", CONTROL_HZ, action=("action",), proprio=("observation/robot_obs",))

@@ -419,7 +419,7 @@ _COMPLETION = """_defi_nb() {
   [ ${#COMPREPLY[@]} -gt 0 ] || COMPREPLY=($(compgen -f -- "${COMP_WORDS[COMP_CWORD]}"))
 }
 complete -F _defi_nb defi-nb"""
-_COMMANDS = ("list", "params", "run", "ckpts", "doctor", "compare", "clean", "serve", "vla-eval", "bench", "completion")
+_COMMANDS = ("list", "params", "run", "ckpts", "doctor", "compare", "clean", "export", "serve", "vla-eval", "bench", "completion")
 
 def _candidates(words): # what may follow these words of a command line
     if not words: return _COMMANDS
@@ -472,6 +472,7 @@ def _stop_with_parent(): # end this process, and with it its kernel, when the pi
 
 # %% ../../nbs/13_run/01_cli.ipynb #a4de9b32
 _ELSEWHERE = { # command -> the module whose `main` takes its arguments, and what it is for
+    "export": ("defi_nb.data.load", "write demonstrations of any format as a LeRobotDataset"),
     "serve": ("defi_nb.serve.server", "answer robots and simulators with a policy's actions, over a websocket"),
     "vla-eval": ("defi_nb.serve.vla_eval", "answer the vla-eval harness, which brings many benchmarks"),
     "bench": ("defi_nb.benchmarks.harness", "make the environments of SimplerEnv and LIBERO, and evaluate a policy in them")}
