@@ -72,13 +72,11 @@ class PlayTableEnv(gymnasium.Env):
 @patch
 def reset(self:PlayTableEnv,
     seed:int|None=None, # of this and the following episodes; None: the generator goes on
-    options:dict|None=None, # {"task": ..., "scene": ...}, each if it is to be another than drawn
+    options:dict|None=None, # {"task": ..., "scene": ...}, each if it is not to be drawn; others are other programs'
 )->tuple: # observation; info with is_success, task, instruction, scene
     "Begin an episode."
     gymnasium.Env.reset(self, seed=seed)
     given, rng = options or {}, self.np_random
-    if unknown := given.keys() - {"task", "scene"}:
-        raise ValueError(f"reset has no option {sorted(unknown)[0]!r}: give task, scene or both")
     self.task, = check_tasks(given.get("task") or rng.choice(self.tasks))
     self.env = self.env.in_scene(str(given.get("scene") or rng.choice(self.scenes)))
     self._start(rng)
