@@ -14,6 +14,7 @@ class PlayTableConfig(EnvConfig):
     task: str | None = "open_drawer"  # or several, separated by commas
     scene: str = "D"  # see `defi_nb.sim.layout.scene_names`
     fps: int = CONTROL_HZ
+    episode_length: int = 360  # control steps, at most
     image_size: int = 64  # height and width of both cameras' images, pixels
     features: dict[str, PolicyFeature] = field(default_factory=dict)  # filled in below, as the map is
     features_map: dict[str, str] = field(default_factory=lambda: {
@@ -33,4 +34,5 @@ class PlayTableConfig(EnvConfig):
     @property
     def gym_kwargs(self):
         tasks = tuple(t.strip() for t in self.task.split(","))
-        return dict(scene=self.scene, task=tasks, static_size=self.image_size, gripper_size=self.image_size, render_mode="rgb_array")
+        sizes = dict(static_size=self.image_size, gripper_size=self.image_size, max_episode_steps=self.episode_length)
+        return dict(scene=self.scene, task=tasks, render_mode="rgb_array") | sizes

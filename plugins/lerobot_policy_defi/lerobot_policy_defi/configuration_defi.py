@@ -22,6 +22,8 @@ class DefiConfig(PreTrainedConfig):
     cameras: tuple[str, ...] = ()  # features that take the places of the static and the gripper camera; (): the first two
     proprio: bool = False  # whether the state is read, which must be CALVIN's robot_obs
     n_action_steps: int = 5  # of a chunk, executed before the policy is asked again
+    save_predicted_video: bool = False  # whether lerobot-eval writes what GFDM predicts next to each rollout
+    predicted_steps: int = 10  # denoising steps of those frames
     ema_decay: float = -1.0  # of the averaged weights; -1: the preset's, 0: none
     normalization_mapping: dict[str, NormalizationMode] = field(default_factory=lambda: {
         "VISUAL": NormalizationMode.IDENTITY, "STATE": NormalizationMode.IDENTITY, "ACTION": NormalizationMode.QUANTILES})
@@ -31,6 +33,7 @@ class DefiConfig(PreTrainedConfig):
         if self.kind not in KINDS: raise ValueError(f"kind is {self.kind!r}; choose one of {', '.join(KINDS)}")
         if self.preset not in PRESETS: raise ValueError(f"preset is {self.preset!r}; choose one of {', '.join(PRESETS)}")
         self.cameras = tuple(self.cameras)
+        if self.save_predicted_video and self.kind == "plain": raise ValueError("save_predicted_video is true, and a plain policy predicts no frames: take kind coupled or no_gidm")
         if not 1 <= self.n_action_steps <= self.chunk_size:
             raise ValueError(f"n_action_steps is {self.n_action_steps}: of a chunk of {self.chunk_size}, 1 to {self.chunk_size} can be executed")
 

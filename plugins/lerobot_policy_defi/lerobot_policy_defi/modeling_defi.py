@@ -40,7 +40,8 @@ class DefiPolicy(PreTrainedPolicy):
     def __init__(self, config: DefiConfig, **kwargs):
         super().__init__(config)
         config.validate_features()
-        self.model, self.average, self.steps = build(config), None, 0
+        self.model, self.average, self.steps, self.last_predicted_latents = build(config), None, 0, None
+        self.placed = None
         self.reset()
 
     def get_optim_params(self):
@@ -62,7 +63,16 @@ class DefiPolicy(PreTrainedPolicy):
         text, action = given.get("task", ""), given.get("action")
         text = [text]*len(images[0]) if isinstance(text, str) else list(text)
         proprio = given[STATE].float() if self.config.proprio else None
-        return Batch(text=text, video=torch.stack(images, 1)[:, :, None], proprio=proprio, action=None if action is None else action.float().clamp(-1, 1))
+        latent = self.encoders_here().vae.encode(torch.stack(images, 1)).float()[:, :, None]
+        return Batch(text=text, latent=latent, proprio=proprio, action=None if action is None else action.float().clamp(-1, 1))
+
+    def encoders_here(self):
+        "The frozen encoders, on the device that LeRobot has brought the policy to."
+        device = next(self.model.parameters()).device
+        if device != self.placed:
+            self.model.encoders.to(device)
+            self.placed = device
+        return self.model.encoders
 
     def forward(self, batch):
         "Loss of a batch with actions; numbers to log."
@@ -82,7 +92,18 @@ class DefiPolicy(PreTrainedPolicy):
     def predict_action_chunk(self, batch, **kwargs):
         "Actions (B,K,A), normalised."
         self.eval()
-        with self.averaged(): return self.model.act(self.batch({k: v for k, v in batch.items() if k != "action"}), noise=kwargs.get("noise"))
+        given = self.batch({k: v for k, v in batch.items() if k != "action"})
+        if self.config.save_predicted_video: self.last_predicted_latents = self.predicted(given)
+        with self.averaged(): return self.model.act(given, noise=kwargs.get("noise"))
+
+    def predicted(self, batch):
+        "GFDM's last predicted frame of the first environment's first camera, as latents (1,C,n,h,w), once for each action that is executed."
+        frame = self.model.gfdm.sample(batch.latent[:1, :1, 0].to(self.model.device), batch.text[:1], self.config.predicted_steps)[:, 0, -1]
+        return frame[:, :, None].repeat(1, 1, self.config.n_action_steps, 1, 1)
+
+    def decode_predicted_latents(self, latents):
+        "Frames (n,H,W,3) uint8 of those latents; at each moment of a rollout, what was predicted for half a second later."
+        return self.model.encoders.vae.decode(latents[0].transpose(0, 1)).permute(0, 2, 3, 1)
 
     @torch.no_grad()
     def select_action(self, batch, **kwargs):
