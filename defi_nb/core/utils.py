@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['progress_bar', 'Tee', 'atomic', 'write_whole', 'os_remedy', 'one_line', 'locked', 'read_own_json', 'read_jsonl',
            'write_jsonl', 'append_jsonl', 'json_digest', 'format_bytes', 'duration', 'folder_bytes', 'project_root',
-           'needed', 'sendable', 'portable_error', 'start_python', 'process_note', 'noted_process', 'JobError',
-           'received', 'play_jobs', 'cpu_hours']
+           'needed', 'ask_hub', 'sendable', 'portable_error', 'start_python', 'process_note', 'noted_process',
+           'JobError', 'received', 'play_jobs', 'cpu_hours']
 
 # %% ../../nbs/00_core/02_utils.ipynb #3ce46b49
 import errno
@@ -251,6 +251,21 @@ def needed(
     try: return import_module(module)
     except ImportError as error:
         raise ImportError(f"{module} is needed here ({error}): pip install 'defi_nb[{extra}]'") from None
+
+# %% ../../nbs/00_core/02_utils.ipynb #236acff6
+def ask_hub(
+    repo:str, # that is asked about, such as "org/name"
+    folder, # where its files would go
+    call, # of the hub's client
+    *args, # of the call
+    **kwargs, # likewise
+): # the hub's answer
+    "Ask the hub; `RuntimeError` in one line where that fails."
+    try: return call(*args, **kwargs)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
+        raise RuntimeError(f"{repo} could not be fetched ({reason}): check the network; if its licence must be accepted, do so at "
+                           f"https://huggingface.co/{repo} and log in with `hf auth login`; or put its files into {folder} by hand") from None
 
 # %% ../../nbs/00_core/02_utils.ipynb #daede1a5
 def sendable(

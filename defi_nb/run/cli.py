@@ -444,11 +444,15 @@ def _print_run_parameters(words): # of `defi-nb run NAME --help`
         for n, p in read_parameters(path).items(): print(f"  -p {n:<12} {p['type']:<6} {p['default']!r:<10} {p['help']}")
         print(f"\n`defi-nb params {path.stem}` has the keys of dictionaries, too.\n")
 
-def _ckpts(get, folder): # imported here: the other commands need no torch
+def _ckpts(args): # imported here: the other commands need no torch
+    from defi_nb.weights.hub import get_checkpoint, push_checkpoint
     from defi_nb.weights.load import ckpt_table, ckpt_text, get_base_model
-    ckpts = project_root()/folder
-    for name in get: print(f"{name}: {get_base_model(name, ckpts)}")
-    if not get: print(ckpt_text(ckpt_table(ckpts), folder))
+    ckpts = project_root()/args.ckpts
+    for name in args.get: print(f"{name}: {(get_checkpoint if '/' in name else get_base_model)(name, ckpts)}")
+    if args.push:
+        folder, repo = args.push
+        print(push_checkpoint(project_root()/folder, repo, [project_root()/r for r in args.results], args.private))
+    if not args.get and not args.push: print(ckpt_text(ckpt_table(ckpts), args.ckpts))
 
 def _doctor(args): # the exit status; imported here: the other commands need no torch
     from defi_nb.doctor.examine import examine
@@ -509,7 +513,10 @@ def _parser():
     run.add_argument("--out", default="", help="the run's folder; without it, a new one: runs/NAME/TIME")
     run.add_argument("--child", action="store_true", help=SUPPRESS) # stop when standard input closes: of a run that another one started
     ckpts = sub.add_parser("ckpts", help="which pretrained weights are needed, which are there, and where to get the others")
-    ckpts.add_argument("--get", nargs="+", default=[], metavar="NAME", help="fetch these from the Hugging Face hub")
+    ckpts.add_argument("--get", nargs="+", default=[], metavar="NAME", help="fetch these from the Hugging Face hub: names of the list, or org/name of a checkpoint that was pushed")
+    ckpts.add_argument("--push", nargs=2, default=[], metavar=("CKPT", "ORG/NAME"), help="put a checkpoint on the hub, with a card")
+    ckpts.add_argument("--results", nargs="+", default=[], metavar="RUN", help="evaluations for the card: their runs' folders or result.json")
+    ckpts.add_argument("--private", action="store_true", help="a new repository is private")
     ckpts.add_argument("--ckpts", default="ckpts", help="folder of checkpoints, relative to the project's root")
     doctor = sub.add_parser("doctor", help="whether a dataset is sound: what is wrong, where, and what to do; exit status 1 where there are errors")
     doctor.add_argument("dataset", help="its folder")
@@ -542,7 +549,7 @@ def _command(args): # the exit status
     if args.command == "doctor": return _doctor(args)
     if args.command == "list": _print_list()
     if args.command == "params": _print_params(args.name)
-    if args.command == "ckpts": _ckpts(args.get, args.ckpts)
+    if args.command == "ckpts": _ckpts(args)
     if args.command == "compare": _compare(args.first, args.second, args.varying)
     if args.command == "clean": _clean(args.data, args.yes)
     if args.command == "completion": print(_COMPLETION)

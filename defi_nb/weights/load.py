@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 
 from ..core.safe_load import _refusing
-from ..core.utils import folder_bytes, format_bytes
+from ..core.utils import ask_hub, folder_bytes, format_bytes
 from ..data.robot_dataset import ActionScale
 from ..models.direct_policy import DirectConfig, DirectPolicy
 from ..models.encoders import load_acting_encoders, load_encoders, read_weights, weight_files
@@ -150,12 +150,6 @@ def _choose_files(
         return chosen + [n for n in listing if n not in chosen and any(fnmatch(n, pattern) for pattern in model.also)]
     return [n for n in listing if any(fnmatch(n, pattern) for pattern in (*_WEIGHTS, "*.json", "*.txt", "*.md", "LICENSE*"))]
 
-def _ask_hub(model, folder, call, *args, **kwargs): # the hub's answer; its client raises errors of many kinds
-    try: return call(*args, **kwargs)
-    except Exception as error:
-        raise RuntimeError(f"{model.repo} could not be fetched ({type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}): check the network; if its licence must be accepted, do so at "
-                           f"https://huggingface.co/{model.repo} and log in with `hf auth login`; or put its files into {folder} by hand") from None
-
 def get_base_model(
     name:str, # as in `BASE_MODELS`
     ckpts, # folder of checkpoints
@@ -168,8 +162,8 @@ def get_base_model(
     if hub is None:
         from huggingface_hub import HfApi
         hub = HfApi()
-    for filename in _choose_files(_ask_hub(model, folder, hub.list_repo_files, model.repo), model):
-        _ask_hub(model, folder, hub.hf_hub_download, model.repo, filename, local_dir=folder)
+    for filename in _choose_files(ask_hub(model.repo, folder, hub.list_repo_files, model.repo), model):
+        ask_hub(model.repo, folder, hub.hf_hub_download, model.repo, filename, local_dir=folder)
     if fault := _base_model_fault(model, ckpts): raise RuntimeError(f"{folder} is still not complete: {fault}")
     return folder
 
