@@ -1616,6 +1616,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'defi_nb.data.load.calvin_splits': ('02_data/load.html#calvin_splits', 'defi_nb/data/load.py'),
                                    'defi_nb.data.load.detect_format': ('02_data/load.html#detect_format', 'defi_nb/data/load.py'),
                                    'defi_nb.data.load.ego4d_parts': ('02_data/load.html#ego4d_parts', 'defi_nb/data/load.py'),
+                                   'defi_nb.data.load.hub_dataset': ('02_data/load.html#hub_dataset', 'defi_nb/data/load.py'),
                                    'defi_nb.data.load.join_recordings': ('02_data/load.html#join_recordings', 'defi_nb/data/load.py'),
                                    'defi_nb.data.load.list_clips': ('02_data/load.html#list_clips', 'defi_nb/data/load.py'),
                                    'defi_nb.data.load.load_dataset': ('02_data/load.html#load_dataset', 'defi_nb/data/load.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'SPLITS', 'NAMED', 'calvin_splits', 'rlds_version', 'release_splits', 'something_splits', 'run_split',
-           'ego4d_parts', 'list_clips', 'detect_format', 'Asked', 'split_where', 'read_where', 'where_name', 'Piece',
-           'open_piece', 'load_dataset', 'main', 'split_units', 'join_recordings', 'mix']
+           'ego4d_parts', 'list_clips', 'detect_format', 'hub_dataset', 'Asked', 'split_where', 'read_where',
+           'where_name', 'Piece', 'open_piece', 'load_dataset', 'main', 'split_units', 'join_recordings', 'mix']
 
 # %% ../../nbs/02_data/10_load.ipynb #fd862106
 import math
@@ -22,6 +22,7 @@ from fastcore.basics import GetAttr
 
 from ..core.files import VIDEO_SUFFIXES, walk_files
 from ..core.spec import CONTROL_HZ
+from ..core.utils import ask_hub
 from .calvin import open_recording, read_vectors
 from .clips import (
     find_captions, open_clips, read_annotations, read_ego4d, read_folder, read_something)
@@ -140,6 +141,21 @@ def detect_format(
     held = ', '.join(names[:8]) + ' ...'*(len(names) > 8) or 'nothing'
     raise ValueError(f"{folder} is in no format that is known here; it holds {held}: put into it what one of the formats {', '.join(NEEDS)} needs\n{lists}")
 
+# %% ../../nbs/02_data/10_load.ipynb #8b857399
+def hub_dataset(
+    text:str, # hf://org/name
+    root=".", # of the project
+)->Path: # its folder
+    "Fetch a dataset from the Hugging Face Hub, unless it is there already."
+    repo = text.removeprefix("hf://").strip("/")
+    if repo.count("/") != 1: raise ValueError(f"{text!r} names no dataset of the hub: give one such as hf://org/name")
+    folder = Path(root)/"data/hub"/repo
+    if (done := folder/".complete").exists(): return folder
+    from huggingface_hub import HfApi
+    ask_hub(f"datasets/{repo}", folder, HfApi().snapshot_download, repo, repo_type="dataset", local_dir=folder)
+    done.touch()
+    return folder
+
 # %% ../../nbs/02_data/10_load.ipynb #dc3b392e
 @dataclass(frozen=True)
 class Asked:
@@ -193,7 +209,7 @@ def split_where(
     return [p for p in parts if p]
 
 def read_where(
-    where:str, # folders separated by commas, each with its format before it (lerobot:...) and its weight behind it (...*0.3) if wanted; or a mixture's name
+    where:str, # folders or hf://org/name, separated by commas, each with its format before it (lerobot:...) and its weight behind it (...*0.3) if wanted; or a mixture's name
     root=".", # folder that paths are relative to; a mixture that names no folder has its datasets in data/ there
 )->list: # of `Asked`
     "What a run parameter asks for."
@@ -205,7 +221,7 @@ def read_where(
         try: share = None if weight is None else float(weight)
         except ValueError: share = math.nan
         if share is not None and not 0 < share < math.inf: raise ValueError(f"{part!r} has the weight {weight!r}: give a number above 0, as in folder*0.3")
-        folder = Path(root)/text
+        folder = hub_dataset(text, root) if text.startswith("hf://") else Path(root)/text
         asked.append(Asked(folder, kind, share, folder.resolve().name))
     if not asked: raise ValueError(f"{where!r} names no data: give a folder, several separated by commas, or one of {', '.join(NAMED)}")
     if len({a.weight is None for a in asked}) > 1: raise ValueError(f"{where!r}: give a weight to each of the datasets, or to none")
