@@ -15,7 +15,7 @@ from defi_nb.data.calvin import covered_rows, read_index
 from defi_nb.data.record import finish_split, write_segment
 from defi_nb.data.calvin import PLAY, open_calvin, order_blocks
 from defi_nb.core.video import resize_image
-from defi_nb.data.episodes import Frames, Window, WindowDataset, take_fraction
+from defi_nb.data.episodes import Frames, Window, WindowDataset, frames_identity, take_fraction
 from defi_nb.sim.layout import layout_of
 
 REAL = Path(__file__).resolve().parents[2]/"shared"/"data"/"calvin_mini"
@@ -168,3 +168,19 @@ def test_another_recording_gets_another_pack(folder, tmp_path):
                   rgb_static=pictures, rgb_gripper=pictures[:, :16, :16]), "B", [Window(2, 11, "open_drawer", "open the drawer")])
     finish_split(here/"training")
     assert (open_calvin(here, cache=tmp_path/"cache").action[5] != first).any()
+
+
+@pytest.mark.parametrize("keep_gb", [0., 8.])
+def test_a_replaced_frame_is_read_again(folder, tmp_path, keep_gb):
+    "One of all frames, with an image of another file's and the same vectors: it alone is read again, and what depends on the recording's images is of another key."
+    here, cache = Path(shutil.copytree(folder, tmp_path/"copy")), tmp_path/"cache"
+    first = open_calvin(here, cache=cache, keep_gb=keep_gb, size=16)
+    before, key = first.video["static"][:], frames_identity(first)
+    assert key == frames_identity(open_calvin(here, cache=cache, keep_gb=keep_gb, size=16)) == frames_identity(open_calvin(folder, size=16)) # a copy with the files' times
+    frame = dict(np.load(here/"training/episode_0000017.npz"))
+    np.savez(here/"training/episode_0000017.npz", **frame | dict(rgb_static=255 - frame["rgb_static"]))
+    again = open_calvin(here, cache=cache, keep_gb=keep_gb, size=16)
+    if keep_gb: assert np.flatnonzero(again.action.pack.checks(np.arange(160), again.action.pack.kept(np.arange(160))[:, :-1]) != again.action.pack.kept(np.arange(160))[:, -1]).tolist() == [17]
+    assert np.flatnonzero((again.video["static"][:] != before).any((1, 2, 3))).tolist() == [17]
+    assert (again.video["static"][17] == resize_image(255 - frame["rgb_static"], 16)).all()
+    assert frames_identity(again) != key

@@ -14,6 +14,7 @@ import os
 import re
 import warnings
 import zipfile
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from os import scandir
@@ -218,10 +219,13 @@ class FrameFiles:
         root:Path, # folder of the split
         ids:np.ndarray, # (N,) numbers of the frames
         shapes:dict, # name of a picture -> its shape in the files
-        identity:str, # what caches of these frames depend on
+        stamps:np.ndarray, # (N,) uint64, made of size and time of their files, see `_frame_stamps`
         n_workers:int|None=None, # threads; None: one a core, 8 at most, and in a process of a data loader one
     ):
-        self.root, self.ids, self.shapes, self.identity, self.n_workers, self.packs = Path(root), ids, shapes, identity, n_workers, []
+        self.root, self.ids, self.shapes, self.stamps, self.n_workers, self.packs = Path(root), ids, shapes, stamps, n_workers, []
+        key = lambda *parts: hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+        self.place = key(str(self.root.resolve()).encode(), ids.tobytes()) # in the names of packs, whose rows know their stamps
+        self.identity = key(ids.tobytes(), stamps.tobytes()) # what other caches of these frames depend on
 
     def __len__(self): return len(self.ids)
 
@@ -260,8 +264,8 @@ class FramePack:
 
     def __getstate__(self): return self.__dict__ | dict(table=None) # the other process opens it itself
 
-    def checks(self, words): # of (n,words) uint32; never 0 for a row of zeros
-        return (words*self.weights).sum(1, dtype=np.uint32) + np.uint32(1)
+    def checks(self, rows, words): # of (n,words) uint32; others where a frame's file was replaced, and never those of a row of zeros
+        return (words*self.weights).sum(1, dtype=np.uint32) + (self.files.stamps[rows].astype(np.uint32) | 1)
 
     def row(self, frame): # (words,) uint32
         if self.keys == _PARTS: return np.concatenate([frame[k] for k in _PARTS]).astype(np.float32).view(np.uint32)
@@ -285,7 +289,7 @@ class FramePack:
 
     def read(self, rows): # (n,words) uint32 of increasing rows
         out = self.kept(rows)
-        unknown = np.flatnonzero(self.checks(out[:, :-1]) != out[:, -1])
+        unknown = np.flatnonzero(self.checks(rows, out[:, :-1]) != out[:, -1])
         with progress_bar(total=len(unknown), desc=f"reading {self.files.root}", unit="frame", delay=5, disable=len(unknown) < FILL) as bar:
             for some in np.array_split(unknown, -(-len(unknown)//FILL)) if len(unknown) else ():
                 out[some] = self.fill(rows[some])
@@ -306,7 +310,7 @@ def fill(self:FramePack,
         for p, x in zip(packs, out): x[i, :-1] = p.row(frame)
     self.files.each(rows, tuple(k for p in packs for k in p.keys), put)
     for p, x in zip(packs, out):
-        x[:, -1] = p.checks(x[:, :-1])
+        x[:, -1] = p.checks(rows, x[:, :-1])
         p.keep(rows, x)
     return out[packs.index(self)]
 
@@ -431,9 +435,19 @@ def order_blocks(
     return np.asarray(scene_obs)[..., np.concatenate([np.arange(6), *places])]
 
 # %% ../../nbs/02_data/03_calvin.ipynb #e89aab06
-def _identity(root, ids):
-    written = (root/"ep_start_end_ids.npy").stat().st_mtime_ns
-    return hashlib.sha256(repr((str(root.resolve()), written)).encode() + ids.tobytes()).hexdigest()[:16]
+def _frame_stamps(root):
+    "(10**7,) uint64, by a frame's number: made of size and time of its file, odd; 0 where there is none."
+    table, found = np.zeros(10**7, np.uint64), [array("q") for _ in range(3)]
+    with scandir(root) as entries:
+        for e in entries:
+            if not re.fullmatch(r"episode_\d{7}\.npz", e.name): continue
+            try: s = e.stat()
+            except FileNotFoundError: continue # a link to nothing
+            for column, x in zip(found, (int(e.name[8:15]), s.st_size, s.st_mtime_ns)): column.append(x)
+    number, size, time = (np.array(x, np.uint64) for x in found)
+    mixed = (size*np.uint64(0x9E3779B97F4A7C15) ^ time)*np.uint64(0xD6E8FEB86659FD93)
+    table[number.astype(int)] = mixed ^ mixed >> np.uint64(32) | np.uint64(1)
+    return table
 
 def open_calvin(
     folder:Path, # that holds training/ and validation/
@@ -456,17 +470,18 @@ def open_calvin(
 )->Frames: # whose images and vectors are read when they are indexed
     "Open a split in CALVIN's format, of any size, without reading its frames."
     root, ids, segments, windows, letters = read_index(folder, split, annotations, scene)
+    stamps = _frame_stamps(root)
     if play: windows = windows + _play_windows(segments, windows, play, letters, play_text)
     if windows: windows = take_fraction(_choose_windows(windows, tuple(tasks), scenes, str(root)), data_frac)
     if recordings: windows = _of_recordings(windows, segments, recordings)
-    if not whole: windows, lost = _present_windows(root, ids, windows)
+    if not whole: windows, lost = _present_windows(root, ids, windows, stamps[ids] == 0)
     if windows_only := windows_only or bool(recordings) or not whole and lost:
         if not windows: raise ValueError(f"{root} has no windows: open it with windows_only=False, or with play")
         ids, segments, windows = covered_rows(ids, segments, windows)
     first = root/f"episode_{ids[windows[0].start if windows else 0]:07d}.npz"
     views = frame_cameras(first) if views is None else views
-    files = FrameFiles(root, ids, picture_shapes(first, tuple(views)), _identity(root, ids), n_workers)
-    place = lambda name: Path(cache)/f"{name}-{files.identity}.bin"
+    files = FrameFiles(root, ids, picture_shapes(first, tuple(views)), stamps[ids], n_workers)
+    place = lambda name: Path(cache)/f"{name}-{files.place}.bin"
     few = len(ids)*sum(int(np.prod((size, size, 3) if size else s)) for s in files.shapes.values()) <= keep_gb*1e9
     pack = _vector_pack(files, cache and place("vectors"))
     video = {v: LazyPictures(files, f"rgb_{v}", size, cache and few and place(f"{v}-{size or 'full'}") or None) for v in views}
@@ -477,13 +492,8 @@ def _of_recordings(windows, segments, wanted): # those of some recordings, by th
     chosen = pick_episodes(range(len(segments)), wanted)
     return [w for w in windows if chosen[np.searchsorted(segments[:, 0], w.start, side="right") - 1]]
 
-def _present_windows(root, ids, windows):
+def _present_windows(root, ids, windows, gone): # (N,) whether a frame is missing
     "The windows whose frames are all there, and whether frames are missing."
-    there = np.zeros(10**7, bool)
-    with scandir(root) as found:
-        for e in found:
-            if re.fullmatch(r"episode_\d{7}\.npz", e.name): there[int(e.name[8:15])] = True
-    gone = ~there[ids]
     kept = [w for w in windows if not gone[w.start:w.end + 1].any()] if gone.any() else windows
     if gone.any(): print(f"{root}: {gone.sum()} of {len(ids)} frames are missing, such as episode_{ids[gone.argmax()]:07d}.npz; {len(windows) - len(kept)} of {len(windows)} windows are left out")
     return kept, bool(gone.any())

@@ -23,10 +23,12 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ..core.files import (
-    TABLE_SUFFIXES, VIDEO_SUFFIXES, Skipped, match_names, read_json, read_rows, refuse, walk_files)
+from defi_nb.core.files import (
+    TABLE_SUFFIXES, VIDEO_SUFFIXES, Skipped, files_digest, match_names, read_json, read_rows, refuse,
+    walk_files)
 from ..core.safe_load import read_tensor
 from ..core.spec import Batch
+from ..core.utils import json_digest
 from ..core.video import VideoInfo, index_files, read_frames, resize_image, scan_video
 from .episodes import (
     PLAIN, DataSource, Reading, Samples, choose_cameras, pick_episodes)
@@ -294,8 +296,7 @@ def read(self:VideoDataset, clip, rows): return self.pictures([(clip, rows, None
 @patch
 def content(self:VideoDataset, items):
     "What the images of clips depend on; JSON values."
-    stat = lambda path: (str(path), Path(path).stat().st_size, Path(path).stat().st_mtime_ns)
-    files = json.dumps([sorted(map(stat, c.videos.values())) for _, c in sorted(items.items())])
+    files = json.dumps([sorted((str(p), files_digest(p)) for p in c.videos.values()) for _, c in sorted(items.items())])
     return dict(clips=len(items), files=hashlib.sha256(files.encode()).hexdigest()[:16], size=self.size, crop=self.crop, views=self.views)
 
 @patch(as_prop=True)
@@ -504,6 +505,10 @@ class Clips(DataSource):
 
     @property
     def has_images(self): return bool(self.units[0].info)
+
+    def digest(self): # of its files and captions
+        files = lambda c: [files_digest(p) for p in (*c.videos.values(), *c.latents.values())]
+        return json_digest([(c.id, c.text, c.start, c.end, files(c)) for c in self.units])[:16]
 
     def stores_latents(self, shape): # (C,h,w) of the encoder's latents
         paths = list(self.units[0].latents.values())

@@ -247,6 +247,7 @@ class Piece(GetAttr):
     weight:float|None = None # of its share; None: it counts by its size
     gap:float = 1. # seconds between the frames of GIDM's pair
     names:tuple = () # of the recordings that it joins; (): its own
+    folder:str = "" # where it is, for messages
 
     @property
     def tasks(self): return sorted({u.task for u in self.units if hasattr(u, "task")}) # that its units do, where they are named
@@ -279,7 +280,7 @@ def open_piece(
     kind = asked.format or detect_format(asked.folder)
     data = _open(kind, asked.folder, asked.name, size, reading, cache and Path(cache)/f"{asked.name}-index", latent)
     gap = float(np.mean(TABLE_12[asked.name].gap_seconds)) if asked.name in TABLE_12 else 1.
-    return Piece(asked.name, kind, data, asked.weight, gap)
+    return Piece(asked.name, kind, data, asked.weight, gap, folder=str(asked.folder))
 
 # %% ../../nbs/02_data/10_load.ipynb #5b0e7c12
 def load_dataset(
@@ -332,7 +333,8 @@ def join_recordings(
 )->list: # one `Piece` if all are recordings without weights, else the same
     "Recordings as one."
     if len(pieces) < 2 or any(p.format != "calvin" or p.weight for p in pieces): return pieces
-    return [Piece("+".join(p.name for p in pieces), "calvin", concat_frames([p.data for p in pieces]), names=tuple(p.name for p in pieces))]
+    names, folders = zip(*((p.name, p.folder) for p in pieces))
+    return [Piece("+".join(names), "calvin", concat_frames([p.data for p in pieces]), names=names, folder=", ".join(folders))]
 
 # %% ../../nbs/02_data/10_load.ipynb #e9532edb
 def mix(

@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 from fastcore.basics import patch
 
+from ..core.files import files_digest
 from ..core.spec import Batch
-from ..core.utils import progress_bar, write_whole
+from ..core.utils import json_digest, progress_bar, write_whole
 from ..core.video import resize_image
 from .episodes import DataSource, Frames, Samples, rows_of
 
@@ -30,6 +31,9 @@ class RobotSource(DataSource):
     "What the sources of demonstrations have in common: episodes are their units."
     @property
     def units(self): return list(range(len(self.lengths)))
+
+    def digest(self): # of its files, and of which episodes are read
+        return json_digest([files_digest(self.folder), [self.episode_name(e) for e in self.units]])[:16]
 
     def episode_name(self, e): return str(e) # by which `data.episodes.pick_episodes` finds it
 
@@ -59,6 +63,8 @@ class FakeRobot(RobotSource):
     ):
         self.lengths, self.seed = np.array(lengths), seed
         self.text = [("push the button", "open the drawer")[e % 2] for e in range(len(lengths))]
+
+    def digest(self): return json_digest([self.lengths.tolist(), self.seed])[:16]
 
     def vectors(self, e):
         rng, n = np.random.default_rng([self.seed, e]), self.lengths[e]
@@ -359,7 +365,7 @@ def inside(self:RobotSamples):
 @patch
 def content(self:RobotSamples, items):
     "What the images of episodes depend on; JSON values."
-    source, digest = self.source, hashlib.sha256(np.asarray(self.source.lengths, np.int64).tobytes())
+    source, digest = self.source, hashlib.sha256(self.source.digest().encode() + np.asarray(self.source.lengths, np.int64).tobytes())
     for e in np.unique(np.linspace(0, len(source.lengths) - 1, 8).astype(int)).tolist():
         for x in source.vectors(e): digest.update(b"" if x is None else np.ascontiguousarray(x).tobytes())
         for view in source.views: digest.update(np.ascontiguousarray(source.pictures(e, [int(source.lengths[e])//2], view)[0]).tobytes())

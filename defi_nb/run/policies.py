@@ -20,13 +20,14 @@ from ..core.utils import project_root
 from ..data.cache import JoinedSamples
 from ..data.episodes import show_tasks
 from ..models.direct_policy import DirectConfig, DirectPolicy, around_encoder
+from ..models.encoders import weights_digest
 from ..models.policy import (
     BlindConfig, BlindPolicy, CoupledPolicy, PlainConfig, PlainPolicy, PolicyConfig)
 from .datasets import (
     SPLITS, PolicyData, keep_run_texts, names_list, policy_data, reading_of, store_name)
 from .options import POLICIES, DataReading, PolicyVariant, chosen
 from .pretrained import (
-    aligned_folder, checkpoint_name, feature_bytes, feature_file, foreseen, inferred, load_aligned,
+    aligned_folder, checkpoint_name, feature_bytes, feature_file, foreseen, inferred, ingredients, load_aligned,
     preset_in, pretrained, pretrained_folder, trained_policy)
 from ..sim.playtable import PlayTable
 from ..train.auxiliary import inverse_beside
@@ -121,13 +122,18 @@ def _coupled(params, encoders, views, robot):
     if start["steps"]: shared["steps"] = start["steps"]
     step = {} if variant.extract_step == 1 else dict(extract_step=variant.extract_step)
     gfdm = pretrained("gfdm", start["gfdm"], encoders, shared, asdict(variant), params["ckpts"], **step)
-    base = _coupled_config(params, gfdm, views, robot)
-    if base.latents == "none": return CoupledPolicy(base, encoders, gfdm)
+    base, used = _coupled_config(params, gfdm, views, robot), dict(gfdm=gfdm)
+    if base.latents == "none": return _starting(CoupledPolicy(base, encoders, gfdm), **used)
     gidm = pretrained("gidm", start["gidm"], encoders, shared, asdict(variant), params["ckpts"])
     own = dict(dec_blocks=0, texts=base.gidm.texts) | chosen(asdict(variant), "commitment", "restart_below")
     model = CoupledPolicy(replace(base, gidm=replace(gidm.cfg, **own)), encoders, gfdm)
-    if not _aligns(preset_of(PolicyConfig, params["preset"]), asdict(variant)): return model.start_from(gidm)
-    return model.start_from(load_aligned(aligned_folder(params, shared), gfdm, gidm, encoders))
+    if not _aligns(preset_of(PolicyConfig, params["preset"]), asdict(variant)): return _starting(model.start_from(gidm), **used, gidm=gidm)
+    aligned = load_aligned(aligned_folder(params, shared), gfdm, gidm, encoders)
+    return _starting(model.start_from(aligned), **used, gidm=gidm, aligned=aligned)
+
+def _starting(model, **models): # a policy that knows what it starts from
+    model.ingredients = ingredients([], **models)
+    return model
 
 def _direct(params, encoders, views, robot):
     "A vision encoder, pretrained where there is one, and the adapter behind it."
@@ -135,7 +141,9 @@ def _direct(params, encoders, views, robot):
     dino = f"{params['ckpts']}/{find_base_model('dino').folder}" if params["preset"] != "tiny" else ""
     if given: base = around_encoder(base, project_root()/given)
     model = DirectPolicy(replace(base, adapter=_adapter(base, params, robot)), encoders)
-    if given or dino: model.start_from(project_root()/(given or dino))
+    if not (given or dino): return model
+    model.start_from(project_root()/(given or dino))
+    model.ingredients = dict(vision_encoder=dict(path=given or dino, digest=weights_digest(model.tower)))
     return model
 
 def _plain(params, encoders, views, robot):
@@ -208,7 +216,8 @@ def policy_info(
     if not start["vision_encoder"]: start.pop("vision_encoder")
     scale = {} if demo.scale is None else dict(action_scale=asdict(demo.scale))
     noted = {n: params[n] for n in ("preset", "split", "tasks", "demos", "data_frac")}
-    return model_info(model, encoders, **noted, pretrained=start, **scale)
+    used = ingredients([demo.piece]) | getattr(model, "ingredients", {})
+    return model_info(model, encoders, **noted, pretrained=start, ingredients=used, **scale)
 
 # %% ../../nbs/13_run/06_policies.ipynb #3bbce9d9
 def row_models(

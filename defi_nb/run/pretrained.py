@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMED', 'KEYS', 'MINUTES', 'feature_file', 'feature_bytes', 'foreseen', 'inferred', 'StepFeatures', 'fresh_model',
            'checkpoint_name', 'pretrained_folder', 'pretrained', 'aligned_folder', 'load_aligned', 'spread_log',
-           'trained_policy', 'model_folder', 'info_in', 'preset_in', 'run_plan']
+           'trained_policy', 'model_folder', 'info_in', 'preset_in', 'ingredients', 'run_plan']
 
 # %% ../../nbs/13_run/05_pretrained.ipynb #3402f1bf
 from contextlib import contextmanager
@@ -124,7 +124,7 @@ def fresh_model(
         model = load_gfdm(project_root()/ckpts/find_base_model("svd").folder, clip=encoders.clip, frames=spec.frames, size=spec.image_size)
         other = asdict(preset_of(GFDMConfig, preset)).items() - asdict(GFDMConfig.paper()).items() # how it is trained
         model.cfg, model.vae = replace(model.cfg, **dict(other) | fields), None # pictures come encoded
-        return model
+        return _from(f"{ckpts}/{find_base_model('svd').folder}", model)
 
 # %% ../../nbs/13_run/05_pretrained.ipynb #c38ded0d
 NAMED = dict(gfdm="gfdm_", gidm="gidm_", forward="", inverse="", quantiser="", codes="codes", queries="queries", video="video_", video_frac="share", extract_step="step", camera_draw="static_", train="train_", align="align", views="", start="from_",
@@ -189,6 +189,10 @@ def pretrained_folder(
         else: print(f"using {folder}")
     return folder
 
+def _from(path, model): # that remembers where its weights are from
+    model.origin = str(path)
+    return model
+
 def pretrained(
     kind:str, # "gfdm" or "gidm"
     choice:str, # see `pretrained_folder`; also an official checkpoint, or "untrained" for `fresh_model`
@@ -200,16 +204,18 @@ def pretrained(
 ): # a forward or inverse model, in evaluation mode
     "A pretrained model; the default's is made first where it is missing."
     built = chosen(_own(kind, variant), "forward", "inverse", "quantiser", "codes", "queries")
-    if choice == "untrained": return fresh_model(kind, encoders, **built, preset=shared.get("preset", "tiny"), ckpts=ckpts, **fields).eval()
-    if choice and kind == "gidm" and (project_root()/choice).is_file(): return load_gidm(project_root()/choice)
-    if choice and kind == "gfdm" and (project_root()/choice/"unet").is_dir(): return load_gfdm(project_root()/choice, clip=encoders.clip)
+    if choice == "untrained":
+        return _from(choice, fresh_model(kind, encoders, **built, preset=shared.get("preset", "tiny"), ckpts=ckpts, **fields).eval())
+    if choice and kind == "gidm" and (project_root()/choice).is_file(): return _from(choice, load_gidm(project_root()/choice))
+    if choice and kind == "gfdm" and (project_root()/choice/"unet").is_dir():
+        return _from(choice, load_gfdm(project_root()/choice, clip=encoders.clip))
     folder = pretrained_folder(kind, choice, shared, variant, ckpts)
     expect = dict(gidm="GIDM", gfdm="DinoForward" if built.get("forward") == "dino" else "GFDM")[kind]
     model = load_model(folder, encoders, expect=(expect,), change=fields)
     for n in ("inverse", "quantiser", "codes", "queries"):
         if n in built and (has := getattr(model.cfg, n)) != built[n]:
             raise ValueError(f"{folder} holds a GIDM with {n} {has!r}, and {built[n]!r} is asked for: give variant.{n}={has}, or another gidm")
-    return model
+    return _from(folder, model)
 
 # %% ../../nbs/13_run/05_pretrained.ipynb #c0286e26
 def aligned_folder(
@@ -247,7 +253,7 @@ def load_aligned(
     for kind, model in dict(gfdm=gfdm, gidm=gidm).items():
         if (there := about[f"{kind}_digest"]) != (here := weights_digest(model)):
             raise ValueError(f"{folder} was aligned with another {kind} ({there}, and this policy's is {here}): delete the folder and it is made again, or give the models of that run")
-    return load_model(folder, encoders, expect=("AlignedGIDM",))
+    return _from(folder, load_model(folder, encoders, expect=("AlignedGIDM",)))
 
 # %% ../../nbs/13_run/05_pretrained.ipynb #40978f5e
 def spread_log(
@@ -296,6 +302,17 @@ def preset_in(
 )->str: # "tiny" or "paper"
     "The preset that a checkpoint's model is of."
     return info_in(folder).get("preset", "tiny")
+
+# %% ../../nbs/13_run/05_pretrained.ipynb #651c1ec3
+def ingredients(
+    pieces, # `data.load.Piece`s that a training reads
+    **models, # name -> what it starts from, of `pretrained`, `load_aligned` or `fresh_model`; those of random weights are left out
+)->dict: # name -> dict of path and digest, for the `info` of `fit`
+    "What a training depends on besides its numbers."
+    root = f"{project_root()}/"
+    noted = {f"data {p.name}": (p.folder, p.data.digest()) for p in pieces}
+    noted |= {name: (model.origin, weights_digest(model)) for name, model in models.items() if hasattr(model, "origin")}
+    return {name: dict(path=path.removeprefix(root), digest=digest) for name, (path, digest) in noted.items()}
 
 # %% ../../nbs/13_run/05_pretrained.ipynb #155438b9
 MINUTES = dict(recording=8, gfdm=4.5, gidm=2.5, aligned=2, coupled=6.5, no_gidm=4, plain=2.5, blind=2, direct=6) # on two cores

@@ -26,7 +26,7 @@ from ..models.policy import CoupledPolicy, PolicyConfig
 from .datasets import encoded, names_list, reading_of, store_name, video_data
 from .options import chosen
 from .pretrained import (
-    StepFeatures, checkpoint_name, feature_file, foreseen, fresh_model, info_in, pretrained)
+    StepFeatures, _from, checkpoint_name, feature_file, foreseen, fresh_model, info_in, ingredients, pretrained)
 from ..train.auxiliary import FewLabels, LatentAuxiliaryConfig, LatentBeside
 from ..train.config import TrainConfig
 from ..viz.denoising import check_draws
@@ -57,6 +57,8 @@ def pretraining_info(
     model, # a forward or inverse model
     encoders, # `models.encoders.Encoders`
     params:dict, # of the run
+    pieces=(), # `data.load.Piece`s that it reads
+    **models, # what it starts from, see `run.pretrained.ingredients`
 )->dict: # for `fit(..., info=...)`
     "What a pretrained model's checkpoint notes of its run; what is the default is not noted."
     noted = {n: params[n] for n in ("preset", "split", "tasks", "demos") if n in params}
@@ -67,7 +69,7 @@ def pretraining_info(
     if params.get("p_reverse") or more.get("antisymmetry") or more.get("labels"):
         noted |= dict(p_reverse=params["p_reverse"]) | {n: more[n] for n in ("reversed_text", "antisymmetry")}
     if more.get("labels"): noted |= {n: more[n] for n in ("labels", "label_weight")}
-    return model_info(model, encoders, **noted)
+    return model_info(model, encoders, **noted, ingredients=ingredients(pieces, start=model, **models))
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #5cd10d98
 def alignment_info(
@@ -76,10 +78,11 @@ def alignment_info(
     model, # likewise
     encoders, # `models.encoders.Encoders`
     params:dict, # of the run
+    pieces=(), # `data.load.Piece`s that it reads
 )->dict: # for `fit(..., info=...)`
     "What an alignment's checkpoint notes of its run: which models it belongs to, too."
-    digests = dict(gfdm_digest=weights_digest(policy.gfdm), gidm_digest=weights_digest(gidm))
-    return pretraining_info(model, encoders, params) | digests
+    info = pretraining_info(model, encoders, params, pieces, gfdm=policy.gfdm, gidm=gidm)
+    return info | {f"{kind}_digest": info["ingredients"][kind]["digest"] for kind in ("gfdm", "gidm")}
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #a66c00fa
 def clip_times(
@@ -122,7 +125,7 @@ def pretraining_model(
     found = load_model(checkpoint_path(start, kind), encoders, expect=(type(model).__name__,))
     if differ := differing_fields(plain_config(found.cfg), plain_config(model.cfg)):
         raise ValueError(f"variant.start is {start}, whose fields are others (there -> here: {differ}): give the variant that it was trained as, or leave start empty")
-    return found.train()
+    return _from(start, found.train())
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #8ed30ad1
 def forward_model(

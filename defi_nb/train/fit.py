@@ -196,6 +196,16 @@ def _run_identity(
     return {"class": type(model).__name__, "model": plain_config(getattr(model, "cfg", None)), "parameters": size,
             "train": train, "samples": len(data), "info": plain_config(info)} | ({} if beside is None else {"beside": plain_config(beside.identity())})
 
+def _same_ingredients(out, there, here): # of two runs' infos, which lose theirs
+    "Raise `ValueError` naming the pretrained model, or the data, that is another than when the training began."
+    began, now = (info.pop("ingredients", {}) for info in (there, here))
+    for name in (n for n in now if n in began and began[n]["digest"] != now[n]["digest"]): # older runs noted none
+        was, is_ = began[name], now[name]
+        where = is_["path"] + f", in the place of {was['path']}"*(was["path"] != is_["path"])
+        copy = " (a copy with the times of its files, as cp -a makes)"*name.startswith("data")
+        raise ValueError(f"{out} was begun with another {name}: {where} has changed since ({was['digest']} -> {is_['digest']}): "
+                         f"put the earlier one back{copy}, or train into another folder (a run's ckpt)")
+
 def _clean(out, resume, steps, record):
     "Before a run begins: drop what an earlier one left if it is not to be resumed, and say who runs and how long."
     recover(out)
@@ -210,10 +220,12 @@ def _start(out, model, run):
     if not out or not has_checkpoint(out): return 0, {}, []
     state = load_state(out)
     there = state.get("run", {})
-    there = there | dict(model=completed(there.get("model", {}), getattr(model, "cfg", None)))
-    if differ := differing_fields(there, run):
-        raise ValueError(f"{out} holds another run (there -> here: {differ}): "
-                         "use its settings, give another folder, or train again with resume=False")
+    there = there | dict(model=completed(there.get("model", {}), getattr(model, "cfg", None)), info=dict(there.get("info", {})))
+    here = run | dict(info=dict(run["info"]))
+    _same_ingredients(out, there["info"], here["info"])
+    if differ := differing_fields(there, here):
+        raise ValueError(f"{out} holds another run (there -> here: {differ}): use its settings, "
+                         "give another folder (a run's ckpt), or train again from the start (resume=False, or delete the folder)")
     step = load_checkpoint(out, model)["step"]
     return step, state, read_metrics(out, step)
 
