@@ -6,7 +6,7 @@
 __all__ = ['progress_bar', 'Tee', 'atomic', 'write_whole', 'os_remedy', 'one_line', 'locked', 'read_own_json', 'read_jsonl',
            'write_jsonl', 'append_jsonl', 'json_digest', 'format_bytes', 'duration', 'folder_bytes', 'project_root',
            'needed', 'ask_hub', 'sendable', 'portable_error', 'start_python', 'process_note', 'noted_process',
-           'JobError', 'received', 'play_jobs', 'cpu_hours']
+           'machine_note', 'JobError', 'received', 'play_jobs', 'cpu_hours']
 
 # %% ../../nbs/00_core/02_utils.ipynb #3ce46b49
 import errno
@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import pickle
+import platform
 import re
 import resource
 import select
@@ -336,6 +337,14 @@ def noted_process(
         same = abs(found.create_time() - started) < 1 and found.uids().effective == os.geteuid() and found.status() != psutil.STATUS_ZOMBIE
     except psutil.Error: return
     return found if same else None
+
+# %% ../../nbs/00_core/02_utils.ipynb #16f3461a
+def machine_note()->dict: # JSON values; {} where PyTorch is not loaded, and so computed nothing
+    "What the last digits of a number depend on besides the code: processor, instructions, arithmetic threads, PyTorch."
+    if not (torch := sys.modules.get("torch")): return {}
+    try: cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError): cpu = platform.processor() or platform.machine()
+    return dict(cpu=cpu, instructions=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(), torch=str(torch.__version__))
 
 # %% ../../nbs/00_core/02_utils.ipynb #08fa7a10
 class JobError(Exception):

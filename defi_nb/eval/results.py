@@ -9,6 +9,7 @@ __all__ = ['PROTOCOL', 'chain_rates', 'fingerprint', 'protocol_name', 'task_tabl
 
 # %% ../../nbs/07_eval/00_results.ipynb #4d45bf0f
 import json
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
@@ -134,6 +135,8 @@ class EvalResult:
     version:str = __version__ # of this package
     code:str = "" # digest of this package's source
     versions:dict = field(default_factory=dict) # of what it was measured with: Python, torch, git commit, device
+    machines:list = field(default_factory=list) # that played: dicts of `core.utils.machine_note`, with the number of their `chains`
+    training:dict = field(default_factory=dict) # what trained the weights: commit and source of the package, machine; {} where there are none
     seconds:float = 0. # spent playing, summed over processes
     notes:dict = field(default_factory=dict) # anything else worth keeping, JSON types
     closings:list = field(default_factory=list) # a row per attempt that closed the gripper to grasp, see `closing_table`
@@ -225,6 +228,14 @@ def _said(value): # a value of the protocol
     if isinstance(value, (list, tuple)): return ", ".join(map(str, value))
     return str(value)[:12] if len(str(value)) == 64 else str(value)
 
+def _machines(results):
+    "A sentence on the machines that played; a warning where they are unlike."
+    counts = Counter()
+    for m in (m for r in results for m in r.machines): counts["{cpu}, {instructions}, PyTorch {torch}".format(**m)] += m["chains"]
+    if len(counts) < 2: return "".join(f" Played on {kind}." for kind in counts)
+    listed = "; ".join(f"{n} chains on {kind}" for kind, n in counts.items())
+    return f" **Played on unlike machines, where the same chain may end otherwise**: {listed}."
+
 @dataclass
 class ResultTable:
     "Results under one another, each number with its 95 % interval."
@@ -252,7 +263,7 @@ class ResultTable:
         shared = "; ".join(f"{k} {_said(protocol[k])}" for k in PROTOCOL if k not in differing)
         table = markdown_table(header, map(self._row, self.results))
         holds = "95 % intervals in brackets" + ", of a result that stopped early such that hold at every moment"*any(r.early for r in self.results)
-        return f"{table}\n\n{holds}. Protocol: {'; '.join(names)}. {shared}."
+        return f"{table}\n\n{holds}. Protocol: {'; '.join(names)}. {shared}.{_machines(self.results)}"
 
 # %% ../../nbs/07_eval/00_results.ipynb #6a83c8db
 def task_markdown(
@@ -273,7 +284,8 @@ def family_markdown(
 
 @patch
 def _repr_markdown_(self:EvalResult):
-    seen = f"{self.policy}, checkpoint {self.checkpoint or 'none'}, defi_nb {self.version} (source {self.code or 'unknown'}), {self.seconds:.0f} s."
+    trained = ", trained by source {code} (commit {commit})".format(**self.training) if self.training else ""
+    seen = f"{self.policy}, checkpoint {self.checkpoint or 'none'}{trained}, defi_nb {self.version} (source {self.code or 'unknown'}), {self.seconds:.0f} s."
     return f"{ResultTable([self])._repr_markdown_()} {seen}\n\n{family_markdown(self)}\n\n{task_markdown(self)}"
 
 # %% ../../nbs/07_eval/00_results.ipynb #281eb837
@@ -357,4 +369,5 @@ def conclusion(
     text = (f"{result.policy} solves {result.average_length:.2f} of {result.protocol['length']} tasks in a row "
             f"(95 % interval {low:.2f} to {high:.2f}, {len(result.solved)} chains)")
     stands = [f"{_SIDES[c.difference.side]} {c.second}, {c.difference:+.2f}" for c in comparisons]
-    return "; ".join([text, *sorted(stands, key=lambda s: s.startswith("not"))]) + "."
+    unlike = ", played on unlike machines"*(len(result.machines) > 1)
+    return "; ".join([text + unlike, *sorted(stands, key=lambda s: s.startswith("not"))]) + "."

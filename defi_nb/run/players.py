@@ -27,6 +27,7 @@ from ..models.policy import CoupledPolicy
 from ..sim.calvin_tasks import first_sequences, get_sequences, in_scenes, sequences_digest
 from ..sim.experts import Expert
 from ..sim.layout import scene_names
+from ..weights.checkpoint import read_config
 from ..weights.load import POLICY_CLASSES, checkpoint_digest, load_model, load_to_act
 from ..weights.zoo import model_card
 
@@ -40,6 +41,11 @@ class Player:
     identity:str = "" # of its weights; empty: it has none
     weights:Path|None = None # folder of its checkpoint; None: it has none, or plays without
     play:Callable = play_policy # how a chain is played
+
+    @property
+    def training(self): # what trained its weights: commit and source of the package, machine; {} where it has none
+        about = read_config(self.weights) if self.weights else {}
+        return dict(commit=about["git_commit"], **{n: about.get(n) for n in ("code", "machine")}) if about else {}
 
 _SCRIPTS = dict(noop=NoOpPolicy(), random=RandomPolicy(), expert=Expert) # players without weights
 

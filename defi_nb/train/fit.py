@@ -27,7 +27,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..core.utils import format_bytes, locked, one_line, process_note, progress_bar, read_jsonl, write_jsonl, write_whole
+from ..core.utils import (
+    format_bytes, locked, machine_note, one_line, process_note, progress_bar, read_jsonl, write_jsonl, write_whole)
 from ..data.mixtures import Mixture, count_draws
 from ..models.vq import restart_logs
 from .config import (
@@ -212,7 +213,7 @@ def _clean(out, resume, steps, record):
     if not resume:
         for old in [*Path(out).glob("step-*"), Path(out)/"best"]: _drop(old)
         if has_checkpoint(out): (Path(out)/"config.json").unlink() # else it is back after an early crash
-    write_whole(Path(out)/"run.json", json.dumps(dict(steps=steps) | process_note()))
+    write_whole(Path(out)/"run.json", json.dumps(dict(steps=steps) | process_note() | machine_note()))
     if record: write_whole(Path(record)/"training.json", json.dumps(dict(checkpoint=str(Path(out).resolve()))))
 
 def _start(out, model, run):

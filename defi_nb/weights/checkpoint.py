@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'plain_config', 'restore_config', 'completed', 'differing_fields', 'checkpoint_file', 'recover',
-           'model_state', 'git_commit', 'checksum', 'save_checkpoint', 'link_checkpoint', 'has_checkpoint',
-           'read_config', 'verify', 'load_state', 'load_checkpoint']
+           'model_state', 'git_commit', 'code_digest', 'checksum', 'save_checkpoint', 'link_checkpoint',
+           'has_checkpoint', 'read_config', 'verify', 'load_state', 'load_checkpoint']
 
 # %% ../../nbs/05_weights/00_checkpoint.ipynb #6d6d3e74
+import hashlib
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import defi_nb
-from ..core.utils import format_bytes, json_digest, read_own_json
+from ..core.utils import format_bytes, json_digest, machine_note, read_own_json
 
 # %% ../../nbs/05_weights/00_checkpoint.ipynb #cf3b17c1
 PRESETS = "tiny", "small", "paper", "printed" # class methods that a config may have
@@ -183,6 +184,14 @@ def git_commit()->str|None: # 40 hex digits, None outside a clone
     done = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
 
+@cache
+def code_digest()->str: # 16 hex digits of SHA-256
+    "What identifies this package's source, changes that are not committed included."
+    digest, package = hashlib.sha256(), Path(defi_nb.__file__).parent
+    files = {file.relative_to(package).as_posix(): file for file in package.rglob("*.py")}
+    for name in sorted(files): digest.update(name.encode() + files[name].read_bytes())
+    return digest.hexdigest()[:16]
+
 def checksum(
     path, # of a file
 )->str: # 8 hex digits
@@ -207,7 +216,8 @@ def save_checkpoint(
     config = getattr(model, "cfg", None) if config is None else config
     tensors, tied = _untie(model_state(model) if tensors is None else tensors)
     about = {"class": type(model).__name__, "preset": _preset_name(config), "fields": plain_config(config), "step": step,
-             "info": plain_config(info), "tied": tied, "package": defi_nb.__version__, "git_commit": git_commit()}
+             "info": plain_config(info), "tied": tied,
+             "package": defi_nb.__version__, "git_commit": git_commit(), "code": code_digest(), "machine": machine_note()}
     plain, of_state = _split_tensors(state or {})
     as_json = lambda x: json.dumps(x, indent=1).encode()
     def with_checksums(path):
