@@ -15,7 +15,7 @@ from importlib import resources
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ..core.plot import new_axes
+from ..core.plot import log_scale, new_axes
 from ..core.printed import chain_marks, printed_table, printed_tables, row_marks
 from ..core.stats import Interval, crossed_interval, markdown_table
 
@@ -209,7 +209,7 @@ def show_by_fraction(
         shifted = [a + .012*i for a in at] # so that intervals do not hide one another
         ax.errorbar(shifted, mean, (low, high), fmt="o-", color=f"C{i}", ms=4, lw=1.2, capsize=2, label=label)
         for a, t in zip(shifted, rows): ax.plot([a]*len(t["seeds"]), t["seeds"], ".", color=f"C{i}", ms=3, alpha=.5)
-    ax.set(xlabel="share of labelled demonstrations" if x == "data_frac" else "share of further video in pretraining", ylabel="average length of 5", ylim=(0, 5))
+    ax.set(xlabel="share of labelled demonstrations" if x == "data_frac" else "share of further video in pretraining", ylabel=f"average length of {_length(table)}", ylim=(0, _length(table)))
     ax.grid(alpha=.3)
     ax.legend(fontsize=7)
     return ax
@@ -244,11 +244,13 @@ def ablation_table(
     for (fraction, name), found in sorted(groups.items(), key=lambda g: g[0][0]):
         solved, of, row = sum((r.solved for r in found), []), len(found), known[name]
         table.append(dict(row=name, data_frac=-fraction, average_length=sum(solved)/len(solved), interval=crossed_interval([r.solved for r in found]).plain()[1:],
-                          task_success=sum(r.task_success for r in found)/of, seeds=[r.average_length for r in found], chains=len(solved), paper=row.paper,
+                          task_success=sum(r.task_success for r in found)/of, length=found[0].protocol["length"], seeds=[r.average_length for r in found], chains=len(solved), paper=row.paper,
                           image_tasks=[[t["successes"], t["attempts"]] for t in (r.families()["needs images"] for r in found)]))
     return table
 
 # %% ../../nbs/07_eval/10_published.ipynb #bfad5bab
+def _length(table): return max((t.get("length", 5) for t in table), default=5) # of the chains; tables of before have five
+
 def _bounds(interval): return "" if interval[0] is None else f" ({interval[0]:.2f}–{interval[1]:.2f})"
 
 def ablation_markdown(
@@ -258,7 +260,7 @@ def ablation_markdown(
     known = {row.name: row for row in ROWS}
     cells = [[t["row"], f"{t['data_frac']:g}", f"**{t['average_length']:.2f}**{_bounds(t['interval'])}", f"{100*t['task_success']:.0f}",
               ", ".join(f"{x:.2f}" for x in t["seeds"]), t["chains"], _paper_cell(known[t["row"]])] for t in table]
-    return markdown_table(["policy", "fraction of labels", "average length of 5", "mean of tasks, %", "each seed", "chains", "the paper's"], cells)
+    return markdown_table(["policy", "fraction of labels", f"average length of {_length(table)}", "mean of tasks, %", "each seed", "chains", "the paper's"], cells)
 
 def share_figures(
     table:list, # from `ablation_table`
@@ -314,8 +316,11 @@ def show_efficiency(
         each = [[s/max(n, 1) for s, n in t["image_tasks"]] for t in rows]
         axes[1].plot(at, [np.mean(e) for e in each], "o-", color=f"C{i}", ms=4, lw=1.2)
         for x, e in zip(at, each): axes[1].plot([x]*len(e), e, ".", color=f"C{i}", ms=3, alpha=.5)
-    axes[0].set(ylabel="tasks in a row, of 5", ylim=(0, 5))
+    axes[0].set(ylabel=f"tasks in a row, of {_length(table)}", ylim=(0, _length(table)))
     axes[1].set(ylabel="success of tasks with blocks", ylim=(0, 1))
-    for ax in axes: ax.set(xscale="log", xlabel="demonstrations with actions"); ax.grid(alpha=.3)
+    for ax in axes:
+        log_scale(ax, "x")
+        ax.set(xlabel="demonstrations with actions")
+        ax.grid(alpha=.3)
     axes[0].legend(fontsize=7)
     return figure

@@ -20,7 +20,7 @@ from ..core.utils import project_root
 from ..data.cache import JoinedSamples, StepCoded
 from ..data.episodes import show_tasks, split_windows
 from ..models.aligned_gidm import AlignConfig, AlignedGIDM
-from ..models.encoders import load_encoders, weights_digest
+from ..models.encoders import load_encoders
 from ..models.gidm import GIDMConfig
 from ..models.policy import CoupledPolicy, PolicyConfig
 from .datasets import encoded, names_list, reading_of, store_name, video_data
