@@ -191,6 +191,8 @@ def _by_video(rows): # of (`Row`, table row) -> of (label, share, table row); wi
     return [(f"{video}, {t['data_frac']:.0%} of the labels", row.video_share, t) for video in videos for row, t in rows
             if row.video_share == 0 or row.video_share and row.gfdm["video"] == video]
 
+def _length(table): return max((t.get("length", 5) for t in table), default=5) # of the chains; tables of before have five
+
 def show_by_fraction(
     table:list, # of an `ablations` run, as in its metrics.json
     x:str = "data_frac", # "data_frac", share of labels, or "video_share", share of further video
@@ -249,8 +251,6 @@ def ablation_table(
     return table
 
 # %% ../../nbs/07_eval/10_published.ipynb #bfad5bab
-def _length(table): return max((t.get("length", 5) for t in table), default=5) # of the chains; tables of before have five
-
 def _bounds(interval): return "" if interval[0] is None else f" ({interval[0]:.2f}–{interval[1]:.2f})"
 
 def ablation_markdown(
