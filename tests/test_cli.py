@@ -92,7 +92,7 @@ def test_outside_the_project(tmp_path):
 
 
 def test_compare():
-    demo = [str(ROOT/"results/demo"/f"{name}.json") for name in ("plain_all", "plain_few")]
+    demo = [str(ROOT/"results/demo_fresh"/f"{name}.json") for name in ("plain_all", "plain_few")]
     said = command("defi-nb", "compare", *demo)
     assert said.returncode == 0 and last_line(said.stdout).endswith("chains, paired): more.")
     refused = command("defi-nb", "compare", *demo, "--varying", "step")

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,17 +73,19 @@ def runs(base):
     return table(("notebook", "what it does", "in the paper"), rows)
 
 
-POLICIES = {"coupled_all": "coupled, all labels", "plain_all": "plain: the present frames alone, all labels",
+POLICIES = {"shipped": "coupled, shipped with the package, all labels",
+            "coupled_all": "coupled, all labels", "plain_all": "plain: the present frames alone, all labels",
             "coupled_few": "coupled, a tenth of the labels", "no_gidm_few": "without GIDM (VPP), a tenth",
             "plain_few": "plain, a tenth", "blind_few": "blind: no image at all, a tenth"}
 
 
-def demo(base):
+def demo(name, base):
     "The policies of `make demo`."
     from defi_nb.eval.results import EvalResult
     rows, solved = [], lambda counts: f"{counts['successes']}/{counts['attempts']}"
-    for name, policy in POLICIES.items():
-        r = EvalResult.load(ROOT/"results"/"demo"/f"{name}.json")
+    for kind, policy in POLICIES.items():
+        if not (file := ROOT/"results"/name/f"{kind}.json").exists(): continue
+        r = EvalResult.load(file)
         low, high = r.interval
         kinds = (solved(r.families()[kind]) for kind in ("needs images", "fixtures"))
         length = f"**{r.average_length:.2f}** ({low:.2f}–{high:.2f})"
@@ -94,7 +97,7 @@ def demo(base):
 def stored(name): return lambda base: (ROOT/"results"/name/"table.md").read_text(encoding="utf-8").strip()
 
 
-TABLES = {"floors": floors, "library": library, "runs": runs, "demo": demo, "coupling": stored("coupling")}
+TABLES = {"floors": floors, "library": library, "runs": runs, "demo": partial(demo, "demo"), "demo_fresh": partial(demo, "demo_fresh"), "coupling": stored("coupling")}
 
 
 def filled(text, base): return REGION.sub(lambda m: m[1] + TABLES[m[2]](base) + "\n<!-- end -->", text)
