@@ -16,7 +16,7 @@ from .feature_sources import FeatureSource, ProbeData, pool, probe_data, source_
 from .probes import ProbeConfig, ProbeHead, ProbeResult, train_probe
 from ..core.printed import printed_markdown, printed_table
 from ..core.spec import ACTION_DIM, Batch
-from ..core.stats import markdown_table, wilson
+from ..core.stats import Interval, markdown_table, wilson
 from ..core.utils import progress_bar
 from ..data.episodes import split_windows
 from ..eval.evaluate import evaluate
@@ -24,8 +24,6 @@ from ..eval.rollout import EvalConfig
 from ..sim.calvin_tasks import get_sequences
 
 # %% ../../nbs/08_analysis/10_frozen_cloning.ipynb #f1776b0d
-_CLONING = ProbeConfig.cloning() # frozen, so that one default serves all calls
-
 @dataclass(frozen=True)
 class FrozenCloning:
     "A probe that acts."
@@ -44,24 +42,26 @@ class FrozenCloning:
         tokens = pool(self.source.read(batch.video[:, :, 0], batch.text).float(), self.side)
         found = self.head((tokens - self.mean)/self.spread).unflatten(1, (-1, ACTION_DIM))
         if found.shape != noise.shape:
-            raise ValueError(f"this policy predicts {found.shape[1]} actions and is asked for {noise.shape[1]}: set the evaluation's chunk to {found.shape[1]}")
+            raise ValueError(f"this policy predicts {found.shape[1]} actions and is asked for {noise.shape[1]}: "
+                             f"set the evaluation's chunk to {found.shape[1]}")
         return torch.cat([found[..., :6], found[..., 6:].sign()], -1)
 
 def clone(
     source:FeatureSource, # frozen
     data:ProbeData, # frames of one task's demonstrations
-    cfg:ProbeConfig=_CLONING, # network and training; what depends on the source is filled in
+    cfg:ProbeConfig=ProbeConfig.cloning(), # its sizes that the source has are filled in
     seed:int=0, # of weights and batches
     side:int=4, # as of `FrozenCloning`
     device="cpu", # to train on
 )->tuple: # `FrozenCloning`; `analysis.probes.ProbeResult`
     "Clone a task's demonstrations."
-    tokens, (chunk, whole) = torch.from_numpy(source_tokens(source, data, side)), data.chunk(cfg.out//ACTION_DIM)
+    tokens = torch.from_numpy(source_tokens(source, data, side))
+    chunk, whole = data.chunk(cfg.out//ACTION_DIM)
     known = tokens[torch.from_numpy(~data.held)]
     mean, spread = known.mean((0, 1)), known.std((0, 1)).clamp(min=1e-6)
     cfg = replace(cfg, tokens=tokens.shape[1], dim=tokens.shape[2])
-    scaled = ((tokens - mean)/spread).numpy()[whole]
-    result = train_probe(scaled, chunk[whole].reshape(whole.sum(), -1), data.held[whole], cfg, seed, device)
+    scaled, target = ((tokens - mean)/spread).numpy()[whole], chunk[whole].reshape(whole.sum(), -1)
+    result = train_probe(scaled, target, data.held[whole], cfg, seed, device)
     return FrozenCloning(source, result.head.cpu().eval(), mean, spread, side), result
 
 # %% ../../nbs/08_analysis/10_frozen_cloning.ipynb #feb2d9e8
@@ -78,18 +78,20 @@ def clone_task(
     frames, # `data.episodes.Frames` of demonstrations
     task:str, # one of theirs
     rollouts:int=20, # of the paper
-    cfg:ProbeConfig=_CLONING, # network and training
+    cfg:ProbeConfig=ProbeConfig.cloning(), # network and training
     config:EvalConfig=EvalConfig(), # steps and image sizes of the rollouts
     seed:int=0, # of weights, batches and starts
     **kw, # for `clone`
 )->ClonedTask:
     "Clone a task's demonstrations, and act."
     windows = [w for w in frames.windows if w.task == task]
-    if len(windows) < 2: raise ValueError(f"there are {len(windows)} demonstrations of {task}: at least two, one of which is held out")
+    if len(windows) < 2:
+        raise ValueError(f"there are {len(windows)} demonstrations of {task}: at least two, one is held out")
     data, chunk = probe_data(frames, *split_windows(windows, .1), stride=1), cfg.out//ACTION_DIM
     policy, result = clone(source, data, cfg, seed, **kw)
     starts = get_sequences(rollouts, [task], seed=seed + 1, length=1)
-    played = evaluate(policy, starts, replace(config, chunk=chunk, execute=chunk), task, checkpoint=source.name, n_workers=0, progress=False)
+    how = replace(config, chunk=chunk, execute=chunk)
+    played = evaluate(policy, starts, how, task, checkpoint=source.name, n_workers=0, progress=False)
     return ClonedTask(task, sum(played.solved), rollouts, result)
 
 def clone_tasks(
@@ -107,14 +109,14 @@ def clone_tasks(
 
 def cloning_rates(
     found:dict, # from `clone_tasks`
-)->dict: # name of a source -> {"tasks": {task: rate}, "rate", "low", "high", "rollouts", "train_loss", "val_loss"}
+)->dict: # source -> {"tasks": {task: rate}, "rate", "low", "high", "rollouts", "train_loss", "val_loss"}
     "Success rates with Wilson's interval over all rollouts, and the probes' losses."
     rates = {}
     for name, each in found.items():
         rate, low, high = wilson(sum(c.solved for c in each), sum(c.rollouts for c in each))
-        losses = {f"{part}_loss": float(np.mean([getattr(c.probe, part) for c in each])) for part in ("train", "val")}
-        rates[name] = dict(tasks={c.task: c.solved/c.rollouts for c in each}, rate=rate, low=low, high=high,
-                           rollouts=sum(c.rollouts for c in each), **losses)
+        losses = {f"{n}_loss": float(np.mean([getattr(c.probe, n) for c in each])) for n in ("train", "val")}
+        tasks, total = {c.task: c.solved/c.rollouts for c in each}, sum(c.rollouts for c in each)
+        rates[name] = dict(tasks=tasks, rate=rate, low=low, high=high, rollouts=total, **losses)
     return rates
 
 def cloning_markdown(
@@ -122,8 +124,10 @@ def cloning_markdown(
 )->str: # markdown
     "Success of each encoder, then the paper's Tables 3 and 4."
     rates, tasks = cloning_rates(found), [c.task for c in next(iter(found.values()))]
-    cells = [[name, *[f"{100*r['tasks'][t]:.0f}" for t in tasks], f"{100*r['rate']:.1f} ({100*r['low']:.1f} to {100*r['high']:.1f})",
-              f"{r['train_loss']:.3f}", f"{r['val_loss']:.3f}"] for name, r in rates.items()]
-    heads = ["frozen encoder", *[f"{t}, %" for t in tasks], "all, % (95 % interval)", "train loss", "held-out loss"]
+    percent = lambda r: f"{Interval(100*r['rate'], 100*r['low'], 100*r['high']):.1f}"
+    each = lambda r: [f"{100*r['tasks'][t]:.0f}" for t in tasks]
+    losses = lambda r: [f"{r[n]:.3f}" for n in ("train_loss", "val_loss")]
+    cells = [[name, *each(r), percent(r), *losses(r)] for name, r in rates.items()]
+    heads = ["frozen encoder", *[f"{t}, %" for t in tasks], "all, %", "train loss", "held-out loss"]
     theirs = [printed_markdown(printed_table("IDL", n)) for n in (3, 4)]
     return "\n\n".join([markdown_table(heads, cells), *theirs])

@@ -160,7 +160,8 @@ def train_probe(
                 at.append(step)
                 errors.append(_evaluated(head, x[held], y[held], cfg))
     curve = [(step, float(e.mean())) for step, e in zip(at, errors)]
-    return ProbeResult(float(np.mean(losses)), float(np.mean([v for _, v in curve])), curve[-1][1], curve, np.stack(errors), head)
+    val = float(np.mean([v for _, v in curve]))
+    return ProbeResult(float(np.mean(losses)), val, curve[-1][1], curve, np.stack(errors), head)
 
 @torch.no_grad()
 def _evaluated(head, x, y, cfg):

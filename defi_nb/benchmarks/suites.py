@@ -336,8 +336,10 @@ class SimplerAction:
         return np.concatenate([xyz, turn, [self.gripper(open)]]).astype(np.float32)
 
 # %% ../../nbs/12_benchmarks/03_suites.ipynb #ac292938
-_COLUMNS = {"google_vm": ("DeFI", 2, "vm"), "google_va": ("DeFI", 2, "va"), "widowx": ("IDL", 2, "")} # suite -> paper, table, columns
-_WIDOWX_COLUMNS = dict(spoon="spoon_on_towel", carrot="carrot_on_plate", cube="stack_cube", eggplant="eggplant_in_basket")
+_COLUMNS = { # suite -> paper, table, columns
+    "google_vm": ("DeFI", 2, "vm"), "google_va": ("DeFI", 2, "va"), "widowx": ("IDL", 2, "")}
+_WIDOWX_COLUMNS = dict(spoon="spoon_on_towel", carrot="carrot_on_plate", cube="stack_cube",
+                       eggplant="eggplant_in_basket")
 
 def published_simpler(
     tolerance:float=.5, # between the printed average and the mean of the columns, points; rounding explains 0.1
@@ -352,6 +354,7 @@ def published_simpler(
             names = {c: _WIDOWX_COLUMNS.get(c, c.removeprefix(f"{prefix}_")) for c in cells}
             tasks = {names[c]: v for c, v in cells.items()}
             computed = round(sum(tasks.values())/len(tasks), 1)
-            rows.append({"method": method, "suite": suite, "tasks": tasks, "printed": printed, "computed": computed,
-                         "marked": abs(printed - computed) >= tolerance, "source": table.source})
+            marked = abs(printed - computed) >= tolerance
+            rows.append(dict(method=method, suite=suite, tasks=tasks, printed=printed, computed=computed,
+                             marked=marked, source=table.source))
     return rows

@@ -7,7 +7,6 @@ __all__ = ['PrintedTable', 'printed_tables', 'printed_table', 'chain_marks', 'ro
 
 # %% ../../nbs/00_core/09_printed.ipynb #d80c0c0a
 import json
-import re
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -22,7 +21,7 @@ class PrintedTable:
     "One table of a paper."
     paper:str # "DeFI", or "IDL": the second one, on inverse dynamics
     table:str # such as "table 5"; "figure 7" is a table too
-    kind:str # "chains" (per cent, and tasks), "percent", "shares" (per cent), "ms", or what else its cells are
+    kind:str # of its cells: "chains" (per cent, and tasks), "percent", "shares", "ms", or other
     what:str # it compares
     columns:tuple # of its cells
     rows:dict # name -> cells, a tuple
@@ -81,7 +80,8 @@ def _means(table, name):
     for column, value in table.row(name).items():
         if "average" not in column: values.append(value); continue
         if abs(np.mean(values) - value) > .05 + _ROUNDING:
-            marks.append(f"{column.replace('average', 'mean')} of its tasks is {np.mean(values):.1f}")
+            name = column.replace("average", "mean")
+            marks.append(f"{name} of its tasks is {np.mean(values):.1f}")
         values = []
     return marks
 
@@ -110,8 +110,9 @@ def printed_markdown(
     marks = {name: "; ".join(row_marks(table, name)) for name in table.rows}
     note = ["note"]*any(marks.values())
     rows = [[name, *cells, *([marks[name]] if note else [])] for name, cells in table.rows.items()]
-    text = markdown_table([re.sub("^table", "Table", table.source.split(", ")[1]), *table.columns, *note], rows)
+    text = markdown_table([table.table.capitalize(), *table.columns, *note], rows)
     total = sum(sum(cells) for cells in table.rows.values()) if table.kind == "shares" else 100
     sums = [f"The shares add up to {total:.1f} %."]*(abs(total - 100) > .05)
-    said = [f"{table.source}: {table.what}." + f" {table.note[:1].upper()}{table.note[1:]}."*bool(table.note)]
+    remark = f" {table.note[:1].upper()}{table.note[1:]}."*bool(table.note)
+    said = [f"{table.source}: {table.what}.{remark}"]
     return " ".join(said + sums) + f"\n\n{text}"

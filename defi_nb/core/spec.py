@@ -40,13 +40,13 @@ class DataSpec:
     def printed(cls): return replace(cls.paper(), gidm_frames=(0, 15))
 
     @property
-    def gap(self): return self.gidm_frames[-1]*self.frame_stride # control steps between the two frames that GIDM reads
+    def gap(self): return self.gidm_frames[-1]*self.frame_stride # control steps of GIDM's pair
 
 # %% ../../nbs/00_core/00_spec.ipynb #f155ebb6
-PRESETS = ("tiny", "paper", "printed") # a laptop's; the release's; the paper's text and tables, where they differ from the release
+PRESETS = ("tiny", "paper", "printed") # a laptop's; the release's; the paper's, where it is another
 
 def preset_of(
-    config, # class with a class method for each preset; without one of its own, `printed` is `paper`
+    config, # class with a method for each preset; without one of its own, `printed` is `paper`
     preset:str, # one of `PRESETS`
     **changes, # fields to set otherwise
 ): # an instance of the class

@@ -56,7 +56,8 @@ def published(
         if same is not r: same["source"] += f"; {r['source']}"
     if split and split not in (known := {r["split"] for r in rows.values()}):
         raise ValueError(f"split is {split!r}; there are rows for {', '.join(sorted(known))}")
-    made = [Published(**r | dict(rates=tuple(np.divide(r["rates"], 100).tolist()))) for r in rows.values()]
+    rates = lambda r: tuple(np.divide(r["rates"], 100).tolist())
+    made = [Published(**r | dict(rates=rates(r))) for r in rows.values()]
     return sorted((p for p in made if split in ("", p.split)), key=lambda p: p.average)
 
 def _standard_error(
@@ -76,9 +77,11 @@ def published_markdown(
     "Printed and own results under one another, those that contradict themselves marked."
     cells = []
     for p in rows:
-        rates, noise = [f"{100*r:.1f}" for r in p.rates], 1.96*_standard_error(p.rates, 125 if "125" in "".join(p.marks) else 1000)
+        rates, chains = [f"{100*r:.1f}" for r in p.rates], 125 if "125" in "".join(p.marks) else 1000
+        noise = 1.96*_standard_error(p.rates, chains)
         note = "; ".join([*(f"**{mark}**" for mark in p.marks), p.note]).strip("; ")
-        cells.append((p.average, [p.name, *rates, f"{p.average:.2f} ± {noise:.2f}", note, p.source]))
+        row = [p.name, *rates, f"{p.average:.2f} ± {noise:.2f}", note, p.source]
+        cells.append((p.average, row))
     for r in results:
         rates = [f"**{100*x:.1f}**" for x in r.rates]
         cells.append((r.average_length, [f"**{r.policy}**", *rates, f"**{Interval(r.average_length, *r.interval):.2f}**", f"{len(r.solved)} chains", "measured here"]))
@@ -98,7 +101,8 @@ class Row:
 
     @property
     def paper(self): # the paper's average length, in [0, 5]; None: it is not in the paper
-        return printed_table("DeFI", self.tables[0]).row(self.printed)["average"] if self.tables else None
+        if not self.tables: return None
+        return printed_table("DeFI", self.tables[0]).row(self.printed)["average"]
 
     @property
     def marks(self): # what does not hold in the paper's row
@@ -121,16 +125,21 @@ class Row:
 def _quantiser(name, row, **kw): return Row(row, gidm=dict(quantiser=name), **kw)
 _OTHER = dict(video="ABC_D") # video of scenes that a run on D_D does not see
 def _share(share, video="ABC_D"): return {kind: dict(video=video, video_frac=share) for kind in ("gfdm", "gidm")}
-_FIFTHS = (("a fifth of the", .2, "0.2 of the human video"), ("half of the", .5, ""), ("all", 1., "1.0 of the human video")) # name, share, the paper's row
+_FIFTHS = ( # name, share, the paper's row
+    ("a fifth of the", .2, "0.2 of the human video"), ("half of the", .5, ""),
+    ("all", 1., "1.0 of the human video"))
 def _fifths(of, video):
-    return (Row(f"{part} {of}", ("figure 7",)*bool(row), row, **_share(share, video)) for part, share, row in _FIFTHS)
+    return (Row(f"{part} {of}", ("figure 7",)*bool(row), row, **_share(share, video))
+            for part, share, row in _FIFTHS)
 _UNTRAINED = "untrained"
 
 ROWS = (
     Row("coupled", (1, 4, 6, 7, 8), "DeFI"),
     Row("static view", (1,), "DeFI, static view", train={"variant.views": "static"}),
-    Row("without GIDM pretraining", (4,), "GIDM without pretraining", train={"pretrained.gidm": _UNTRAINED}),
-    Row("without GFDM pretraining", (4,), "GFDM without pretraining", train={"pretrained.gfdm": _UNTRAINED}),
+    Row("without GIDM pretraining", (4,), "GIDM without pretraining",
+        train={"pretrained.gidm": _UNTRAINED}),
+    Row("without GFDM pretraining", (4,), "GFDM without pretraining",
+        train={"pretrained.gfdm": _UNTRAINED}),
     Row("without either pretraining", (), train={"pretrained.gfdm": _UNTRAINED, "pretrained.gidm": _UNTRAINED}),
     Row("latent actions hidden in half", train={"variant.latent_dropout": .5}), # of the training samples
     Row("other scenes for both", (5,), "both with human video", gfdm=_OTHER, gidm=_OTHER),
@@ -145,10 +154,11 @@ ROWS = (
     Row("transformer inverse model", (7,), "Transformer", gidm=dict(inverse="transformer")),
     _quantiser("mixture", "Gaussian mixture", tables=(8,), printed="Gaussian mixture (G.M.)"),
     _quantiser("binning", "simple binning", tables=(8,), printed="simple binning (S.B.)"),
-    _quantiser("continuous", "continuous latent", tables=(8,), printed="continuous latent action (C.L.A.)"),
+    _quantiser("continuous", "continuous latent", tables=(8,),
+               printed="continuous latent action (C.L.A.)"),
     Row("adapter only", (9,), "adapter only", train={"variant.train": "adapter"}),
-    Row("GIDM and adapter", (9,), "GIDM + adapter (DeFI)", "at tiny the coupled row trains the adapter alone",
-        train={"variant.train": "gidm,adapter"}),
+    Row("GIDM and adapter", (9,), "GIDM + adapter (DeFI)",
+        "at tiny the coupled row trains the adapter alone", train={"variant.train": "gidm,adapter"}),
     Row("GFDM and adapter", (9,), "GFDM + adapter", train={"variant.train": "gfdm,adapter"}),
     Row("all trained", (9,), "all trained", train={"variant.train": "gfdm,gidm,adapter"}),
     Row("without GIDM (VPP)", train=dict(policy="no_gidm")),

@@ -55,7 +55,8 @@ class AdapterConfig:
                    cross_attn="causal", adaln_offset=0., pos_embed="none", init_std=.02, noise_scale=1.)
 
     @classmethod
-    def printed(cls): return replace(cls.paper(), enc_blocks=6, dec_blocks=6) # Table 10: twelve layers; they come to the text's 30 M
+    def printed(cls): # Table 10: twelve layers; they come to the text's 30 M
+        return replace(cls.paper(), enc_blocks=6, dec_blocks=6)
 
 # %% ../../nbs/04_models/06_action_adapter.ipynb #4f10679e
 class ContextEncoder(nn.Module):

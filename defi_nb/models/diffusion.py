@@ -18,11 +18,12 @@ from torch import Tensor
 class EDM:
     "The preconditioning around a network `F(scaled x, c_noise (B,))`."
     sigma_data:float = .5 # standard deviation of the data, s
-    predicts:str = "mixed" # what F is: "mixed" (EDM), "velocity" (v, as of Stable Video Diffusion) or "noise" (DDPM)
+    predicts:str = "mixed" # what F is: "mixed" (EDM), "velocity" (SVD) or "noise" (DDPM)
 
     def __post_init__(self):
         known = "mixed", "velocity", "noise"
-        if self.predicts not in known: raise ValueError(f"predicts is {self.predicts!r}; choose one of {', '.join(known)}")
+        if self.predicts not in known:
+            raise ValueError(f"predicts is {self.predicts!r}; choose one of {', '.join(known)}")
 
     def scalings(self,
         sigma:Tensor, # noise level, any shape, > 0
@@ -31,7 +32,8 @@ class EDM:
         norm = (sigma**2 + self.sigma_data**2).sqrt()
         if self.predicts == "noise": return torch.ones_like(sigma), -sigma, 1/norm, sigma.log()/4
         c_out = sigma*self.sigma_data/norm
-        return self.sigma_data**2/norm**2, -c_out if self.predicts == "velocity" else c_out, 1/norm, sigma.log()/4
+        if self.predicts == "velocity": c_out = -c_out
+        return self.sigma_data**2/norm**2, c_out, 1/norm, sigma.log()/4
 
     def denoise(self,
         network, # F: takes the scaled x and c_noise (B,), returns the shape of x

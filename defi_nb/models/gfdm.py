@@ -40,8 +40,8 @@ class GFDMConfig:
     motion:float = 127. # motion bucket that the network is told
     augmentation:float = 0. # noise level of the first frame that the network is told
     text_dropout:float = .05 # fraction of clips whose text is replaced by zeros in training
-    camera_draw:float = 0. # probability of the static camera where one of two is drawn for each sample in training; 0: both are trained on; released .75
-    noising:str = "log_normal" # noise levels in training: "log_normal" with v-prediction, as released, or "betas": the paper's chain and its prediction of the noise (eq. 1 to 3)
+    camera_draw:float = 0. # static camera's probability where one of two is trained on; 0: both are; released .75
+    noising:str = "log_normal" # "log_normal" and v-prediction, as released, or "betas": the paper's eq. 1 to 3
     chain_steps:int = 1000 # of that chain, S; its betas rise evenly
     beta_low:float = 1e-4 # of its first step
     beta_high:float = .02 # of its last step
@@ -62,7 +62,8 @@ class GFDMConfig:
     @classmethod
     def paper(cls):
         return cls(latent_channels=4, scaling_factor=.18215, latent_size=32, frames=16, widths=(320, 640, 1280, 1280), attention=(True, True, True, False),
-                   heads=(5, 10, 20, 20), layers=2, text_dim=512, id_dim=256, fps=7., extract_fps=4., group=1, noise_seed=None, camera_draw=.75)
+                   heads=(5, 10, 20, 20), layers=2, text_dim=512, id_dim=256, fps=7., extract_fps=4., group=1, noise_seed=None,
+                   camera_draw=.75)
 
     @classmethod
     def printed(cls): # chain and betas are not printed: DDPM's
@@ -104,7 +105,8 @@ class GFDM(nn.Module):
         super().__init__()
         if clip is not None and clip.dim != cfg.text_dim: raise ValueError(f"the text encoder gives {clip.dim} numbers a token, the configuration expects {cfg.text_dim}: use fit_encoders")
         self.cfg, self.clip, self.vae, self.unet = cfg, clip, vae, _build_unet(cfg)
-        if cfg.noising not in ("log_normal", "betas"): raise ValueError(f"noising is {cfg.noising!r}; choose log_normal or betas")
+        if cfg.noising not in ("log_normal", "betas"):
+            raise ValueError(f"noising is {cfg.noising!r}; choose log_normal or betas")
         shape, drawn = (cfg.frames, cfg.latent_channels, cfg.latent_size, cfg.latent_size), torch.Generator().manual_seed(cfg.noise_seed or 0)
         noise = torch.randn(shape, generator=drawn, device="cpu") # even where the weights are on the meta device
         self.register_buffer("noise", noise, persistent=False) # made from the seed, so not stored
@@ -112,7 +114,7 @@ class GFDM(nn.Module):
     @property
     def edm(self): return EDM(1., "noise" if self.cfg.noising == "betas" else "velocity")
 
-    def levels(self, steps:int, high:float=700.): # network calls; first noise level, where the model was trained on all
+    def levels(self, steps:int, high:float=700.): # first noise level, but of a chain
         "(steps+1,) falling noise levels of a sampler, then 0."
         cfg = self.cfg
         if cfg.noising == "log_normal": return karras_sigmas(steps, high=high)
@@ -219,9 +221,11 @@ def guided(self:GFDM,
     "The denoiser, guided by its own prediction without text (classifier-free guidance)."
     low, high = guidance if isinstance(guidance, tuple) else (guidance, guidance)
     weight = torch.linspace(low, high, self.cfg.frames).view(-1, 1, 1, 1).to(present)
-    told, untold = (self.network(present, text, self.cfg.fps) for text in (hidden, torch.zeros_like(hidden)))
+    texts = hidden, torch.zeros_like(hidden)
+    told, untold = (self.network(present, text, self.cfg.fps) for text in texts)
     if low == high == 1: return lambda x, sigma: self.edm.denoise(told, x, sigma)
-    return lambda x, sigma: torch.lerp(*(self.edm.denoise(f, x, sigma) for f in (untold, told)), weight)
+    both = lambda x, sigma: (self.edm.denoise(f, x, sigma) for f in (untold, told))
+    return lambda x, sigma: torch.lerp(*both(x, sigma), weight)
 
 @patch
 @torch.no_grad()
@@ -231,7 +235,7 @@ def sample(self:GFDM,
     steps:int=10, # denoising steps
     noise:Tensor|None=None, # (B,...,T,C,h,w) standard normal; drawn from torch's global generator if None
     callback=None, # called as callback(i, sigma, x, denoised), both (N,T,C,h,w) and scaled
-    guidance=1., # 1: the prediction with text; more goes further from the one without; two numbers: at the first and the last frame (released (1, 3))
+    guidance=1., # 1: with text; more: away from none; two: of first and last frame, released (1, 3)
 )->Tensor: # (B,...,T,C,h,w) latents, not scaled
     "Draw a future for each present frame."
     between, cfg = latent.shape[1:-3], self.cfg

@@ -39,7 +39,7 @@ class GIDMConfig:
     text_mask:str = "rows" # "rows", or "tiled" as released
     inverse:str = "gidm" # network that infers the latent action: "gidm", "transformer" or "mlp" (Table 7)
     quantiser:str = "vq" # "vq", as released, or another of `models.vq.QUANTISERS` (Table 8)
-    augment:bool = False # whether training frames that come as `video` are cropped and coloured first, both of a pair alike
+    augment:bool = False # whether frames given as `video` are cropped and coloured in training
     texts:str = "raw" # "raw", or "normalised": lower case without punctuation, as released in pretraining
 
     @classmethod
@@ -51,7 +51,8 @@ class GIDMConfig:
                    restart_below=0., texts="normalised")
 
     @classmethod
-    def printed(cls): return replace(cls.paper(), codes=128, enc_blocks=16, dec_blocks=16) # Table 10
+    def printed(cls): # Table 10
+        return replace(cls.paper(), codes=128, enc_blocks=16, dec_blocks=16)
 
 # %% ../../nbs/04_models/05_gidm.ipynb #cf641ab8
 def prepare_texts(
@@ -253,7 +254,7 @@ def reconstruct(self:GIDM,
     return self.decode(features[:, 0], out.latent_actions, text, text_mask), out
 
 # %% ../../nbs/04_models/05_gidm.ipynb #c5f47a6b
-_YIQ = ((.299, .587, .114), (.596, -.274, -.322), (.211, -.523, .312)) # brightness and two axes of colour, of RGB
+_YIQ = ((.299, .587, .114), (.596, -.274, -.322), (.211, -.523, .312)) # brightness, two axes of colour
 
 def augment_frames(
     video:Tensor, # (B,V,T,3,H,W) uint8; the T frames of a clip are changed alike
@@ -265,18 +266,20 @@ def augment_frames(
 )->Tensor: # (B,V,T,3,H,W) uint8
     "Frames cropped and coloured at random, as the release changes GIDM's."
     clips, n = video.flatten(0, 1).float()/255, video.shape[0]*video.shape[1]
-    about = lambda most, middle: middle + most*(2*torch.rand(n, 1, 1, 1, 1, device=video.device) - 1)
+    draw = lambda *shape: 2*torch.rand(n, *shape, device=video.device) - 1
+    about = lambda most, middle: middle + most*draw(1, 1, 1, 1)
     side, (T, _, H, W) = crop**.5, clips.shape[1:]
-    place = (1 - side)*(2*torch.rand(n, 2, device=video.device) - 1)
-    theta = torch.cat([side*torch.eye(2, device=video.device).expand(n, 2, 2), place[..., None]], -1)
+    scale = side*torch.eye(2, device=video.device).expand(n, 2, 2)
+    theta = torch.cat([scale, (1 - side)*draw(2, 1)], -1)
     grid = F.affine_grid(theta.repeat_interleave(T, 0), [n*T, 3, H, W], align_corners=False)
-    x = F.grid_sample(clips.flatten(0, 1), grid, padding_mode="border", align_corners=False).unflatten(0, (n, T))
-    x = x + about(brightness, 0.)
+    x = F.grid_sample(clips.flatten(0, 1), grid, padding_mode="border", align_corners=False)
+    x = x.unflatten(0, (n, T)) + about(brightness, 0.)
     x = (x - x.mean((3, 4), keepdim=True))*about(contrast, 1.) + x.mean((3, 4), keepdim=True)
     yiq = torch.tensor(_YIQ, device=video.device)
     y, i, q = torch.einsum("ck,btkhw->cbthw", yiq, x).unsqueeze(3)
     turn, strength = 2*torch.pi*about(hue, 0.), about(saturation, 1.)
-    turned = torch.cat([y, strength*(i*turn.cos() - q*turn.sin()), strength*(i*turn.sin() + q*turn.cos())], 2)
+    i, q = strength*(i*turn.cos() - q*turn.sin()), strength*(i*turn.sin() + q*turn.cos())
+    turned = torch.cat([y, i, q], 2)
     x = torch.einsum("kc,btchw->btkhw", torch.linalg.inv(yiq), turned)
     return (255*x).round().clamp(0, 255).to(torch.uint8).view_as(video)
 

@@ -390,6 +390,10 @@ class PlainConfig:
     @classmethod
     def paper(cls): return cls(DataSpec.paper(), latent_channels=4, latent_size=32, adapter=replace(AdapterConfig.paper(), latent_dim=0))
 
+    @classmethod
+    def printed(cls):
+        return replace(cls.paper(), adapter=replace(AdapterConfig.printed(), latent_dim=0))
+
 class PlainPolicy(nn.Module):
     "The action adapter on the present frames, without forward and inverse model."
     def __init__(self,
@@ -426,9 +430,6 @@ class PlainPolicy(nn.Module):
         "A chunk of actions for what is seen now."
         return self.adapter.sample(self.encode_batch(batch), noise).clamp(-1, 1)
 
-    @classmethod
-    def printed(cls): return replace(cls.paper(), adapter=replace(AdapterConfig.printed(), latent_dim=0))
-
 # %% ../../nbs/04_models/07_policy.ipynb #7900e365
 @dataclass(frozen=True)
 class BlindConfig:
@@ -443,7 +444,9 @@ class BlindConfig:
     def paper(cls): return cls(DataSpec.paper(), replace(AdapterConfig.paper(), video_dim=0, latent_dim=0))
 
     @classmethod
-    def printed(cls): return replace(cls.paper(), adapter=replace(AdapterConfig.printed(), video_dim=0, latent_dim=0))
+    def printed(cls):
+        adapter = replace(AdapterConfig.printed(), video_dim=0, latent_dim=0)
+        return replace(cls.paper(), adapter=adapter)
 
 class BlindPolicy(nn.Module):
     "The action adapter on instruction and proprioception alone."

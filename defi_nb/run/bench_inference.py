@@ -132,7 +132,8 @@ def empty_models(
     "A preset's models without weights."
     if preset == "tiny" and encoders is None: raise ValueError("the preset tiny has the sizes of its encoders: pass load_acting_encoders('tiny')")
     cfg, gfdm_cfg, vae = preset_of(PolicyConfig, preset), preset_of(GFDMConfig, preset), SVD_VAE
-    if preset == "tiny": gfdm_cfg, vae = fit_encoders(gfdm_cfg, encoders, cfg.spec), encoders.vae.model.config
+    if preset == "tiny":
+        gfdm_cfg, vae = fit_encoders(gfdm_cfg, encoders, cfg.spec), encoders.vae.model.config
     with torch.device("meta"):
         gfdm = GFDM(gfdm_cfg)
         return CoupledPolicy(replace(cfg, feature_dim=gfdm.feature_shape()[-1]), None, gfdm), VAE(vae_encoder(vae))
@@ -383,11 +384,12 @@ def bench_cells(
     return cells + [["sum", way, f"**{t['median']:.2f}**", "", f"{total['plain']['median']/t['median']:.1f}", f"{t['gmac']:.4g}", "", ""] for way, t in total.items()]
 
 # %% ../../nbs/13_run/09_bench_inference.ipynb #26a3d030
-_PAPER_PARTS = {"GFDM": ("vae", "gfdm"), "GIDM": ("text", "gidm"), "action adapter": ("former", "adapter")} # Table 13 -> of PARTS
+_PAPER_PARTS = { # of Table 13 -> of PARTS
+    "GFDM": ("vae", "gfdm"), "GIDM": ("text", "gidm"), "action adapter": ("former", "adapter")}
 
 def paper_cells(
     rows:list, # from `compare`, of all parts
-)->list: # of rows: the paper's part, ours in it, milliseconds here, which way, the paper's milliseconds
+)->list: # of rows: the paper's part, ours in it, ms here, which way, the paper's ms
     "The fastest way here next to the paper's time on an RTX 4090 (Table 13)."
     best, cells = {}, []
     for r in rows: best[r["part"]] = min(best.get(r["part"], r), r, key=lambda r: r["median"])

@@ -246,7 +246,8 @@ def video_data(
             train[piece.name], held[piece.name] = pair
     data_val = mix(held, pieces, where, min(4096, sum(map(len, held.values()))), cfg.seed, (field,))
     largest = range(max(map(len, train.values())))
-    return mix(train, pieces, where, cfg.over(largest).steps*cfg.batch_size, cfg.seed, (field,)), data_val, pieces
+    draws = cfg.over(largest).steps*cfg.batch_size
+    return mix(train, pieces, where, draws, cfg.seed, (field,)), data_val, pieces
 
 def _encoded_folders(piece, data, preset): # where the encodings of a dataset, or of those that it joins, are kept
     return [project_root()/data/f"{store_name(name, preset)}-encoded" for name in piece.names or (piece.name,)]
@@ -264,7 +265,7 @@ def _video_pair(piece, parts, field, encoders, keep_gb, folders, stride, kw):
     if field == "latent" and piece.data.stores_latents((encoders.vae.channels, side, side)):
         print(f"{piece.name}: its own latents are used")
         return sets(latent=True)
-    if field == "video" and piece.data.has_images: return sets(video=True)
+    if field == "video" and piece.data.has_images: return sets()
     if not piece.data.has_images:
         raise ValueError(f"{piece.name} has latents and no videos, and they are not {field} of shape {(encoders.vae.channels, side, side)}, which this run reads: add the videos, or take the preset whose latents these are")
     return _codes(piece, sets(), field, encoders, keep_gb, folders, kw["views"])

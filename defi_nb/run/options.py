@@ -21,7 +21,7 @@ class GFDMVariant:
     start:str = "" # folder of a checkpoint whose weights are gone on from, or shipped, the package's; empty is the preset's own start
     video:str = "" # further splits or data, separated by commas, whose video is used too; empty is the own scenes only (Table 5)
     video_frac:float = 1. # fraction of the demonstrations in further recordings of the simulator (`video`), in (0, 1] (Figure 8)
-    camera_draw:float = -1. # probability of the static camera where one of two is drawn for each sample, in [0, 1]; 0 trains on both; -1 is the preset's own
+    camera_draw:float = -1. # static camera's probability where one of two is trained on; 0: both; -1: the preset's
 
 @dataclass(frozen=True)
 class GIDMVariant:
@@ -35,7 +35,7 @@ class GIDMVariant:
     queries:int = -1 # latent-action tokens per transition
     commitment:float = -1. # weight of the quantiser's commitment loss
     restart_below:float = -1. # fraction of the fair use under which a code is restarted; 0 is never
-    augment:int = -1 # 1: frames of a pair cropped and coloured alike, as released, and encoded in each step; 0: not
+    augment:int = -1 # 1: frames cropped and coloured, as released, and encoded in each step; 0: not
 
 def chosen(
     variant:dict, # keys of a run's dictionary parameter
@@ -166,7 +166,7 @@ class StateProbes:
     train_demos:int = 40 # demonstrations that probes are trained on, at most
     test_demos:int = 40 # demonstrations that they are tested on, at most
     stride:int = 4 # control steps between two frames
-    sizes:str = "small" # small: the next four; paper: networks and training of the second paper (Tables 11 and 12)
+    sizes:str = "small" # small: the next four; paper: those of the second paper (Tables 11, 12)
     project:int = 32 # width of the networks' projection (256 in the paper)
     hidden:int = 64 # and of their second layer (512)
     steps:int = 300 # of their training (1000)
@@ -178,7 +178,8 @@ def probe_fields(
 )->dict: # fields of `analysis.probes.ProbeConfig`, whose defaults are the paper's
     "Sizes and training of the probe networks."
     if probes["sizes"] == "paper": return {}
-    return {n: probes[n] for n in ("project", "hidden", "lr", "steps")} | dict(every=max(1, probes["steps"]//4))
+    small = {n: probes[n] for n in ("project", "hidden", "lr", "steps")}
+    return small | dict(every=max(1, probes["steps"]//4))
 
 @dataclass(frozen=True)
 class LatentProbes:
@@ -214,7 +215,8 @@ SPLITS = { # name -> scenes to learn in, scenes of the evaluation
 CHOICES = { # parameter or key -> what it can be called
     "preset": ("tiny", "paper", "printed"), "forward": ("svd", "dino"), "inverse": ("gidm", "transformer", "mlp"),
     "quantiser": ("vq", "ema", "fsq", "lfq", "residual", "binning", "mixture", "continuous"),
-    "probes.sizes": ("small", "paper"), "sampling": ("seconds", "release"), "reversed_text": ("drop", "keep"), "auxiliary.pair": ("real", "imagined"),
+    "probes.sizes": ("small", "paper"),
+    "sampling": ("seconds", "release"), "reversed_text": ("drop", "keep"), "auxiliary.pair": ("real", "imagined"),
     "dtype": ("float32", "bfloat16", "float16"), "latents": ("code", "embedding", "both", "none"),
     "train_coupled.policy": POLICIES, "own_data.policy": ("plain", "coupled")}
 

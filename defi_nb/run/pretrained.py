@@ -118,11 +118,13 @@ def fresh_model(
     spec = preset_of(DataSpec, preset)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None: torch.manual_seed(seed)
-        if kind == "gidm": return GIDM(preset_of(GIDMConfig, preset, **fields), encoders.t5, encoders.dino)
+        if kind == "gidm":
+            return GIDM(preset_of(GIDMConfig, preset, **fields), encoders.t5, encoders.dino)
         if forward == "dino": return DinoForward(replace(fit_dino(preset_of(DinoForwardConfig, preset), encoders, spec), **fields), encoders.clip)
         if preset == "tiny": return GFDM(replace(fit_encoders(GFDMConfig.tiny(), encoders, spec), **fields), encoders.clip)
         model = load_gfdm(project_root()/ckpts/find_base_model("svd").folder, clip=encoders.clip, frames=spec.frames, size=spec.image_size)
-        other = asdict(preset_of(GFDMConfig, preset)).items() - asdict(GFDMConfig.paper()).items() # how it is trained
+        own, released = (asdict(preset_of(GFDMConfig, p)) for p in (preset, "paper"))
+        other = own.items() - released.items() # how it is trained
         model.cfg, model.vae = replace(model.cfg, **dict(other) | fields), None # pictures come encoded
         return _from(f"{ckpts}/{find_base_model('svd').folder}", model)
 

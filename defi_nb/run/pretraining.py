@@ -119,7 +119,8 @@ def pretraining_model(
     encoders, # `models.encoders.Encoders`
 ): # a `GFDM`, `DinoForward` or `GIDM`, with weights from torch's generator, or those of `variant.start`
     "The model that a run pretrains."
-    built = chosen(params["variant"], "forward", "inverse", "quantiser", "codes", "queries", "commitment", "restart_below", "camera_draw", "augment")
+    built = chosen(params["variant"], "forward", "inverse", "quantiser", "codes", "queries",
+                   "commitment", "restart_below", "camera_draw", "augment")
     model = fresh_model(kind, encoders, None, preset=params["preset"], **built)
     if not (start := params["variant"]["start"]): return model
     found = load_model(checkpoint_path(start, kind), encoders, expect=(type(model).__name__,))
@@ -142,7 +143,7 @@ def forward_model(
 # %% ../../nbs/13_run/07_pretraining.ipynb #c036880e
 def _cameras(cfg): return 1 + max(map(VIEWS.index, cfg.views)) # that samples need, so that a GIDM finds its own
 
-def _pair_times(params): # function of a `Piece` to the seconds of a pair's frames; the paper prints one second for all data
+def _pair_times(params): # function of a `Piece` to the seconds of a pair; the paper prints one for all data
     seconds = params["gap_seconds"] or float(params["preset"] == "printed")
     return lambda piece: (0, piece.pair_seconds(pair_steps(params), seconds))
 
@@ -152,10 +153,12 @@ def inverse_pairs(
     cfg:TrainConfig, # of the training
 )->tuple: # training samples, held-out samples, list of `data.load.Piece`
     "Pairs of frames with DINO's features, of the cameras that a GIDM reads."
-    labels, gap, views = params["auxiliary"]["labels"], pair_steps(params), _cameras(preset_of(GIDMConfig, params["preset"]))
+    labels, gap = params["auxiliary"]["labels"], pair_steps(params)
+    views = _cameras(preset_of(GIDMConfig, params["preset"]))
     times = _pair_times(params)
-    field = "video" if params["variant"]["augment"] > 0 else "dino" # augmented frames are encoded in each step
-    train, held, pieces = _read(params, encoders, cfg, field, times, chunk=gap if labels else 0, views=views)
+    field = "video" if params["variant"]["augment"] > 0 else "dino" # encoded in each step, or kept
+    more = dict(chunk=gap if labels else 0, views=views)
+    train, held, pieces = _read(params, encoders, cfg, field, times, **more)
     if field == "video":
         encoders.dino.model.to(cfg.device_)
         held = StepCoded(held, encoders.dino, "dino")
@@ -170,7 +173,8 @@ def inverse_auxiliary(
     "The auxiliary loss of a run: time reversal, antisymmetry and known actions."
     more = dict(params["auxiliary"])
     labels, weight = more.pop("labels"), more.pop("label_weight")
-    config = LatentAuxiliaryConfig(p_reverse=params["p_reverse"], **more, label_weight=weight if labels else 0., chunk=pair_steps(params))
+    given = dict(label_weight=weight if labels else 0., chunk=pair_steps(params))
+    config = LatentAuxiliaryConfig(p_reverse=params["p_reverse"], **more, **given)
     return LatentBeside(config, cfg) if params["p_reverse"] or more["antisymmetry"] or labels else None
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #ebbf731e
@@ -208,7 +212,8 @@ def alignment_samples(
     "Samples with GFDM's features of the present and DINO's of the true frames."
     reads, more = getattr(policy.gfdm, "reads", "latent"), dict(stride=params["stride"])
     present = _read(params, encoders, cfg, reads, (0.,), **more)
-    true = _read(params, encoders, cfg, "dino", _pair_times(params), views=_cameras(policy.cfg), **more) # a policy with GIDM's camera alone
+    views = _cameras(policy.cfg) # of a policy with GIDM's camera alone
+    true = _read(params, encoders, cfg, "dino", _pair_times(params), views=views, **more)
     folder, policy = project_root()/params["data"]/f"{store_name(params['split'], params['preset'])}-encoded", policy.to(cfg.device_)
     kept = lambda samples, part: foreseen(policy, samples, folder/feature_file(policy, part)) if hasattr(samples, "digest") else StepFeatures(policy, samples)
     joined = [JoinedSamples(t, kept(p, part)) for t, p, part in zip(true, present, ("video", "video_held_out"))]

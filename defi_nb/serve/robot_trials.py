@@ -46,7 +46,7 @@ REAL_TASKS = {t.name: t for t in (
     RealTask("stack_bowl", "stack the bowls", "the bowl is grasped and stands in the other"),
     RealTask("stack_cube", "stack the cubes", "the cube is grasped and lies on the other"),
     RealTask("stack_bottle", "stack the bottles", "the bottle is grasped and stands on the other"),
-    RealTask("pour_water", "pour water into the cup", "the teapot is lifted and pours into the cup"))}
+    RealTask("pour_water", "pour water into the cup", "the teapot is lifted and pours into it"))}
 
 def real_tasks(
     names, # of `REAL_TASKS`; empty: all
@@ -59,12 +59,13 @@ def real_tasks(
     return [replace(REAL_TASKS[n], attempts=attempts or REAL_TASKS[n].attempts) for n in names]
 
 # %% ../../nbs/11_serve/04_robot_trials.ipynb #478e5f50
-OUTCOMES = "success", "again", "failure" # of an attempt: the trial is solved; is tried once more; has failed
+OUTCOMES = "success", "again", "failure" # of an attempt: solved; once more; failed
 
 def ask_operator(robot, task, trial:int, attempt:int)->str: # one of `OUTCOMES`
     "Ask at the keyboard."
     last = attempt == task.attempts
-    text = f"{task.name}, trial {trial}, attempt {attempt} of {task.attempts}: {task.rule}? [s]uccess, [f]ailure"
+    text = (f"{task.name}, trial {trial}, attempt {attempt} of {task.attempts}: {task.rule}? "
+            "[s]uccess, [f]ailure")
     while True:
         answer = input(text + ": "*last + ", [a]gain: "*(not last)).strip().lower()
         if found := [o for o in OUTCOMES if answer and o.startswith(answer)]: return found[0]
@@ -72,7 +73,8 @@ def ask_operator(robot, task, trial:int, attempt:int)->str: # one of `OUTCOMES`
 def measured_outcome(robot, task, trial:int, attempt:int)->str: # one of `OUTCOMES`
     "The rule of a door, by the robot's own measure."
     if not task.door_m or not hasattr(robot, "moved"):
-        raise ValueError(f"whether {task.name} is solved ({task.rule}) is not measured here: let an operator say so")
+        raise ValueError(f"whether {task.name} is solved ({task.rule}) is not measured here: "
+                         "let an operator say so")
     return "success" if robot.moved() > task.door_m else "again"
 
 def outcomes_in(
@@ -81,10 +83,12 @@ def outcomes_in(
     "What a file says of each attempt."
     def operator(robot, task, trial, attempt):
         rows = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
-        found = [r["outcome"] for r in rows if (r["task"], r["trial"], r.get("attempt", 1)) == (task.name, trial, attempt)]
+        of = lambda r: (r["task"], r["trial"], r.get("attempt", 1))
+        found = [r["outcome"] for r in rows if of(r) == (task.name, trial, attempt)]
         if not found or found[-1] not in OUTCOMES:
-            raise ValueError(f"{path} has no outcome of {task.name}, trial {trial}, attempt {attempt}: add a line such as "
-                             f'{{"task": "{task.name}", "trial": {trial}, "attempt": {attempt}, "outcome": "success"}}')
+            line = json.dumps(dict(task=task.name, trial=trial, attempt=attempt, outcome="success"))
+            raise ValueError(f"{path} has no outcome of {task.name}, trial {trial}, attempt {attempt}: "
+                             f"add a line such as {line}")
         return found[-1]
     return operator
 
@@ -108,7 +112,8 @@ class SimulatedArm:
     def reset(self, task, trial:int):
         "Another start for each trial, the door as the task needs it."
         if task.name not in self.tasks:
-            raise ValueError(f"the embedded simulator has no {task.name}; it has {', '.join(self.tasks)}")
+            known = ", ".join(self.tasks)
+            raise ValueError(f"the embedded simulator has no {task.name}; it has {known}")
         state, _ = get_sequences(trial, [self.tasks[task.name]], seed=trial, length=1)[trial - 1]
         robot_obs, scene_obs = initial_obs(state, self.env.layout)
         self.obs = self.env.reset(robot_obs=robot_obs, scene_obs=scene_obs)
@@ -122,7 +127,8 @@ class SimulatedArm:
         return seen | (state or {}) | {self.metadata["prompt"]: instruction}
 
     def act(self, action): self.obs = self.env.step(action)[0]
-    def moved(self): return self.sign*(self.env.joint("base__drawer") - self.start) # metres, in the task's direction
+    def moved(self): # metres, in the task's direction
+        return self.sign*(self.env.joint("base__drawer") - self.start)
     def close(self): self.env.close()
 
     @contextmanager
@@ -138,13 +144,15 @@ def open_robot(
     "The robot that a run parameter names."
     if name == "simulated": return SimulatedArm(metadata, latency)
     module, _, made = name.partition(":")
-    if not made: raise ValueError(f"robot is {name!r}: give simulated, or module:Class of a class with reset, look, act and close")
+    if not made:
+        raise ValueError(f"robot is {name!r}: give simulated, or module:Class of a class "
+                         "with reset, look, act and close")
     return getattr(import_module(module), made)(metadata)
 
 @contextmanager
 def policy_at(
     url:str, # of a server that runs; empty: one is started here
-    policy:str="shipped", # that it serves then: a checkpoint's folder, "shipped", "noop" or "random"
+    policy:str="shipped", # that it serves: a checkpoint's folder, "shipped", "noop" or "random"
 ): # yields a `Client`
     "A policy behind the wire."
     if url:
@@ -188,8 +196,9 @@ def play_trial(
         frames, held = frames + seen, held + sum(s["request"] < 0 for s in driven.steps)
         if (outcome := operator(robot, task, trial, attempt)) != "again": break
     moved = {"moved_m": round(float(robot.moved()), 4)} if hasattr(robot, "moved") else {}
-    return dict(task=task.name, trial=trial, success=outcome == "success", attempts=attempt, rule=task.rule,
-                steps_held=held, began=round(begin, 1), seconds=round(time.time() - begin, 1)) | moved, frames
+    took = dict(began=round(begin, 1), seconds=round(time.time() - begin, 1), steps_held=held)
+    row = dict(task=task.name, trial=trial, success=outcome == "success", attempts=attempt, rule=task.rule)
+    return row | took | moved, frames
 
 def read_trials(
     path, # of a log
@@ -211,7 +220,8 @@ def run_trials(
     log = Path(folder)/"trials.jsonl"
     rows = read_trials(log)
     if other := {r["policy"] for r in rows} - {policy}:
-        raise ValueError(f"{log} has trials of {', '.join(sorted(other))}, and this is {policy}: give another folder")
+        raise ValueError(f"{log} has trials of {', '.join(sorted(other))}, and this is {policy}: "
+                         "give another folder")
     log.write_text("".join(json.dumps(r) + "\n" for r in rows))
     done = {(r["task"], r["trial"]) for r in rows}
     for trial, task in ((t, task) for t in range(1, trials + 1) for task in tasks):
@@ -228,7 +238,7 @@ def run_trials(
 # %% ../../nbs/11_serve/04_robot_trials.ipynb #26eddabe
 def trial_rates(
     rows:list, # from `run_trials`
-)->dict: # task -> {"successes", "trials", "rate", "low", "high", "attempts"}; "average": of the tasks
+)->dict: # task -> {"successes", "trials", "rate", "low", "high", "attempts"}; "average": a rate
     "Success rates with intervals."
     found = {}
     for name in dict.fromkeys(r["task"] for r in rows):
@@ -244,8 +254,11 @@ def trials_markdown(
     "The rates next to the paper's Table 3."
     printed, rates = printed_table("DeFI", 3), trial_rates(rows)
     theirs = lambda column: [f"{printed.row(name)[column]:.0f}" for name in printed.rows]
-    cells = [[name, f"{r['successes']} of {r['trials']}", f"{100*r['rate']:.0f} ({100*r['low']:.0f} to {100*r['high']:.0f})",
-              f"{r['attempts']:.1f}", *theirs(name)] for name, r in rates.items() if name != "average"]
-    average = ["average", "", f"{100*rates['average']:.0f}", "", *[f"{printed.row(n)['average']:.1f}" for n in printed.rows]]
+    average, cells = rates.pop("average"), []
+    for name, r in rates.items():
+        percent = f"{100*r['rate']:.0f} ({100*r['low']:.0f} to {100*r['high']:.0f})"
+        solved = f"{r['successes']} of {r['trials']}"
+        cells.append([name, solved, percent, f"{r['attempts']:.1f}", *theirs(name)])
+    cells.append(["average", "", f"{100*average:.0f}", "", *[f"{row[-1]:.1f}" for row in printed.rows.values()]])
     heads = ["task", "solved", "% (95 % interval)", "attempts", *[f"{name}, %" for name in printed.rows]]
-    return markdown_table(heads, [*cells, average])
+    return markdown_table(heads, cells)

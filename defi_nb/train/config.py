@@ -22,6 +22,7 @@ def best_device()->torch.device: # "cuda", "mps" or "cpu"
 
 # %% ../../nbs/06_train/00_config.ipynb #4c29dcd5
 _CONSTANT = dict(warmup=0, schedule="constant", log_every=100, save_every=1000)
+_TABLE_10 = dict(_CONSTANT, batch_size=32, lr=1e-4, betas=(.9, .999), weight_decay=.01)
 
 RECIPES = { # preset -> stage -> fields of `TrainConfig`
     "tiny": dict(gfdm=dict(steps=1000, batch_size=8, lr=2e-3, weight_decay=.01, ema_decay=.995),
@@ -32,8 +33,8 @@ RECIPES = { # preset -> stage -> fields of `TrainConfig`
                   gidm=dict(_CONSTANT, steps=100_000, batch_size=512, lr=1e-4, betas=(.9, .999), weight_decay=.01, grad_clip=.1),
                   aligned=dict(_CONSTANT, steps=10_000, batch_size=224, lr=1e-4, betas=(.9, .999), weight_decay=.01),
                   policy=dict(_CONSTANT, steps=37_300, batch_size=224, lr=1e-4, betas=(.9, .9), weight_decay=.05, grad_clip=0.)),
-    "printed": {stage: dict(_CONSTANT, epochs=epochs, batch_size=32, lr=1e-4, betas=(.9, .999), weight_decay=.01, grad_clip=clip)
-                for stage, epochs, clip in (("gfdm", 20, 1.), ("gidm", 20, .1), ("aligned", 1, 1.), ("policy", 12, 0.))}}
+    "printed": {stage: _TABLE_10 | dict(epochs=epochs, grad_clip=clip) for stage, epochs, clip in
+                (("gfdm", 20, 1.), ("gidm", 20, .1), ("aligned", 1, 1.), ("policy", 12, 0.))}}
 
 _PRECISIONS, _TRACKERS = ("auto", "bf16", "fp16", "float32"), ("tensorboard", "wandb", "trackio")
 
@@ -41,7 +42,7 @@ _PRECISIONS, _TRACKERS = ("auto", "bf16", "fp16", "float32"), ("tensorboard", "w
 class TrainConfig:
     "How a model is trained."
     steps:int = 1000 # optimiser steps
-    epochs:float = 0. # passes over the data (of a mixture: over its largest dataset) that make up the steps; 0: `steps` counts
+    epochs:float = 0. # passes over the data, or a mixture's largest dataset; 0: `steps` counts
     batch_size:int = 32 # samples of a step, over all processes
     accumulate:int = 1 # parts in which a process computes its samples of a step, one after the other; more take less memory
     lr:float = 2e-3 # highest learning rate

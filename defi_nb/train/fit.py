@@ -192,7 +192,8 @@ def _run_identity(
     beside:nn.Module|None=None, # what is trained with it, with `identity()`
 )->dict: # of JSON values
     "What makes two runs the same run."
-    train = {k: v for k,v in plain_config(cfg).items() if k not in FREE and not (k in ("lr_scale", "epochs") and not v)} # older runs had none
+    newer = "lr_scale", "epochs" # older runs had none
+    train = {k: v for k,v in plain_config(cfg).items() if k not in FREE and not (k in newer and not v)}
     size = sum(p.numel() for p in trainable(model).values())
     return {"class": type(model).__name__, "model": plain_config(getattr(model, "cfg", None)), "parameters": size,
             "train": train, "samples": len(data), "info": plain_config(info)} | ({} if beside is None else {"beside": plain_config(beside.identity())})
@@ -450,7 +451,8 @@ class ShareLog:
         cfg, # `TrainConfig`: steps, batch size, seed
         lines:int=10, # that are printed over the whole run
     ):
-        self.mixture, self.cfg, self.counts, self.step = data if isinstance(data, Mixture) else None, cfg.over(data), {}, 0
+        self.mixture, self.cfg = data if isinstance(data, Mixture) else None, cfg.over(data)
+        self.counts, self.step = {}, 0
         self.every = max(1, self.cfg.steps//lines)
 
     def __call__(self, row): # a logged row
