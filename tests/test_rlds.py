@@ -130,7 +130,7 @@ def test_a_half_written_index_is_finished(toy, tmp_path):
 def test_truncated_shard(broken, share):
     path = shards(broken)[0]
     path.write_bytes(path.read_bytes()[:int(share*path.stat().st_size)])
-    with pytest.raises(ValueError, match=f"{path.name}: record . .*cut short; download it again"): everything(broken)
+    with pytest.raises(ValueError, match=f"{path.name}: record . .*cut short; restore a whole copy"): everything(broken)
 
 
 def test_a_shard_cut_after_it_was_indexed(broken, tmp_path):

@@ -16,7 +16,7 @@ import sys
 from importlib import resources
 from pathlib import Path
 
-from ..core.utils import format_bytes, write_whole
+from ..core.utils import format_bytes, read_own_json, write_whole
 
 # %% ../../nbs/12_benchmarks/04_venvs.ipynb #38d6aa21
 _WIRE = ("msgpack>=1.0", "websockets>=13") # what `defi_nb.serve.protocol` needs
@@ -38,7 +38,7 @@ def read_settings(
     path = Path(folder)/SETTINGS
     if not path.is_file():
         raise FileNotFoundError(f"there is no simulator in {folder}: make one with `defi-nb bench setup simpler` or `defi-nb bench setup libero`")
-    return json.loads(path.read_text())
+    return read_own_json(path, "make the environment again (`defi-nb bench setup`)")
 
 def _package_alone(folder):
     "A folder with nothing but a link to this package in it: where it is installed, other packages would come along."

@@ -8,6 +8,8 @@ __all__ = ['OKABE_ITO', 'new_axes', 'outer_legend', 'log_scale', 'to_hwc', 'show
 
 # %% ../../nbs/00_core/01_plot.ipynb #c50e1614
 import json
+import warnings
+from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
 
@@ -141,8 +143,12 @@ def read_history(
     path = Path(path)
     path = path/"metrics.jsonl" if path.is_dir() else path
     if not path.exists(): raise FileNotFoundError(f"no {path}: give the folder of a run that has been trained")
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
+    rows, lines = [], path.read_bytes().split(b"\n")[:-1]
+    for line in lines:
+        with suppress(ValueError): rows.append(json.loads(line))
+    rows = [r for r in rows if isinstance(r, dict)]
+    if lost := len(lines) - len(rows): warnings.warn(f"{path}: {lost} of {len(lines)} lines are damaged and left out: delete them", stacklevel=2)
+    return rows
 
 def show_curves(
     history, # list of dicts, or path of a metrics.jsonl or its folder, or a dict from label to such

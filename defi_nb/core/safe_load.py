@@ -14,6 +14,7 @@ import pickletools
 import re
 import struct
 import zipfile
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -278,6 +279,17 @@ def open_archive(
         storages = {name.removeprefix(f"{folder}data/"): e for name, e in entries.items() if name.startswith(f"{folder}data/")}
         return archive.read(pickles[0]), storages
 
+def _data_at(entry, memory): # where the bytes of an archive's entry begin, by its local header
+    name, extra = struct.unpack("<4x22xHH", memory[entry.header_offset:entry.header_offset + 30])
+    return entry.header_offset + 30 + name + extra
+
+def _verify(entries, memory):
+    "Raise `ValueError` for an entry whose bytes do not fit its checksum; 0 is none, which torch can be set to write."
+    with memoryview(memory) as view:
+        for e in entries:
+            start = _data_at(e, memory)
+            if e.CRC and zlib.crc32(view[start:start + e.file_size]) != e.CRC: raise ValueError(f"{e.filename} does not fit its checksum")
+
 def _map_tensor(
     stored:Stored, # where it lies
     storages:dict, # from `open_archive`
@@ -285,8 +297,7 @@ def _map_tensor(
 )->torch.Tensor: # on the file's bytes; a write goes to a copy in memory
     "A tensor of an archive."
     entry, at, step = storages[stored.key], storages[stored.key].header_offset, stored.dtype.itemsize
-    name, extra = struct.unpack("<4x22xHH", memory[at:at + 30]) # lengths in the local header
-    start, n = at + 30 + name + extra, math.prod(stored.size)
+    start, n = _data_at(entry, memory), math.prod(stored.size)
     last = stored.offset + sum((size - 1)*stride for size, stride in zip(stored.size, stored.stride))
     if memory[at:at + 4] != b"PK\x03\x04" or start % step or start + entry.file_size > len(memory) or stored.count*step != entry.file_size \
         or n and last >= stored.count or n > stored.count: raise ValueError(f"a tensor of shape {stored.size} does not lie in storage {stored.key!r}")
@@ -329,9 +340,11 @@ def _read_archive(path):
     code, storages = open_archive(path)
     tree, names = interpret(code)
     memory = _mapped(path)
-    tensors = {name: _map_tensor(stored, storages, memory) for name, stored in state_of(tree).items()}
+    state = state_of(tree)
+    tensors = {name: _map_tensor(stored, storages, memory) for name, stored in state.items()}
     claimed = sum(t.numel()*t.itemsize for t in tensors.values())
     if claimed > 2*len(memory): raise ValueError(f"its tensors claim {claimed} bytes of a file of {len(memory)}") # a tied one counts twice
+    _verify([storages[key] for key in {stored.key for stored in state.values()}], memory)
     if names <= PLAIN | set(_STORAGES): return state_of(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     return tensors
 
@@ -362,13 +375,18 @@ def read_tensors(
     read = _reader(path := Path(path))
     with _refusing(path): return state_of(read(path))
 
+_verified = set() # (path, size, time) of files whose checksums this process has compared
+
 def read_tensor(
     path, # of a `.pt` file that torch.save wrote
-)->torch.Tensor: # mapped from the file: what is not used is not read
+)->torch.Tensor: # mapped from the file: once its checksum has been compared, what is not used is not read
     "The tensor that a file holds, and nothing else; nothing that the file says is executed."
     if _reader(path := Path(path)) is not _read_archive: raise ValueError(f"{path} is a safetensors file, which holds tensors by name: use read_tensors")
     with _refusing(path):
         code, storages = open_archive(path)
         tree, _ = interpret(code)
         if type(tree) is not Stored: raise ValueError(f"it holds {'a ' + type(tree).__name__ if type(tree) in (*_SCALARS, list, dict, tuple) else 'something'} and not a plain tensor")
-        return _map_tensor(tree, storages, _mapped(path))
+        tensor, stat = _map_tensor(tree, storages, memory := _mapped(path)), path.stat()
+        if (file := (str(path), stat.st_size, stat.st_mtime_ns)) not in _verified: _verify([storages[tree.key]], memory)
+        _verified.add(file)
+        return tensor

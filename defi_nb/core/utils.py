@@ -6,7 +6,7 @@
 __all__ = ['progress_bar', 'Tee', 'atomic', 'write_whole', 'os_remedy', 'one_line', 'locked', 'read_own_json', 'read_jsonl',
            'write_jsonl', 'append_jsonl', 'json_digest', 'format_bytes', 'duration', 'folder_bytes', 'project_root',
            'needed', 'ask_hub', 'sendable', 'portable_error', 'start_python', 'process_note', 'noted_process',
-           'machine_note', 'JobError', 'received', 'play_jobs', 'cpu_hours']
+           'code_digest', 'machine_note', 'JobError', 'received', 'play_jobs', 'cpu_hours']
 
 # %% ../../nbs/00_core/02_utils.ipynb #3ce46b49
 import errno
@@ -25,14 +25,18 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections import deque
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from pkgutil import resolve_name
 
 import psutil
+
+import defi_nb
 from filelock import FileLock, SoftFileLock, Timeout
 
 # %% ../../nbs/00_core/02_utils.ipynb #fdc80e0a
@@ -116,7 +120,7 @@ def one_line(
     "What an error says and what to do, all of its parts in one line."
     text = "; ".join(line.strip(" ;") for line in str(error).splitlines() if line.strip())
     if not isinstance(error, (ValueError, FileNotFoundError, RuntimeError, ConnectionError)): text = f"{type(error).__name__}: {text}".removesuffix(": ")
-    if remedy := os_remedy(error): text += f": {remedy}"
+    if (remedy := os_remedy(error)) and remedy not in text: text += f": {remedy}"
     return text if len(text) <= most else f"{text[:most - 4]} ..."
 
 # %% ../../nbs/00_core/02_utils.ipynb #a059c090
@@ -154,19 +158,37 @@ def read_own_json(
     path, # of a file
     remedy:str="delete it, and it is made again", # for the error
     kind:type=dict, # of the value
+    keys:tuple=(), # that an object must have
 ): # the value
     "What a JSON file that this package wrote holds; `ValueError` of one line where it is damaged. (Data from outside: `core.files.read_json`.)"
-    value = _parsed(Path(path).read_bytes(), path, remedy)
+    try: data = Path(path).read_bytes()
+    except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: {remedy}") from None
+    value = _parsed(data, path, remedy)
     if not isinstance(value, kind): raise ValueError(f"{path} holds a {type(value).__name__} and not a {kind.__name__}: {remedy}")
+    if lacking := [k for k in keys if k not in value]: raise ValueError(f"{path} has no {', '.join(lacking)}: {remedy}")
     return value
+
+def _journal_row(line, where, keys):
+    row, remedy = _parsed(line, where, "delete that line, or the file"), "delete that line, or the file"
+    if keys and not (isinstance(row, dict) and {*keys} <= {*row}): raise ValueError(f"{where} has no {' and '.join(keys)}: {remedy}")
+    return row
 
 def read_jsonl(
     path, # of a journal
+    keys:tuple=(), # that each line, an object, must have
+    skip:bool=False, # whether lines that are damaged are left out, with a warning that counts them
 )->list: # of JSON values, one a line; empty where there is no such file
     "The whole lines of a journal; one that a kill cut off is left out."
     if not Path(path).is_file(): return []
     *lines, _ = Path(path).read_bytes().split(b"\n")
-    return [_parsed(line, f"{path}, line {i}", "delete that line, or the file") for i, line in enumerate(lines, 1)]
+    rows, bad = [], []
+    for i, line in enumerate(lines, 1):
+        try: rows.append(_journal_row(line, f"{path}, line {i}", keys))
+        except ValueError as e:
+            if not skip: raise
+            bad.append(str(e))
+    if bad: warnings.warn(f"{bad[0]} ({len(bad)} of {len(lines)} lines are left out)", stacklevel=2)
+    return rows
 
 def write_jsonl(
     path, # of a journal; its folder is made
@@ -339,6 +361,14 @@ def noted_process(
     return found if same else None
 
 # %% ../../nbs/00_core/02_utils.ipynb #16f3461a
+@cache
+def code_digest()->str: # 16 hex digits of SHA-256
+    "What identifies this package's source, changes that are not committed included."
+    digest, package = hashlib.sha256(), Path(defi_nb.__file__).parent
+    files = {file.relative_to(package).as_posix(): file for file in package.rglob("*.py")}
+    for name in sorted(files): digest.update(name.encode() + files[name].read_bytes())
+    return digest.hexdigest()[:16]
+
 def machine_note()->dict: # JSON values; {} where PyTorch is not loaded, and so computed nothing
     "What the last digits of a number depend on besides the code: processor, instructions, arithmetic threads, PyTorch."
     if not (torch := sys.modules.get("torch")): return {}

@@ -13,16 +13,19 @@ import json
 import os
 import shutil
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..core.utils import atomic, folder_bytes, format_bytes, locked, progress_bar, write_whole
+from ..core.utils import (
+    atomic, folder_bytes, format_bytes, json_digest, locked, progress_bar, read_own_json, write_whole)
 from .episodes import FrameTable, Rows, Samples
 
 # %% ../../nbs/02_data/09_cache.ipynb #f3c0d6f9
@@ -39,7 +42,7 @@ class ShardRows:
         folder, # with manifest.json and all its shards
     ):
         self.folder = Path(folder)
-        about = json.loads((self.folder/"manifest.json").read_text())
+        about = _read_manifest(self.folder)
         self.per, self.dtype, self.shape, self.parts = about["per_shard"], np.dtype(about["dtype"]), (about["rows"], *about["shape"]), {}
         self.ndim, self.nbytes = len(self.shape), int(np.prod(self.shape))*self.dtype.itemsize
 
@@ -50,7 +53,7 @@ class ShardRows:
     def __getstate__(self): return self.__dict__ | dict(parts={})
 
     def _part(self, i):
-        if i not in self.parts: self.parts[i] = np.asarray(np.load(_shard(self.folder, i), mmap_mode="r"))
+        if i not in self.parts: self.parts[i] = _open_shard(_shard(self.folder, i), (min(self.per, len(self) - i*self.per), *self.shape[1:]), self.dtype)
         return self.parts[i]
 
     def __getitem__(self, rows): # int, slice, or integer array of any shape
@@ -66,6 +69,25 @@ class ShardRows:
     def __array__(self, dtype=None, copy=None): return np.asarray(self[:], dtype=dtype)
 
 def _shard(folder, i): return Path(folder)/f"{i:05d}.npy"
+
+_AGAIN = "delete it, and it is made again"
+
+def _open_shard(path, shape, dtype): # its rows, mapped; `ValueError` where they are not as they were written
+    try: whole = np.memmap(path, np.uint8, "r")
+    except (OSError, ValueError) as e: raise ValueError(f"{path} can't be read ({e}): {_AGAIN}") from None
+    start = 10 + int.from_bytes(whole[8:10].tobytes(), "little")
+    end = start + int(np.prod(shape))*dtype.itemsize
+    noted = whole[end:].tobytes() # nothing in those of before 2026-12
+    if len(whole) < end or noted and zlib.crc32(whole[:end]).to_bytes(4, "little") != noted: raise ValueError(f"{path} is damaged (it does not fit its checksum): {_AGAIN}")
+    return np.asarray(whole)[start:end].view(dtype).reshape(shape)
+
+def _read_manifest(folder):
+    "What manifest.json says; `ValueError` where it is damaged."
+    path, again = Path(folder)/"manifest.json", f"delete {folder}, and it is made again"
+    about = read_own_json(path, again, keys=("identity", "rows", "shape", "dtype", "per_shard"))
+    noted = about.pop("checksum", None) # none in those of before 2026-12
+    if noted and json_digest(about)[:8] != noted: raise ValueError(f"{path} is damaged (it does not fit its checksum): {again}")
+    return about
 
 # %% ../../nbs/02_data/09_cache.ipynb #cbef6684
 _SHARD_BYTES = 64_000_000 # most bytes of a shard, if it holds more than one row
@@ -85,8 +107,7 @@ def _manifest(folder, identity, n, compute, dtype, batch_size, most_rows):
     path = folder/"manifest.json"
     if not path.exists():
         with _claimed(folder, "manifest", -1): _write_manifest(path, identity, n, compute, dtype, batch_size, most_rows)
-    try: about = json.loads(path.read_text())
-    except ValueError: raise ValueError(f"{path} is not JSON: delete {folder}, and it is made again") from None
+    about = _read_manifest(folder)
     if about["identity"] != identity: raise ValueError(f"{path} is of other data or another encoder than its folder's name says: delete {folder}, and it is made again")
     return about
 
@@ -96,16 +117,16 @@ def _write_manifest(path, identity, n, compute, dtype, batch_size, most_rows):
     row = max(1, int(np.prod(shape))*np.dtype(dtype).itemsize)
     per = max(1, min(most_rows, _SHARD_BYTES//row))
     if per > batch_size: per -= per % batch_size
-    about = dict(identity=identity, rows=n, shape=shape, dtype=np.dtype(dtype).name, per_shard=per)
-    write_whole(path, json.dumps(about, indent=1))
+    about = dict(identity=identity, rows=n, shape=list(shape), dtype=np.dtype(dtype).name, per_shard=per)
+    write_whole(path, json.dumps(about | dict(checksum=json_digest(about)[:8]), indent=1))
     _tell_others(path.parent, identity)
 
 def _tell_others(folder, identity):
     "Say which folders of the same name lie next to a new one, and in what they differ."
     for other in sorted(folder.parent.glob(folder.name[:-16] + "[0-9a-f]"*16)):
         if other == folder or (manifest := next(other.rglob("manifest.json"), None)) is None: continue
-        try: there = json.loads(manifest.read_text())["identity"]
-        except (ValueError, KeyError): there = {}
+        try: there = _read_manifest(manifest.parent)["identity"]
+        except ValueError: there = {}
         differ = [k for k in identity if identity[k] != there.get(k)]
         print(f"{other.name} is of another {' and '.join(differ)} and not used here ({format_bytes(folder_bytes(other)[0])}: delete it if no run needs it any more)")
 
@@ -163,8 +184,10 @@ def _make_shard(folder, i, about, compute, batch_size, n_workers, bar):
             bar.update(b - a)
     try:
         with atomic(_shard(folder, i)) as file:
-            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(out))
-            file.write(memoryview(out).cast("B")) # not `tofile`, which does not tell a full disk from other errors
+            np.lib.format.write_array_header_1_0(head := BytesIO(), np.lib.format.header_data_from_array_1_0(out))
+            data = memoryview(out).cast("B")
+            crc = zlib.crc32(data, zlib.crc32(head.getvalue()))
+            for part in (head.getvalue(), data, crc.to_bytes(4, "little")): file.write(part) # not `tofile`, which does not tell a full disk from other errors
             file.flush()
             os.fsync(file.fileno())
     except OSError as e:
@@ -235,10 +258,16 @@ class KeptImages:
     def __array__(self, dtype=None, copy=None): return np.asarray(self[:], dtype=dtype)
 
 # %% ../../nbs/02_data/09_cache.ipynb #29f1714f
+def _set_rows(path): # of a set, whose name is their digest
+    with suppress(Exception): # whatever a damaged header sets off
+        rows = np.load(path, allow_pickle=False)
+        if identity_key(rows.tolist()) == path.parent.name: return rows
+    raise ValueError(f"{path} is damaged (its rows are not those that its folder's name says): delete {path.parent}, and it is made again")
+
 def _sets(table, folder): # of one camera -> {folder of a set: numbers of its rows}, which have all rows of the table; those missing are a new set
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder/".lock"):
-        sets = {path.parent: np.load(path) for path in sorted(folder.glob("*/rows.npy"))}
+        sets = {path.parent: _set_rows(path) for path in sorted(folder.glob("*/rows.npy"))}
         missing = np.setdiff1d(table.rows, np.concatenate([[], *sets.values()])).astype(int)
         if len(missing):
             new = folder/identity_key(missing.tolist())

@@ -24,7 +24,7 @@ import numpy as np
 from fastcore.basics import patch
 from torch.utils.data import get_worker_info
 
-from ..core.npz import load_dict, read_npz
+from ..core.npz import load_dict, read_array, read_npz
 from ..core.spec import VIEWS
 from ..core.utils import progress_bar
 from ..core.video import resize_image
@@ -46,15 +46,14 @@ def read_segments(
         raise FileNotFoundError(f"{root} does not exist: record some, or give CALVIN's folder (that holds training/)")
     if not path.exists():
         if next(root.glob("episode_*.npz"), None) is None:
-            raise FileNotFoundError(f"{root} holds no CALVIN frames (episode_0000000.npz ...): record or download some")
+            raise FileNotFoundError(f"{root} holds no CALVIN frames (episode_0000000.npz ...): record some, or restore a whole copy")
         unfinished = (root/"segments").is_dir()
         raise FileNotFoundError(f"{path} is missing: " + (
             "the recording was not finished; record the rest, then call finish_split" if unfinished
             else "copy it from the dataset; it tells where each recording begins"))
-    try: ids = np.array(np.load(path, mmap_mode="r")) # mapped: a header can't claim more than is there
-    except (ValueError, TypeError, EOFError, OSError) as e: raise ValueError(f"{path} is not a plain array ({e}): download or write it again") from None
+    ids = read_array(path)
     if ids.ndim != 2 or ids.shape[1] != 2 or ids.dtype.kind not in "iu":
-        raise ValueError(f"{path} has shape {ids.shape} and type {ids.dtype}, not (S,2) integers, each pair a first and a last frame: download or write it again")
+        raise ValueError(f"{path} has shape {ids.shape} and type {ids.dtype}, not (S,2) integers, each pair a first and a last frame: write it again, or restore a whole copy")
     ids = ids.astype(np.int64)
     if not len(ids) or (ids[:, 1] < ids[:, 0]).any() or ids.min() < 0 or ids.max() >= 10**7:
         raise ValueError(f"{path} lists no frames, or a recording that ends before it starts: write it again")
@@ -68,7 +67,7 @@ def scene_spans(root): # of a split's folder: scene's letter -> first and last f
     "The scenes as CALVIN's file has them."
     info = Path(root)/"scene_info.npy"
     try: return {str(k).removeprefix("calvin_scene_"): (int(a), int(b)) for k, (a, b) in load_dict(info).items()} if info.exists() else {}
-    except TypeError as e: raise ValueError(f"{info} is not in CALVIN's layout ({e}): download it again") from None
+    except TypeError as e: raise ValueError(f"{info} is not in CALVIN's layout ({e}): write it again, restore a whole copy, or take it away") from None
 
 def read_scenes(
     root:Path, # folder of a split
@@ -87,7 +86,7 @@ def annotation_rows(path): # of auto_lang_ann.npy
     "(first frame, last frame, task, instruction) of each annotation."
     data = load_dict(path)
     try: return [(int(a), int(b), str(task), str(text)) for (a, b), task, text in zip(data["info"]["indx"], data["language"]["task"], data["language"]["ann"], strict=True)]
-    except (KeyError, TypeError, ValueError) as e: raise ValueError(f"{path} is not in CALVIN's layout ({e!r}): download it again") from None
+    except (KeyError, TypeError, ValueError) as e: raise ValueError(f"{path} is not in CALVIN's layout ({e!r}): write it again, or restore a whole copy") from None
 
 def find_annotations(
     root:Path, # folder of a split
@@ -112,7 +111,7 @@ def _read_windows(root, annotations, spans):
     try: check_tasks(w.task for w in windows)
     except ValueError as e: raise ValueError(f"{path}: {e}") from None
     if empty := next((w for w in windows if not w.text.strip()), None):
-        raise ValueError(f"{path}: the window of frames {empty.start} to {empty.end} has no instruction: write one, or download it again")
+        raise ValueError(f"{path}: the window of frames {empty.start} to {empty.end} has no instruction: write one")
     if more := len(windows) - len(once := list(dict.fromkeys(windows))):
         warnings.warn(f"{path}: {more} of {len(windows)} windows repeat others and are left out (CALVIN's ABC and ABCD validation do)", stacklevel=2)
     return once
@@ -179,9 +178,9 @@ def check_frame(
     "Raise `ValueError` if an array of a frame is of another kind, or a vector holds what none can."
     check_kinds(path, frame, shapes)
     for key, v in frame.items():
-        if key not in shapes and not np.isfinite(v).all(): raise ValueError(f"{path}: {key} holds {v[~np.isfinite(v)][0]}: record or download it again, or leave its segment out")
+        if key not in shapes and not np.isfinite(v).all(): raise ValueError(f"{path}: {key} holds {v[~np.isfinite(v)][0]}: record it again, or restore a whole copy")
     if "rel_actions" in frame and (most := np.abs(frame["rel_actions"]).max()) > 1.001:
-        raise ValueError(f"{path}: an action of {most:.3g}; rel_actions lie in [-1, 1]: record or download it again")
+        raise ValueError(f"{path}: an action of {most:.3g}; rel_actions lie in [-1, 1]: record it again, or restore a whole copy")
 
 # %% ../../nbs/02_data/03_calvin.ipynb #bad17ed8
 def frame_cameras(path): # of a frame: those of `core.spec.VIEWS` that it has

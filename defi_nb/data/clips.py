@@ -376,7 +376,7 @@ def scan_annotation(path): # of the file
         return dict(text=str((note.get("texts") or [""])[0]), frames=frames, videos=[v["video_path"] for v in note.get("videos", ())],
                     latents=[v["latent_video_path"] for v in note.get("latent_videos", ())])
     except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise ValueError(f"{path} is not an annotation (it lacks {e}): download it again, or leave it out") from None
+        raise ValueError(f"{path} is not an annotation (it lacks {e}): mend it, or leave it out") from None
 
 def _inside(root, name):
     "A path below the root; an annotation must not lead elsewhere."
@@ -459,7 +459,7 @@ def _ego4d_files(videos):
     rows = {r.get("exported_clip_uid"): r for r in read_rows(manifest)}
     try: return [(p, r["parent_video_uid"], float(r["parent_start_sec"]), float(r["parent_end_sec"]))
                  for p in files if (r := rows.get(p.stem))]
-    except (KeyError, TypeError, ValueError) as e: raise ValueError(f"{manifest} is not Ego4D's (no {e}): download it again") from None
+    except (KeyError, TypeError, ValueError) as e: raise ValueError(f"{manifest} is not Ego4D's (no {e}): restore a whole copy") from None
 
 def read_ego4d(
     videos, # folder of the videos, or of the clips with their manifest.csv

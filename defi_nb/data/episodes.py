@@ -203,7 +203,7 @@ def check_frames(
     "Raise `ValueError` naming what is wrong with a store, if something is."
     N = len(frames)
     expected = dict(action=(N,ACTION_DIM), robot_obs=(N,15), scene_obs=(N,24))
-    if N == 0: raise ValueError(f"{name} has no frames: record or download it again")
+    if N == 0: raise ValueError(f"{name} has no frames: record it again, or restore a whole copy")
     for view,v in frames.video.items():
         if len(v) != N or v.ndim != 4 or v.shape[-1] != 3 or v.dtype != np.uint8:
             raise ValueError(f"{name}: view {view!r} has shape {tuple(v.shape)} and type {v.dtype}; "

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..core.npz import write_npz
 from ..core.spec import CONTROL_HZ, VIEWS
-from ..core.utils import atomic, locked, progress_bar
+from ..core.utils import atomic, locked, progress_bar, read_own_json
 from .calvin import VECTORS
 from .episodes import Window
 from ..sim.calvin_tasks import CATEGORIES, INSTRUCTIONS, check_tasks, state_after
@@ -79,7 +79,8 @@ def finished_segments(
     folder:Path, # of the split
 )->dict: # number of the first frame -> the note of a complete segment
     "What has been recorded completely."
-    notes = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("segments/*.json"))]
+    again, keys = "delete it, and its segment is recorded again", ("start", "end", "windows")
+    notes = [read_own_json(path, again, keys=keys) for path in sorted(Path(folder).glob("segments/*.json"))]
     return {note["start"]: note for note in notes}
 
 # %% ../../nbs/02_data/05_record.ipynb #93e844d9
@@ -305,7 +306,7 @@ def _claim(root, config):
         if root.exists() and any(root.iterdir()):
             raise ValueError(f"{root} is not empty and has no recording.json: choose another folder, what is there may not be ours")
         with atomic(path) as file: file.write(json.dumps(mine, indent=1).encode())
-    theirs = json.loads(path.read_text())
+    theirs = read_own_json(path, "restore it, choose another folder, or delete this one")
     if differ := [f"{k} is {theirs.get(k)!r} there, {mine.get(k)!r} here" for k in mine | theirs if mine.get(k) != theirs.get(k)]:
         raise ValueError(f"{root} was recorded otherwise: {'; '.join(differ)}. Use the same values, choose another folder or delete this one")
 

@@ -46,7 +46,7 @@ def write_records(
 
 def _open(path):
     try: return open(path, "rb")
-    except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: download it again, or read another split") from None
+    except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: restore it, or read another split") from None
 
 def scan_records(
     path:Path, # of the file
@@ -60,11 +60,11 @@ def scan_records(
             head = file.read(12)
             if len(head) == 12 and _masked(head[:8]) != head[8:]:
                 raise ValueError(f"{path}: the length of record {len(found)} (byte {at}) does not fit its checksum: "
-                                 "the file is damaged, or compressed, or no TFRecord; download it again or unpack it")
+                                 "the file is damaged, or compressed, or no TFRecord; restore a whole copy, or unpack it")
             length = int.from_bytes(head[:8], "little")
             if len(head) < 12 or at + 16 + length > end:
                 raise ValueError(f"{path}: record {len(found)} (byte {at}) needs {length if len(head) == 12 else 12} bytes, "
-                                 f"the file has {end - at} left: it is cut short; download it again")
+                                 f"the file has {end - at} left: it is cut short; restore a whole copy")
             found.append((at + 12, length))
             at += 16 + length
     return np.array(found, np.int64).reshape(-1, 2)
@@ -82,7 +82,7 @@ def read_record(
         view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     data = view[offset:offset + length]
     if check and _masked(data) != view[offset + length:offset + length + 4]:
-        raise ValueError(f"{path}: the record at byte {offset} does not fit its checksum: the file is damaged; download it again")
+        raise ValueError(f"{path}: the record at byte {offset} does not fit its checksum: the file is damaged; restore a whole copy")
     return data
 
 # %% ../../nbs/02_data/07_rlds.ipynb #7455a684
@@ -211,7 +211,7 @@ def read_features(
     "What is in an episode, from features.json."
     path = Path(folder)/"features.json"
     try: return dict(_flat(_read_json(path)))
-    except (AttributeError, KeyError, TypeError) as e: raise ValueError(f"{path} is not in TensorFlow Datasets' layout ({e!r}): download it again") from None
+    except (AttributeError, KeyError, TypeError) as e: raise ValueError(f"{path} is not in TensorFlow Datasets' layout ({e!r}): restore a whole copy") from None
 
 # %% ../../nbs/02_data/07_rlds.ipynb #2e805fff
 def find_shards(
@@ -231,9 +231,9 @@ def find_shards(
         names = dict(DATASET=info["name"], SPLIT=split, FILEFORMAT="tfrecord")
         paths = [Path(folder)/pattern.format(**names, SHARD_X_OF_Y=f"{i:05d}-of-{len(lengths):05d}", SHARD_INDEX=f"{i:05d}", NUM_SHARDS=f"{len(lengths):05d}")
                  for i in range(len(lengths))]
-    except (KeyError, TypeError, AttributeError) as e: raise ValueError(f"{path} is not in TensorFlow Datasets' layout ({e!r}): download it again") from None
+    except (KeyError, TypeError, AttributeError) as e: raise ValueError(f"{path} is not in TensorFlow Datasets' layout ({e!r}): restore a whole copy") from None
     if (missing := [p.name for p in paths if not p.exists()]) and not partial:
-        raise FileNotFoundError(f"{folder}: {len(missing)} of {len(paths)} shards of split {split!r} are missing, such as {missing[0]}: download them, or read another split")
+        raise FileNotFoundError(f"{folder}: {len(missing)} of {len(paths)} shards of split {split!r} are missing, such as {missing[0]}: restore them, or read another split")
     return paths, lengths
 
 # %% ../../nbs/02_data/07_rlds.ipynb #dcef9a82
@@ -355,7 +355,7 @@ class RLDSFolder(RobotSource):
         self.paths, lengths = find_shards(folder, split, on_problem is not refuse)
         lines, self.actions = index_split(self.paths, keys.instruction, cache, self._size(keys.instruction), on_problem), bool(keys.action)
         for path, line, n in zip(self.paths, lines, lengths):
-            if line.get("name") and len(line["place"]) != n: on_problem(path.name, f"{path} has {len(line['place'])} episodes, dataset_info.json says {n}: download it again")
+            if line.get("name") and len(line["place"]) != n: on_problem(path.name, f"{path} has {len(line['place'])} episodes, dataset_info.json says {n}: restore a whole copy")
         self.numbers = [first + i for first, line in zip(np.cumsum([0, *lengths]), lines) for i in range(len(line["place"]))]
         self.text = [t for line in lines for t in line["text"]]
         steps = np.array([n for line in lines for n in line["steps"]], np.int64)
@@ -419,7 +419,7 @@ def _episode(self:RLDSFolder, e):
         value, n = example.get(f"steps/{key}", []), int(self.lengths[e])*(int(np.prod(shape)) if kind == "tensor" else 1)
         if len(value) != n or isinstance(value, list) != (kind != "tensor" or dtype in ("string", "object")):
             raise ValueError(f"{path}, byte {place}: {key} has {len(value)} {'byte strings' if isinstance(value, list) else 'numbers'}; "
-                             f"features.json says {n} of {kind} {shape} {dtype} for {self.lengths[e]} steps: the files do not belong together; download them again")
+                             f"features.json says {n} of {kind} {shape} {dtype} for {self.lengths[e]} steps: the files do not belong together; restore a whole copy")
     return {k: example[f"steps/{k}"] for k in wanted}
 
 @patch

@@ -115,7 +115,7 @@ def decode_picture(
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture: return np.asarray(picture.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         what = f"{len(data)} bytes" if isinstance(e, Image.UnidentifiedImageError) else str(e)
-        raise ValueError(f"{where} is no JPEG or PNG that can be decoded ({what}): leave its episode out, or download it again") from None
+        raise ValueError(f"{where} is no JPEG or PNG that can be decoded ({what}): leave its episode out, or restore a whole copy") from None
 
 # %% ../../nbs/02_data/04_robot_dataset.ipynb #c59296d9
 @dataclass(frozen=True)

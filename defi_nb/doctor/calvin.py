@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.npz import read_npz
+from ..core.npz import read_array, read_npz
 from ..core.spec import CONTROL_HZ, VIEWS
 from ..data.calvin import (
     KNOWN_SCENES, VECTORS, annotation_rows, check_kinds, find_annotations, open_recording,
@@ -50,7 +50,7 @@ def _check_segments(
         exam.find("error", f"{name}: recordings overlap", path, f"{ids[over[0]].tolist()} and {ids[over[0] + 1].tolist()}", "frames of one recording only", "write the index again", len(over))
     lens = root/"ep_lens.npy"
     if lens.exists():
-        try: same = sorted(np.load(lens).ravel().tolist()) == sorted((ids[:, 1] - ids[:, 0] + 1).tolist())
+        try: same = sorted(read_array(lens).ravel().tolist()) == sorted((ids[:, 1] - ids[:, 0] + 1).tolist())
         except Exception: same = False # an object array, or no array at all
         if not same: exam.find("warning", f"{name}: lengths and index of recordings disagree", lens, "other lengths", "last - first + 1", "write ep_lens.npy again; readers here don't use it")
     return ids
@@ -65,7 +65,7 @@ def _check_present(
     numbers = _numbers(exam, root)
     if numbers is None: return ids # a folder too large to be listed in time
     if not len(numbers):
-        exam.find("error", f"{name}: no frames", root, "no episode_0000000.npz ...", "one file a frame", "record or download them")
+        exam.find("error", f"{name}: no frames", root, "no episode_0000000.npz ...", "one file a frame", "record them, or restore a whole copy")
         return None
     if ids is None:
         breaks = np.flatnonzero(np.diff(numbers) > 1)
@@ -73,7 +73,7 @@ def _check_present(
     wanted = np.concatenate([np.arange(a, b + 1) for a, b in ids])
     missing, extra = np.setdiff1d(wanted, numbers), np.setdiff1d(numbers, wanted)
     if len(missing): exam.find("error", f"{name}: frames are missing", root/f"episode_{missing[0]:07d}.npz", f"{len(missing):,} of {len(np.unique(wanted)):,} frames are not there", "all that the index names",
-                               "download or record them again, or write the index without them", len(missing))
+                               "record them again, restore a whole copy, or write the index without them", len(missing))
     if len(extra): exam.find("note", f"{name}: frames that the index does not name", root/f"episode_{extra[0]:07d}.npz", f"{len(extra):,} frames", "none", "nothing: they are not read (ABCD has four such frames)", len(extra))
     return ids
 
@@ -162,7 +162,7 @@ def _first_frame(exam, name, root, ids):
         try:
             with zipfile.ZipFile(path) as z: keys = {n.removesuffix(".npy") for n in z.namelist()}
             if missing := {"rel_actions", "robot_obs", "scene_obs"} - keys:
-                exam.find("error", f"{name}: frames lack keys", path, f"no {', '.join(sorted(missing))}", "rel_actions, robot_obs, scene_obs", "download or record them again")
+                exam.find("error", f"{name}: frames lack keys", path, f"no {', '.join(sorted(missing))}", "rel_actions, robot_obs, scene_obs", "record them again, or restore a whole copy")
             frame = read_npz(path, tuple(k for k in (*VECTORS, *(f"rgb_{v}" for v in VIEWS)) if k in keys))
         except (ValueError, OSError, zipfile.BadZipFile): continue # found again below
         if missing := [v for v in VIEWS if f"rgb_{v}" not in keys]: exam.find("warning", f"{name}: a camera is missing", path, f"no rgb_{missing[0]}", f"rgb_{' and rgb_'.join(VIEWS)}", "read it with views of those that are there")
@@ -232,7 +232,7 @@ def _check_frames_of(
     "Look at runs of frames."
     kinds, firsts = _first_frame(exam, name, root, ids), {}
     if not kinds:
-        exam.find("error", f"{name}: no frame can be read", root, f"the first of {len(ids)} recordings", "npz files", "download or record them again")
+        exam.find("error", f"{name}: no frame can be read", root, f"the first of {len(ids)} recordings", "npz files", "record them again, or restore a whole copy")
         return kinds
     runs = [(a, min(a + RUN - 1, last)) for first, last in ids.tolist() for a in range(first, last + 1, RUN)]
     results = exam.each(f"{name}: runs of {RUN} frames", runs, partial(check_run, exam, name, root, kinds), where=lambda r: f"{name}, frames {r[0]} to {r[1]}", share=share)
@@ -263,7 +263,7 @@ def _judge_split(exam, name, kinds):
     if moved > .05 and wrong > .7*moved: exam.find("warning", f"{name}: the gripper opens when told to close", where, f"in {wrong/moved:.0%} of its movement", "1 opens and -1 closes", "change the sign of the last number of rel_actions")
     exam.judge(f"{name}: gripper actions between open and closed", "round them to -1 and 1: CALVIN's environment takes no others", "-1 or 1")
     exam.judge(f"{name}: the hand jumps", "two recordings without a border: correct ep_start_end_ids.npy", "at most 0.1 m in a thirtieth of a second")
-    exam.judge(f"{name}: the door slides farther than in its scene", "scene_info.npy names the wrong scene: download it again", f"{_SLIDE} m")
+    exam.judge(f"{name}: the door slides farther than in its scene", "scene_info.npy names the wrong scene: write it again, or restore a whole copy", f"{_SLIDE} m")
     for key in (k for k in kinds if k.startswith("rgb_")): judge_pictures(exam, f"{name}, {key}")
 
 def check_calvin(
@@ -279,7 +279,7 @@ def check_calvin(
         frames = int((ids[:, 1] - ids[:, 0] + 1).sum())
         exam.facts[f"{name}: frames"] = f"{frames:,} in {len(ids):,} recordings, {frames/CONTROL_HZ/60:.3g} minutes at {CONTROL_HZ} Hz"
         if frames != (said := _PUBLISHED.get((root.resolve().parent.name, name), frames)):
-            exam.find("warning", f"{name}: another number of frames than published", root, f"{frames:,}", f"{said:,}", "if it is meant to be the whole dataset, download it again")
+            exam.find("warning", f"{name}: another number of frames than published", root, f"{frames:,}", f"{said:,}", "if it is meant to be the whole dataset, restore a whole copy")
         spans = _check_scenes(exam, name, root, ids)
         check_windows(exam, name, root, ids, name == run_split(splits))
         share = 1/(len(splits) - k)

@@ -82,7 +82,7 @@ def _lerobot_videos(exam, source):
         shape = tuple(source.features[key_of[path]]["shape"])
         exam.tally("video files: another size than said", {info.height, info.width} - set(shape) != set(), path, f"{info.height}x{info.width}, said {shape}")
     exam.later.append(partial(judge_videos, exam, "video files"))
-    exam.later.append(partial(exam.judge, "video files: another size than said", "correct shape in meta/info.json, or download them again", "the size in meta/info.json"))
+    exam.later.append(partial(exam.judge, "video files: another size than said", "correct shape in meta/info.json, or restore a whole copy", "the size in meta/info.json"))
     check_copies(exam, "video files", [source.folder/p for p in rows])
 
 def _lerobot_stats(exam, source):
@@ -152,14 +152,14 @@ def _look_at_shard(
     size = lambda key: int(np.prod(features[f"steps/{key}"][1]))
     counted = text or "is_first"
     line = index_shard(path, counted, size(counted))
-    if len(line["place"]) != n: raise ValueError(f"{path} has {len(line['place'])} episodes, dataset_info.json says {n}: download it again")
+    if len(line["place"]) != n: raise ValueError(f"{path} has {len(line['place'])} episodes, dataset_info.json says {n}: restore a whole copy")
     wanted, out = {f"steps/{k}" for k in (*views.values(), *action, *state)}, []
     for e in range(n) if exam.everything else sorted({0, n - 1} - {-1}):
         place, rows = line["place"][e], line["steps"][e]
         data = decode_example(read_record(path, place, line["length"][e]), wanted)
         def join(names, data=data, rows=rows, place=place):
             parts = [np.asarray(data.get(f"steps/{k}", ()), np.float32) for k in names]
-            if bad := [k for k, x in zip(names, parts) if len(x) != rows*size(k)]: raise ValueError(f"{path}, byte {place}: {bad[0]} does not have {size(bad[0])} numbers in each of {rows} steps: download it again")
+            if bad := [k for k, x in zip(names, parts) if len(x) != rows*size(k)]: raise ValueError(f"{path}, byte {place}: {bad[0]} does not have {size(bad[0])} numbers in each of {rows} steps: restore a whole copy")
             return np.concatenate([x.reshape(rows, -1) for x in parts], 1) if parts else None
         some = np.unique(np.linspace(0, rows - 1, 3).astype(int)) if rows else ()
         with timed(exam, len(some)*len(views)): pictures = {v: [_picture(data[f"steps/{k}"], features[f"steps/{k}"], int(r), f"{path}, byte {place}: {k} of step {r}") for r in some] for v, k in views.items()}
@@ -193,7 +193,7 @@ def check_rlds(
     if text is None: exam.find("warning", "no key holds an instruction", version/"features.json", "no text", "steps/language_instruction", "name its key, or train on video alone with keep_unlabelled=True")
     if not views: exam.find("error", "no key holds pictures", version/"features.json", "no image", "steps/observation/image", "name its key")
     if not hz: exam.find("note", "the rate is not in the files", version, "unknown", "steps a second", "give hz, which the dataset's page says: gaps in seconds need it")
-    if not splits: exam.find("error", "no splits", version/"dataset_info.json", "an empty list, or no such file", "splits with shardLengths", "download it again")
+    if not splits: exam.find("error", "no splits", version/"dataset_info.json", "an empty list, or no such file", "splits with shardLengths", "restore a whole copy")
     for k, split in enumerate(splits):
         shards = exam.attempt(f"{split}: shards", version, partial(find_shards, version, split, True))
         if shards is None: continue

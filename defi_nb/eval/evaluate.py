@@ -21,13 +21,13 @@ import torch
 
 from .. import __version__
 from ..core.stats import anytime_interval, markdown_table
-from ..core.utils import json_digest, machine_note, progress_bar
+from ..core.utils import code_digest, json_digest, machine_note, progress_bar
 from .results import EvalResult, closing_table, task_table
 from .rollout import EvalConfig, on_device, play_policy, playtable_env
 from .workers import Journal, Patience, Pool, cores, read_journal, start_workers
 from ..models.encoders import weights_digest
 from ..sim.calvin_tasks import check_tasks, get_sequences, sequences_digest
-from ..weights.checkpoint import code_digest, git_commit
+from ..weights.checkpoint import git_commit
 
 # %% ../../nbs/07_eval/03_evaluate.ipynb #de862ed3
 def _protocol_of(

@@ -121,7 +121,7 @@ def read_row(
         raise FileNotFoundError(f"there is no result at {path}: run the evaluation that writes it")
     try: return _check_row(json.loads(Path(path).read_text()))
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a believable result: {error}") from error
+        raise ValueError(f"{path} is not a believable result: {error!s}; evaluate again") from error
 
 # %% ../../nbs/07_eval/00_results.ipynb #8327f1c1
 @dataclass

@@ -33,9 +33,10 @@ def read_journal(
     "What all parts of an evaluation have written."
     rows, events = {}, []
     for path in sorted(Path(folder).glob(f"{what}s*.jsonl")):
-        for row in read_jsonl(path)[1:]:
-            if "event" in row: events.append(row)
-            else: rows.setdefault(row[key], row)
+        for i, row in enumerate(read_jsonl(path)[1:], 2):
+            if isinstance(row, dict) and "event" in row: events.append(row)
+            elif isinstance(row, dict) and key in row: rows.setdefault(row[key], row)
+            else: raise ValueError(f"{path}, line {i} has no {key}: delete that line, and the {what} is played again")
     return rows, events
 
 class Journal:
@@ -60,6 +61,7 @@ class Journal:
     def _check(self, path, restart):
         "Refuse rows of another evaluation, or put them aside; take over what else their header knows."
         if not (lines := read_jsonl(path)): return
+        if not isinstance(lines[0], dict): raise ValueError(f"{path}, line 1 is no header: put that file aside")
         there = {k: v for k, v in lines[0].items() if k in self.header}
         if there == self.header: self.header = lines[0]
         elif restart: os.replace(path, path.with_name(f"{path.name}.previous"))

@@ -6,7 +6,6 @@
 __all__ = ['TOWERS', 'VisionTokens', 'freeze_unused', 'ConvViT', 'DirectConfig', 'DirectPolicy', 'around_encoder']
 
 # %% ../../nbs/04_models/09_direct_policy.ipynb #77be230d
-import json
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.files import read_json
 from ..core.spec import VIEWS, Batch, DataSpec, check_batch
 from .action_adapter import ActionAdapter, AdapterConfig
 from .encoders import IMAGENET_MEAN, IMAGENET_STD, check_folder, load_pretrained, no_bars
@@ -254,9 +254,9 @@ def around_encoder(
 )->DirectConfig: # whose policy can `start_from` the folder
     "The configuration of a policy that sees through a pretrained encoder."
     folder = check_folder(folder)
-    about, path = json.loads((folder/"config.json").read_text()), folder/"preprocessor_config.json"
+    about, path = read_json(folder/"config.json"), folder/"preprocessor_config.json"
     if not path.exists(): raise FileNotFoundError(f"{path} is not there, so how large this encoder's pictures are and how they are scaled is not known: copy it from where the weights come from")
-    given = json.loads(path.read_text())
+    given = read_json(path)
     sides = given.get("crop_size") or given["size"]
     sides = {sides} if isinstance(sides, int) else {*sides.values()}
     if len(sides) > 1: raise ValueError(f"{path} asks for pictures of {' by '.join(map(str, sorted(sides)))} pixels; a direct policy's are square")

@@ -10,7 +10,6 @@ __all__ = ['TWINS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'check_pictures', 'Absent',
 
 # %% ../../nbs/04_models/03_encoders.ipynb #fd11f4b6
 import hashlib
-import json
 import math
 import re
 from contextlib import ExitStack, contextmanager
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..core.files import read_json
 from ..core.safe_load import _refusing, read_tensors
 from ..core.utils import project_root
 from .layers import group_tokens
@@ -187,7 +187,7 @@ def load_vae(
     files = weight_files(folder := check_folder(folder))
     return VAE(read_weights(_empty_vae(_config(folder)), files), batch)
 
-def _config(folder): return json.loads((folder/"config.json").read_text())
+def _config(folder): return read_json(folder/"config.json")
 
 def _empty_vae(config): # on the meta device
     from diffusers import AutoencoderKLTemporalDecoder

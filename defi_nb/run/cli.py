@@ -34,8 +34,8 @@ from pathlib import Path
 import defi_nb
 from ..core.page import declared_parameters, stripped_notebook, write_html
 from ..core.utils import (
-    Tee, duration, folder_bytes, format_bytes, locked, machine_note, needed, one_line, os_remedy,
-    project_root, read_own_json, write_whole)
+    Tee, code_digest, duration, folder_bytes, format_bytes, locked, machine_note, needed, one_line,
+    os_remedy, project_root, read_own_json, write_whole)
 from .options import check_value
 
 # %% ../../nbs/13_run/01_cli.ipynb #5dbc5b83
@@ -192,9 +192,9 @@ def write_metrics(
     folder:Path, # of the run
     metrics:dict, # name -> number, list, dict or text; arrays and tensors become lists
 )->dict: # as they are read back
-    "Write `metrics.json`, with the machine that computed them; it marks the run as finished."
-    machine = machine_note()
-    return _write_json(Path(folder)/"metrics.json", metrics | ({"machine": machine} if machine else {}))
+    "Write `metrics.json`, which marks the run as finished, and `machine.json`, which says what computed them."
+    _write_json(Path(folder)/"machine.json", machine_note() | dict(code=code_digest()))
+    return _write_json(Path(folder)/"metrics.json", metrics)
 
 def earlier_run(
     folder:Path, # that may hold a run

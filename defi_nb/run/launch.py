@@ -145,7 +145,7 @@ def stop_run(
     if (process := _process_of(folder)) is None: return f"{folder} is not running"
     training = folder/"training.json"
     if training.exists():
-        note = Path(read_own_json(training, _ENDED)["checkpoint"])/"run.json"
+        note = Path(read_own_json(training, _ENDED, keys=("checkpoint",))["checkpoint"])/"run.json"
         if (found := noted_process(read_own_json(note, _ENDED))) is None: return f"the process that {note} names has ended"
         found.send_signal(signal.SIGTERM)
         return "the training saves at the end of this step and stops"

@@ -47,7 +47,8 @@ def _checkpoint_of(
 )->Path:
     "Where a run's training keeps its checkpoint."
     folder = Path(folder)
-    if (folder/"training.json").exists(): return Path(read_own_json(folder/"training.json", "delete it, if that run has ended").get("checkpoint", ""))
+    if (training := folder/"training.json").exists():
+        return Path(read_own_json(training, "delete it, if that run has ended", keys=("checkpoint",))["checkpoint"])
     if (folder/"run.json").exists(): return folder
     raise FileNotFoundError(f"{folder} has no training yet: give the folder of a run that trains, or of its checkpoint; a run that began just now may still be preparing its data (see its log.txt)")
 
@@ -56,7 +57,7 @@ def training_state(
 )->TrainingState:
     "What is known of a training."
     folder = _checkpoint_of(folder)
-    told = read_own_json(folder/"run.json", "the next training into that folder writes it anew")
+    told = read_own_json(folder/"run.json", "the next training into that folder writes it anew", keys=("steps",))
     try: saved = read_config(folder)["step"]
     except (FileNotFoundError, ValueError): saved = 0
     return TrainingState(folder, read_metrics(folder), told.get("steps", 0), saved, _alive(told, folder))

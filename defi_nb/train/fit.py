@@ -89,8 +89,8 @@ def read_metrics(
     folder, # of a checkpoint
     until:int|None=None, # last step to read; None: all
 )->list: # of dicts, one a line
-    "The record of a run; an unfinished last line is left out."
-    return [r for r in read_jsonl(Path(folder)/"metrics.jsonl") if until is None or r["step"] <= until]
+    "The record of a run; an unfinished last line is left out, and, with a warning, what is damaged."
+    return [r for r in read_jsonl(Path(folder)/"metrics.jsonl", ("step",), skip=True) if until is None or r["step"] <= until]
 
 def _append_metrics(
     folder, # of a checkpoint

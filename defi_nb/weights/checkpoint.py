@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'plain_config', 'restore_config', 'completed', 'differing_fields', 'checkpoint_file', 'recover',
-           'model_state', 'git_commit', 'code_digest', 'checksum', 'save_checkpoint', 'link_checkpoint',
-           'has_checkpoint', 'read_config', 'verify', 'load_state', 'load_checkpoint']
+           'model_state', 'git_commit', 'checksum', 'save_checkpoint', 'link_checkpoint', 'has_checkpoint',
+           'read_config', 'verify', 'load_state', 'load_checkpoint']
 
 # %% ../../nbs/05_weights/00_checkpoint.ipynb #6d6d3e74
-import hashlib
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import defi_nb
-from ..core.utils import format_bytes, json_digest, machine_note, read_own_json
+from ..core.utils import code_digest, format_bytes, json_digest, machine_note, read_own_json
 
 # %% ../../nbs/05_weights/00_checkpoint.ipynb #cf3b17c1
 PRESETS = "tiny", "small", "paper", "printed" # class methods that a config may have
@@ -184,14 +183,6 @@ def git_commit()->str|None: # 40 hex digits, None outside a clone
     done = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
 
-@cache
-def code_digest()->str: # 16 hex digits of SHA-256
-    "What identifies this package's source, changes that are not committed included."
-    digest, package = hashlib.sha256(), Path(defi_nb.__file__).parent
-    files = {file.relative_to(package).as_posix(): file for file in package.rglob("*.py")}
-    for name in sorted(files): digest.update(name.encode() + files[name].read_bytes())
-    return digest.hexdigest()[:16]
-
 def checksum(
     path, # of a file
 )->str: # 8 hex digits
@@ -251,8 +242,7 @@ def read_config(
     if not path.is_file():
         what = "has no config.json" if folder.is_dir() else "does not exist"
         raise FileNotFoundError(f"no checkpoint at {folder}: it {what}; train the model, or correct the path")
-    about = read_own_json(path, _AGAIN)
-    if lacking := [k for k in ("class", "fields", "step", "info", "tied") if k not in about]: raise ValueError(f"{path} has no {', '.join(lacking)}: {_AGAIN}")
+    about = read_own_json(path, _AGAIN, keys=("class", "fields", "step", "info", "tied"))
     if (noted := about.pop("checksum", None)) and (is_ := json_digest(about)[:8]) != noted: # those of before 2026-12 have none
         raise ValueError(f"{path} is damaged or was changed by hand (its checksum is {is_}, {noted} was saved): {_AGAIN}")
     return about

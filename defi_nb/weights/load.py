@@ -82,9 +82,8 @@ def _safetensors_fault(
         size, start = path.stat().st_size, f.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(size - 8, 100_000_000): return "is no safetensors file"
-        try: header = json.loads(f.read(length))
-        except ValueError: return "is no safetensors file"
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        try: ends = [entry["data_offsets"][1] for name, entry in json.loads(f.read(length)).items() if name != "__metadata__"]
+        except (ValueError, LookupError, TypeError, AttributeError): return "is no safetensors file"
     expected = 8 + length + max(ends, default=0)
     return "" if size == expected else f"has {size:,} bytes of {expected:,}"
 
