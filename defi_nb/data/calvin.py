@@ -100,7 +100,7 @@ def find_annotations(
         there = f"give `annotations` of reading one of {', '.join(p.parent.name for p in others)}" if others else "copy it from the dataset, or give annotations=None to open_calvin: without it there are no instructions"
         raise FileNotFoundError(f"{usual} is missing: {there}")
     if any(annotation_rows(p) != annotation_rows(others[0]) for p in others[1:]):
-        raise ValueError(f"{root} has other instructions in each of {', '.join(p.parent.name for p in others)}: give `annotations` of reading one of them")
+        raise ValueError(f"{root} has other instructions in each of {', '.join(p.parent.name for p in others)}: give `annotations` of reading one of them, or call one lang_annotations")
     return others[0]
 
 def _read_windows(root, annotations, spans):

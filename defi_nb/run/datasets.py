@@ -150,9 +150,12 @@ def reading_of(
     columns:str="", # numbers of an action to take, by label or position
     relative:str="default", # those of them that are changes; "" for none
     sampling:str="seconds", # or "release"
+    unchecked:bool=False, # this and the next two are a run's, and not the data's
+    keep_gb:float=0.,
+    gap_seconds:float=0.,
     **more, # action, episodes and annotations of a `Reading`
 )->Reading:
-    "Run parameters as a `Reading`."
+    "The keys of a run's parameter `reading` as a `Reading`."
     relative = None if relative == "default" else names_list(relative)
     return Reading(names_list(cameras), hz, names_list(columns), relative, sampling, **more)
 

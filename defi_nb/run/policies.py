@@ -71,10 +71,9 @@ def policy_demonstrations(
     "The demonstrations that a run's policy is trained on, and those that are held out, with what the policy reads of the present frames."
     forward = "dino" if params["variant"]["forward"] == "dino" else "latent"
     read = dict(coupled=forward, no_gidm=forward, plain="latent", blind="video", direct="video")[params["policy"]]
-    reading, ahead = dict(params["reading"]), preset_of(DataSpec, params["preset"]).chunk*real_pairs(params["auxiliary"])
-    unchecked = reading.pop("unchecked")
+    reading, ahead = params["reading"], preset_of(DataSpec, params["preset"]).chunk*real_pairs(params["auxiliary"])
     given = {n: params[n] for n in ("stride", "data_frac", "tasks", "demos", "data", "preset")}
-    demo = policy_data(params["split"], read, encoders, cfg, **given, reading=reading_of(**reading), unchecked=unchecked, ahead=ahead)
+    demo = policy_data(params["split"], read, encoders, cfg, **given, reading=reading_of(**reading), unchecked=reading["unchecked"], ahead=ahead)
     return replace(demo, train=demo.train.blind, held=demo.held.blind) if params["policy"] == "blind" else demo
 
 def show_demonstrations(

@@ -96,8 +96,7 @@ def _read(params, encoders, cfg, field, times, **more):
     "A run's samples: for training, held out, and what they are from."
     given = {n: params[n] for n in ("tasks", "demos", "data", "preset")}
     given |= {n: params["reading"][n] for n in ("keep_gb", "unchecked")} | more
-    how = {n: v for n, v in params["reading"].items() if n not in ("keep_gb", "unchecked")}
-    reading = reading_of(**how, sampling=params.get("sampling", "seconds"))
+    reading = reading_of(**params["reading"], sampling=params.get("sampling", "seconds"))
     return video_data(params["split"], params["variant"]["video"], field, encoders, cfg, times, reading=reading,
                       video_frac=params["variant"]["video_frac"], **given)
 
