@@ -3,6 +3,7 @@ nothing executed, no memory without end, nothing half written left behind, and w
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,10 @@ import pytest
 import torch
 from conftest import ENV
 
-from defi_nb.data.record import finish_split, write_segment
-from defi_nb.data.calvin import open_calvin
+from defi_nb.core.utils import process_note, write_whole
+from defi_nb.data.cache import ShardRows, shard_rows
+from defi_nb.data.record import finish_split, finished_segments, write_segment
+from defi_nb.data.calvin import open_calvin, read_segments
 from defi_nb.core.video import fake_video, read_numbers, write_video
 from defi_nb.data.episodes import Window, WindowDataset
 from defi_nb.data.lerobot import LeRobotFolder
@@ -28,6 +31,12 @@ from defi_nb.core.safe_load import read_tensors
 from defi_nb.data.clips import (
     Skipped, VideoDataset, index_clips, read_annotations, read_ego4d, read_folder, read_latent,
     read_something)
+
+from defi_nb.eval.evaluate import read_records
+from defi_nb.eval.workers import Journal
+from defi_nb.run.monitor import training_state
+from defi_nb.train.fit import read_metrics, write_metrics
+from defi_nb.weights.checkpoint import load_checkpoint, load_state, read_config, save_checkpoint
 
 FIXTURES = Path(__file__).parent/"fixtures"
 RLDS_KEYS = RLDSKeys(dict(front="observation/image"), "language_instruction", hz=5, action=("action/world_vector", "action/rotation_delta", "action/gripper"))
@@ -487,3 +496,56 @@ def test_full_disk(full_disk, case):
     if case == "prepared": pytest.importorskip("defi_nb.data.cache")
     said = full_disk[case].result()
     assert said.endswith("rc 0") and f"done {case}" in said, said[-3000:]
+
+
+def own_files(folder):
+    "What this package writes itself, and how it is read: name of a file -> function of no arguments."
+    numbers = lambda lo, hi: np.arange(lo, hi)[:, None]
+    save_checkpoint(folder/"ckpt", net := torch.nn.Linear(3, 3), config=dict(), step=5, info=dict(encoders={}), state=dict(a=1))
+    write_metrics(folder/"ckpt", [dict(step=i, loss=1/(i + 1)) for i in range(5)])
+    write_whole(folder/"ckpt/run.json", json.dumps(dict(steps=9) | process_note()))
+    write_whole(folder/"run/training.json", json.dumps(dict(checkpoint=str(folder/"ckpt"))))
+    for journal in (Journal(folder/"eval", dict(policy="p", protocol=dict(a=1))),):
+        journal.begin()
+        for i in range(3): journal.add(dict(chain=i, solved=1, steps=[3, 4]))
+    rows = shard_rows(folder/"rows", 40, numbers, dict(of="1"), dtype=np.float32, most_rows=20)
+    split = calvin(folder/"split")/"training"
+    read = lambda: ShardRows(rows.folder)[:]
+    return {"ckpt/config.json": lambda: read_config(folder/"ckpt"), "ckpt/state.json": lambda: load_state(folder/"ckpt"),
+            "ckpt/model.safetensors": lambda: load_checkpoint(folder/"ckpt", net, {}), "ckpt/metrics.jsonl": lambda: read_metrics(folder/"ckpt"),
+            "ckpt/run.json": lambda: training_state(folder/"ckpt"), "run/training.json": lambda: training_state(folder/"run"),
+            "eval/chains.jsonl": lambda: read_records(folder/"eval"), f"{rows.folder.name}/manifest.json": read, f"{rows.folder.name}/00001.npy": read,
+            "split/training/ep_start_end_ids.npy": lambda: read_segments(split), "split/training/segments/0000050.json": lambda: finished_segments(split)}
+
+
+def mutated(data, rng):
+    "Some bytes as a broken disk, a full one or an editor leaves them."
+    data, at = bytearray(data), int(rng.integers(0, max(len(data), 1)))
+    kind = rng.integers(6)
+    if kind == 0: data[at] ^= 1 << rng.integers(8)
+    elif kind == 1: data = data[:at]
+    elif kind == 2: data[at:at + 30] = bytes(len(data[at:at + 30]))
+    elif kind == 3: data = bytearray(b"[1, 2]\n")
+    elif kind == 4: data = bytearray(b'{"a": "\xff"}\n' if rng.random() < .5 else b'{"a": 1}\n')
+    else: data[at:at] = data[at:at + 12]
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damage_of_our_own_files_is_one_line(tmp_path):
+    "40 seeded mutations of each: what it holds, or one line that names it and says what to do; weights, states and shards are never other than they were."
+    readers, rng = own_files(tmp_path), np.random.default_rng(0)
+    for name, read in readers.items():
+        path, whole = tmp_path/name, (tmp_path/name).read_bytes()
+        good, errors = repr(read()), 0
+        for _ in range(40):
+            path.write_bytes(mutated(whole, rng))
+            try: found = repr(read())
+            except (ValueError, FileNotFoundError) as e:
+                errors += 1
+                text = str(e)
+                assert (path.name in text or "run.json" in text) and "\n" not in text and re.search("again|delete|restore|give|correct|next training|put that file", text), text
+            else:
+                if name.endswith((".npy", ".safetensors", "config.json", "state.json", "manifest.json")) and "ids" not in name: assert found == good or path.read_bytes() == whole, (name, found, good)
+        path.write_bytes(whole)
+        assert repr(read()) == good and (errors >= 4 or path.name == "metrics.jsonl"), name # of which only the lines are lost

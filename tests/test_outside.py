@@ -1,9 +1,11 @@
 "Data as other people's cameras, spreadsheets, file systems and crashed recordings leave it: the right samples, or one line that names the file and a remedy."
 import csv
 import json
+import os
 import re
 import shutil
 from collections import OrderedDict, defaultdict
+from io import BytesIO
 from pathlib import Path
 from unicodedata import normalize
 
@@ -13,7 +15,7 @@ from PIL import Image
 
 from defi_nb.core.video import fake_video, read_numbers, write_video
 from defi_nb.data.csv_folder import write_own
-from defi_nb.data.episodes import PLAIN, Reading, Window
+from defi_nb.data.episodes import PLAIN, ImageTable, Reading, Window
 from defi_nb.data.lerobot import open_lerobot
 from defi_nb.data.load import open_piece, read_where
 from defi_nb.data.record import finish_split, write_segment
@@ -65,7 +67,6 @@ def lerobot(folder, action="action", state="observation.state", image="observati
 
 
 def png(x):
-    from io import BytesIO
     Image.fromarray(x).save(file := BytesIO(), "png")
     return file.getvalue()
 
@@ -243,6 +244,75 @@ def test_lerobot_sets_without_actions_and_with_several(tmp_path):
     assert opened(two) == {t: [(n, None)] for t, ((n, _),) in expected("lerobot").items()} and sound(two)
     with pytest.raises(ValueError, match="has several keys of actions, action.joints, action.pose: give `action` of reading one of them"): measure_scale(open_lerobot(two))
     assert opened(two, Reading(action="action.pose")) == expected("lerobot")
+
+
+def change(folder, column, of): # of each table of actions
+    for path in _files(folder/"data", ".parquet"):
+        table = pq.read_table(path)
+        pq.write_table(table.set_column(table.schema.get_field_index(column), column, of(table[column])), path)
+
+
+def other_modes(column): # PNG as other programs write them
+    modes = "RGB", "RGBA", "P"
+    def saved(data, mode):
+        Image.open(BytesIO(data)).convert(mode).save(file := BytesIO(), "png")
+        return file.getvalue()
+    return pa.array([dict(bytes=saved(v["bytes"], modes[i % 3]), path=None) for i, v in enumerate(column.to_pylist())])
+
+
+ODD = {"gaps": (lambda f: [p.unlink() for p in f.rglob("episode_000001.parquet")] + [rewrite_lines(f/"meta/episodes.jsonl", lambda rows: [r for r in rows if r["episode_index"] != 1])], {1}),
+       "float64": (lambda f: change(f, "action", lambda c: pa.array([np.float64(v) for v in c.to_pylist()])), ()),
+       "int32": (lambda f: change(f, "action", lambda c: pa.array([np.int32(v) for v in c.to_pylist()])), ()),
+       "fixed size": (lambda f: change(f, "action", lambda c: pa.array(c.to_pylist(), pa.list_(pa.float32(), 2))), ()),
+       "modes": (lambda f: change(f, "observation.images.top", other_modes), ()),
+       "null tasks": (lambda f: rewrite_lines(f/"meta/episodes.jsonl", lambda rows: [r | dict(tasks=[None] if r["episode_index"] == 2 else r["tasks"]) for r in rows]), {2}),
+       "no tasks": (lambda f: rewrite_lines(f/"meta/episodes.jsonl", lambda rows: [r | dict(tasks=None if r["episode_index"] == 3 else r["tasks"]) for r in rows]), {3})}
+
+
+def rewrite_lines(path, of): write_lines(path, of([json.loads(line) for line in path.read_text().splitlines()]))
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_lerobot_of_odd_contents(sets, tmp_path, name):
+    edit, lost = ODD[name]
+    edit(folder := Path(shutil.copytree(sets["lerobot"], tmp_path/"set")))
+    assert opened(folder) == expected("lerobot", lost)
+
+
+def test_lerobot_in_several_chunks(sets, tmp_path):
+    folder = Path(shutil.copytree(sets["lerobot"], tmp_path/"set"))
+    info = json.loads((folder/"meta/info.json").read_text())
+    (folder/"meta/info.json").write_text(json.dumps(info | dict(chunks_size=2)))
+    for e in (2, 3):
+        (folder/"data/chunk-001").mkdir(exist_ok=True)
+        (folder/f"data/chunk-000/episode_{e:06d}.parquet").rename(folder/f"data/chunk-001/episode_{e:06d}.parquet")
+    assert opened(folder) == expected("lerobot") and sound(folder)
+
+
+@pytest.mark.parametrize("times", [lambda c: np.asarray(c) + 1.7e9, lambda c: np.asarray(c)[::-1].copy(), lambda c: np.asarray(c)*2, lambda c: np.full(len(c), np.nan)])
+def test_lerobot_times_that_are_not_its_rate(sets, tmp_path, times):
+    folder = Path(shutil.copytree(sets["lerobot"], tmp_path/"set"))
+    change(folder, "timestamp", lambda c: pa.array(times(c)))
+    with pytest.raises(ValueError, match=r"episode_00000\d.parquet: row \d+ of episode \d has time .*correct fps in meta/info.json"): opened(folder)
+    assert not sound(folder)
+
+
+def later(path): os.utime(path, (path.stat().st_atime, path.stat().st_mtime + 1)) # as if written anew, with the same size
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_a_replaced_file_makes_other_data(sets, tmp_path, kind):
+    "For encodings that are kept, and for a training that is to be gone on with: any file of all, of equal size, and a caption."
+    digests = []
+    for i, edit in enumerate([lambda f: None, lambda f: None, lambda f: later(_files(f, ".mp4", ".parquet")[2]), lambda f: later(_files(f, ".mp4", ".parquet")[0]),
+                              lambda f: [p.write_text(p.read_text(encoding="utf-8").replace("lift the cup", "take the cup"), encoding="utf-8") for p in _files(f, ".csv", ".jsonl")]]):
+        folder = Path(shutil.copytree(sets[kind], tmp_path/str(i)/"set")) # with the files' times
+        edit(folder)
+        data = open_piece(read_where(str(folder))[0], 32).data
+        digests.append((data.digest(), json.dumps(ImageTable([data.samples((0.,), size=32)]).identity()).replace(str(folder), "")))
+    for mine in (d[0] for d in digests[1:]): assert (mine == digests[0][0]) == (mine == digests[1][0])
+    assert len({d[0] for d in digests}) == 4 and digests[0][0] == digests[1][0]
+    assert len({d[1] for d in digests[1:4]}) == 3
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0c", "\x1e"])

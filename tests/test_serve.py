@@ -13,6 +13,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from urllib.request import urlopen
 
 import msgpack
@@ -21,6 +22,7 @@ import psutil
 import pytest
 import torch
 from conftest import ENV
+from websockets.asyncio.server import serve
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from websockets.sync.client import connect
 
@@ -162,6 +164,28 @@ def test_a_chain_over_the_wire_is_the_chain_at_home():
             chain.run(client.infer(obs)["actions"][:config.execute].astype(float), config.steps)
     env.close()
     np.testing.assert_array_equal(chain.actions, home)
+
+
+STOPPED = """
+import sys
+from defi_nb.serve.protocol import Client
+client = Client(sys.argv[1], timeout=20)
+for _ in range(2):
+    print(client.infer({"observation/image": __import__("numpy").zeros((8, 8, 3), "uint8"), "prompt": "push"})["actions"].tolist(), flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_client_that_is_stopped_for_a_while(monkeypatch):
+    "By a debugger or at an emergency stop, for longer than the server waits for its pings (here 0.4 s, else 40): it connects anew by itself."
+    monkeypatch.setattr("defi_nb.serve.server.serve", partial(serve, ping_interval=.2, ping_timeout=.2))
+    with serving(PolicyServer(NoOpPolicy(), Contract("noop"))) as url:
+        with subprocess.Popen([sys.executable, "-c", STOPPED, url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV) as process:
+            first = process.stdout.readline()
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(1.5)
+            process.send_signal(signal.SIGCONT)
+            assert process.communicate("\n\n", timeout=60)[0] == first and np.array(json.loads(first)).shape == (10, 7)
 
 
 def test_server_that_is_killed():
