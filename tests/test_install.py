@@ -87,3 +87,26 @@ def test_the_workflow_and_the_citation_say_what_they_should():
     papers = [cited["preferred-citation"], *cited["references"]]
     assert [p["identifiers"][0]["value"] for p in papers] == ["arXiv:2604.16391", "arXiv:2605.29577"]
     assert cited["version"] == settings()["version"] and all(p["title"] and p["authors"] for p in papers)
+
+
+def test_checkpoints_to_and_from_a_hub_that_is_a_folder(tmp_path, monkeypatch, capsys):
+    "`defi-nb ckpts --push` and `--get` against a stand-in for the hub; and in one line without a network."
+    import shutil
+
+    from huggingface_hub import HfApi
+    remote = tmp_path/"remote"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo, **kw: (remote/repo).mkdir(parents=True))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, repo_id, folder_path, **kw: shutil.copytree(folder_path, remote/repo_id, dirs_exist_ok=True))
+    monkeypatch.setattr(HfApi, "snapshot_download", lambda self, repo, local_dir, **kw: shutil.copytree(remote/repo, local_dir))
+    shipped = ROOT/"defi_nb/assets/zoo/gidm"
+    assert main(["ckpts", "--push", str(shipped), "org/gidm", "--results", str(ROOT/"results/demo/coupled_all.json")]) == 0
+    assert "4.17 | 3.59 to 4.43; 30 chains" in (remote/"org/gidm/README.md").read_text()
+    assert main(["ckpts", "--get", "org/gidm"]) == 0 and (tmp_path/"ckpts/hub/org--gidm/model.safetensors").is_file()
+    assert "https://huggingface.co/org/gidm" in capsys.readouterr().out
+    def offline(self, *args, **kw): raise ConnectionError("no route to host")
+    for name in ("create_repo", "snapshot_download"): monkeypatch.setattr(HfApi, name, offline)
+    for words in (["--get", "org/other"], ["--push", str(shipped), "org/other"]):
+        assert main(["ckpts", *words]) == 1
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1 and "org/other could not be fetched (ConnectionError: no route to host): check the network" in said
