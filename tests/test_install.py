@@ -12,7 +12,7 @@ from conftest import ENV, ROOT, RUNS
 from defi_nb.run.cli import main
 
 MODULES = {"PIL": "pillow", "sklearn": "scikit-learn", "google_crc32c": "google-crc32c", "vector_quantize_pytorch": "vector-quantize-pytorch",
-           "IPython": "ipython", "matplotlib_inline": "matplotlib-inline", "vla_eval": "vla-eval", "mujoco": "mujoco"} # module -> distribution
+           "IPython": "ipython", "matplotlib_inline": "matplotlib-inline", "vla_eval": "vla-eval", "rerun": "rerun-sdk"} # module -> distribution
 GUESTS = {"libero", "mani_skill", "mani_skill2_real2sim", "robosuite", "sapien"} # of `benchmarks.venvs`' own environments
 OPTIONAL = {"torchcodec"} # used where it is there
 
@@ -106,7 +106,7 @@ def test_checkpoints_to_and_from_a_hub_that_is_a_folder(tmp_path, monkeypatch, c
     assert "https://huggingface.co/org/gidm" in capsys.readouterr().out
     def offline(self, *args, **kw): raise ConnectionError("no route to host")
     for name in ("create_repo", "snapshot_download"): monkeypatch.setattr(HfApi, name, offline)
-    for words in (["--get", "org/other"], ["--push", str(shipped), "org/other"]):
+    for words, done in ((["--get", "org/other"], "fetched"), (["--push", str(shipped), "org/other"], "pushed")):
         assert main(["ckpts", *words]) == 1
         said = capsys.readouterr().err
-        assert len(said.splitlines()) == 1 and "org/other could not be fetched (ConnectionError: no route to host): check the network" in said
+        assert len(said.splitlines()) == 1 and f"org/other could not be {done} (ConnectionError: no route to host): check the network" in said

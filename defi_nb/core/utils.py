@@ -278,7 +278,7 @@ def needed(
 # %% ../../nbs/00_core/02_utils.ipynb #236acff6
 def ask_hub(
     repo:str, # that is asked about, such as "org/name"
-    folder, # where its files would go
+    folder, # where its files would go; None: they are pushed
     call, # of the hub's client
     *args, # of the call
     **kwargs, # likewise
@@ -287,8 +287,9 @@ def ask_hub(
     try: return call(*args, **kwargs)
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
-        raise RuntimeError(f"{repo} could not be fetched ({reason}): check the network; if its licence must be accepted, do so at "
-                           f"https://huggingface.co/{repo} and log in with `hf auth login`; or put its files into {folder} by hand") from None
+        remedy = (f"if its licence must be accepted, do so at https://huggingface.co/{repo} and log in with `hf auth login`; "
+                  f"or put its files into {folder} by hand") if folder else "log in with `hf auth login`"
+        raise RuntimeError(f"{repo} could not be {'fetched' if folder else 'pushed'} ({reason}): check the network; {remedy}") from None
 
 # %% ../../nbs/00_core/02_utils.ipynb #daede1a5
 def sendable(

@@ -103,8 +103,8 @@ def push_checkpoint(
         save_checkpoint(new, model, about["fields"], about["step"], info=about["info"], tensors=model_state(model))
         write_whole(Path(new)/"README.md", hub_card(new, repo, found))
         for i, result in enumerate(found): write_whole(Path(new)/f"results/{i}.json", json.dumps(result, indent=1))
-        ask_hub(repo, folder, hub.create_repo, repo, private=private, exist_ok=True)
-        ask_hub(repo, folder, hub.upload_folder, repo_id=repo, folder_path=new, commit_message=f"{about['class']}, {about['step']} steps")
+        ask_hub(repo, None, hub.create_repo, repo, private=private, exist_ok=True)
+        ask_hub(repo, None, hub.upload_folder, repo_id=repo, folder_path=new, commit_message=f"{about['class']}, {about['step']} steps")
     return f"https://huggingface.co/{repo}"
 
 # %% ../../nbs/05_weights/05_hub.ipynb #7d5f64e1
