@@ -53,6 +53,6 @@ def test_killed_demo_ends_as_an_undisturbed_one(tmp_path):
         assert run.returncode == 0 or start(killed, log).wait(1200) == 0, (tmp_path/"killed.txt").read_text()[-3000:]
     assert i >= 2, "hardly disturbed"
     expected, found = outcome(undisturbed), outcome(killed)
-    assert len(expected[0]) == 4 and len(expected[1]) == 5
+    assert len(expected[0]) == 7 and len(expected[1]) == 5
     assert found == expected
     assert not [p for p in os.scandir(killed/"data") if ".part" in p.name]
