@@ -2055,8 +2055,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'defi_nb/eval/evaluate.py'),
                                        'defi_nb.eval.evaluate._enough': ('07_eval/evaluate.html#_enough', 'defi_nb/eval/evaluate.py'),
                                        'defi_nb.eval.evaluate._finish': ('07_eval/evaluate.html#_finish', 'defi_nb/eval/evaluate.py'),
-                                       'defi_nb.eval.evaluate._machine_of': ( '07_eval/evaluate.html#_machine_of',
-                                                                              'defi_nb/eval/evaluate.py'),
                                        'defi_nb.eval.evaluate._machines': ('07_eval/evaluate.html#_machines', 'defi_nb/eval/evaluate.py'),
                                        'defi_nb.eval.evaluate._player': ('07_eval/evaluate.html#_player', 'defi_nb/eval/evaluate.py'),
                                        'defi_nb.eval.evaluate._protocol_of': ( '07_eval/evaluate.html#_protocol_of',

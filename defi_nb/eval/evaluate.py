@@ -6,6 +6,7 @@
 __all__ = ['versions_here', 'read_records', 'read_shard', 'evaluate', 'task_sequences', 'time_evaluation', 'rates_markdown']
 
 # %% ../../nbs/07_eval/03_evaluate.ipynb #a8bc9e42
+import json
 import platform
 import re
 import time
@@ -21,7 +22,7 @@ import torch
 
 from .. import __version__
 from ..core.stats import anytime_interval, markdown_table
-from ..core.utils import code_digest, json_digest, machine_note, progress_bar
+from ..core.utils import code_digest, machine_note, progress_bar
 from .results import EvalResult, closing_table, task_table
 from .rollout import EvalConfig, on_device, play_policy, playtable_env
 from .workers import Journal, Patience, Pool, cores, read_journal, start_workers
@@ -108,18 +109,9 @@ def _enough(config, journal, n):
         if (high - low)/2 <= config.precision: return end
     return n if have == n else None
 
-_MACHINE = "machine" # the event by which a process says where its chains are played
-
-def _machine_of(journal): # notes this machine, once; its key in the rows of chains
-    machine = machine_note() | dict(threads=1) # of each process that plays
-    event = dict(event=_MACHINE, key=json_digest(machine)[:8], **machine)
-    if event not in journal.events: journal.add(event)
-    return event["key"]
-
-def _machines(journal, records): # that played, the first first, with their numbers of chains
-    known = {e["key"]: {k: v for k, v in e.items() if k not in ("event", "key")} for e in journal.events if e["event"] == _MACHINE}
-    counts = Counter(r.get("machine") for r in records)
-    return [about | dict(chains=counts[key]) for key, about in known.items() if counts[key]]
+def _machines(records): # that played, the first first, with their numbers of chains
+    counts = Counter(json.dumps(r["machine"], sort_keys=True) for r in records if "machine" in r)
+    return [json.loads(machine) | dict(chains=n) for machine, n in counts.items()]
 
 def _finish(journal, sequences, n, config, out, **about):
     "The result of the first n chains, written if there is a folder."
@@ -127,10 +119,9 @@ def _finish(journal, sequences, n, config, out, **about):
     counts = [r["solved"] for r in records]
     steps = [s for r in records for s in r["steps"][:r["solved"]]]
     seconds = sum(max(r["seconds"] for r in records[i:i + config.group]) for i in range(0, n, config.group))
-    notes = {"steps_of_solved_tasks": float(np.mean(steps)) if steps else None}
-    if events := [e for e in journal.events if e["event"] != _MACHINE]: notes["events"] = events
+    notes = {"steps_of_solved_tasks": float(np.mean(steps)) if steps else None} | ({"events": journal.events} if journal.events else {})
     chains = [chain for _, chain in sequences[:n]]
-    result = EvalResult(**journal.header, solved=counts, tasks=task_table(chains, counts), notes=notes, machines=_machines(journal, records), **about,
+    result = EvalResult(**journal.header, solved=counts, tasks=task_table(chains, counts), notes=notes, machines=_machines(records), **about,
                         closings=closing_table(records, chains), seconds=round(seconds, 1))
     if out: result.save(Path(out)/"result.json")
     return result
@@ -188,6 +179,7 @@ def evaluate(
     todo = [group for group in groups if any(i not in journal.rows for i, _ in group)]
     mine = [i for group in groups for i, _ in group]
     with progress_bar(total=len(mine), initial=sum(i in journal.rows for i in mine), desc=name, unit="chain", disable=not progress) as bar:
+        machine = machine_note() | dict(threads=1) # of each process that plays
         def on_chain(group, record):
             bar.update(record["chain"] not in journal.rows)
             journal.add(record | dict(machine=machine))
@@ -197,7 +189,6 @@ def evaluate(
             return _enough(config, journal, n) is not None
         def on_again(group, why): journal.add({"event": why, "chains": [i for i, _ in group or ()]})
         player = partial(_player, policy, config, make_env, play, tuple(keep))
-        machine = _machine_of(journal) if todo else ""
         if not todo or _enough(config, journal, n) is not None: pass
         elif n_workers == 0:
             with player(devices[0]) as (play_group, _):
