@@ -79,7 +79,7 @@ def reset(self:PlayTableEnv,
     "Begin an episode."
     gymnasium.Env.reset(self, seed=seed)
     given, rng = options or {}, self.np_random
-    self.task, = check_tasks(given.get("task") or rng.choice(self.tasks))
+    self.task, = check_tasks(str(given.get("task") or rng.choice(self.tasks)))
     self.env = self.env.in_scene(str(given.get("scene") or rng.choice(self.scenes)))
     self._start(rng)
     self.start_info = self.env.get_info()
