@@ -210,7 +210,8 @@ def zoo_jobs(
     jobs = {kind: job(f"pretrain_{kind}", kind, at[kind], seen | dict(steps=params[f"steps_{kind}"])) for kind in ("gfdm", "gidm")}
     aligning = start | dict(steps=params["steps_align"], ckpts=params["ckpts"])
     jobs["aligned"] = job("align", "aligned", at["aligned"], aligning, "gfdm", "gidm")
-    acting = start | {"pretrained.aligned": at["aligned"], "variant.latent_dropout": .5} | dict(steps=params["steps_policy"], ckpts=params["ckpts"])
+    acting = start | {"pretrained.aligned": at["aligned"], "variant.present": 1, "variant.latent_dropout": .5}
+    acting |= dict(steps=params["steps_policy"], ckpts=params["ckpts"])
     jobs["coupled"] = job("train_coupled", "coupled", at["coupled"], acting, "aligned")
     for n in params["curve"]: jobs[f"gfdm_{n}"] = job("pretrain_gfdm", f"gfdm_{n}", f"{at['gfdm']}_{n}", seen | dict(steps=n))
     return jobs
