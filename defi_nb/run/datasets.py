@@ -151,8 +151,8 @@ def reading_of(
     relative:str="default", # those of them that are changes; "" for none
     sampling:str="seconds", # or "release"
     unchecked:bool=False, # this and the next two are a run's, and not the data's
-    keep_gb:float=0.,
-    gap_seconds:float=0.,
+    keep_gb:float=0., # likewise
+    gap_seconds:float=0., # likewise
     **more, # action, episodes and annotations of a `Reading`
 )->Reading:
     "The keys of a run's parameter `reading` as a `Reading`."
