@@ -24,7 +24,7 @@ from ..eval.rollout import EvalConfig
 from ..sim.calvin_tasks import get_sequences
 
 # %% ../../nbs/08_analysis/10_frozen_cloning.ipynb #f1776b0d
-_CLONING = ProbeConfig.cloning() # frozen, so that one default serves all calls
+_TABLE_11 = ProbeConfig.cloning() # of the second paper
 
 @dataclass(frozen=True)
 class FrozenCloning:
@@ -51,7 +51,7 @@ class FrozenCloning:
 def clone(
     source:FeatureSource, # frozen
     data:ProbeData, # frames of one task's demonstrations
-    cfg:ProbeConfig=_CLONING, # its sizes that the source has are filled in
+    cfg:ProbeConfig=_TABLE_11, # its sizes that the source has are filled in
     seed:int=0, # of weights and batches
     side:int=4, # as of `FrozenCloning`
     device="cpu", # to train on
@@ -80,7 +80,7 @@ def clone_task(
     frames, # `data.episodes.Frames` of demonstrations
     task:str, # one of theirs
     rollouts:int=20, # of the paper
-    cfg:ProbeConfig=_CLONING, # network and training
+    cfg:ProbeConfig=_TABLE_11, # network and training
     config:EvalConfig=EvalConfig(), # steps and image sizes of the rollouts
     seed:int=0, # of weights, batches and starts
     **kw, # for `clone`
