@@ -48,18 +48,18 @@ def rollout(
 ):
     "A chain of five tasks: both cameras, what was predicted half a second ahead, and the actions."
     from defi_nb.core.spec import CONTROL_HZ
-    from defi_nb.core.utils import project_root
     from defi_nb.eval.evaluate import read_records
     from defi_nb.eval.failures import watch
     from defi_nb.eval.film import film_chain
     from defi_nb.run.players import eval_config, find_chains
     from defi_nb.weights.load import load_model
+    from defi_nb.weights.zoo import checkpoint_path
     given = json.loads((run/"parameters.json").read_text())
     sequences, source = find_chains(given["tasks"], given["chains"], given["split"])
     config = eval_config("tiny", given["split"], source, group=given["simulation"]["group"],
                          **{k: given[k] for k in ("steps", "execute", "seed", "precision")})
     record = next(r for r in read_records(run) if r["chain"] == number)
-    rows = watch(load_model(project_root(run)/given["policy"]), record, sequences[number], config, steps=1)
+    rows = watch(load_model(checkpoint_path(given["policy"], "coupled")), record, sequences[number], config, steps=1)
     last = lambda look: replace(look, frames={v: f[-1:] for v, f in look.frames.items()}, offsets=look.offsets[-1:])
     frames = film_chain(record, sequences[number], config, every=every, looks=[last(row["look"]) for row in rows])
     save_gif([f for f in frames if f.shape == frames[-1].shape], IMAGES/"rollout.gif", CONTROL_HZ/every)
@@ -98,7 +98,7 @@ def gallery():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("rollout", "results", "gallery"))
-    parser.add_argument("--run", type=Path, default=ROOT/"runs/demo/eval_coupled_all", help="evaluation to film")
+    parser.add_argument("--run", type=Path, default=ROOT/"runs/demo/eval_shipped", help="evaluation to film")
     parser.add_argument("--chain", type=int, default=0, help="number of its chain")
     given = parser.parse_args()
     if given.what == "rollout": rollout(given.run, given.chain)
