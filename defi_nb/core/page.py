@@ -128,7 +128,8 @@ def write_html(
 )->Path: # of the page: the same name with .html
     "The page of a run, self-contained."
     nb = needed("nbformat", "lab").read(record, 4)
-    exporter = needed("nbconvert", "lab").HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True, exclude_anchor_links=True)
+    hidden = dict.fromkeys(("exclude_input", "exclude_output_prompt", "exclude_anchor_links"), True)
+    exporter = needed("nbconvert", "lab").HTMLExporter(template_name="basic", **hidden)
     body, _ = exporter.from_notebook_node(page_notebook(nb, conclusion, cost, str(project_root())))
     code = "\n\n".join(c.source for c in nb.cells if c.cell_type == "code")
     body = re.sub(r'(<img[^>]*?)\s+width="?(\d+)"?(?:\s+height="?\d+"?)?', _wider, body)

@@ -260,7 +260,8 @@ def project_root(
     "The folder of runs, data and checkpoints: `DEFI_NB_ROOT`, the repository, or this folder."
     if given := os.environ.get("DEFI_NB_ROOT"):
         if (root := Path(given).expanduser()).is_dir(): return root.resolve()
-        raise FileNotFoundError(f"DEFI_NB_ROOT is {given!r}, which is no folder: make it, or unset the variable")
+        raise FileNotFoundError(f"DEFI_NB_ROOT is {given!r}, which is no folder: make it, or "
+                                f"unset the variable")
     start = Path(start).resolve()
     inside = lambda folder: (folder/"settings.ini").is_file() and (folder/"nbs").is_dir()
     return next((folder for folder in (start, *start.parents) if inside(folder)), start)
@@ -273,7 +274,8 @@ def needed(
     "An optional package, or an `ImportError` that names what to install."
     try: return import_module(module)
     except ImportError as error:
-        raise ImportError(f"{module} is needed here ({error}): pip install 'defi_nb[{extra}]'") from None
+        remedy = f"pip install 'defi_nb[{extra}]'"
+        raise ImportError(f"{module} is needed here ({error}): {remedy}") from None
 
 # %% ../../nbs/00_core/02_utils.ipynb #236acff6
 def ask_hub(
@@ -287,9 +289,11 @@ def ask_hub(
     try: return call(*args, **kwargs)
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
-        remedy = (f"if its licence must be accepted, do so at https://huggingface.co/{repo} and log in with `hf auth login`; "
+        remedy = (f"if its licence must be accepted, do so at https://huggingface.co/{repo} and "
+                  f"log in with `hf auth login`; "
                   f"or put its files into {folder} by hand") if folder else "log in with `hf auth login`"
-        raise RuntimeError(f"{repo} could not be {'fetched' if folder else 'pushed'} ({reason}): check the network; {remedy}") from None
+        raise RuntimeError(f"{repo} could not be {'fetched' if folder else 'pushed'} ({reason}): "
+                           f"check the network; {remedy}") from None
 
 # %% ../../nbs/00_core/02_utils.ipynb #daede1a5
 def sendable(

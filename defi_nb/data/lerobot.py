@@ -195,7 +195,8 @@ def _read_tables(self:LeRobotFolder, keep_unlabelled, episodes, on_problem):
 
 def _scan_data(path): # what the index keeps of a data file
     rows = len(_read_parquet(Path(path), ["episode_index"]))
-    with _arrow().parquet.ParquetFile(path) as file: return dict(rows=rows, columns=file.schema_arrow.names)
+    with _arrow().parquet.ParquetFile(path) as file:
+        return dict(rows=rows, columns=file.schema_arrow.names)
 
 @patch
 def _leave_out(self:LeRobotFolder, on_problem, cache):
@@ -342,7 +343,8 @@ def _groups(lengths, frame_bytes, most=2**28): # episodes that share a file, in 
 def _statistics(values): # (n,...) numbers -> what meta/stats.json says of them
     x, levels = np.asarray(values, np.float64), (1, 10, 50, 90, 99)
     found = dict(min=x.min(0), max=x.max(0), mean=x.mean(0), std=x.std(0))
-    found |= {f"q{q:02d}": level for q, level in zip(levels, np.quantile(x, np.array(levels)/100, axis=0))}
+    quantiles = np.quantile(x, np.array(levels)/100, axis=0)
+    found |= {f"q{q:02d}": level for q, level in zip(levels, quantiles)}
     return {k: v.tolist() for k, v in found.items()} | dict(count=[len(x)])
 
 def _image_statistics(source, view, most=100): # per colour, (3,1,1), in [0, 1]
@@ -352,34 +354,45 @@ def _image_statistics(source, view, most=100): # per colour, (3,1,1), in [0, 1]
         x, = source.pictures(e, [row - ends[e] + source.lengths[e]], view)
         pixels.append(x[::max(1, len(x)//64), ::max(1, len(x)//64)].reshape(-1, 3)/255)
     found = _statistics(np.concatenate(pixels))
-    return {k: np.reshape(v, (3, 1, 1)).tolist() for k, v in found.items() if k != "count"} | dict(count=[len(pixels)])
+    shaped = {k: np.reshape(v, (3, 1, 1)).tolist() for k, v in found.items() if k != "count"}
+    return shaped | dict(count=[len(pixels)])
 
 # %% ../../nbs/02_data/06_lerobot.ipynb #c9cdc890
 def _features(source): # what info.json says of the columns
     one = lambda dtype: dict(dtype=dtype, shape=[1], names=None)
     action, state = source.vectors(0)
-    if action is None: raise ValueError(f"{source.name} {source.no_action}: there is nothing to learn from it with LeRobot")
+    if action is None:
+        raise ValueError(f"{source.name} {source.no_action}: there is nothing to learn from it "
+                         f"with LeRobot")
     found = {"action": dict(dtype="float32", shape=[action.shape[1]], names=list(source.labels))}
-    if state is not None: found["observation.state"] = dict(dtype="float32", shape=[state.shape[1]], names=None)
-    video = {"video.fps": int(source.hz), "video.codec": "h264", "video.pix_fmt": "yuv420p", "video.is_depth_map": False, "has_audio": False}
+    if state is not None:
+        found["observation.state"] = dict(dtype="float32", shape=[state.shape[1]], names=None)
+    video = {"video.fps": int(source.hz), "video.codec": "h264", "video.pix_fmt": "yuv420p",
+             "video.is_depth_map": False, "has_audio": False}
     for view in source.views:
         shape = list(source.pictures(0, [0], view)[0].shape)
-        about = dict(names=["height", "width", "channels"], info=video | {"video.height": shape[0], "video.width": shape[1], "video.channels": 3})
+        about = dict(names=["height", "width", "channels"],
+                     info=video | {"video.height": shape[0], "video.width": shape[1],
+                                   "video.channels": 3})
         found[f"observation.images.{view}"] = dict(dtype="video", shape=shape) | about
-    return found | dict(timestamp=one("float32")) | dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), one("int64"))
+    numbers = "frame_index", "episode_index", "index", "task_index"
+    return found | dict(timestamp=one("float32")) | dict.fromkeys(numbers, one("int64"))
 
 # %% ../../nbs/02_data/06_lerobot.ipynb #c3c06595
-def _episode_columns(source, e, first, tasks): # of an episode whose first row is the dataset's row `first`; tasks: text -> number
+def _episode_columns(source, e, first, tasks): # `first` is its first row's index; text -> number
     with source.reading(e): vectors, n = source.vectors(e), int(source.lengths[e])
     said = [tasks.setdefault(text, len(tasks)) for text in source.instructions(e, np.arange(n))]
-    columns = {k: x.astype(np.float32) for k, x in zip(("action", "observation.state"), vectors) if x is not None}
+    named = zip(("action", "observation.state"), vectors)
+    columns = {k: x.astype(np.float32) for k, x in named if x is not None}
     columns["timestamp"] = (np.arange(n)/source.hz).astype(np.float32)
-    numbers = dict(frame_index=np.arange(n), episode_index=np.full(n, e), index=first + np.arange(n), task_index=np.array(said))
+    numbers = dict(frame_index=np.arange(n), episode_index=np.full(n, e),
+                   index=first + np.arange(n), task_index=np.array(said))
     return columns | {k: x.astype(np.int64) for k, x in numbers.items()}
 
 def _arrow_table(columns): # of name -> (n,) or (n,size) array
     pyarrow = _arrow()
-    column = lambda x: pyarrow.array(x) if x.ndim == 1 else pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(x.ravel()), x.shape[1])
+    vectors = lambda x: pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(x.ravel()), x.shape[1])
+    column = lambda x: pyarrow.array(x) if x.ndim == 1 else vectors(x)
     return pyarrow.table({k: column(x) for k, x in columns.items()})
 
 def _write_parquet(path, table):
@@ -387,47 +400,59 @@ def _write_parquet(path, table):
     _arrow().parquet.write_table(table, path)
 
 def _write_tasks(path, tasks): # the text is the index of pandas, which LeRobot reads
-    note = lambda name, kind, numpy: dict(name=name, field_name=name, pandas_type=kind, numpy_type=numpy, metadata=None)
+    note = lambda name, kind, numpy: dict(name=name, field_name=name, pandas_type=kind,
+                                          numpy_type=numpy, metadata=None)
     columns = [note("task_index", "int64", "int64"), note("task", "unicode", "object")]
     about = dict(index_columns=["task"], column_indexes=[], columns=columns, pandas_version="2.0.0")
     table = _arrow().table(dict(task_index=[*tasks.values()], task=[*tasks]))
     _write_parquet(path, table.replace_schema_metadata({"pandas": json.dumps(about)}))
 
 # %% ../../nbs/02_data/06_lerobot.ipynb #04627c06
-def _write_videos(root, source, episodes, number, quality): # those of a group of episodes, a file a camera; the columns of meta/episodes
+def _write_videos(root, source, episodes, number, quality):
+    "A file a camera for a group of episodes; the columns of meta/episodes."
     lengths = source.lengths[episodes]
     ends, found = np.cumsum(lengths)/source.hz, {}
     for view in source.views:
         key, images = f"observation.images.{view}", []
         for e in episodes:
             with source.reading(e): images += source.pictures(e, np.arange(source.lengths[e]), view)
-        write_video(root/_FILES["video_path"].format(video_key=key, **_file(number)), np.stack(images), int(source.hz), g=2, crf=quality)
+        write_video(root/_FILES["video_path"].format(video_key=key, **_file(number)),
+                    np.stack(images), int(source.hz), g=2, crf=quality)
         found |= {f"videos/{key}/{k}": [v]*len(episodes) for k, v in _file(number).items()}
-        found |= {f"videos/{key}/from_timestamp": (ends - lengths/source.hz).tolist(), f"videos/{key}/to_timestamp": ends.tolist()}
+        found |= {f"videos/{key}/from_timestamp": (ends - lengths/source.hz).tolist(),
+                  f"videos/{key}/to_timestamp": ends.tolist()}
     return found
 
 def _check_source(folder, source):
     "Raise `ValueError` for what LeRobot's format can't hold."
-    if not hasattr(source, "vectors"): raise ValueError(f"{folder}: what is to be written has no episodes with actions: give demonstrations")
-    if source.hz != int(source.hz): raise ValueError(f"{source.name} has {source.hz:g} rows a second; LeRobot's format takes whole numbers")
-    if folder.exists() and any(folder.iterdir()): raise ValueError(f"{folder} holds something already: choose another folder, or delete it")
+    if not hasattr(source, "vectors"):
+        raise ValueError(f"{folder}: what is to be written has no episodes with actions: give "
+                         f"demonstrations")
+    if source.hz != int(source.hz):
+        raise ValueError(f"{source.name} has {source.hz:g} rows a second; LeRobot's format takes "
+                         f"whole numbers")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds something already: choose another folder, or delete it")
 
 # %% ../../nbs/02_data/06_lerobot.ipynb #e2a14996
 def write_lerobot(
     folder:Path, # new or empty; will hold meta/, data/ and videos/
-    source, # of demonstrations, as in `data.robot_dataset`; or a recording's `Frames`, of which the windows are written
+    source, # of demonstrations, as in `data.robot_dataset`; or `Frames`, for their windows
     quality:int=18, # of the videos, x264's crf: 0 (best) to 51
 )->Path: # the folder
     "Write a LeRobotDataset v3.0."
     source = WindowEpisodes(source) if hasattr(source, "windows") else source
     _check_source(root := Path(folder), source)
     features, tasks, rows, videos, first = _features(source), {}, [], {}, 0
-    largest = max((int(np.prod(f["shape"])) for f in features.values() if f["dtype"] == "video"), default=1)
-    for number, episodes in enumerate(progress_bar(_groups(source.lengths, largest), desc=root.name, unit="file", delay=5)):
+    largest = max((int(np.prod(f["shape"])) for f in features.values() if f["dtype"] == "video"),
+                  default=1)
+    for number, episodes in enumerate(progress_bar(_groups(source.lengths, largest),
+                                                   desc=root.name, unit="file", delay=5)):
         for e in episodes:
             rows.append(_episode_columns(source, e, first, tasks))
             first += int(source.lengths[e])
-        for k, v in _write_videos(root, source, episodes, number, quality).items(): videos.setdefault(k, []).extend(v)
+        for k, v in _write_videos(root, source, episodes, number, quality).items():
+            videos.setdefault(k, []).extend(v)
     joined = {k: np.concatenate([r[k] for r in rows]) for k in rows[0]}
     _write_parquet(root/_FILES["data_path"].format(**_file(0)), _arrow_table(joined))
     _write_meta(root, source, features, tasks, joined, videos)
@@ -436,16 +461,21 @@ def write_lerobot(
 def _write_meta(root, source, features, tasks, joined, videos):
     "Episodes, tasks, statistics, and last what describes them."
     n, ends, texts = len(source.lengths), np.cumsum(source.lengths), [*tasks]
-    own = [[texts[i] for i in np.unique(joined["task_index"][a:b])] for a, b in zip(ends - source.lengths, ends)]
-    nowhere = {f"{kind}/{k}": [v]*n for kind in ("data", "meta/episodes") for k, v in _file(0).items()}
-    spans = dict(length=source.lengths.tolist(), dataset_from_index=(ends - source.lengths).tolist(), dataset_to_index=ends.tolist())
-    episodes = dict(episode_index=[*range(n)], tasks=own) | spans | nowhere | videos
+    starts, first = ends - source.lengths, _file(0).items()
+    own = [[texts[i] for i in np.unique(joined["task_index"][a:b])] for a, b in zip(starts, ends)]
+    files = {f"{kind}/{k}": [v]*n for kind in ("data", "meta/episodes") for k, v in first}
+    spans = dict(length=source.lengths.tolist(),
+                 dataset_from_index=starts.tolist(), dataset_to_index=ends.tolist())
+    episodes = dict(episode_index=[*range(n)], tasks=own) | spans | files | videos
     _write_parquet(root/"meta/episodes/chunk-000/file-000.parquet", _arrow().table(episodes))
     _write_tasks(root/"meta/tasks.parquet", tasks)
     stats = {k: _statistics(x.reshape(len(x), -1)) for k, x in joined.items()}
-    stats |= {f"observation.images.{view}": _image_statistics(source, view) for view in source.views}
+    stats |= {f"observation.images.{view}": _image_statistics(source, view)
+              for view in source.views}
     write_whole(root/"meta/stats.json", json.dumps(stats, indent=1))
-    counts = dict(total_episodes=n, total_frames=int(ends[-1]), total_tasks=len(tasks), splits=dict(train=f"0:{n}"))
+    counts = dict(total_episodes=n, total_frames=int(ends[-1]), total_tasks=len(tasks),
+                  splits=dict(train=f"0:{n}"))
     sizes = dict(chunks_size=_CHUNK, data_files_size_in_mb=100, video_files_size_in_mb=200)
-    info = dict(codebase_version="v3.0", robot_type=None, fps=int(source.hz)) | counts | sizes | _FILES | dict(features=features)
+    info = dict(codebase_version="v3.0", robot_type=None, fps=int(source.hz), features=features)
+    info |= counts | sizes | _FILES
     write_whole(root/"meta/info.json", json.dumps(info, indent=1))

@@ -148,11 +148,13 @@ def hub_dataset(
 )->Path: # its folder
     "Fetch a dataset from the Hugging Face Hub, unless it is there already."
     repo = text.removeprefix("hf://").strip("/")
-    if repo.count("/") != 1: raise ValueError(f"{text!r} names no dataset of the hub: give one such as hf://org/name")
+    if repo.count("/") != 1:
+        raise ValueError(f"{text!r} names no dataset of the hub: give one such as hf://org/name")
     folder = Path(root)/"data/hub"/repo
     if (done := folder/".complete").exists(): return folder
     from huggingface_hub import HfApi
-    ask_hub(f"datasets/{repo}", folder, HfApi().snapshot_download, repo, repo_type="dataset", local_dir=folder)
+    ask_hub(f"datasets/{repo}", folder, HfApi().snapshot_download, repo, repo_type="dataset",
+            local_dir=folder)
     done.touch()
     return folder
 
@@ -295,14 +297,21 @@ def load_dataset(
 
 # %% ../../nbs/02_data/10_load.ipynb #a52b51a7
 def _parser():
-    parser = ArgumentParser(prog="defi-nb export", description="Write demonstrations of any format that is read here in another one.")
+    parser = ArgumentParser(prog="defi-nb export",
+                            description="Write demonstrations of any format that is read here in "
+                                        "another one.")
     parser.add_argument("format", choices=("lerobot",), help="lerobot: a LeRobotDataset v3.0")
-    parser.add_argument("dataset", help="its folder, perhaps with its format before it, as rlds:/data/mine")
+    parser.add_argument("dataset", help="its folder, perhaps with its format before it, as "
+                                        "rlds:/data/mine")
     parser.add_argument("folder", help="new or empty")
-    parser.add_argument("--hz", type=float, default=0., help="rows a second, where the dataset does not say")
-    parser.add_argument("--cameras", nargs="+", default=[], metavar="NAME", help="one or two, static before gripper; without it, as a run chooses them")
-    parser.add_argument("--episodes", default="", help="numbers of those to write, as 0-49,60 or not 4,7")
-    parser.add_argument("--quality", type=int, default=18, help="of the videos, x264's crf: 0 (best) to 51 (default: %(default)s)")
+    parser.add_argument("--hz", type=float, default=0.,
+                        help="rows a second, where the dataset does not say")
+    parser.add_argument("--cameras", nargs="+", default=[], metavar="NAME",
+                        help="one or two, static before gripper; without it, as a run chooses them")
+    parser.add_argument("--episodes", default="",
+                        help="numbers of those to write, as 0-49,60 or not 4,7")
+    parser.add_argument("--quality", type=int, default=18,
+                        help="of the videos, x264's crf: 0 (best) to 51 (default: %(default)s)")
     return parser
 
 def main(
@@ -311,9 +320,11 @@ def main(
     "`defi-nb export`."
     args = _parser().parse_args(argv)
     reading = Reading(hz=args.hz, cameras=tuple(args.cameras), episodes=args.episodes)
-    folder = write_lerobot(args.folder, load_dataset(args.dataset, None, reading).data, args.quality)
+    folder = write_lerobot(args.folder, load_dataset(args.dataset, None, reading).data,
+                           args.quality)
     written = open_lerobot(folder) # read back, each episode's files looked at
-    print(f"{folder}: {len(written.lengths)} episodes, {written.lengths.sum()} rows at {written.hz:g} Hz, cameras {', '.join(written.views)}")
+    print(f"{folder}: {len(written.lengths)} episodes, {written.lengths.sum()} rows at "
+          f"{written.hz:g} Hz, cameras {', '.join(written.views)}")
     return 0
 
 # %% ../../nbs/02_data/10_load.ipynb #a1f24a0e

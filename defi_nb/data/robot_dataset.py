@@ -90,7 +90,9 @@ class WindowEpisodes(RobotSource):
         name:str="recording", # for messages
     ):
         self.frames, self.name, self.hz, self.views = frames, name, frames.hz, frames.views
-        self.text, self.lengths = [w.text for w in frames.windows], np.array([len(w) for w in frames.windows])
+        self.text, self.lengths = [w.text
+                                   for w in frames.windows], np.array([len(w)
+                                                                       for w in frames.windows])
 
     def _rows(self, e, rows=None): # of the recording
         w = self.frames.windows[e]
@@ -99,7 +101,8 @@ class WindowEpisodes(RobotSource):
     def vectors(self, e):
         "action (n,7) and robot_obs (n,15) of an episode."
         rows, f = self._rows(e), self.frames
-        return tuple(None if x is None else np.asarray(x[rows], np.float32) for x in (f.action, f.robot_obs))
+        return tuple(None if x is None else np.asarray(x[rows], np.float32) for x in (f.action,
+                                                                                      f.robot_obs))
 
     def pictures(self, e, rows, view): return list(self.frames.video[view][self._rows(e, rows)])
 

@@ -20,12 +20,14 @@ from .session import Query, Session
 def _recorded(episode, t): # rows of what happened
     for view, video in episode.video.items(): yield f"camera/{view}", "image", video[t]
     if episode.action is not None:
-        for name, value in zip(WindowEpisodes.labels, episode.action[t]): yield f"action/{name}", "number", float(value)
+        for name, value in zip(WindowEpisodes.labels, episode.action[t]):
+            yield f"action/{name}", "number", float(value)
     if episode.robot_obs is not None: yield "robot/end_effector", "point", episode.robot_obs[t, :3]
 
 def _predicted(session, query): # rows of what the policy makes of a moment
     answer = session.answer(query, ("chunk", "codes", "future"))
-    for view, frames in answer.get("future", {}).items(): yield f"predicted/{view}", "image", frames[-1]
+    for view, frames in answer.get("future", {}).items():
+        yield f"predicted/{view}", "image", frames[-1]
     for i, code in enumerate(answer.get("codes", ())): yield f"codes/{i}", "number", float(code)
     yield "robot/planned", "path", session.episode.path(query.t, answer["chunk"][-1])
 

@@ -42,9 +42,10 @@ from .options import check_value
 def _run_notebooks_of(
     root:Path # of the project
 )->dict: # name -> path, in alphabetical order
-    "The run notebooks, those without a number, the index aside: the repository's own, elsewhere the package's."
+    "The run notebooks, the index aside: the repository's own, elsewhere the package's."
     home = Path(defi_nb.__file__).parent
-    package = next(p for p in (home/"nbs", home.parent/"nbs") if p.is_dir()) # as installed, or as cloned
+    places = home/"nbs", home.parent/"nbs" # as installed, or as cloned
+    package = next(p for p in places if p.is_dir())
     folder = root/"nbs" if (root/"settings.ini").is_file() else package
     return {p.stem: p for p in sorted(folder.glob("[a-z]*.ipynb")) if p.stem != "index"}
 
@@ -420,7 +421,8 @@ _COMPLETION = """_defi_nb() {
   [ ${#COMPREPLY[@]} -gt 0 ] || COMPREPLY=($(compgen -f -- "${COMP_WORDS[COMP_CWORD]}"))
 }
 complete -F _defi_nb defi-nb"""
-_COMMANDS = ("list", "params", "run", "ckpts", "doctor", "compare", "clean", "export", "serve", "vla-eval", "bench", "completion")
+_COMMANDS = ("list", "params", "run", "ckpts", "doctor", "compare", "clean", "export", "serve",
+             "vla-eval", "bench", "completion")
 
 def _candidates(words): # what may follow these words of a command line
     if not words: return _COMMANDS
@@ -449,10 +451,12 @@ def _ckpts(args): # imported here: the other commands need no torch
     from defi_nb.weights.hub import get_checkpoint, push_checkpoint
     from defi_nb.weights.load import ckpt_table, ckpt_text, get_base_model
     ckpts = project_root()/args.ckpts
-    for name in args.get: print(f"{name}: {(get_checkpoint if '/' in name else get_base_model)(name, ckpts)}")
+    for name in args.get:
+        print(f"{name}: {(get_checkpoint if '/' in name else get_base_model)(name, ckpts)}")
     if args.push:
         folder, repo = args.push
-        print(push_checkpoint(project_root()/folder, repo, [project_root()/r for r in args.results], args.private))
+        print(push_checkpoint(project_root()/folder, repo,
+                              [project_root()/r for r in args.results], args.private))
     if not args.get and not args.push: print(ckpt_text(ckpt_table(ckpts), args.ckpts))
 
 def _doctor(args): # the exit status; imported here: the other commands need no torch
@@ -514,9 +518,13 @@ def _parser():
     run.add_argument("--out", default="", help="the run's folder; without it, a new one: runs/NAME/TIME")
     run.add_argument("--child", action="store_true", help=SUPPRESS) # stop when standard input closes: of a run that another one started
     ckpts = sub.add_parser("ckpts", help="which pretrained weights are needed, which are there, and where to get the others")
-    ckpts.add_argument("--get", nargs="+", default=[], metavar="NAME", help="fetch these from the Hugging Face hub: names of the list, or org/name of a checkpoint that was pushed")
-    ckpts.add_argument("--push", nargs=2, default=[], metavar=("CKPT", "ORG/NAME"), help="put a checkpoint on the hub, with a card")
-    ckpts.add_argument("--results", nargs="+", default=[], metavar="RUN", help="evaluations for the card: their runs' folders or result.json")
+    ckpts.add_argument("--get", nargs="+", default=[], metavar="NAME",
+                       help="fetch these from the Hugging Face hub: names of the list, or "
+                            "org/name of a checkpoint that was pushed")
+    ckpts.add_argument("--push", nargs=2, default=[], metavar=("CKPT", "ORG/NAME"),
+                       help="put a checkpoint on the hub, with a card")
+    ckpts.add_argument("--results", nargs="+", default=[], metavar="RUN",
+                       help="evaluations for the card: their runs' folders or result.json")
     ckpts.add_argument("--private", action="store_true", help="a new repository is private")
     ckpts.add_argument("--ckpts", default="ckpts", help="folder of checkpoints, relative to the project's root")
     doctor = sub.add_parser("doctor", help="whether a dataset is sound: what is wrong, where, and what to do; exit status 1 where there are errors")
@@ -568,7 +576,8 @@ def one_line_exit(
     if isinstance(error, KeyboardInterrupt):
         print(f"{prefix}interrupted{again}", file=sys.stderr)
         return 130
-    known = isinstance(error, (ValueError, FileNotFoundError, RuntimeError, ConnectionError)) or type(error) is ImportError or os_remedy(error)
+    foreseen = ValueError, FileNotFoundError, RuntimeError, ConnectionError
+    known = isinstance(error, foreseen) or type(error) is ImportError or os_remedy(error)
     print(f"{prefix}{one_line(error)}{'' if known else _keep_traceback()}", file=sys.stderr)
     return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
 

@@ -28,7 +28,8 @@ def _run_cells(
     params:dict, # every parameter -> value
 )->dict: # the namespace that the cells leave
     "Execute a run notebook's cells in this process."
-    cells, namespace = [c for c in needed("nbformat", "lab").read(path, 4).cells if c.cell_type == "code"], dict(__name__="__main__")
+    notebook, namespace = needed("nbformat", "lab").read(path, 4), dict(__name__="__main__")
+    cells = [c for c in notebook.cells if c.cell_type == "code"]
     for i,cell in enumerate(cells):
         name = f"{path.stem}[{i}]"
         exec(compile(ast.parse(cell.source, name), name, "exec"), namespace)

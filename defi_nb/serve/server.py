@@ -385,7 +385,10 @@ def load_served(
     policy, digest = load_to_act(folder), checkpoint_digest(folder)
     device = str(best_device()) if device == "auto" else device
     try: return on_device(policy, device), digest
-    except (RuntimeError, AssertionError) as e: raise ValueError(f"the policy can't be brought to device {device!r} ({(str(e).splitlines() or [''])[0]}): choose cpu, or cuda or mps where there is one") from None
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"the policy can't be brought to device {device!r} "
+                         f"({(str(e).splitlines() or [''])[0]}): choose cpu, or cuda or mps where "
+                         f"there is one") from None
 
 def _name(given): # "static=observation/exterior_image_1_left"
     camera, _, key = given.partition("=")
@@ -399,7 +402,9 @@ def _parser():
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; one that other machines can reach is refused without a key (default: %(default)s, this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: %(default)s)")
     parser.add_argument("--key-file", default="", metavar="FILE", help="its first line is the key that clients must send; without it, the environment variable DEFI_NB_KEY, if it is set")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: a GPU where there is one, else cpu)")
+    parser.add_argument("--device", default="auto",
+                        help="cpu, cuda, cuda:1, mps, ... (default: a GPU where there is one, "
+                             "else cpu)")
     parser.add_argument("--name", action="append", default=[], metavar="WHAT=KEY", help="what a request calls static, gripper, state or prompt, such as static=observation/exterior_image_1_left; may be repeated")
     parser.add_argument("--prompt", default=None, help="instruction of requests that bring none")
     parser.add_argument("--hz", type=float, default=None, help="actions a second, told to clients, where the checkpoint does not say it")

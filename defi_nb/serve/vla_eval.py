@@ -103,7 +103,8 @@ def main(
     parser = ArgumentParser(prog="defi-nb vla-eval", description="Answer the vla-eval harness with a policy's actions, on this machine only.")
     parser.add_argument("policy", help="folder of a policy's checkpoint; or noop or random")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (default: a GPU where there is one, else cpu)")
+    parser.add_argument("--device", default="auto",
+                        help="cpu, cuda, mps, ... (default: a GPU where there is one, else cpu)")
     parser.add_argument("--execute", type=int, default=10, help="actions of a chunk that are executed before the policy looks again (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the policy's noise")
     parser.add_argument("--batch", type=int, default=16, help="most observations computed at once (default: %(default)s)")

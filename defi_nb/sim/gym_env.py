@@ -40,20 +40,21 @@ class PlayTableEnv(gymnasium.Env):
 
     def __init__(self,
         scene:str="D", # or several, one drawn for each episode, see `sim.layout.scene_names`
-        task:str|Iterable="open_drawer", # one of CALVIN's 34, or several, one drawn for each episode
+        task:str|Iterable="open_drawer", # one of CALVIN's 34, or several, of which one is drawn
         static_size:int=64, # height and width of the static camera's image, pixels
         gripper_size:int=64, # of the gripper camera's
         render_mode:str|None=None, # "rgb_array": `render` gives the static camera's image
     ):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode is {render_mode!r}: give None or 'rgb_array'")
-        self.scenes, self.tasks, self.render_mode = scene_names(scene), check_tasks(task), render_mode
+        self.scenes, self.tasks = scene_names(scene), check_tasks(task)
+        self.render_mode = render_mode
         self.observation_space = observation_space(static_size, gripper_size)
         self.action_space = gymnasium.spaces.Box(-1, 1, (ACTION_DIM,), np.float32)
         self.env, self.task = PlayTable(self.scenes[0], static_size, gripper_size), self.tasks[0]
 
     @property
-    def task_description(self): return INSTRUCTIONS[self.task][0] # the instruction, as LeRobot asks for it
+    def task_description(self): return INSTRUCTIONS[self.task][0] # as LeRobot asks for it
 
     def _observation(self, obs):
         "An observation in its space, images drawn."
@@ -74,7 +75,7 @@ class PlayTableEnv(gymnasium.Env):
 @patch
 def reset(self:PlayTableEnv,
     seed:int|None=None, # of this and the following episodes; None: the generator goes on
-    options:dict|None=None, # {"task": ..., "scene": ...}, each if it is not to be drawn; others are other programs'
+    options:dict|None=None, # {"task": ..., "scene": ...}, where they are not to be drawn
 )->tuple: # observation; info with is_success, task, instruction, scene
     "Begin an episode."
     gymnasium.Env.reset(self, seed=seed)
@@ -92,7 +93,8 @@ def _start(self:PlayTableEnv, rng):
         state, lift = start_for(self.task, rng)
         self.env.reset(scene_obs=start_of(state, self.env.scene, rng))
         if not lift or Expert(self.env).run(lift)[0]: return
-    raise RuntimeError(f"20 starts of {self.task} in scene {self.env.scene} failed: choose another scene")
+    raise RuntimeError(f"20 starts of {self.task} in scene {self.env.scene} failed: choose "
+                       f"another scene")
 
 @patch
 def step(self:PlayTableEnv,

@@ -18,7 +18,8 @@ from torch import nn
 # %% ../../nbs/06_train/00_config.ipynb #f3de071d
 def best_device()->torch.device: # "cuda", "mps" or "cpu"
     "The device that a run takes by itself."
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    found = dict(cuda=torch.cuda.is_available, mps=torch.backends.mps.is_available)
+    return torch.device(next((name for name, there in found.items() if there()), "cpu"))
 
 # %% ../../nbs/06_train/00_config.ipynb #4c29dcd5
 _CONSTANT = dict(warmup=0, schedule="constant", log_every=100, save_every=1000)
@@ -72,7 +73,8 @@ class TrainConfig:
     val_batches:int = 8 # batches of a validation, at most
 
     def __post_init__(self):
-        for name,known in dict(schedule=("cosine", "constant"), precision=_PRECISIONS, device=("auto", "cpu", "cuda", "mps")).items():
+        for name,known in dict(schedule=("cosine", "constant"), precision=_PRECISIONS,
+                               device=("auto", "cpu", "cuda", "mps")).items():
             if (v := getattr(self, name)) not in known: raise ValueError(f"{name} is {v!r}; it is one of {known}")
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1: raise ValueError(f"{name} is {getattr(self, name)}; it is at least 1")

@@ -11,7 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..core.utils import ask_hub, format_bytes, write_whole
-from .checkpoint import checkpoint_file, has_checkpoint, model_state, read_config, save_checkpoint, verify
+from .checkpoint import (
+    checkpoint_file, has_checkpoint, model_state, read_config, save_checkpoint, verify)
 from .load import POLICY_CLASSES, load_model
 
 # %% ../../nbs/05_weights/05_hub.ipynb #3c79f6e7
@@ -20,26 +21,32 @@ def measured_rows(
 )->list: # of (what, value, interval and protocol), as text
     "Rows of a card."
     protocol, n = result["protocol"], len(result["solved"])
-    under = f"{n} chains, scene {protocol['scene']} of {protocol['environment']}, {result['protocol_name']}, fingerprint `{result['fingerprint']}`"
+    under = (f"{n} chains, scene {protocol['scene']} of {protocol['environment']}, "
+             f"{result['protocol_name']}, fingerprint `{result['fingerprint']}`")
     span = lambda pair, digits: " to ".join(f"{x:.{digits}f}" for x in pair)
-    rows = [(f"{result['policy']}: average length of {protocol['length']}", f"{result['average_length']:.2f}",
+    rows = [(f"{result['policy']}: average length of {protocol['length']}",
+             f"{result['average_length']:.2f}",
              f"{span(result['average_length_interval'], 2)}; {under}")]
-    rates = zip(result["rates"], result["rate_intervals"])
-    return rows + [(f"{result['policy']}: {i} in a row", f"{rate:.2f}", span(pair, 2)) for i, (rate, pair) in enumerate(rates, 1)]
+    for i, (rate, pair) in enumerate(zip(result["rates"], result["rate_intervals"]), 1):
+        rows.append((f"{result['policy']}: {i} in a row", f"{rate:.2f}", span(pair, 2)))
+    return rows
 
 def read_result(
     path, # a result.json, or the folder of a run that holds one
 )->dict: # its content
     "An evaluation to be put on a card; `ValueError` where there is none."
     path = Path(path)/"result.json" if Path(path).is_dir() else Path(path)
-    if not path.is_file(): raise ValueError(f"there is no result at {path}: give a run of eval_calvin, or its result.json")
+    if not path.is_file():
+        raise ValueError(f"there is no result at {path}: give a run of eval_calvin, or its "
+                         f"result.json")
     result = json.loads(path.read_text(encoding="utf-8"))
-    if lacking := {"average_length", "average_length_interval", "rate_intervals", "fingerprint"} - result.keys():
+    if lacking := {"average_length", "average_length_interval", "rate_intervals",
+                   "fingerprint"} - result.keys():
         raise ValueError(f"{path} lacks {sorted(lacking)}: it is no evaluation's result")
     return result
 
 # %% ../../nbs/05_weights/05_hub.ipynb #220cf283
-_NOTED = ("split", "tasks", "demos", "data_frac", "pretrained") # of `info` in config.json, where they are there
+_NOTED = ("split", "tasks", "demos", "data_frac", "pretrained") # of `info`, where they are there
 
 def hub_card(
     folder, # of a checkpoint
@@ -49,10 +56,12 @@ def hub_card(
     "The card of a checkpoint."
     about, size = read_config(folder), checkpoint_file(folder, "model.safetensors").stat().st_size
     acts = about["class"] in POLICY_CLASSES
-    table = lambda rows: "\n".join(["| | | |", "| --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in rows)])
+    table = lambda rows: "\n".join(["| | | |", "| --- | --- | --- |",
+                                    *(f"| {' | '.join(row)} |" for row in rows)])
     noted = [(name, f"`{about['info'][name]}`", "") for name in _NOTED if name in about["info"]]
     measured = [row for result in results for row in measured_rows(result)]
-    made = f"defi_nb {about['package']}" + f", commit `{about['git_commit'][:12]}`"*bool(about["git_commit"])
+    commit = about["git_commit"] and f", commit `{about['git_commit'][:12]}`"
+    made = f"{about['step']:,} optimiser steps, made with defi_nb {about['package']}{commit or ''}"
     return f"""---
 library_name: defi_nb
 tags: [robotics, defi, {about["class"]}]
@@ -60,7 +69,7 @@ tags: [robotics, defi, {about["class"]}]
 
 # {repo.split("/")[-1]}
 
-`{about["class"]}` of preset `{about["info"].get("preset", "tiny")}`, {format_bytes(size)}, {about["step"]:,} optimiser steps, made with {made}.
+`{about["class"]}` of preset `{about["info"].get("preset", "tiny")}`, {format_bytes(size)}, {made}.
 
 ```python
 from defi_nb.weights.hub import get_checkpoint
@@ -80,7 +89,8 @@ model = {"load_to_act" if acts else "load_model"}(get_checkpoint("{repo}", "ckpt
 # %% ../../nbs/05_weights/05_hub.ipynb #8b93e176
 def _check_repo(repo):
     "Raise `ValueError` for what is no name on the hub."
-    if repo.count("/") != 1 or not all(repo.split("/")): raise ValueError(f"{repo!r} is no name on the hub: give one such as org/name")
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise ValueError(f"{repo!r} is no name on the hub: give one such as org/name")
 
 def _hub(hub):
     if hub is not None: return hub
@@ -96,15 +106,19 @@ def push_checkpoint(
 )->str: # where it is
     "Put a checkpoint and its card on the hub."
     _check_repo(repo)
-    if not has_checkpoint(folder): raise ValueError(f"{folder} holds no checkpoint: give the folder that a training wrote")
+    if not has_checkpoint(folder):
+        raise ValueError(f"{folder} holds no checkpoint: give the folder that a training wrote")
     found, about, hub = [read_result(r) for r in results], read_config(folder), _hub(hub)
     with TemporaryDirectory() as new:
         model = load_model(folder)
-        save_checkpoint(new, model, about["fields"], about["step"], info=about["info"], tensors=model_state(model))
+        save_checkpoint(new, model, about["fields"], about["step"], info=about["info"],
+                        tensors=model_state(model))
         write_whole(Path(new)/"README.md", hub_card(new, repo, found))
-        for i, result in enumerate(found): write_whole(Path(new)/f"results/{i}.json", json.dumps(result, indent=1))
+        for i, result in enumerate(found):
+            write_whole(Path(new)/f"results/{i}.json", json.dumps(result, indent=1))
         ask_hub(repo, None, hub.create_repo, repo, private=private, exist_ok=True)
-        ask_hub(repo, None, hub.upload_folder, repo_id=repo, folder_path=new, commit_message=f"{about['class']}, {about['step']} steps")
+        ask_hub(repo, None, hub.upload_folder, repo_id=repo, folder_path=new,
+                commit_message=f"{about['class']}, {about['step']} steps")
     return f"https://huggingface.co/{repo}"
 
 # %% ../../nbs/05_weights/05_hub.ipynb #7d5f64e1
@@ -117,7 +131,10 @@ def get_checkpoint(
     _check_repo(repo)
     folder = Path(ckpts)/"hub"/repo.replace("/", "--")
     wanted = ["*.json", "*.safetensors", "README.md", "results/*.json"]
-    if not has_checkpoint(folder): ask_hub(repo, folder, _hub(hub).snapshot_download, repo, local_dir=folder, allow_patterns=wanted)
-    if not has_checkpoint(folder): raise ValueError(f"{repo} has no config.json: it holds no checkpoint of defi_nb")
+    if not has_checkpoint(folder):
+        ask_hub(repo, folder, _hub(hub).snapshot_download, repo, local_dir=folder,
+                allow_patterns=wanted)
+    if not has_checkpoint(folder):
+        raise ValueError(f"{repo} has no config.json: it holds no checkpoint of defi_nb")
     verify(folder)
     return folder

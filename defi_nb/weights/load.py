@@ -161,7 +161,8 @@ def get_base_model(
     if hub is None:
         from huggingface_hub import HfApi
         hub = HfApi()
-    for filename in _choose_files(ask_hub(model.repo, folder, hub.list_repo_files, model.repo), model):
+    for filename in _choose_files(ask_hub(model.repo, folder, hub.list_repo_files, model.repo),
+                                  model):
         ask_hub(model.repo, folder, hub.hf_hub_download, model.repo, filename, local_dir=folder)
     if fault := _base_model_fault(model, ckpts): raise RuntimeError(f"{folder} is still not complete: {fault}")
     return folder
