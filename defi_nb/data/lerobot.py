@@ -381,12 +381,13 @@ def _features(source): # what info.json says of the columns
 # %% ../../nbs/02_data/06_lerobot.ipynb #c3c06595
 def _episode_columns(source, e, first, tasks): # `first` is its first row's index; text -> number
     with source.reading(e): vectors, n = source.vectors(e), int(source.lengths[e])
-    said = [tasks.setdefault(text, len(tasks)) for text in source.instructions(e, np.arange(n))]
+    texts = source.instructions(e, np.arange(n))
+    which = [tasks.setdefault(text, len(tasks)) for text in texts]
     named = zip(("action", "observation.state"), vectors)
     columns = {k: x.astype(np.float32) for k, x in named if x is not None}
     columns["timestamp"] = (np.arange(n)/source.hz).astype(np.float32)
     numbers = dict(frame_index=np.arange(n), episode_index=np.full(n, e),
-                   index=first + np.arange(n), task_index=np.array(said))
+                   index=first + np.arange(n), task_index=np.array(which))
     return columns | {k: x.astype(np.int64) for k, x in numbers.items()}
 
 def _arrow_table(columns): # of name -> (n,) or (n,size) array

@@ -576,8 +576,8 @@ def one_line_exit(
     if isinstance(error, KeyboardInterrupt):
         print(f"{prefix}interrupted{again}", file=sys.stderr)
         return 130
-    foreseen = ValueError, FileNotFoundError, RuntimeError, ConnectionError
-    known = isinstance(error, foreseen) or type(error) is ImportError or os_remedy(error)
+    expected = ValueError, FileNotFoundError, RuntimeError, ConnectionError
+    known = isinstance(error, expected) or type(error) is ImportError or os_remedy(error)
     print(f"{prefix}{one_line(error)}{'' if known else _keep_traceback()}", file=sys.stderr)
     return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
 
