@@ -25,7 +25,7 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "eval_gidm": DATA | {"stride": 10, "probes": "{'pairs': 40, 'steps': 2, 'gaps': '5', 'fractions': '1'}", "replays": 12, "scenes": "AD", "clips": 1},
     "eval_features": DATA | {"probes": "{'train_demos': 4, 'test_demos': 3, 'stride': 8, 'project': 4, 'hidden': 4, 'steps': 2}",
                              "sources": "gfdm,gidm", "gaps": "8", "pairs": 9, "denoising": "1", "draws": 3},
-    "eval_frozen": DATA | {"tasks": "open_drawer", "rollouts": 1, "steps": 8, "probes": "{'project': 4, 'hidden': 4, 'steps': 2}"},
+    "eval_frozen": DATA | {"judge": "open_drawer", "rollouts": 1, "steps": 8, "probes": "{'project': 4, 'hidden': 4, 'steps': 2}"},
     "ladder": DATA | {"fractions": "0.3,1", "draws": 2, "reader": "{'steps': 2, 'epochs': 0.01}"},
     "gidm_reversal": DATA | TRAIN | {"arms": "penalty,labels", "seeds": 1, "fit_pairs": 40, "ckpts": "ckpts/reversal"},
     "eval_calvin": EVAL | {"steps": 20, "film": 1},
