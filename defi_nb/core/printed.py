@@ -13,7 +13,6 @@ from importlib import resources
 
 import numpy as np
 
-from .stats import markdown_table
 
 # %% ../../nbs/00_core/09_printed.ipynb #15617f7e
 @dataclass(frozen=True)
@@ -110,6 +109,7 @@ def printed_markdown(
     marks = {name: "; ".join(row_marks(table, name)) for name in table.rows}
     note = ["note"]*any(marks.values())
     rows = [[name, *cells, *([marks[name]] if note else [])] for name, cells in table.rows.items()]
+    from defi_nb.core.stats import markdown_table # imported here: who only reads numbers needs no SciPy
     text = markdown_table([table.table.capitalize(), *table.columns, *note], rows)
     total = sum(sum(cells) for cells in table.rows.values()) if table.kind == "shares" else 100
     sums = [f"The shares add up to {total:.1f} %."]*(abs(total - 100) > .05)
