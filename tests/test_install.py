@@ -100,7 +100,7 @@ def test_checkpoints_to_and_from_a_hub_that_is_a_folder(tmp_path, monkeypatch, c
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, repo_id, folder_path, **kw: shutil.copytree(folder_path, remote/repo_id, dirs_exist_ok=True))
     monkeypatch.setattr(HfApi, "snapshot_download", lambda self, repo, local_dir, **kw: shutil.copytree(remote/repo, local_dir))
     shipped = ROOT/"defi_nb/assets/zoo/gidm"
-    assert main(["ckpts", "--push", str(shipped), "org/gidm", "--results", str(ROOT/"results/demo/coupled_all.json")]) == 0
+    assert main(["ckpts", "--push", str(shipped), "org/gidm", "--results", str(ROOT/"results/demo_fresh/coupled_all.json")]) == 0
     assert "4.17 | 3.59 to 4.43; 30 chains" in (remote/"org/gidm/README.md").read_text()
     assert main(["ckpts", "--get", "org/gidm"]) == 0 and (tmp_path/"ckpts/hub/org--gidm/model.safetensors").is_file()
     assert "https://huggingface.co/org/gidm" in capsys.readouterr().out
