@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core.files import read_json_lines
 from ..core.printed import printed_table
 from ..core.spec import CONTROL_HZ
 from ..core.stats import markdown_table, wilson
@@ -82,7 +83,7 @@ def outcomes_in(
 ): # an operator
     "What a file says of each attempt."
     def operator(robot, task, trial, attempt):
-        rows = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+        rows = read_json_lines(path)
         of = lambda r: (r["task"], r["trial"], r.get("attempt", 1))
         found = [r["outcome"] for r in rows if of(r) == (task.name, trial, attempt)]
         if not found or found[-1] not in OUTCOMES:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ..core.utils import ask_hub, format_bytes, write_whole
+from ..core.utils import ask_hub, format_bytes, read_own_json, write_whole
 from .checkpoint import (
     checkpoint_file, has_checkpoint, model_state, read_config, save_checkpoint, verify)
 from .load import POLICY_CLASSES, load_model
@@ -39,11 +39,8 @@ def read_result(
     if not path.is_file():
         raise ValueError(f"there is no result at {path}: give a run of eval_calvin, or its "
                          f"result.json")
-    result = json.loads(path.read_text(encoding="utf-8"))
-    if lacking := {"average_length", "average_length_interval", "rate_intervals",
-                   "fingerprint"} - result.keys():
-        raise ValueError(f"{path} lacks {sorted(lacking)}: it is no evaluation's result")
-    return result
+    keys = "average_length", "average_length_interval", "rate_intervals", "fingerprint"
+    return read_own_json(path, "give an evaluation's result", keys=keys)
 
 # %% ../../nbs/05_weights/05_hub.ipynb #220cf283
 _NOTED = ("split", "tasks", "demos", "data_frac", "pretrained") # of `info`, where they are there
