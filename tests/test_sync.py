@@ -121,6 +121,29 @@ def test_links_lead_somewhere(path):
     assert [(path.parent/link).resolve() for link in last] == neighbours, "ends with links to the previous and the next notebook"
 
 
+def test_house_style_is_not_departed_from_more_than_before():
+    "What is left is counted in tools/style.json; `python tools/style.py` says where."
+    done = command("python", "tools/style.py", "--check", cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_departures_from_the_house_style_are_seen(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT/"tools")
+    from style import departures
+    cell = lambda kind, text: dict(cell_type=kind, source=text)
+    long = "def f(x): # " + "x"*100
+    notebook = dict(cells=[
+        cell("markdown", "# Title"), cell("code", f"#| export\n{long}\n    return x"), cell("code", "test_eq((f(1), f(2)), (1, 2))"),
+        cell("code", "#| export\nclass A: pass\nclass B: pass\nclass C: 'A picture.'"), cell("markdown", "What we foresee."),
+        cell("code", "#| export\n" + "\n".join(f"a{i} = {i}" for i in range(36))), cell("code", "\n".join(f"test_eq(a{i}, {i})" for i in range(36)))])
+    kinds = [kind for kind, _ in departures(notebook)]
+    for kind in ("lines over 100 columns", "comparisons of tuples of facts", "cells of more than 2 public definitions", "exported cells over 35 lines",
+                 "test cells over 15 lines", "public definitions without prose before"):
+        assert kinds.count(kind) == 1, kind
+    assert kinds.count("public names never shown") == 3
+    assert [kind.rsplit(" ", 1)[1] for kind in kinds if kind.startswith("words")] == ["code", "prose"]
+
+
 def test_no_path_of_one_machine_is_written_anywhere():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode: pytest.skip("not a git checkout")
