@@ -24,11 +24,11 @@ def refuse(
     name:str, # of the clip, episode or file
     why:str, # what is wrong with it, and what to do
 ):
-    "A problem is an error."
+    "Raise a problem as a `ValueError`."
     raise ValueError(why)
 
 class Skipped(dict):
-    "Name -> what is wrong with it: a problem that is noted, and what has it left out."
+    "Name -> what is wrong with it, of what was left out."
     def __call__(self, name, why): self[str(name)] = why
 
     def __str__(self):
@@ -39,16 +39,17 @@ class Skipped(dict):
 VIDEO_SUFFIXES = ".mp4", ".webm", ".mkv", ".mov", ".m4v", ".avi"
 TABLE_SUFFIXES = ".csv", ".tsv", ".jsonl"
 
-def _walk(folder, most=10**9, depth=10**9): # as for `walk_files`; yields `os.DirEntry` of the files
-    todo, seen = deque([(Path(folder), depth)]), set()
+def _walk(folder, most=10**9, depth=10**9): # as `walk_files`; yields `os.DirEntry` of the files
+    todo, visited = deque([(Path(folder), depth)]), set()
     while todo and most > 0:
         here, deeper = todo.popleft()
         try:
             stat = here.stat()
-            with scandir(here) as found: entries = sorted(islice(found, most), key=lambda e: e.name)
+            with scandir(here) as entries:
+                entries = sorted(islice(entries, most), key=lambda e: e.name)
         except OSError: continue
-        if (stat.st_dev, stat.st_ino) in seen: continue
-        seen.add((stat.st_dev, stat.st_ino))
+        if (stat.st_dev, stat.st_ino) in visited: continue
+        visited.add((stat.st_dev, stat.st_ino))
         most -= len(entries)
         for e in (e for e in entries if not e.name.startswith(".")):
             if e.is_dir(): todo.extend([(Path(e.path), deeper - 1)]*(deeper > 0))
@@ -57,7 +58,7 @@ def _walk(folder, most=10**9, depth=10**9): # as for `walk_files`; yields `os.Di
 def walk_files(
     folder, # where to begin
     suffixes:tuple=(), # of the files wanted, in small letters; (): all
-    most:int=10**9, # entries to look at
+    most:int=10**9, # entries to read
     depth:int=10**9, # folders below the first that are entered; 0: none
 ): # yields paths of files, those of a folder before those of its subfolders, by name
     "The data files below a folder."
@@ -72,15 +73,19 @@ def files_digest(
     folder, digest = Path(folder), hashlib.sha256()
     for e in [folder] if folder.is_file() else _walk(folder):
         name = e.path[len(str(folder)):] if hasattr(e, "path") else ""
-        try: digest.update(f"{name} {(s := e.stat()).st_size} {s.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+        try: stat = e.stat()
         except FileNotFoundError: continue # taken away meanwhile
+        line = f"{name} {stat.st_size} {stat.st_mtime_ns}\n"
+        digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/00_core/07_files.ipynb #a649e26b
 def _spellings(name, suffixes): # of a path, the strictest first
-    plain = re.sub(r"^([A-Za-z]:)?/+|^(\./)+", "", normalize("NFC", str(name)).strip().replace("\\", "/"))
+    plain = normalize("NFC", str(name)).strip().replace("\\", "/")
+    plain = re.sub(r"^([A-Za-z]:)?/+|^(\./)+", "", plain)
     small = plain.casefold()
-    return str(name), plain, small, next((small.removesuffix(s) for s in suffixes if small.endswith(s)), small)
+    stems = (small.removesuffix(suffix) for suffix in suffixes if small.endswith(suffix))
+    return str(name), plain, small, next(stems, small)
 
 def _alone(pairs): # (spelling, thing) -> spelling -> thing, of spellings that only one thing has
     pairs = set(pairs)
@@ -91,54 +96,77 @@ def _tails(spelling): # a/b/c -> a/b/c, b/c, c
     parts = spelling.split("/")
     return ["/".join(parts[i:]) for i in range(len(parts))]
 
+# %% ../../nbs/00_core/07_files.ipynb #e4cef8a4
+def _by_spelling(ours, theirs): # {name: file}, by the strictest spelling that decides
+    matched = {}
+    for level in range(4):
+        files, names = (_alone((s[level], x) for x, s in spelt.items()) for spelt in (theirs, ours))
+        new = {name: files[s] for s, name in names.items() if s in files and name not in matched}
+        matched = new | matched
+    return matched
+
 def match_names(
     names, # as tables have them
     files, # names of files or episodes, with / between folders
     suffixes:tuple=VIDEO_SUFFIXES, # that may be missing, in small letters
 )->dict: # name -> the file that it means; names that mean none are missing
     "Which file each name means."
-    names, files, found = list(dict.fromkeys(map(str, names))), list(map(str, files)), {}
+    names, files = list(dict.fromkeys(map(str, names))), list(map(str, files))
     ours, theirs = ({x: _spellings(x, suffixes) for x in xs} for xs in (names, files))
-    for level in range(4):
-        there, wanted = (_alone((s[level], x) for x, s in spelt.items()) for spelt in (theirs, ours))
-        found = {n: there[s] for s, n in wanted.items() if s in there and n not in found} | found
-    ends, whole = _alone((t, f) for f in files for t in _tails(theirs[f][3])), _alone((theirs[f][3], f) for f in files)
-    for n in (n for n in names if n not in found):
-        if hit := ends.get(ours[n][3]) or next((whole[t] for t in _tails(ours[n][3]) if t in whole), None): found[n] = hit
-    many = Counter(found.values())
-    return {n: f for n, f in found.items() if many[f] == 1 or n == f}
+    matched = _by_spelling(ours, theirs)
+    ends = _alone((tail, f) for f in files for tail in _tails(theirs[f][3]))
+    whole = _alone((theirs[f][3], f) for f in files)
+    for name in names:
+        if name in matched: continue
+        longer = (whole[tail] for tail in _tails(ours[name][3]) if tail in whole)
+        if file := ends.get(ours[name][3]) or next(longer, None): matched[name] = file
+    many = Counter(matched.values())
+    return {name: file for name, file in matched.items() if many[file] == 1 or name == file}
 
 # %% ../../nbs/00_core/07_files.ipynb #d1627d41
 _MARKS = {BOM_UTF8: "utf-8-sig", BOM_UTF16_LE: "utf-16", BOM_UTF16_BE: "utf-16"}
+
+def _line_of(data, at): # number of the line, from 1, that holds position `at` of text or bytes
+    return data[:at].count("\n" if isinstance(data, str) else b"\n") + 1
+
+def _bytes_of(path):
+    try: return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: restore it, or give another folder") from None
+    except OSError as e:
+        raise ValueError(f"{path} can't be read ({e.strerror}): "
+                         "change its permissions, or leave it out") from None
 
 def read_text(
     path, # of the file
     cut:bool=False, # whether its last letter may be cut off
 )->str: # with the line ends that it has
-    "The text of a file; raise `ValueError` that names file and line where it is not in UTF-8."
-    try: data = Path(path).read_bytes()
-    except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: restore it, or give another folder") from None
-    except OSError as e: raise ValueError(f"{path} can't be read ({e.strerror}): change its permissions, or leave it out") from None
+    "The text of a file; `ValueError` naming file and line where it is not in UTF-8."
+    data = _bytes_of(path)
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")
     try: text = getincrementaldecoder(encoding)().decode(data, not cut)
     except UnicodeDecodeError as e:
-        line, near = data[:e.start].count(b"\n") + 1, data[max(e.start - 12, 0):e.start + 12].decode("latin1")
-        raise ValueError(f"{path}, line {line} is not in UTF-8 (near {near!r}): save it as UTF-8") from None
-    if "\0" in text: raise ValueError(f"{path}, line {text[:text.index(chr(0))].count(chr(10)) + 1} holds zero bytes: save it as text in UTF-8")
+        near = data[max(e.start - 12, 0):e.start + 12].decode("latin1")
+        raise ValueError(f"{path}, line {_line_of(data, e.start)} is not in UTF-8 "
+                         f"(near {near!r}): save it as UTF-8") from None
+    if "\0" in text:
+        raise ValueError(f"{path}, line {_line_of(text, text.index(chr(0)))} holds zero bytes: "
+                         "save it as text in UTF-8")
     return text
 
 # %% ../../nbs/00_core/07_files.ipynb #a423c0d2
 def _json(text, where):
-    "A JSON value, or `ValueError` that names file and place."
-    try: return json.loads(text, strict=False) # control characters inside strings are let pass
-    except (ValueError, RecursionError) as e: raise ValueError(f"{where} is damaged ({e}): repair it, or restore a whole copy") from None
+    try: return json.loads(text, strict=False)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{where} is damaged ({e}): repair it, or restore a whole copy") from None
 
 def read_json(
     path, # of the file
 ): # its value
-    "The value of a JSON file; raise `ValueError` that names the file where it is damaged."
+    "The value of a JSON file; `ValueError` naming the file where it is damaged."
     return _json(read_text(path), path)
 
+# %% ../../nbs/00_core/07_files.ipynb #a8ab6a0a
 def read_json_lines(
     path, # of the file
     on_problem=refuse, # or a `Skipped()`: called with the line and what is wrong with it
@@ -152,25 +180,41 @@ def read_json_lines(
     return values
 
 # %% ../../nbs/00_core/07_files.ipynb #5b3137eb
+_DECIMAL_COMMA = re.compile(r"\s*[-+]?\d*,\d+(e[-+]?\d+)?\s*", re.I)
+
+def _delimiter(text): # the table's text, its delimiter, lines before the header
+    if declared := re.match(r"sep=(.)\r?\n", text): return text[declared.end():], declared[1], 1
+    header = re.sub(r'"[^"]*"', "", text.partition("\n")[0])
+    return text, max(",;\t", key=header.count), 0
+
+def _filled_rows(path, text, mark, before): # (number of its line, its cells)
+    reader = csv.reader(StringIO(text, newline=""), delimiter=mark, strict=True)
+    filled = lambda row: any(cell.strip() for cell in row)
+    try: rows = [(reader.line_num + before, row) for row in reader if filled(row)]
+    except csv.Error as e:
+        raise ValueError(f"{path}, line {reader.line_num + before} can't be read as a table ({e}): "
+                         "save it again") from None
+    if rows: return rows
+    raise ValueError(f"{path} is empty: it needs a header and a line for each entry")
+
 def read_cells(
     path, # of a CSV file with a header
 )->tuple: # (column names, list of (number of its line, its cells)), without empty rows
-    "The cells of a table; raise `ValueError` that names file and line of what is none."
-    text = read_text(path)
-    said = re.match(r"sep=(.)\r?\n", text) # a spreadsheet's own first line
-    text = text[said.end():] if said else text
-    head = re.sub(r'"[^"]*"', "", text.partition("\n")[0])
-    mark = said[1] if said else max(",;\t", key=head.count)
-    reader = csv.reader(StringIO(text, newline=""), delimiter=mark, strict=True) # a quote that does not end would swallow rows
-    try: rows = [(reader.line_num + bool(said), row) for row in reader if any(cell.strip() for cell in row)]
-    except csv.Error as e: raise ValueError(f"{path}, line {reader.line_num} can't be read as a table ({e}): save it again") from None
-    if not rows: raise ValueError(f"{path} is empty: it needs a header and a line for each entry")
-    names = [n.strip() for n in rows[0][1]]
-    if len(set(names)) < len(names) or not all(names): raise ValueError(f"{path} has the header {names}: give each column a name of its own")
-    for line, row in rows[1:]:
-        if len(row) != len(names): raise ValueError(f"{path}, line {line} has {len(row)} values for {len(names)} columns: repair it (a {'tab' if mark == chr(9) else mark} inside a value needs quotes around it)")
-    return names, [(line, [c.replace(",", ".") if mark == ";" and re.fullmatch(r"\s*[-+]?\d*,\d+(e[-+]?\d+)?\s*", c, re.I) else c for c in row]) for line, row in rows[1:]]
+    "The cells of a table; `ValueError` naming file and line of what is none."
+    text, mark, before = _delimiter(read_text(path))
+    (_, header), *rows = _filled_rows(path, text, mark, before)
+    names = [name.strip() for name in header]
+    if len(set(names)) < len(names) or not all(names):
+        raise ValueError(f"{path} has the header {names}: give each column a name of its own")
+    for line, row in rows:
+        if len(row) == len(names): continue
+        remedy = f"a {'tab' if mark == chr(9) else mark} inside a value needs quotes around it"
+        raise ValueError(f"{path}, line {line} has {len(row)} values for {len(names)} columns: "
+                         f"repair it ({remedy})")
+    decimal = lambda c: c.replace(",", ".") if mark == ";" and _DECIMAL_COMMA.fullmatch(c) else c
+    return names, [(line, list(map(decimal, row))) for line, row in rows]
 
+# %% ../../nbs/00_core/07_files.ipynb #b4586107
 def read_rows(
     path, # of a table, or of JSON lines (.jsonl)
 )->list: # of dicts, one a row
@@ -179,5 +223,7 @@ def read_rows(
         names, rows = read_cells(path)
         return [dict(zip(names, row)) for _, row in rows]
     rows = read_json_lines(path)
-    if bad := [r for r in rows if not isinstance(r, dict)]: raise ValueError(f"{path} has a line {str(bad[0])[:80]!r}, which is no object: write {{...}}, one a line")
+    if bad := [row for row in rows if not isinstance(row, dict)]:
+        raise ValueError(f"{path} has a line {str(bad[0])[:80]!r}, which is no object: "
+                         "write {...}, one a line")
     return rows

@@ -29,7 +29,8 @@ def write_npz(
     level:int=1, # zlib's, 0 (none) to 9
 ):
     "Write arrays as `np.savez_compressed` does, atomically and at a chosen level of compression."
-    with atomic(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=level) as z:
+    how = dict(compression=zipfile.ZIP_DEFLATED, compresslevel=level)
+    with atomic(path) as file, zipfile.ZipFile(file, "w", **how) as z:
         for name, array in arrays.items():
             data = BytesIO()
             np.lib.format.write_array(data, np.asanyarray(array), allow_pickle=False)
@@ -37,85 +38,103 @@ def write_npz(
 
 # %% ../../nbs/00_core/06_npz.ipynb #e7e58ce8
 @lru_cache(maxsize=256)
-def _header(text):
-    "dtype and shape in an npy header."
+def _header(text): # type and shape in an npy header
     try:
         head = ast.literal_eval(text.decode("latin1"))
         dtype, fortran, shape = np.dtype(head["descr"]), head["fortran_order"], tuple(head["shape"])
-    except (SyntaxError, TypeError, KeyError, MemoryError, RecursionError): raise ValueError("an npy header that says nothing") from None
+    except (SyntaxError, TypeError, KeyError, MemoryError, RecursionError):
+        raise ValueError("an npy header that says nothing") from None
     if dtype.hasobject or fortran: raise ValueError("objects or Fortran order in a frame")
     return dtype, shape
 
-_AGAIN = "write it again, or restore a whole copy" # the remedy
-_LARGEST = 2**28 # bytes of an array of a frame; those of CALVIN have 160 kB at most
-
-def _from_npy(data):
-    "The array in the bytes of an npy file of version 1, which is what frames have."
+def _from_npy(data): # the array in the bytes of an npy file
     if data[:7] != b"\x93NUMPY\x01": raise ValueError("not an npy file of version 1")
     end = 10 + int.from_bytes(data[8:10], "little")
     dtype, shape = _header(data[10:end])
     return np.frombuffer(data, dtype, offset=end).reshape(shape)
 
-_END, _ENTRY, _LOCAL = struct.Struct("<4s4xHHII2x"), struct.Struct("<4s4xHH4xIIIHHH8xI"), struct.Struct("<4s22xHH") # of a zip
+# %% ../../nbs/00_core/06_npz.ipynb #66490c47
+_AGAIN = "write it again, or restore a whole copy" # the remedy
+_LARGEST = 2**28 # bytes of an array of a frame; those of CALVIN have 160 kB at most
 _TAIL = 4096 # bytes at a file's end in which the list of members is looked for
+_END = struct.Struct("<4s4xHHII2x")
+_ENTRY, _LOCAL = struct.Struct("<4s4xHH4xIIIHHH8xI"), struct.Struct("<4s22xHH")
 
-def _listed(tail, size):
-    "Name -> (flags, method, checksum, compressed size, size, place) of a zip's members; None if zipfile must look."
+def _listed(tail, size): # of the file's end, and its size
+    "Name -> (flags, method, checksum, packed size, size, place); None: zipfile must look."
     mark, here, total, length, place = _END.unpack(tail[-_END.size:])
-    at, found = len(tail) - (size - place), {}
-    if mark != b"PK\5\6" or here != total or place + length + _END.size != size or at < 0: return None
+    at, members = len(tail) - (size - place), {}
+    if mark != b"PK\5\6" or here != total or at < 0: return None
+    if place + length + _END.size != size: return None
     for _ in range(total):
-        mark, flags, method, crc, packed, full, name, extra, comment, local = _ENTRY.unpack_from(tail, at)
+        mark, flags, method, crc, packed, full, *more, local = _ENTRY.unpack_from(tail, at)
         if mark != b"PK\1\2" or 2**32 - 1 in (packed, full, local): return None
-        found[tail[at + _ENTRY.size:at + _ENTRY.size + name].decode("latin1")] = flags, method, crc, packed, full, local
-        at += _ENTRY.size + name + extra + comment
-    return found
+        name = tail[at + _ENTRY.size:at + _ENTRY.size + more[0]].decode("latin1")
+        members[name] = flags, method, crc, packed, full, local
+        at += _ENTRY.size + sum(more) # name, extra field, comment
+    return members
 
 def _at(file, place, n): # n bytes from a place on, fewer at the file's end
     file.seek(place)
     return file.read(n)
 
-def _inflated(file, key, flags, method, crc, packed, full, local):
-    "The bytes of a member."
+# %% ../../nbs/00_core/06_npz.ipynb #6d76569c
+def _unpacked(data, method, packed, full):
+    if method == 0: return data
+    if 1032*packed < _LARGEST: return zlib.decompress(data, -15, full or 1)
+    return zlib.decompressobj(-15).decompress(data, full + 1)
+
+def _inflated(file, key, flags, method, crc, packed, full, local): # the bytes of a member
     if full > _LARGEST: raise ValueError(f"{key} claims {full} bytes")
-    if flags & 1 or method not in (0, 8): raise ValueError(f"{key} is encrypted, or compressed in another way than by zlib")
-    data = _at(file, local, _LOCAL.size + 128 + packed) # the local header has a name, and often an extra field
+    if flags & 1 or method not in (0, 8):
+        raise ValueError(f"{key} is encrypted, or compressed in another way than by zlib")
+    data = _at(file, local, _LOCAL.size + 128 + packed) # 128: a name, and often an extra field
     mark, name, extra = _LOCAL.unpack_from(data)
     start = _LOCAL.size + name + extra
     if start + packed > len(data): data, start = _at(file, local + start, packed), 0
-    data = data[start:start + packed]
-    if method == 8 and 1032*packed < _LARGEST: data = zlib.decompress(data, -15, full or 1) # it can't become more than 1032 times as much
-    elif method == 8: data = zlib.decompressobj(-15).decompress(data, full + 1)
-    if mark != b"PK\3\4" or len(data) != full or zlib.crc32(data) != crc: raise ValueError(f"{key} does not fit its checksum")
+    data = _unpacked(data[start:start + packed], method, packed, full)
+    if mark != b"PK\3\4" or len(data) != full or zlib.crc32(data) != crc:
+        raise ValueError(f"{key} does not fit its checksum")
     return data
 
-def _members(path, names):
-    "The bytes of the named members."
+def _members(path, names): # the bytes of the named members
     with open(path, "rb", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         listed = _listed(_at(file, max(0, size - _TAIL), _TAIL), size) if size > _END.size else None
         if listed is not None: return [_inflated(file, n, *listed[n]) for n in names]
     with zipfile.ZipFile(path) as archive:
-        if large := [e for e in map(archive.getinfo, names) if e.file_size > _LARGEST]: raise ValueError(f"{large[0].filename} claims {large[0].file_size} bytes")
+        for e in [archive.getinfo(name) for name in names]:
+            if e.file_size > _LARGEST: raise ValueError(f"{e.filename} claims {e.file_size} bytes")
         return [archive.read(n) for n in names]
+
+# %% ../../nbs/00_core/06_npz.ipynb #bf5412ab
+_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError,
+           NotImplementedError, RuntimeError)
 
 def read_npz(
     path:Path, # of the file
     keys:tuple, # names to be read
 )->dict: # name -> array (read-only)
-    "The named arrays of a frame; raise `ValueError` naming the file if it is damaged or lacks one."
-    try: return {k: _from_npy(data) for k, data in zip(keys, _members(path, [f"{k}.npy" for k in keys]))}
-    except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: record it again, or restore a whole copy") from None
+    "The named arrays of a frame; `ValueError` naming the file if it is damaged or lacks one."
+    again = "record it again, or restore a whole copy"
+    try:
+        members = _members(path, [f"{key}.npy" for key in keys])
+        return {key: _from_npy(data) for key, data in zip(keys, members)}
+    except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: {again}") from None
     except KeyError:
-        raise ValueError(f"{path} lacks one of {', '.join(keys)}: ask for what it has, or record it again") from None
-    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, NotImplementedError, RuntimeError) as e:
-        raise ValueError(f"{path} is damaged ({e}): record it again, or restore a whole copy") from None
+        raise ValueError(f"{path} lacks one of {', '.join(keys)}: "
+                         "ask for what it has, or record it again") from None
+    except _DAMAGE as e: raise ValueError(f"{path} is damaged ({e}): {again}") from None
 
 # %% ../../nbs/00_core/06_npz.ipynb #60b19c8f
-def _only_arrays(name):
-    "Raise for what a dictionary of arrays does not need; a defaultdict names what it makes."
-    if name not in ARRAYS | MAPPINGS and not re.fullmatch(r"(builtins|__builtin__)\.(dict|list|set|int|float|str)", name): raise ValueError(f"it wants to import {name[:80]}")
-    return name
+_BUILTIN = re.compile(r"(builtins|__builtin__)\.(dict|list|set|int|float|str)") # in a defaultdict
+
+def _only_arrays(name): # the same name, or an error where a dictionary of arrays needs no such
+    if name in ARRAYS | MAPPINGS or _BUILTIN.fullmatch(name): return name
+    raise ValueError(f"it wants to import {name[:80]}")
+
+_NO_DICT = (ValueError, EOFError, SyntaxError, TokenError, AttributeError, IndexError, TypeError,
+            KeyError, OverflowError, MemoryError, RecursionError)
 
 def load_dict(
     path:Path, # an npy file that holds one dictionary
@@ -128,8 +147,9 @@ def load_dict(
             if not dtype.hasobject or shape: raise ValueError("not a saved dictionary")
             value = plain_tree(interpret(file.read(), _only_arrays)[0]).item()
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: {_AGAIN}") from None
-    except (ValueError, EOFError, SyntaxError, TokenError, AttributeError, IndexError, TypeError, KeyError, OverflowError, MemoryError, RecursionError) as e:
-        raise ValueError(f"{path} is not a plain dictionary ({e}): write it again, or restore a copy from a source you trust") from None
+    except _NO_DICT as e:
+        raise ValueError(f"{path} is not a plain dictionary ({e}): "
+                         "write it again, or restore a copy from a source you trust") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, not a dictionary: write it again")
     return value
@@ -138,7 +158,9 @@ def load_dict(
 def read_array(
     path:Path, # of an npy file
 )->np.ndarray: # a copy in memory
-    "The numbers of an npy file; raise `ValueError` that names the file where it is damaged, or no plain array."
-    try: return np.array(np.load(path, mmap_mode="r", allow_pickle=False)) # mapped: a header can't claim more than is there
+    "The numbers of an npy file; `ValueError` naming the file where it is no plain array."
+    try: return np.array(np.load(path, mmap_mode="r", allow_pickle=False))
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: {_AGAIN}") from None
-    except Exception as e: raise ValueError(f"{path} is not a plain array ({type(e).__name__}: {str(e)[:100]}): {_AGAIN}") from None
+    except Exception as e:
+        reason = f"{type(e).__name__}: {str(e)[:100]}"
+        raise ValueError(f"{path} is not a plain array ({reason}): {_AGAIN}") from None

@@ -22,17 +22,22 @@ def declared_parameters(
     source:str, # of a notebook's parameters cell
 )->dict: # name -> dict(type, default, help), in the cell's order
     "The parameters that a cell declares."
-    nodes = [n for n in ast.parse(source).body if isinstance(n, ast.AnnAssign)]
     comment = lambda name: re.findall(rf"^{name} *:[^=\n]+=.*?#\s*(.*)$", source, re.M)
-    return {n.target.id: dict(type=ast.unparse(n.annotation), default=ast.literal_eval(n.value),
-                              help="".join(comment(n.target.id)[-1:])) for n in nodes}
+    declared = {}
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.AnnAssign): continue
+        name, default = node.target.id, ast.literal_eval(node.value)
+        meaning = "".join(comment(name)[-1:])
+        declared[name] = dict(type=ast.unparse(node.annotation), default=default, help=meaning)
+    return declared
 
 # %% ../../nbs/00_core/08_page.ipynb #c19d77fb
 def _tags(cell): return cell.metadata.get("tags", [])
 
 def _given(nb): # name -> value, of the cell that papermill injected
     source = next((c.source for c in nb.cells if "injected-parameters" in _tags(c)), "")
-    return {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(source).body if isinstance(n, ast.Assign)}
+    assigned = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in assigned}
 
 def parameters_table(
     nb, # an executed notebook
@@ -51,27 +56,36 @@ def parameters_table(
 _PROGRESS = re.compile(r"\d+ of \S+ .*\d gone, .* left|^\[[^\]]+\] .*|^\s*\d+%\|")
 
 def kept_lines(
-    text:str, # what a cell printed
+    text:str, # printed by a cell
 )->str: # empty if nothing is left
     "Printed lines without progress and without those of other runs."
-    return "\n".join(line for line in re.split(r"[\r\n]+", text) if line.strip() and not _PROGRESS.search(line))
+    lines = re.split(r"[\r\n]+", text)
+    return "\n".join(line for line in lines if line.strip() and not _PROGRESS.search(line))
 
+# %% ../../nbs/00_core/08_page.ipynb #b2ce73da
 def kept_outputs(
     outputs:list, # of an executed cell
     root:str="", # folder whose files are named by their path in it
 )->list: # copies, for a page
     "Outputs without progress, warnings and widgets."
-    printed = kept_lines("".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout"))
-    shown = [o for o in outputs if o.output_type != "stream" and not any("widget" in kind for kind in o.get("data", ()))]
-    first = deepcopy(next((o for o in outputs if o.output_type == "stream"), None))
-    if printed: first.update(name="stdout", text=printed.replace(f"{root}/", "") + "\n")
-    return [first]*bool(printed) + shown
+    streams = [o for o in outputs if o.output_type == "stream"]
+    printed = kept_lines("".join(o.text for o in streams if o.name == "stdout"))
+    is_widget = lambda o: any("widget" in kind for kind in o.get("data", ()))
+    shown = [o for o in outputs if o.output_type != "stream" and not is_widget(o)]
+    if not printed: return shown
+    first = deepcopy(streams[0])
+    first.update(name="stdout", text=printed.replace(f"{root}/", "") + "\n")
+    return [first] + shown
 
 # %% ../../nbs/00_core/08_page.ipynb #69d9c51a
 def _with_text(cells): # without headings that nothing follows
-    shown = lambda i: any(c.outputs for c in takewhile(lambda c: c.cell_type == "code", cells[i + 1:]))
+    after = lambda i: takewhile(lambda c: c.cell_type == "code", cells[i + 1:])
     bare = lambda c: c.cell_type == "markdown" and re.fullmatch(r"#+ [^\n]*", c.source.strip())
-    return [c for i, c in enumerate(cells) if not bare(c) or shown(i)]
+    return [c for i, c in enumerate(cells) if not bare(c) or any(c.outputs for c in after(i))]
+
+def _section(heading, body): # cells; none without a body
+    from nbformat.v4 import new_markdown_cell
+    return [new_markdown_cell(f"## {heading}\n\n{body}")] if body else []
 
 def page_notebook(
     nb, # an executed notebook
@@ -82,43 +96,54 @@ def page_notebook(
     "The title and the conclusion, results, method, parameters, cost, what comes next."
     from nbformat.v4 import new_markdown_cell, new_notebook
     title, *cells = deepcopy(nb.cells)
+    title.source = re.sub(r"\n- skip_exec: true", "", title.source)
     cells = [c for c in cells if not {"parameters", "injected-parameters"} & {*_tags(c)}]
     for c in cells:
         if c.cell_type == "code": c.outputs = kept_outputs(c.outputs, root)
-    results, after = (_with_text([c for c in cells if tag in _tags(c)]) for tag in ("results", "next"))
+    tagged = lambda tag: _with_text([c for c in cells if tag in _tags(c)])
     method = _with_text([c for c in cells if not {"results", "next"} & {*_tags(c)}])
-    for c in method: c.source = re.sub(r"^#", "##", c.source, flags=re.M) if c.cell_type == "markdown" else c.source
-    title.source = re.sub(r"\n- skip_exec: true", "", title.source)
-    text = lambda heading, body: [new_markdown_cell(f"## {heading}\n\n{body}")] if body else []
-    box = [new_markdown_cell(f'<p class="conclusion">{html.escape(conclusion)}</p>')] if conclusion else []
+    for c in method:
+        if c.cell_type == "markdown": c.source = re.sub(r"^#", "##", c.source, flags=re.M)
+    box = f'<p class="conclusion">{html.escape(conclusion)}</p>'
+    box, results = [new_markdown_cell(box)]*bool(conclusion), tagged("results")
     heading = [new_markdown_cell("## Method")]*bool(results)
-    parts = box, results, heading, method, text("Parameters", parameters_table(nb)), text("Cost", cost), after
-    return new_notebook(cells=sum(parts, [title]), metadata={k: v for k, v in nb.metadata.items() if k != "widgets"})
+    after = _section("Parameters", parameters_table(nb)) + _section("Cost", cost) + tagged("next")
+    metadata = {k: v for k, v in nb.metadata.items() if k != "widgets"}
+    return new_notebook(cells=[title, *box, *results, *heading, *method, *after], metadata=metadata)
 
 # %% ../../nbs/00_core/08_page.ipynb #02c94c28
 _STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;color:#1c1c1c;max-width:1080px;margin:0 auto;padding:0 16px 48px}
-h1{font-size:1.9em;line-height:1.2;margin:.9em 0 .2em} h2{font-size:1.35em;margin:1.6em 0 .4em;border-top:1px solid #ddd;padding-top:.7em}
+body{font:16px/1.5 system-ui,sans-serif;color:#1c1c1c;max-width:1080px;margin:0 auto;
+  padding:0 16px 48px}
+h1{font-size:1.9em;line-height:1.2;margin:.9em 0 .2em}
+h2{font-size:1.35em;margin:1.6em 0 .4em;border-top:1px solid #ddd;padding-top:.7em}
 h3{font-size:1.1em;margin:1.2em 0 .3em} blockquote{margin:0;color:#666}
-.conclusion{font-size:1.2em;line-height:1.45;background:#eef4fa;border-left:5px solid #0072b2;padding:.7em .9em;margin:1.1em 0}
-img,video,svg{max-width:100%;height:auto} figure{display:block!important;margin:.5em 0!important} figcaption{color:#555;max-width:none!important}
+.conclusion{font-size:1.2em;line-height:1.45;background:#eef4fa;border-left:5px solid #0072b2;
+  padding:.7em .9em;margin:1.1em 0}
+img,video,svg{max-width:100%;height:auto} figure{display:block!important;margin:.5em 0!important}
+figcaption{color:#555;max-width:none!important}
 video{width:100%} figure video{max-width:var(--width,1080px)}
-table{display:block;overflow-x:auto;border-collapse:collapse;font-size:.88em;margin:.7em 0;width:max-content;max-width:100%}
-td,th{padding:.28em .7em;border-bottom:1px solid #e4e4e4;text-align:left;vertical-align:top} th{color:#555;font-weight:600}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.85em;background:#f6f6f6;padding:.5em .7em;border-radius:3px}
+table{display:block;overflow-x:auto;border-collapse:collapse;font-size:.88em;margin:.7em 0;
+  width:max-content;max-width:100%}
+td,th{padding:.28em .7em;border-bottom:1px solid #e4e4e4;text-align:left;vertical-align:top}
+th{color:#555;font-weight:600}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.85em;background:#f6f6f6;
+  padding:.5em .7em;border-radius:3px}
 code{font-size:.92em;overflow-wrap:anywhere} a{color:#0072b2} summary{cursor:pointer;color:#555}
 """
 _NOTHING_FETCHED = ("default-src 'none'; img-src data:; media-src data:; font-src data:; "
                     "style-src 'unsafe-inline'; script-src 'unsafe-inline'")
 
-def _wider(image): # a match: an image of twice the dots that it was drawn for is shown half as large again
-    return f'{image[1]} style="width:min(100%,{int(1.5*int(image[2]))}px)"'
-
 def _framed(title, body): # a page of HTML
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{_NOTHING_FETCHED}">'
     return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<meta http-equiv="Content-Security-Policy" content="{_NOTHING_FETCHED}">'
-            f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n<body>{body}</body></html>\n")
+            f"{policy}<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
+            f"<body>{body}</body></html>\n")
+
+# %% ../../nbs/00_core/08_page.ipynb #6e88a075
+def _wider(image): # a match: an image and its width
+    return f'{image[1]} style="width:min(100%,{int(1.5*int(image[2]))}px)"'
 
 # %% ../../nbs/00_core/08_page.ipynb #b63f7568
 def write_html(
@@ -133,7 +158,8 @@ def write_html(
     body, _ = exporter.from_notebook_node(page_notebook(nb, conclusion, cost, str(project_root())))
     code = "\n\n".join(c.source for c in nb.cells if c.cell_type == "code")
     body = re.sub(r'(<img[^>]*?)\s+width="?(\d+)"?(?:\s+height="?\d+"?)?', _wider, body)
-    body += f"<details><summary>The code of this run</summary><pre>{html.escape(code)}</pre></details>"
+    summary = "<summary>The code of this run</summary>"
+    body += f"<details>{summary}<pre>{html.escape(code)}</pre></details>"
     title = nb.cells[0].source.splitlines()[0].lstrip("# ") if nb.cells else record.stem
     return write_whole(Path(record).with_suffix(".html"), _framed(title, body))
 
@@ -143,7 +169,8 @@ def stripped_notebook(
 )->str: # as run notebooks are kept in git
     "A notebook without outputs, counts and what an editor adds."
     nb = json.loads(text)
-    nb["metadata"] = dict(kernelspec=dict(display_name="python3", language="python", name="python3"))
+    kernel = dict(display_name="python3", language="python", name="python3")
+    nb["metadata"] = dict(kernelspec=kernel)
     for cell in nb["cells"]:
         cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags"}
         if cell["cell_type"] == "code": cell |= dict(outputs=[], execution_count=None)

@@ -20,9 +20,10 @@ from matplotlib.ticker import LogFormatter
 from .spec import ACTION_DIM, CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT
 
 # %% ../../nbs/00_core/01_plot.ipynb #d05a2d6c
-matplotlib.rcParams["text.parse_math"] = False # an instruction or a file's name may hold dollars; text from data is never markup
+matplotlib.rcParams["text.parse_math"] = False # text from data is never markup
 
-OKABE_ITO = dict(orange="#E69F00", sky="#56B4E9", green="#009E73", yellow="#F0E442", blue="#0072B2", vermilion="#D55E00", purple="#CC79A7")
+OKABE_ITO = dict(orange="#E69F00", sky="#56B4E9", green="#009E73", yellow="#F0E442",
+                 blue="#0072B2", vermilion="#D55E00", purple="#CC79A7")
 
 def new_axes(
     width:float, # inches
@@ -48,7 +49,7 @@ def outer_legend(
     ax.legend(**dict(fontsize=8, frameon=False) | place | kw)
 
 # %% ../../nbs/00_core/01_plot.ipynb #f6a64690
-class _Plain(LogFormatter): # ticks as 0.02: matplotlib writes them in mathtext, which is not parsed here
+class _Plain(LogFormatter):
     def __call__(self, x, pos=None): return f"{x:g}" if super().__call__(x, pos) else ""
 
 def log_scale(
@@ -68,16 +69,26 @@ def to_hwc(
     "A video with its colours last."
     v = _array(video)
     if v.dtype != np.uint8 or v.ndim != 4 or 3 not in (v.shape[1], v.shape[3]):
-        raise ValueError(f"no video has shape {v.shape} and type {v.dtype}: give (T,3,H,W) or (T,H,W,3) uint8")
+        raise ValueError(f"no video has shape {v.shape} and type {v.dtype}: "
+                         "give (T,3,H,W) or (T,H,W,3) uint8")
     return v if v.shape[3] == 3 else v.transpose(0, 2, 3, 1)
 
-def _resize(frames, height, width): # nearest neighbour, so that no picture looks better than it is
-    rows, columns = np.arange(height)*frames.shape[1]//height, np.arange(width)*frames.shape[2]//width
+# %% ../../nbs/00_core/01_plot.ipynb #ffdde5cb
+def _resize(frames, height, width): # nearest neighbour
+    rows = np.arange(height)*frames.shape[1]//height
+    columns = np.arange(width)*frames.shape[2]//width
     return frames[:, rows][:, :, columns]
 
-# %% ../../nbs/00_core/01_plot.ipynb #ffdde5cb
+def _strip(videos, gap): # (height, width, 3): one video a row, white between the frames
+    T, H, W = (max(v.shape[i] for v in videos) for i in range(3))
+    canvas = np.full((len(videos)*(H + gap) - gap, T*(W + gap) - gap, 3), 255, np.uint8)
+    for r, v in enumerate(videos):
+        for t, frame in enumerate(_resize(v, H, W)):
+            canvas[r*(H + gap):][:H, t*(W + gap):][:, :W] = frame
+    return canvas
+
 def show_frames(
-    video, # (T,3,H,W) or (T,H,W,3) uint8, or a dict from row label to such videos, which may differ in length and size
+    video, # (T,3,H,W) or (T,H,W,3) uint8, or a dict from row label to such videos of any size
     captions:list|None=None, # T texts under the columns; None numbers them
     ax=None, # axes to draw into
     size:float=1.2, # of a frame, inches
@@ -86,12 +97,11 @@ def show_frames(
     rows = {label: to_hwc(v) for label, v in _labelled(video).items()}
     T, H, W = (max(v.shape[i] for v in rows.values()) for i in range(3))
     gap = max(1, W//32)
-    canvas = np.full((len(rows)*(H + gap) - gap, T*(W + gap) - gap, 3), 255, np.uint8)
-    for r, v in enumerate(rows.values()):
-        for t, frame in enumerate(_resize(v, H, W)): canvas[r*(H + gap):][:H, t*(W + gap):][:, :W] = frame
-    ax = new_axes(min(T*size, 12) + .2, min(T*size, 12)*canvas.shape[0]/canvas.shape[1] + .3) if ax is None else ax
+    canvas, width = _strip([*rows.values()], gap), min(T*size, 12)
+    if ax is None: ax = new_axes(width + .2, width*canvas.shape[0]/canvas.shape[1] + .3)
     ax.imshow(canvas, interpolation="nearest")
-    ax.set_xticks(np.arange(T)*(W + gap) + W/2, [str(t) for t in range(T)] if captions is None else captions)
+    captions = [str(t) for t in range(T)] if captions is None else captions
+    ax.set_xticks(np.arange(T)*(W + gap) + W/2, captions)
     ax.set_yticks(np.arange(len(rows))*(H + gap) + H/2, rows)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
@@ -107,29 +117,38 @@ def show_strip(
 ):
     "A film strip of frames picked evenly from each video. Returns the axes."
     rows = {label: to_hwc(v) for label, v in _labelled(video).items()}
-    picks = {label: np.linspace(0, len(v) - 1, columns).round().astype(int) for label, v in rows.items()}
-    lengths = {len(v) for v in rows.values()}
-    share = np.linspace(0, 1, columns)
-    captions = [f"{s*(min(lengths) - 1)/hz:.1f} s" if len(lengths) == 1 else f"{s:.0%}" for s in share]
-    return show_frames({label: v[picks[label]] for label, v in rows.items()}, captions, ax, size)
+    fractions, lengths = np.linspace(0, 1, columns), {len(v) for v in rows.values()}
+    seconds = lambda fraction: fraction*(min(lengths) - 1)/hz
+    captions = [f"{seconds(f):.1f} s" if len(lengths) == 1 else f"{f:.0%}" for f in fractions]
+    pick = lambda v: v[np.linspace(0, len(v) - 1, columns).round().astype(int)]
+    return show_frames({label: pick(v) for label, v in rows.items()}, captions, ax, size)
 
 # %% ../../nbs/00_core/01_plot.ipynb #a6a12073
+def _action_lines(axes, action, label, style, hz): # action: (K,7) or (N,K,7)
+    scale = [100*POSITION_UNIT]*3 + [ROTATION_UNIT]*3 + [1]
+    a = action.reshape(-1, *action.shape[-2:])*scale
+    curve = dict(alpha=len(a)**-.5, drawstyle="steps-post")
+    for i, name in enumerate(("x", "y", "z", "roll", "pitch", "yaw", "gripper")):
+        time = np.arange(a.shape[1])/hz
+        lines = axes[i//3].plot(time, a[..., i].T, style, color=f"C{i%3}", **curve)
+        lines[0].set_label(f"{name} {label}".strip())
+
 def show_actions(
-    action, # (K,7) in [-1, 1], or (N,K,7) for a fan of samples, or a dict from label to such
+    action, # (K,7) in [-1, 1], or (N,K,7) for N samples, or a dict from label to such
     ax=None, # three axes to draw into
     hz:float=CONTROL_HZ, # steps a second
 ):
-    "Relative actions over time, in their units: position, rotation, gripper. Returns the three axes."
+    "Relative actions over time: position, rotation, gripper. Returns the three axes."
     rows = {label: _array(a) for label, a in _labelled(action).items()}
     for a in rows.values():
-        if a.shape[-1] != ACTION_DIM: raise ValueError(f"actions of shape {a.shape} can't be shown: the last axis must hold {ACTION_DIM} numbers")
+        if a.shape[-1] != ACTION_DIM:
+            raise ValueError(f"actions of shape {a.shape} can't be shown: "
+                             f"the last axis must hold {ACTION_DIM} numbers")
     axes = new_axes(9, 2.2, columns=3) if ax is None else ax
     for (label, a), style in zip(rows.items(), cycle(("-", "--", ":", "-.")), strict=False):
-        a = a.reshape(-1, *a.shape[-2:])*([100*POSITION_UNIT]*3 + [ROTATION_UNIT]*3 + [1])
-        for i, name in enumerate(("x", "y", "z", "roll", "pitch", "yaw", "gripper")):
-            lines = axes[i//3].plot(np.arange(a.shape[1])/hz, a[..., i].T, style, color=f"C{i%3}", alpha=len(a)**-.5, drawstyle="steps-post")
-            lines[0].set_label(f"{name} {label}".strip())
-    for panel, unit in zip(axes, ("position, cm a step", "rotation, rad a step", "gripper"), strict=True):
+        _action_lines(axes, a, label, style, hz)
+    units = ("position, cm a step", "rotation, rad a step", "gripper")
+    for panel, unit in zip(axes, units, strict=True):
         panel.set(xlabel="time, s", ylabel=unit)
         panel.legend(fontsize=7, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(.5, 1))
     axes[2].set_yticks([-1, 1], ["close", "open"])
@@ -139,16 +158,32 @@ def show_actions(
 def read_history(
     path:str|Path # of a `metrics.jsonl`, or its folder
 )->list: # of dicts, one for each logged step
-    "What a training run logged."
+    "The rows that a training run logged."
     path = Path(path)
     path = path/"metrics.jsonl" if path.is_dir() else path
-    if not path.exists(): raise FileNotFoundError(f"no {path}: give the folder of a run that has been trained")
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}: give the folder of a run that has been trained")
     rows, lines = [], path.read_bytes().split(b"\n")[:-1]
     for line in lines:
         with suppress(ValueError): rows.append(json.loads(line))
     rows = [r for r in rows if isinstance(r, dict)]
-    if lost := len(lines) - len(rows): warnings.warn(f"{path}: {lost} of {len(lines)} lines are damaged and left out: delete them", stacklevel=2)
+    if lost := len(lines) - len(rows):
+        warnings.warn(f"{path}: {lost} of {len(lines)} lines are damaged and left out: "
+                      "delete them", stacklevel=2)
     return rows
+
+# %% ../../nbs/00_core/01_plot.ipynb #5e57a2cd
+def _curves(history, keys, x): # {label: (2,N) points}
+    curves = {}
+    for label, rows in _labelled(history).items():
+        rows = read_history(rows) if isinstance(rows, str | Path) else rows
+        for key in keys:
+            points = np.array([(row[x], row[key]) for row in rows if x in row and key in row])
+            if not len(points):
+                logged = ", ".join(sorted({k for row in rows for k in row}))
+                raise ValueError(f"nothing was logged as {key!r} over {x!r}; there is {logged}")
+            curves[f"{label} {key if len(keys) > 1 else ''}".strip()] = points.T
+    return curves
 
 def show_curves(
     history, # list of dicts, or path of a metrics.jsonl or its folder, or a dict from label to such
@@ -159,17 +194,12 @@ def show_curves(
     log:bool=False, # logarithmic vertical axis
 ):
     "Curves of what was logged. Returns the axes."
-    keys, lines = (keys,) if isinstance(keys, str) else keys, {}
-    for label, h in _labelled(history).items():
-        h = read_history(h) if isinstance(h, str | Path) else h
-        for key in keys:
-            points = np.array([(row[x], row[key]) for row in h if x in row and key in row])
-            if not len(points): raise ValueError(f"nothing was logged as {key!r} over {x!r}; there is {', '.join(sorted({k for row in h for k in row}))}")
-            lines[f"{label} {key if len(keys) > 1 else ''}".strip()] = points.T
+    keys = (keys,) if isinstance(keys, str) else keys
+    curves = _curves(history, keys, x)
     ax = new_axes(6, 2.6) if ax is None else ax
-    for label, (at, values) in lines.items():
+    for label, (at, values) in curves.items():
         n = min(smooth, len(values))
-        mean = np.convolve(values, np.ones(n)/n, "valid") # of an entry and those before it
+        mean = np.convolve(values, np.ones(n)/n, "valid")
         ax.plot(at[n - 1:], mean, marker="o" if len(mean) == 1 else None, alpha=.8, label=label)
     ax.set(xlabel=x, ylabel=", ".join(keys))
     if log: log_scale(ax)
@@ -184,12 +214,15 @@ def show_usage(
 ):
     "How evenly the codes of a codebook are used, most frequent first. Returns the axes."
     ax = new_axes(4.5, 2.2) if ax is None else ax
-    rows = {label: np.sort(_array(c).astype(float))[::-1] for label, c in _labelled(counts).items()}
+    rows = {label: _array(c).astype(float) for label, c in _labelled(counts).items()}
+    width = .9/len(rows)
     for i, (label, c) in enumerate(rows.items()):
+        at = np.arange(len(c)) + (i + .5)/len(rows) - .5
+        percent = 100*np.sort(c)[::-1]/max(c.sum(), 1)
         used = f"{(c > 0).sum()} of {len(c)} codes used"
-        ax.bar(np.arange(len(c)) + (i + .5)/len(rows) - .5, 100*c/max(c.sum(), 1), width=.9/len(rows), label=f"{label}: {used}" if label else used)
-    ax.axhline(100/max(map(len, rows.values())), color="grey", lw=.8, ls=":") # where all would be equal
-    ax.set(xlabel="code, most frequent first", ylabel="share of uses, %")
+        ax.bar(at, percent, width=width, label=f"{label}: {used}" if label else used)
+    ax.axhline(100/max(map(len, rows.values())), color="grey", lw=.8, ls=":") # all used equally
+    ax.set(xlabel="code, most frequent first", ylabel="fraction of uses, %")
     ax.legend(fontsize=7)
     return ax
 
@@ -199,6 +232,6 @@ def save_figure(
     path, # of the PNG
     dpi:int=144, # dots an inch
 ):
-    "Write a figure to a file; what a `show_` function returns will do."
+    "Write a figure, given itself or its axes, to a PNG file."
     one = np.ravel(np.asarray(drawn, object))[0]
     getattr(one, "figure", one).savefig(path, dpi=dpi, bbox_inches="tight")

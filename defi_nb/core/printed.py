@@ -36,6 +36,7 @@ class PrintedTable:
             raise ValueError(f"{self.source} has no row {name!r}; it has {', '.join(self.rows)}")
         return dict(zip(self.columns, self.rows[name]))
 
+# %% ../../nbs/00_core/09_printed.ipynb #07b913e3
 @lru_cache
 def printed_tables()->tuple: # of `PrintedTable`
     "All tables of both papers, in their order."
@@ -50,9 +51,9 @@ def printed_table(
 )->PrintedTable:
     "One table of a paper."
     wanted = f"{paper}, {table if isinstance(table, str) else f'table {table}'}"
-    known = {t.source: t for t in printed_tables()}
-    if wanted not in known: raise ValueError(f"no table {wanted!r}; there are {'; '.join(known)}")
-    return known[wanted]
+    tables = {t.source: t for t in printed_tables()}
+    if wanted not in tables: raise ValueError(f"no table {wanted!r}; there are {'; '.join(tables)}")
+    return tables[wanted]
 
 # %% ../../nbs/00_core/09_printed.ipynb #8c5f146d
 _ROUNDING = 1e-6 # of binary fractions
@@ -66,26 +67,24 @@ def chain_marks(
     sums = [f"its rates add up to {total:.3f}"]*(abs(total - average) > .005 + _ROUNDING)
     return sums + ["from 125 chains: all rates are multiples of 1/125"]*on_grid
 
-def _copied(table, name): # of a table of chains
-    "Rows that have the same rates and another average."
+# %% ../../nbs/00_core/09_printed.ipynb #84fee6f1
+def _copied(table, name): # rows of chains that have the same rates and another average
     *rates, average = table.rows[name]
     same = [n for n, (*r, a) in table.rows.items() if r == rates and a != average]
     wrong = abs(sum(rates)/100 - average) > .005 + _ROUNDING
     return [f"its rates are those of {other!r}" for other in same if wrong]
 
-def _means(table, name):
-    "Averages that are not the mean of the columns since the last one."
+def _means(table, name): # averages that are not the mean of the columns since the last one
     marks, values = [], []
     for column, value in table.row(name).items():
         if "average" not in column: values.append(value); continue
         if abs(np.mean(values) - value) > .05 + _ROUNDING:
-            name = column.replace("average", "mean")
-            marks.append(f"{name} of its tasks is {np.mean(values):.1f}")
+            mean = column.replace("average", "mean")
+            marks.append(f"{mean} of its tasks is {np.mean(values):.1f}")
         values = []
     return marks
 
-def _counts(table, name):
-    "Cells that no count of the trials gives."
+def _counts(table, name): # cells that no count of the trials gives
     near = lambda v: round(v/100*table.trials)
     cells = {c: v for c, v in table.row(name).items() if table.trials and "average" not in c}
     exact = {c: 100*near(v)/table.trials for c, v in cells.items()}
@@ -106,13 +105,12 @@ def printed_markdown(
     table:PrintedTable, # of a paper
 )->str: # markdown
     "A printed table, what does not hold in it marked."
+    from defi_nb.core.stats import markdown_table # here: who only reads numbers needs no SciPy
     marks = {name: "; ".join(row_marks(table, name)) for name in table.rows}
     note = ["note"]*any(marks.values())
     rows = [[name, *cells, *([marks[name]] if note else [])] for name, cells in table.rows.items()]
-    from defi_nb.core.stats import markdown_table # imported here: who only reads numbers needs no SciPy
     text = markdown_table([table.table.capitalize(), *table.columns, *note], rows)
     total = sum(sum(cells) for cells in table.rows.values()) if table.kind == "shares" else 100
     sums = [f"The shares add up to {total:.1f} %."]*(abs(total - 100) > .05)
     remark = f" {table.note[:1].upper()}{table.note[1:]}."*bool(table.note)
-    said = [f"{table.source}: {table.what}.{remark}"]
-    return " ".join(said + sums) + f"\n\n{text}"
+    return " ".join([f"{table.source}: {table.what}.{remark}", *sums]) + f"\n\n{text}"

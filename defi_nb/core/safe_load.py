@@ -28,31 +28,32 @@ from safetensors.torch import load_file
 
 # %% ../../nbs/00_core/05_safe_load.ipynb #64e38628
 _STORAGES = {f"torch.{kind}Storage": dtype for kind, dtype in dict(
-    Float=torch.float32, Half=torch.float16, BFloat16=torch.bfloat16, Double=torch.float64, Bool=torch.bool,
-    Byte=torch.uint8, Char=torch.int8, Short=torch.int16, Int=torch.int32, Long=torch.int64).items()} # the kinds of numbers
+    Float=torch.float32, Half=torch.float16, BFloat16=torch.bfloat16, Double=torch.float64,
+    Bool=torch.bool, Byte=torch.uint8, Char=torch.int8, Short=torch.int16, Int=torch.int32,
+    Long=torch.int64).items()}
+PLAIN = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2",
+         "torch._utils._rebuild_parameter"}
+MAPPINGS = {"collections.OrderedDict", "collections.defaultdict"}
 
-PLAIN = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"} # what tensors need
+ARRAYS = {"numpy.dtype", "numpy.ndarray", "_codecs.encode"}
+ARRAYS |= {f"numpy.{core}.{name}" for core in ("core", "_core")
+           for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")}
 
-MAPPINGS = {"collections.OrderedDict", "collections.defaultdict"} # read as plain dictionaries
+_BUILTINS = ("object", "dict", "list", "tuple", "set", "frozenset", "int", "float", "bool", "str",
+             "bytes", "complex", "slice", "type")
+_INERT = {
+    "collections.defaultdict", "collections.Counter", "collections.deque", "functools.partial",
+    "copyreg._reconstructor", "pathlib.Path", "pathlib.PosixPath", "pathlib.PurePosixPath",
+    "pathlib.WindowsPath", "datetime.datetime", "datetime.timedelta", "argparse.Namespace",
+    "torch.Size", "torch.device", "torch.Tensor", "torch.nn.parameter.Parameter"}
+_INERT |= ARRAYS | {str(dtype) for dtype in _STORAGES.values()}
+_INERT |= {f"{module}.{kind}" for module in ("builtins", "__builtin__") for kind in _BUILTINS}
 
-_INERT = {"collections.defaultdict", "collections.Counter", "collections.deque", "functools.partial", "copyreg._reconstructor",
-         "pathlib.Path", "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath", "datetime.datetime",
-         "datetime.timedelta", "argparse.Namespace", "torch.Size", "torch.device", "torch.Tensor", "torch.nn.parameter.Parameter"} # names that configurations hold
-ARRAYS = {"numpy.dtype", "numpy.ndarray", "_codecs.encode"} # what NumPy's arrays need
-ARRAYS |= {f"numpy.{core}.{name}" for core in ("core", "_core") for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")}
-_INERT |= ARRAYS
-_INERT |= {f"{module}.{kind}" for module in ("builtins", "__builtin__")
-          for kind in ("object", "dict", "list", "tuple", "set", "frozenset", "int", "float", "bool", "str", "bytes", "complex", "slice", "type")}
-_INERT |= {str(dtype) for dtype in _STORAGES.values()}
+PACKAGES = ("omegaconf.", "typing.", "torch.optim.", "lightning.", "lightning_fabric.",
+            "lightning_utilities.", "pytorch_lightning.", "jsonargparse.")
 
-PACKAGES = ("omegaconf.", "typing.", "torch.optim.", "lightning.", "lightning_fabric.", "lightning_utilities.", "pytorch_lightning.",
-            "jsonargparse.") # and the packages that they come from
-
-def _check_name(
-    name:str, # module and name, as a pickle gives them
-)->str: # the same name
-    "Raise `ValueError` for a name that no checkpoint needs."
-    if name in PLAIN or name in _STORAGES or name in _INERT or name.startswith(PACKAGES): return name
+def _check_name(name): # module and name, as a pickle gives them; the same name
+    if name in {*PLAIN, *_STORAGES, *_INERT} or name.startswith(PACKAGES): return name
     raise ValueError(f"its pickle names {name[:80]}, which no checkpoint needs")
 
 # %% ../../nbs/00_core/05_safe_load.ipynb #a1a9cc76
@@ -64,6 +65,7 @@ class Name:
 class Inert:
     "In place of whatever a call would have made."
 
+# %% ../../nbs/00_core/05_safe_load.ipynb #16603a7f
 @dataclass(eq=False)
 class Made:
     "An array, a type or a scalar of NumPy's, as a pickle describes it."
@@ -81,40 +83,52 @@ class Stored:
     size:tuple = () # the tensor's shape
     stride:tuple = () # in numbers
 
-def _plain_ints(values): # at most as many and as large as a tensor's axes can be
-    return type(values) is tuple and len(values) <= 16 and all(type(v) is int and 0 <= v < 2**63 for v in values)
+# %% ../../nbs/00_core/05_safe_load.ipynb #e44e2c91
+def _plain_ints(values):
+    if type(values) is not tuple or len(values) > 16: return False
+    return all(type(v) is int and 0 <= v < 2**63 for v in values)
 
 def _storage(parts): # ("storage", Name, key, device, count), as torch.save writes it
-    if type(parts) is not tuple or len(parts) != 5: raise ValueError("a storage is not described as torch does it")
+    error = ValueError("a storage is not described as torch does it")
+    if type(parts) is not tuple or len(parts) != 5: raise error
     word, kind, key, _, count = parts
-    if word != "storage" or type(kind) is not Name or type(key) is not str or not _plain_ints((count,)): raise ValueError("a storage is not described as torch does it")
+    if word != "storage" or type(kind) is not Name or type(key) is not str: raise error
+    if not _plain_ints((count,)): raise error
     return Stored(key, _STORAGES[kind.name], count)
 
-def _pairs(args): # of a mapping that is made with some: the list of [key, value] that Python 2 wrote, or none
+def _tensor(args): # a storage, and how the tensor lies in it
+    storage, offset, size, stride = args[:4]
+    is_one = type(storage) is Stored and all(map(_plain_ints, ((offset,), size, stride)))
+    if not is_one or len(size) != len(stride):
+        raise ValueError("a tensor is not described as torch does it")
+    return Stored(storage.key, storage.dtype, storage.count, offset, size, stride)
+
+# %% ../../nbs/00_core/05_safe_load.ipynb #d923f55b
+_SCALARS = str, int, float, bool, bytes, type(None)
+
+def _pairs(args): # of a mapping that is made with some: [key, value] lists, as Python 2 wrote them
     pairs = args[0] if type(args) is tuple and args and type(args[0]) is list else []
     return [tuple(p) for p in pairs if type(p) in (list, tuple) and len(p) == 2]
 
 def _made(function, args):
-    "What a call stands for, without the call."
     name = function.name if type(function) is Name else None
     if name in MAPPINGS: return {k: v for k, v in _pairs(args) if type(k) in _SCALARS}
     if name == "__builtin__.bytes" and args == (): return b""
     if name == "torch._utils._rebuild_parameter": return args[0]
-    if name in ARRAYS: return Made(name, args)
-    if name != "torch._utils._rebuild_tensor_v2": return Inert()
-    storage, offset, size, stride = args[:4]
-    if type(storage) is not Stored or not _plain_ints((offset,)) or not _plain_ints(size) or not _plain_ints(stride) or len(size) != len(stride):
-        raise ValueError("a tensor is not described as torch does it")
-    return Stored(storage.key, storage.dtype, storage.count, offset, size, stride)
+    if name == "torch._utils._rebuild_tensor_v2": return _tensor(args)
+    return Made(name, args) if name in ARRAYS else Inert()
 
 # %% ../../nbs/00_core/05_safe_load.ipynb #793ea4a5
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_LITERALS = {op.name for op in pickletools.opcodes if op.arg and op.stack_before == [] and op.stack_after and op.stack_after[0].name != "any"}
-_SCALARS = str, int, float, bool, bytes, type(None)
+
+def _is_literal(op): # an instruction that pushes its argument
+    return op.arg and not op.stack_before and op.stack_after and op.stack_after[0].name != "any"
+
+_LITERALS = {op.name for op in pickletools.opcodes if _is_literal(op)}
 
 class _Machine:
-    "A pickle's stack, marks and memory; `names` collects what it asks for."
-    def __init__(self, check): self.stack, self.marked, self.memo, self.names, self.check = [], [], {}, set(), check
+    def __init__(self, check): # check: name -> the same name, or ValueError
+        self.stack, self.marked, self.memo, self.names, self.check = [], [], {}, set(), check
 
     def pop(self, n=1): # the n topmost values as a tuple, the topmost last
         if len(self.stack) < n: raise ValueError("its pickle takes more values than it has pushed")
@@ -126,56 +140,23 @@ class _Machine:
         return values
 
     def name(self, module, name):
-        if type(module) is not str or type(name) is not str: raise ValueError("its pickle names something that is not text")
+        if type(module) is not str or type(name) is not str:
+            raise ValueError("its pickle names something that is not text")
         self.names.add(self.check(f"{module}.{name}"))
         return Name(f"{module}.{name}")
 
-def _extended(target, values):
-    "Append to a list; what is no list stays as it is."
-    if type(target) is list: target.extend(values)
-
 def _updated(target, flat): # key, value, key, value, ...
-    "Set items of a dictionary; what is no dictionary stays as it is."
-    if type(target) is dict: target.update((k, v) for k, v in zip(flat[::2], flat[1::2]) if type(k) in _SCALARS)
+    items = zip(flat[::2], flat[1::2])
+    if type(target) is dict: target.update((k, v) for k, v in items if type(k) in _SCALARS)
     return target
 
 # %% ../../nbs/00_core/05_safe_load.ipynb #57dcc58b
 @patch
-def step(self:_Machine,
-    op:str, # name of the instruction, as in `pickletools`
-    arg, # its argument, None if it has none
-):
-    "One instruction."
-    match op:
-        case "PROTO" | "FRAME" | "STOP": pass
-        case "MARK":
-            self.marked.append(self.stack)
-            self.stack = []
-        case "POP": self.pop()
-        case "BUILD":
-            state, = self.pop()
-            if type(self.stack[-1]) is Made: self.stack[-1].state = state
-        case "POP_MARK" | "ADDITEMS": self.pop_mark()
-        case "PUT" | "BINPUT" | "LONG_BINPUT": self.memo[arg] = self.stack[-1]
-        case "MEMOIZE": self.memo[len(self.memo)] = self.stack[-1]
-        case "APPEND" | "APPENDS":
-            values = self.pop() if op == "APPEND" else self.pop_mark()
-            _extended(self.stack[-1], values)
-        case "SETITEM" | "SETITEMS":
-            flat = self.pop(2) if op == "SETITEM" else self.pop_mark()
-            _updated(self.stack[-1], flat)
-        case _ if op in _CONSTANTS: self.stack.append(_CONSTANTS[op])
-        case _ if op in _LITERALS: self.stack.append(arg)
-        case _:
-            value = self.pushed(op, arg) # which may replace the stack
-            self.stack.append(value)
-
-@patch
 def pushed(self:_Machine,
-    op:str, # name of the instruction
+    op:str, # name of the instruction, as in `pickletools`
     arg, # its argument
 ): # a value
-    "What an instruction makes of the values on the stack."
+    "The value that an instruction makes of those on the stack."
     match op:
         case "EMPTY_LIST": return []
         case "EMPTY_DICT": return {}
@@ -198,9 +179,41 @@ def pushed(self:_Machine,
             return _made(function, tuple(args))
     raise ValueError(f"its pickle has the instruction {op}, which torch.save does not write")
 
+# %% ../../nbs/00_core/05_safe_load.ipynb #c2159272
+@patch
+def step(self:_Machine,
+    op:str, # name of the instruction, as in `pickletools`
+    arg, # its argument, None if it has none
+):
+    "Carry out one instruction."
+    match op:
+        case "PROTO" | "FRAME" | "STOP": pass
+        case "MARK":
+            self.marked.append(self.stack)
+            self.stack = []
+        case "POP": self.pop()
+        case "BUILD":
+            state, = self.pop()
+            if type(self.stack[-1]) is Made: self.stack[-1].state = state
+        case "POP_MARK" | "ADDITEMS": self.pop_mark()
+        case "PUT" | "BINPUT" | "LONG_BINPUT": self.memo[arg] = self.stack[-1]
+        case "MEMOIZE": self.memo[len(self.memo)] = self.stack[-1]
+        case "APPEND" | "APPENDS":
+            values = self.pop() if op == "APPEND" else self.pop_mark()
+            if type(self.stack[-1]) is list: self.stack[-1].extend(values)
+        case "SETITEM" | "SETITEMS":
+            flat = self.pop(2) if op == "SETITEM" else self.pop_mark()
+            _updated(self.stack[-1], flat)
+        case _ if op in _CONSTANTS: self.stack.append(_CONSTANTS[op])
+        case _ if op in _LITERALS: self.stack.append(arg)
+        case _:
+            value = self.pushed(op, arg) # which may replace the stack
+            self.stack.append(value)
+
+# %% ../../nbs/00_core/05_safe_load.ipynb #3dfd7fe8
 def interpret(
     code:bytes, # a pickle
-    check=_check_name, # called with each name that it asks for; raises ValueError for one that must not be there
+    check=_check_name, # called with each name that it asks for; ValueError: it must not be there
 )->tuple: # the tree that it describes; the set of names that it asks for
     "Read a pickle without importing or calling what it names."
     machine = _Machine(check)
@@ -210,34 +223,49 @@ def interpret(
 # %% ../../nbs/00_core/05_safe_load.ipynb #0bf09d05
 _KINDS = re.compile(r"[<>|=]?([biufc](1|2|4|8|16)|[SU]\d{1,6}|O8?)")
 
+def _is_plain(made, state): # whether the type described is one of numbers, text or objects
+    if made.function != "numpy.dtype" or type(made.args[0]) is not str: return False
+    if not _KINDS.fullmatch(made.args[0]) or state[1] not in ("<", ">", "|", "="): return False
+    return all(v is None for v in state[2:5])
+
 def _dtype(made):
-    "The type that a pickle describes: numbers, text, or objects."
     state = made.state or (3, "=", None, None, None)
-    if made.function != "numpy.dtype" or type(made.args[0]) is not str or not _KINDS.fullmatch(made.args[0]) or state[1] not in ("<", ">", "|", "=") or any(v is not None for v in state[2:5]):
+    if not _is_plain(made, state):
         raise ValueError("an array of a kind that is neither numbers nor text")
     return np.dtype(made.args[0]).newbyteorder(state[1])
 
-def _array(made, go):
-    "The array, scalar or bytes that a pickle describes; `go` brings what lies in an array of objects."
-    match made.function.rpartition(".")[2]:
-        case "encode" if made.args[1:] == ("latin1",): return made.args[0].encode("latin1") # how old pickles write bytes
+# %% ../../nbs/00_core/05_safe_load.ipynb #7d003c8e
+def _array_parts(kind, made): # type and data as described, shape, whether in Fortran's order
+    match kind:
         case "scalar": (dtype, data), shape, order = made.args, (), False
         case "_reconstruct": _, shape, dtype, order, data = made.state
         case "_frombuffer": data, dtype, shape, order = made.args
         case _: raise ValueError("an array that is not described as NumPy does it")
+    return dtype, data, shape, order
+
+def _array(made, go): # go: brings what lies in an array of objects
+    "The array, scalar or bytes that a pickle describes."
+    kind = made.function.rpartition(".")[2]
+    if kind == "encode" and made.args[1:] == ("latin1",): # how old pickles write bytes
+        return made.args[0].encode("latin1")
+    dtype, data, shape, order = _array_parts(kind, made)
     dtype, data, n = _dtype(dtype), go(data), math.prod(shape) if _plain_ints(shape) else -1
-    if dtype.hasobject and type(data) is list and len(data) == n:
+    is_list, is_bytes = type(data) is list, type(data) in (bytes, bytearray)
+    if dtype.hasobject and is_list and len(data) == n:
         array = np.empty(n, object)
         for i, value in enumerate(data): array[i] = value
-    elif not dtype.hasobject and type(data) in (bytes, bytearray) and len(data) == n*dtype.itemsize: array = np.frombuffer(data, dtype, n).copy()
+    elif not dtype.hasobject and is_bytes and len(data) == n*dtype.itemsize:
+        array = np.frombuffer(data, dtype, n).copy()
     else: raise ValueError(f"an array of shape {shape} with {len(data)} bytes or values")
-    return array.reshape(shape, order="F" if order in (True, "F") else "C")[() if made.function.endswith("scalar") else ...]
+    array = array.reshape(shape, order="F" if order in (True, "F") else "C")
+    return array[() if kind == "scalar" else ...]
 
+# %% ../../nbs/00_core/05_safe_load.ipynb #b4d9da89
 def plain_tree(
     tree, # from `interpret`
     done:dict=None, # what has been brought already, by its id
-): # the same tree of dicts, lists, tuples, scalars, with arrays where they were described
-    "Bring NumPy's arrays, types and scalars; raise `ValueError` if there is anything else."
+): # the same tree of dicts, lists, tuples and scalars, with NumPy's arrays
+    "Bring NumPy's arrays, types and scalars; `ValueError` if there is anything else."
     done = {} if done is None else done
     go, key = partial(plain_tree, done=done), id(tree)
     if type(tree) in (*_SCALARS, bytearray): return tree
@@ -250,75 +278,91 @@ def plain_tree(
             done[key] = {}
             done[key].update((k, go(v)) for k, v in tree.items())
         case tuple(): done[key] = tuple(map(go, tree))
-        case Made(): done[key] = _dtype(tree) if tree.function == "numpy.dtype" else _array(tree, go)
+        case Made(function="numpy.dtype"): done[key] = _dtype(tree)
+        case Made(): done[key] = _array(tree, go)
         case _: raise ValueError("something that is neither a plain container nor an array")
     return done[key]
 
 # %% ../../nbs/00_core/05_safe_load.ipynb #8b57ebd4
-_AGAIN = "download or copy it again" # the remedy for a damaged file
+_LARGEST = 8*2**20 # bytes of the pickle
 
-def _line(text): return " ".join(str(text).split())[:300] # what a file says may have line breaks, and be long
-_LARGEST = 8*2**20 # bytes of the pickle; those of the release's largest files would be under 1 MB
+def _check_entries(entries, size): # the archive's `zipfile.ZipInfo`s; bytes of the file
+    if len({e.filename.lower() for e in entries}) < len(entries):
+        raise ValueError("two of its entries have the same name")
+    stored = lambda e: e.compress_type == zipfile.ZIP_STORED and e.file_size == e.compress_size
+    if any(not stored(e) or e.flag_bits & 1 for e in entries):
+        raise ValueError("its entries are compressed or encrypted, "
+                         "which those of torch.save never are")
+    if sum(e.file_size for e in entries) > size:
+        raise ValueError("its entries are longer than the file")
+
+def _folder_of(entries): # the folder in the archive that holds everything; entries by name
+    pickles = [name for name in entries if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError(f"it is a zip archive with {len(pickles)} entries called data.pkl, "
+                         "and a checkpoint has one")
+    folder = pickles[0].removesuffix("data.pkl")
+    if f"{folder}constants.pkl" in entries:
+        raise ValueError("it is a TorchScript program, not a checkpoint")
+    if (size := entries[pickles[0]].file_size) > _LARGEST:
+        raise ValueError(f"its pickle has {size} bytes, more than {_LARGEST}")
+    return folder
 
 def open_archive(
     path:Path, # of a file that torch.save wrote
 )->tuple: # the pickle, bytes; {key of a storage: its `zipfile.ZipInfo`}
     "The pickle and the storages' entries of a torch archive, after checks."
     with zipfile.ZipFile(path) as archive:
+        _check_entries(archive.infolist(), path.stat().st_size)
         entries = {e.filename: e for e in archive.infolist()}
-        if len({name.lower() for name in entries}) < len(archive.infolist()): raise ValueError("two of its entries have the same name")
-        if any(e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size or e.flag_bits & 1 for e in entries.values()):
-            raise ValueError("its entries are compressed or encrypted, which those of torch.save never are")
-        if sum(e.file_size for e in entries.values()) > path.stat().st_size: raise ValueError("its entries are longer than the file")
-        pickles = [name for name in entries if name.endswith("/data.pkl")]
-        if len(pickles) != 1: raise ValueError(f"it is a zip archive with {len(pickles)} entries called data.pkl, and a checkpoint has one")
-        folder = pickles[0].removesuffix("data.pkl")
-        if f"{folder}constants.pkl" in entries: raise ValueError("it is a TorchScript program, not a checkpoint")
-        if entries[pickles[0]].file_size > _LARGEST: raise ValueError(f"its pickle has {entries[pickles[0]].file_size} bytes, more than {_LARGEST}")
-        if f"{folder}byteorder" in entries and archive.read(f"{folder}byteorder") != b"little": raise ValueError("its numbers are big-endian")
-        storages = {name.removeprefix(f"{folder}data/"): e for name, e in entries.items() if name.startswith(f"{folder}data/")}
-        return archive.read(pickles[0]), storages
+        folder = _folder_of(entries)
+        order, data = f"{folder}byteorder", f"{folder}data/"
+        if order in entries and archive.read(order) != b"little":
+            raise ValueError("its numbers are big-endian")
+        in_data = [name for name in entries if name.startswith(data)]
+        storages = {name.removeprefix(data): entries[name] for name in in_data}
+        return archive.read(f"{folder}data.pkl"), storages
 
+# %% ../../nbs/00_core/05_safe_load.ipynb #f0a373bb
 def _data_at(entry, memory): # where the bytes of an archive's entry begin, by its local header
     name, extra = struct.unpack("<4x22xHH", memory[entry.header_offset:entry.header_offset + 30])
     return entry.header_offset + 30 + name + extra
 
 def _verify(entries, memory):
-    "Raise `ValueError` for an entry whose bytes do not fit its checksum; 0 is none, which torch can be set to write."
+    "Raise `ValueError` for an entry whose bytes do not fit its checksum."
     with memoryview(memory) as view:
         for e in entries:
             start = _data_at(e, memory)
-            if e.CRC and zlib.crc32(view[start:start + e.file_size]) != e.CRC: raise ValueError(f"{e.filename} does not fit its checksum")
+            if e.CRC and zlib.crc32(view[start:start + e.file_size]) != e.CRC:
+                raise ValueError(f"{e.filename} does not fit its checksum")
 
-def _map_tensor(
-    stored:Stored, # where it lies
-    storages:dict, # from `open_archive`
-    memory:mmap.mmap, # the whole file
-)->torch.Tensor: # on the file's bytes; a write goes to a copy in memory
-    "A tensor of an archive."
-    entry, at, step = storages[stored.key], storages[stored.key].header_offset, stored.dtype.itemsize
-    start, n = _data_at(entry, memory), math.prod(stored.size)
-    last = stored.offset + sum((size - 1)*stride for size, stride in zip(stored.size, stored.stride))
-    if memory[at:at + 4] != b"PK\x03\x04" or start % step or start + entry.file_size > len(memory) or stored.count*step != entry.file_size \
-        or n and last >= stored.count or n > stored.count: raise ValueError(f"a tensor of shape {stored.size} does not lie in storage {stored.key!r}")
+def _map_tensor(stored, storages, memory): # `Stored`; entries by key; the file, mapped
+    entry, width, n = storages[stored.key], stored.dtype.itemsize, math.prod(stored.size)
+    at, start = entry.header_offset, _data_at(entry, memory)
+    steps = sum((size - 1)*stride for size, stride in zip(stored.size, stored.stride))
+    in_file = memory[at:at + 4] == b"PK\x03\x04" and start + entry.file_size <= len(memory)
+    whole = start % width == 0 and stored.count*width == entry.file_size
+    inside = n <= stored.count and (not n or stored.offset + steps < stored.count)
+    if not (in_file and whole and inside):
+        raise ValueError(f"a tensor of shape {stored.size} does not lie in storage {stored.key!r}")
     if not n: return torch.empty(stored.size, dtype=stored.dtype)
-    return torch.frombuffer(memory, dtype=stored.dtype, count=stored.count, offset=start).as_strided(stored.size, stored.stride, stored.offset)
+    numbers = torch.frombuffer(memory, dtype=stored.dtype, count=stored.count, offset=start)
+    return numbers.as_strided(stored.size, stored.stride, stored.offset)
 
 # %% ../../nbs/00_core/05_safe_load.ipynb #f3887ac0
-_KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params") # under which
-_AVERAGED = re.compile(r"(^|_)(ema|shadow)(_|$)", re.I) # and under which averaged weights lie
+_KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
+_AVERAGED = re.compile(r"(^|_)(ema|shadow)(_|$)", re.I) # a key of averaged weights
 
 def _is_named_tensor(k, v): return type(k) is str and isinstance(v, torch.Tensor | Stored)
 def _is_state(tree): return all(_is_named_tensor(k, v) for k, v in tree.items())
 
-def _state_in(tree, depth=4):
-    "The state dict in nested dicts, averaged weights before running ones; None if there is none."
+def _state_in(tree, depth=4): # the state dict in nested dicts; None: there is none
     if not isinstance(tree, dict) or not tree or not depth: return None
     if _is_state(tree): return tree
     inside = {k: v for k, v in tree.items() if type(k) is str and isinstance(v, dict) and v}
     usual = [k for k in inside if _AVERAGED.search(k)] + [k for k in _KEYS if k in inside]
     for key in usual:
-        if (found := _state_in(inside[key], depth - 1)) is not None: return found
+        if (state := _state_in(inside[key], depth - 1)) is not None: return state
     others = [v for v in inside.values() if _is_state(v)]
     return others[0] if len(others) == 1 else None
 
@@ -326,48 +370,67 @@ def state_of(
     tree, # what a checkpoint holds
 )->dict: # parameter's name -> its value
     "The state dict in a checkpoint, under one of the usual keys or as the only one."
-    if (found := _state_in(tree)) is not None: return found
-    for _ in range(4): tree = next((tree[k] for k in _KEYS if isinstance(tree, dict) and isinstance(tree.get(k), dict)), tree)
+    if (state := _state_in(tree)) is not None: return state
+    inner = lambda tree: [tree[k] for k in _KEYS if isinstance(tree.get(k), dict)]
+    for _ in range(4): tree = next(iter(inner(tree)), tree) if isinstance(tree, dict) else tree
     if not isinstance(tree, dict) or not tree: raise ValueError("it holds no state dict")
     wrong = [str(k)[:80] for k, v in tree.items() if not _is_named_tensor(k, v)]
     raise ValueError(f"it holds no state dict: {', '.join(wrong[:3])} is no tensor")
 
+# %% ../../nbs/00_core/05_safe_load.ipynb #732a2374
 def _mapped(path):
     with open(path, "rb") as file: return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
-def _read_archive(path):
-    "The state dict of a torch archive: by torch where it holds nothing else, else by our own machine."
+def _read_archive(path): # the state dict of a torch archive
     code, storages = open_archive(path)
     tree, names = interpret(code)
     memory = _mapped(path)
     state = state_of(tree)
     tensors = {name: _map_tensor(stored, storages, memory) for name, stored in state.items()}
     claimed = sum(t.numel()*t.itemsize for t in tensors.values())
-    if claimed > 2*len(memory): raise ValueError(f"its tensors claim {claimed} bytes of a file of {len(memory)}") # a tied one counts twice
+    if claimed > 2*len(memory):
+        raise ValueError(f"its tensors claim {claimed} bytes of a file of {len(memory)}")
     _verify([storages[key] for key in {stored.key for stored in state.values()}], memory)
-    if names <= PLAIN | set(_STORAGES): return state_of(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    return tensors
+    if not names <= PLAIN | set(_STORAGES): return tensors
+    return state_of(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
 
-def _reader(path):
-    "What can read a file, by its first bytes."
-    if not path.exists(): raise FileNotFoundError(f"{path} is missing: download it, or correct the path")
+# %% ../../nbs/00_core/05_safe_load.ipynb #991df0b8
+_AGAIN = "download or copy it again" # the remedy for a damaged file
+
+def _line(text): return " ".join(str(text).split())[:300]
+
+def _reader(path): # what can read a file
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: download it, or correct the path")
     if not path.is_file(): raise ValueError(f"{path} is not a file: name the checkpoint in it")
     with open(path, "rb") as file: start = file.read(64)
     if start[:4] == b"PK\x03\x04": return _read_archive
     if start[8:9] == b"{": return load_file
-    if start.startswith(b"version https://git-lfs"): raise ValueError(f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
-    if start[:1] == b"\x80": raise ValueError(f"{path} is a bare pickle or an old torch file, which could run code: have its author save it as safetensors, or again with torch 1.6 or later")
-    raise ValueError(f"{path} is no checkpoint: give a safetensors file, or a .pt or .ckpt that torch.save wrote")
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not the file itself: "
+                         "fetch it with `git lfs pull`")
+    if start[:1] == b"\x80":
+        raise ValueError(f"{path} is a bare pickle or an old torch file, which could run code: "
+                         "have its author save it as safetensors, or again with torch 1.6 or later")
+    raise ValueError(f"{path} is no checkpoint: give a safetensors file, "
+                     "or a .pt or .ckpt that torch.save wrote")
+
+_DAMAGE = (AttributeError, IndexError, KeyError, TypeError, OverflowError, RuntimeError,
+           NotImplementedError, MemoryError, struct.error)
 
 @contextmanager
 def _refusing(path):
-    "What goes wrong inside is a `ValueError` of one line that names the file."
+    "Turn what goes wrong inside into a `ValueError` of one line that names the file."
     try: yield
-    except (SafetensorError, zipfile.BadZipFile, EOFError) as e: raise ValueError(f"{path} is damaged or cut short ({_line(e)}): {_AGAIN}") from None
-    except (ValueError, pickle.UnpicklingError) as e: raise ValueError(f"{path} cannot be loaded: {_line(e)}: {_AGAIN}, from a source you trust") from None
-    except (AttributeError, IndexError, KeyError, TypeError, OverflowError, RuntimeError, NotImplementedError, MemoryError, struct.error) as e:
+    except (SafetensorError, zipfile.BadZipFile, EOFError) as e:
+        raise ValueError(f"{path} is damaged or cut short ({_line(e)}): {_AGAIN}") from None
+    except (ValueError, pickle.UnpicklingError) as e:
+        raise ValueError(f"{path} cannot be loaded: {_line(e)}: "
+                         f"{_AGAIN}, from a source you trust") from None
+    except _DAMAGE as e:
         raise ValueError(f"{path} is damaged ({type(e).__name__} at reading): {_AGAIN}") from None
 
+# %% ../../nbs/00_core/05_safe_load.ipynb #29c220dd
 def read_tensors(
     path, # of a safetensors file, or of a .pt or .ckpt that torch.save wrote
 )->dict: # parameter's name -> tensor, on the CPU, mapped from the file
@@ -375,18 +438,26 @@ def read_tensors(
     read = _reader(path := Path(path))
     with _refusing(path): return state_of(read(path))
 
+# %% ../../nbs/00_core/05_safe_load.ipynb #f6004c69
 _verified = set() # (path, size, time) of files whose checksums this process has compared
 
 def read_tensor(
     path, # of a `.pt` file that torch.save wrote
-)->torch.Tensor: # mapped from the file: once its checksum has been compared, what is not used is not read
+)->torch.Tensor: # mapped from the file; after the first time, what is not used is not read
     "The tensor that a file holds, and nothing else; nothing that the file says is executed."
-    if _reader(path := Path(path)) is not _read_archive: raise ValueError(f"{path} is a safetensors file, which holds tensors by name: use read_tensors")
+    if _reader(path := Path(path)) is not _read_archive:
+        raise ValueError(f"{path} is a safetensors file, which holds tensors by name: "
+                         "use read_tensors")
     with _refusing(path):
         code, storages = open_archive(path)
         tree, _ = interpret(code)
-        if type(tree) is not Stored: raise ValueError(f"it holds {'a ' + type(tree).__name__ if type(tree) in (*_SCALARS, list, dict, tuple) else 'something'} and not a plain tensor")
-        tensor, stat = _map_tensor(tree, storages, memory := _mapped(path)), path.stat()
-        if (file := (str(path), stat.st_size, stat.st_mtime_ns)) not in _verified: _verify([storages[tree.key]], memory)
+        if type(tree) is not Stored:
+            is_plain = type(tree) in (*_SCALARS, list, dict, tuple)
+            content = f"a {type(tree).__name__}" if is_plain else "something"
+            raise ValueError(f"it holds {content} and not a plain tensor")
+        memory, stat = _mapped(path), path.stat()
+        tensor = _map_tensor(tree, storages, memory)
+        file = str(path), stat.st_size, stat.st_mtime_ns
+        if file not in _verified: _verify([storages[tree.key]], memory)
         _verified.add(file)
         return tensor

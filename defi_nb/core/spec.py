@@ -22,8 +22,8 @@ VIEWS = ("static", "gripper") # cameras, in the order of axis V
 # %% ../../nbs/00_core/00_spec.ipynb #a0fb7010
 @dataclass(frozen=True)
 class DataSpec:
-    "How a preset sees the data."
-    image_size:int = 64 # height and width of a picture, pixels
+    "Sizes of images, predicted frames, action chunks and instructions."
+    image_size:int = 64 # height and width of an image, pixels
     frames:int = 4 # frames GFDM predicts, the present one included
     frame_stride:int = 5 # control steps between two of them
     gidm_frames:tuple = (0, 2) # which two of the predicted frames GIDM reads
@@ -43,7 +43,7 @@ class DataSpec:
     def gap(self): return self.gidm_frames[-1]*self.frame_stride # control steps of GIDM's pair
 
 # %% ../../nbs/00_core/00_spec.ipynb #f155ebb6
-PRESETS = ("tiny", "paper", "printed") # a laptop's; the release's; the paper's, where it is another
+PRESETS = ("tiny", "paper", "printed") # a laptop's; the release's; the paper's, where it differs
 
 def preset_of(
     config, # class with a method for each preset; without one of its own, `printed` is `paper`
@@ -51,7 +51,8 @@ def preset_of(
     **changes, # fields to set otherwise
 ): # an instance of the class
     "A preset of a configuration."
-    if preset not in PRESETS: raise ValueError(f"preset is {preset!r}; choose one of {', '.join(PRESETS)}")
+    if preset not in PRESETS:
+        raise ValueError(f"preset is {preset!r}; choose one of {', '.join(PRESETS)}")
     return replace(getattr(config, preset, config.paper)(), **changes)
 
 # %% ../../nbs/00_core/00_spec.ipynb #64d9d874
@@ -60,13 +61,13 @@ class Batch:
     "What a dataset yields and a model's `loss` and `act` take."
     text:list # B instructions, strings
     video:Tensor|None = None # (B,V,T,3,H,W) uint8, RGB
-    latent:Tensor|None = None # (B,V,T,C,h,w) float, VAE latents of `video`, at the VAE's own scale (not multiplied by its scaling factor)
+    latent:Tensor|None = None # (B,V,T,C,h,w) float, VAE latents of `video`, without scaling factor
     dino:Tensor|None = None # (B,V,T,P,D) float, DINO patch tokens of `video`
-    feature:Tensor|None = None # (B,V,T,P,D) float, GFDM's one-step features of the predicted frames T
-    latent_action:Tensor|None = None # (B,Q,C) float, a frozen GIDM's latents before the codebook, of `feature` and `text`
+    feature:Tensor|None = None # (B,V,T,P,D) float, GFDM's one-step features of predicted frames
+    latent_action:Tensor|None = None # (B,Q,C) float, a frozen GIDM's, before quantisation
     action:Tensor|None = None # (B,K,A) float32 in [-1, 1]
     proprio:Tensor|None = None # (B,15) float32, CALVIN's robot_obs
-    left:Tensor|None = None # (B,) int64, control steps from the present to the demonstration's last frame; actions beyond are padding, frames beyond repeat the last
+    left:Tensor|None = None # (B,) int64, control steps to the demonstration's last frame
 
     def __len__(self): return len(self.text)
 
@@ -76,23 +77,25 @@ class Batch:
 
     def to(self, device): # a torch device
         "The same batch with its tensors on a device."
-        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: v.to(device) for name, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
 # %% ../../nbs/00_core/00_spec.ipynb #f71dd75a
 def fake_batch(
-    spec:DataSpec, # picture size, frames, chunk
+    spec:DataSpec, # image size, frames, chunk
     B:int=2, # samples
     frames:int=1, # T of `video`
     seed:int=0, # of the random content
 )->Batch: # with video, action, proprio and text
     "A batch of noise for examples and tests."
     g = torch.Generator().manual_seed(seed)
-    video = torch.randint(0, 256, (B, len(VIEWS), frames, 3, spec.image_size, spec.image_size), dtype=torch.uint8, generator=g)
+    shape = (B, len(VIEWS), frames, 3, spec.image_size, spec.image_size)
+    video = torch.randint(0, 256, shape, dtype=torch.uint8, generator=g)
     action = torch.rand(B, spec.chunk, ACTION_DIM, generator=g)*2 - 1
     action[..., -1] = action[..., -1].sign()
-    return Batch(text=["open the drawer", "push the button"]*(B//2) + ["lift the red block"]*(B%2), video=video,
-                 action=action, proprio=torch.randn(B, 15, generator=g))
+    text = ["open the drawer", "push the button"]*(B//2) + ["lift the red block"]*(B%2)
+    return Batch(text=text, video=video, action=action, proprio=torch.randn(B, 15, generator=g))
 
 # %% ../../nbs/00_core/00_spec.ipynb #e8d9ce33
 def check_batch(
@@ -101,10 +104,16 @@ def check_batch(
 )->Batch: # the same batch
     "Raise `ValueError` naming the field, its shape and the remedy if the batch does not fit."
     size, v, a = spec.image_size, batch.video, batch.action
-    if v is not None and (v.dtype != torch.uint8 or v.ndim != 6 or tuple(v.shape[3:]) != (3, size, size)):
-        raise ValueError(f"video has shape {tuple(v.shape)} and type {v.dtype}; this model takes (B,V,T,3,{size},{size}) uint8: resize the pictures or choose another preset")
+    is_video = lambda v: v.dtype == torch.uint8 and v.ndim == 6 and v.shape[3:] == (3, size, size)
+    if v is not None and not is_video(v):
+        raise ValueError(
+            f"video has shape {tuple(v.shape)} and type {v.dtype}; this model takes "
+            f"(B,V,T,3,{size},{size}) uint8: resize the pictures or choose another preset")
     if a is not None and tuple(a.shape[1:]) != (spec.chunk, ACTION_DIM):
-        raise ValueError(f"action has shape {tuple(a.shape)}; this model takes (B,{spec.chunk},{ACTION_DIM})")
+        raise ValueError(f"action has shape {tuple(a.shape)}; "
+                         f"this model takes (B,{spec.chunk},{ACTION_DIM})")
     if a is not None and not a.abs().max() <= 1.001:
-        raise ValueError(f"action has a value of {a.abs().max():.3g}; relative actions lie in [-1, 1]: divide metres by {POSITION_UNIT} and radians by {ROTATION_UNIT}")
+        raise ValueError(
+            f"action has a value of {a.abs().max():.3g}; relative actions lie in [-1, 1]: "
+            f"divide metres by {POSITION_UNIT} and radians by {ROTATION_UNIT}")
     return batch

@@ -44,18 +44,19 @@ def progress_bar(
     *args, # as for `tqdm.tqdm`
     **kw, # likewise
 ): # a tqdm bar
-    "A progress bar with rate and time left; lines instead of a widget where `DEFI_NB_PROGRESS` asks for them."
+    "A progress bar with rate and time left; lines, no widget, where `DEFI_NB_PROGRESS` is set."
     if not (seconds := os.environ.get("DEFI_NB_PROGRESS")):
         from tqdm.auto import tqdm
         return tqdm(*args, **kw)
     from tqdm import tqdm
-    form = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {elapsed} gone, {remaining} left{postfix}"
+    form = ("{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {elapsed} gone, "
+            "{remaining} left{postfix}")
     often = dict(mininterval=float(seconds), maxinterval=float(seconds), miniters=1)
     return tqdm(*args, **kw | often | dict(file=sys.stdout, bar_format=form))
 
 # %% ../../nbs/00_core/02_utils.ipynb #8cf6d431
 class Tee:
-    "A stream that writes to several."
+    "A stream that writes to several; its other attributes are the first one's."
     def __init__(self, *streams): self.streams = streams
     def write(self, text):
         for s in self.streams: s.write(text)
@@ -65,22 +66,26 @@ class Tee:
     def __getattr__(self, name): return getattr(self.streams[0], name)
 
 # %% ../../nbs/00_core/02_utils.ipynb #c7279bd4
+_NO_ROOM = (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG) # NumPy's error has no number
+
 @contextmanager
 def atomic(
     path, # of the file to be written; its folder is made
 ): # yields a binary file object
-    "Write a file so that it appears complete or not at all; no two processes may write the same file at a time."
+    "Write a file so that it appears complete or not at all."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.tmp") # what a killed process left is written over the next time
+    part = path.with_name(f".{path.name}.tmp")
     try:
         with open(part, "wb") as file: yield file
         os.replace(part, path)
     except OSError as e:
-        if e.errno not in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise # NumPy's error has no number, only what it could not write
-        raise OSError(e.errno or errno.ENOSPC, f"{path} was not written ({e.strerror or e}): make room, or choose another disk") from None
+        if e.errno not in _NO_ROOM: raise
+        message = f"{path} was not written ({e.strerror or e}): make room, or choose another disk"
+        raise OSError(e.errno or errno.ENOSPC, message) from None
     finally: part.unlink(missing_ok=True)
 
+# %% ../../nbs/00_core/02_utils.ipynb #a33edf6b
 def write_whole(
     path, # of the file; its folder is made
     text:str, # its new content
@@ -90,41 +95,48 @@ def write_whole(
     return Path(path)
 
 # %% ../../nbs/00_core/02_utils.ipynb #ebc32e59
+_ELSEWHERE = "choose another place"
+_FORBIDDEN = f"this user may not do that there: {_ELSEWHERE}, or have its permissions changed"
 _REMEDIES = {
-    errno.ENOENT: "it is not there, or can't be made there: correct the path, or choose another place",
-    errno.EROFS: "nothing can be written there: choose another place",
-    errno.EACCES: "this user may not do that there: choose another place, or have its permissions changed",
-    errno.EPERM: "this user may not do that there: choose another place, or have its permissions changed",
-    errno.ENOTDIR: "a file stands where a folder is needed: choose another place, or move it away",
-    errno.EEXIST: "something of that name is in the way: choose another place, or move it away",
-    errno.EISDIR: "a folder stands where a file is needed: choose another place, or move it away",
+    errno.ENOENT: f"it is not there, or can't be made there: correct the path, or {_ELSEWHERE}",
+    errno.EROFS: f"nothing can be written there: {_ELSEWHERE}",
+    errno.EACCES: _FORBIDDEN,
+    errno.EPERM: _FORBIDDEN,
+    errno.ENOTDIR: f"a file stands where a folder is needed: {_ELSEWHERE}, or move it away",
+    errno.EEXIST: f"something of that name is in the way: {_ELSEWHERE}, or move it away",
+    errno.EISDIR: f"a folder stands where a file is needed: {_ELSEWHERE}, or move it away",
     errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
     errno.ENOSPC: "make room, or choose another disk",
     errno.EDQUOT: "this user's share of the disk is used up: make room, or choose another disk",
     errno.EMFILE: "too many files are open: raise the limit (ulimit -n 4096)",
     errno.EIO: "the disk or network drive failed: try again, or copy the data to another",
     errno.ESTALE: "the network drive was mounted anew: try again",
-    errno.ENOLCK: "this file system has no locks: choose another place"}
+    errno.ENOLCK: f"this file system has no locks: {_ELSEWHERE}"}
 
 def os_remedy(
-    text, # an error, or what it says
+    text, # an error, or its message
 )->str: # "" where nothing is known
     "What to do about an error of the operating system."
     number = re.search(r"\[Errno (\d+)\]", str(text))
     return _REMEDIES.get(int(number[1]), "") if number else ""
 
+# %% ../../nbs/00_core/02_utils.ipynb #534277bf
+_SAY_WHAT_TO_DO = (ValueError, FileNotFoundError, RuntimeError, ConnectionError)
+
 def one_line(
     error:BaseException, # any
     most:int=1500, # characters to keep
-)->str: # with its type, unless it is one that says what to do
+)->str: # its message and remedy
     "What an error says and what to do, all of its parts in one line."
     text = "; ".join(line.strip(" ;") for line in str(error).splitlines() if line.strip())
-    if not isinstance(error, (ValueError, FileNotFoundError, RuntimeError, ConnectionError)): text = f"{type(error).__name__}: {text}".removesuffix(": ")
+    if not isinstance(error, _SAY_WHAT_TO_DO):
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")
     if (remedy := os_remedy(error)) and remedy not in text: text += f": {remedy}"
     return text if len(text) <= most else f"{text[:most - 4]} ..."
 
 # %% ../../nbs/00_core/02_utils.ipynb #a059c090
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, 524} # what systems without locks answer; the last is NFS's ENOTSUPP
+# what systems without locks answer; the last is NFS's ENOTSUPP
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, 524}
 
 def _acquired(path, seconds): # the lock, or `Timeout`
     try: (lock := FileLock(path, fallback_to_soft=False)).acquire(timeout=seconds)
@@ -144,7 +156,8 @@ def locked(
     try: lock = _acquired(path, max(seconds, 0))
     except Timeout as e:
         if seconds >= 0: raise TimeoutError(f"another process holds {e.lock_file}") from None
-        print(f"another process is at work in {path.parent}: waiting for it (if there is none, delete {e.lock_file})", flush=True)
+        print(f"another process is at work in {path.parent}: waiting for it "
+              f"(if there is none, delete {e.lock_file})", flush=True)
         lock = _acquired(path, -1)
     try: yield
     finally: lock.release()
@@ -152,7 +165,9 @@ def locked(
 # %% ../../nbs/00_core/02_utils.ipynb #4a0872cd
 def _parsed(data, where, remedy):
     try: return json.loads(data)
-    except (ValueError, RecursionError) as e: raise ValueError(f"{where} is damaged ({type(e).__name__}: {str(e)[:80]}): {remedy}") from None
+    except (ValueError, RecursionError) as e:
+        reason = f"{type(e).__name__}: {str(e)[:80]}"
+        raise ValueError(f"{where} is damaged ({reason}): {remedy}") from None
 
 def read_own_json(
     path, # of a file
@@ -160,23 +175,29 @@ def read_own_json(
     kind:type=dict, # of the value
     keys:tuple=(), # that an object must have
 ): # the value
-    "What a JSON file that this package wrote holds; `ValueError` of one line where it is damaged. (Data from outside: `core.files.read_json`.)"
+    "The value in a JSON file of this package; `ValueError` of one line where it is damaged."
     try: data = Path(path).read_bytes()
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: {remedy}") from None
     value = _parsed(data, path, remedy)
-    if not isinstance(value, kind): raise ValueError(f"{path} holds a {type(value).__name__} and not a {kind.__name__}: {remedy}")
-    if lacking := [k for k in keys if k not in value]: raise ValueError(f"{path} has no {', '.join(lacking)}: {remedy}")
+    if not isinstance(value, kind):
+        message = f"{path} holds a {type(value).__name__} and not a {kind.__name__}"
+        raise ValueError(f"{message}: {remedy}")
+    if lacking := [k for k in keys if k not in value]:
+        raise ValueError(f"{path} has no {', '.join(lacking)}: {remedy}")
     return value
 
+# %% ../../nbs/00_core/02_utils.ipynb #fe6e9232
 def _journal_row(line, where, keys):
-    row, remedy = _parsed(line, where, "delete that line, or the file"), "delete that line, or the file"
-    if keys and not (isinstance(row, dict) and {*keys} <= {*row}): raise ValueError(f"{where} has no {' and '.join(keys)}: {remedy}")
+    remedy = "delete that line, or the file"
+    row = _parsed(line, where, remedy)
+    if keys and not (isinstance(row, dict) and {*keys} <= {*row}):
+        raise ValueError(f"{where} has no {' and '.join(keys)}: {remedy}")
     return row
 
 def read_jsonl(
     path, # of a journal
     keys:tuple=(), # that each line, an object, must have
-    skip:bool=False, # whether lines that are damaged are left out, with a warning that counts them
+    skip:bool=False, # whether damaged lines are left out, with a warning that counts them
 )->list: # of JSON values, one a line; empty where there is no such file
     "The whole lines of a journal; one that a kill cut off is left out."
     if not Path(path).is_file(): return []
@@ -187,9 +208,12 @@ def read_jsonl(
         except ValueError as e:
             if not skip: raise
             bad.append(str(e))
-    if bad: warnings.warn(f"{bad[0]} ({len(bad)} of {len(lines)} lines are left out)", stacklevel=2)
+    if bad:
+        message = f"{bad[0]} ({len(bad)} of {len(lines)} lines are left out)"
+        warnings.warn(message, stacklevel=2)
     return rows
 
+# %% ../../nbs/00_core/02_utils.ipynb #b5a15d8f
 def write_jsonl(
     path, # of a journal; its folder is made
     rows, # JSON values
@@ -212,7 +236,8 @@ def json_digest(
     value, # JSON types
 )->str: # 64 hex digits
     "SHA-256 of a value's canonical JSON."
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 # %% ../../nbs/00_core/02_utils.ipynb #97976f82
 def format_bytes(
@@ -285,13 +310,14 @@ def ask_hub(
     *args, # of the call
     **kwargs, # likewise
 ): # the hub's answer
-    "Ask the hub; `RuntimeError` in one line where that fails."
+    "Call the hub's client; `RuntimeError` in one line where that fails."
     try: return call(*args, **kwargs)
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
-        remedy = (f"if its licence must be accepted, do so at https://huggingface.co/{repo} and "
-                  f"log in with `hf auth login`; "
-                  f"or put its files into {folder} by hand") if folder else "log in with `hf auth login`"
+        remedy = "log in with `hf auth login`"
+        if folder: remedy = (f"if its licence must be accepted, do so at "
+                             f"https://huggingface.co/{repo} and {remedy}; "
+                             f"or put its files into {folder} by hand")
         raise RuntimeError(f"{repo} could not be {'fetched' if folder else 'pushed'} ({reason}): "
                            f"check the network; {remedy}") from None
 
@@ -301,15 +327,18 @@ def sendable(
     what:str, # it is, for the error message
     instead:str="", # of sending it, for the error message
 )->bytes: # its pickle
-    "A value as bytes for another process; raise `ValueError` if that could not make use of them."
+    "A value as bytes for another process; `ValueError` if that could not make use of them."
     remedy = f", or {instead}"*bool(instead)
     try: payload = pickle.dumps(value)
     except Exception as error: # which one depends on what can't be pickled
-        raise ValueError(f"{what} can't be sent to another process ({error}): give functions of a module, or partials of them{remedy}") from error
+        raise ValueError(f"{what} can't be sent to another process ({error}): "
+                         f"give functions of a module, or partials of them{remedy}") from error
     if b"__main__" in payload:
-        raise ValueError(f"{what} is defined in this notebook or script, which another process can't import: move it to a module{remedy}")
+        raise ValueError(f"{what} is defined in this notebook or script, which another process "
+                         f"can't import: move it to a module{remedy}")
     return payload
 
+# %% ../../nbs/00_core/02_utils.ipynb #f4d09fac
 def portable_error(
     error:Exception, # that is being handled
 )->Exception: # the same, or a RuntimeError that names it
@@ -327,7 +356,7 @@ def _end_with_parent():
     if select.select([0], [], [], 0)[0]: os._exit(1) # it was closed before
 
 def _run(target, number): # number of the open file that leads to the parent
-    "What a started process runs."
+    "Call a started process's function with its connection."
     _end_with_parent()
     resolve_name(target)(Connection(number))
 
@@ -341,7 +370,9 @@ def start_python(
     pipe, theirs = Pipe()
     code = f"from defi_nb.core.utils import _run; _run({target!r}, {theirs.fileno()})"
     env = env or os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
-    process = subprocess.Popen([python, "-uc", code], env=env, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()], start_new_session=True, **kw)
+    process = subprocess.Popen(
+        [python, "-uc", code], env=env, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()],
+        start_new_session=True, **kw)
     theirs.close()
     return process, pipe
 
@@ -350,7 +381,12 @@ def process_note(
     pid:int|None=None, # of a process; None: this one
 )->dict: # JSON values
     "What tells a process from every other: its number, host and start."
-    return dict(pid=pid or os.getpid(), host=socket.gethostname(), started=psutil.Process(pid).create_time())
+    started = psutil.Process(pid).create_time()
+    return dict(pid=pid or os.getpid(), host=socket.gethostname(), started=started)
+
+def _is_running(process, started): # `started`: the noted start, seconds
+    if abs(process.create_time() - started) >= 1: return False
+    return process.uids().effective == os.geteuid() and process.status() != psutil.STATUS_ZOMBIE
 
 def noted_process(
     note, # from `process_note`
@@ -358,67 +394,70 @@ def noted_process(
     "The process that a note is of, if it still runs on this machine, under this user."
     if not isinstance(note, dict): return
     pid, started = note.get("pid"), note.get("started")
-    if type(pid) is not int or pid <= 1 or not isinstance(started, (int, float)) or note.get("host") != socket.gethostname(): return
+    if type(pid) is not int or pid <= 1 or not isinstance(started, (int, float)): return
+    if note.get("host") != socket.gethostname(): return
     try:
-        found = psutil.Process(pid)
-        same = abs(found.create_time() - started) < 1 and found.uids().effective == os.geteuid() and found.status() != psutil.STATUS_ZOMBIE
+        process = psutil.Process(pid)
+        return process if _is_running(process, started) else None
     except psutil.Error: return
-    return found if same else None
 
 # %% ../../nbs/00_core/02_utils.ipynb #16f3461a
 @cache
 def code_digest()->str: # 16 hex digits of SHA-256
-    "What identifies this package's source, changes that are not committed included."
+    "A digest of this package's source as it is on the disk."
     digest, package = hashlib.sha256(), Path(defi_nb.__file__).parent
     files = {file.relative_to(package).as_posix(): file for file in package.rglob("*.py")}
     for name in sorted(files): digest.update(name.encode() + files[name].read_bytes())
     return digest.hexdigest()[:16]
 
-def machine_note()->dict: # JSON values; {} where PyTorch is not loaded, and so computed nothing
-    "What the last digits of a number depend on besides the code: processor, instructions, arithmetic threads, PyTorch."
+# %% ../../nbs/00_core/02_utils.ipynb #36c9539b
+def machine_note()->dict: # JSON values; {} where PyTorch is not loaded
+    "What a number's last digits depend on: processor, instructions, arithmetic threads, PyTorch."
     if not (torch := sys.modules.get("torch")): return {}
     try: cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     except (OSError, TypeError): cpu = platform.processor() or platform.machine()
-    return dict(cpu=cpu, instructions=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(), torch=str(torch.__version__))
+    return dict(cpu=cpu, instructions=torch.backends.cpu.get_cpu_capability(),
+                threads=torch.get_num_threads(), torch=str(torch.__version__))
 
 # %% ../../nbs/00_core/02_utils.ipynb #08fa7a10
 class JobError(Exception):
-    "A job that failed: JobError(why, again), where `again` says whether another try could end otherwise."
+    "A failed job: JobError(why, again), where `again` is whether another try could end otherwise."
 
 def received(
     pipe, # a connection
 ): # yields
-    "What comes through a connection, until the other end is gone."
+    "The messages that come through a connection, until the other end is gone."
     while True:
         try: yield pipe.recv()
         except (EOFError, OSError): return
 
+# %% ../../nbs/00_core/02_utils.ipynb #0dafba43
 def play_jobs(
     pipe, # connection through which a player comes, the arguments of this process, and jobs
 ):
     "Play jobs for the process at the other end."
     lock, last = threading.Lock(), (None, 0.)
-    def say(kind, **more):
+    def send(kind, **more):
         with lock: pipe.send({"kind": kind, **more})
     def beat(stage="step"):
         nonlocal last
         if stage != last[0] or time.monotonic() - last[1] > 1:
             last = stage, time.monotonic()
-            say("stage", stage=stage)
+            send("stage", stage=stage)
     try:
         with pickle.loads(pipe.recv_bytes())(*pipe.recv(), beat=beat) as (play, about):
-            say("ready", **about)
+            send("ready", **about)
             for job in received(pipe):
                 last = None, 0.
-                play(job, lambda row: say("row", row=row))
-                say("done")
-    except (JobError, TimeoutError, ConnectionError) as error:
-        why, again = error.args if isinstance(error, JobError) else (f"{type(error).__name__}: {error}", True)
-        say("error", error=why, again=again)
-    except Exception as error: say("error", error=portable_error(error), again=False)
+                play(job, lambda row: send("row", row=row))
+                send("done")
+    except JobError as error: send("error", error=error.args[0], again=error.args[1])
+    except (TimeoutError, ConnectionError) as error:
+        send("error", error=f"{type(error).__name__}: {error}", again=True)
+    except Exception as error: send("error", error=portable_error(error), again=False)
 
 # %% ../../nbs/00_core/02_utils.ipynb #8c4c4b26
-def cpu_hours()->float: # hours of processor time
-    "What this process and its finished children have used."
+def cpu_hours()->float: # hours
+    "The processor time of this process and its finished children."
     spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in spent)/3600

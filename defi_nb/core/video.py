@@ -26,6 +26,7 @@ from threading import Lock
 
 import av
 import numpy as np
+from fastcore.basics import patch
 from PIL import Image
 from av.video.reformatter import VideoReformatter
 
@@ -42,13 +43,15 @@ def fake_video(
     "A made-up video whose frames carry their numbers, for examples and tests."
     v, u = np.mgrid[:size, :size]/size
     table = np.stack([190 - 60*v, 160 - 60*v, 120 - 50*v], -1).astype(np.uint8)
-    video = np.repeat(table[None], n, 0)
-    for i in range(n):
+    video, square = np.repeat(table[None], n, 0), size//8
+    for i, frame in enumerate(video):
         x = .1 + .8*i/max(n - 1, 1)
-        video[i][(abs(u - x) < .1) & (abs(v - .65) < .1)] = (220, 40, 40)
-        for bit in range(8): video[i, :size//8, bit*size//8:(bit + 1)*size//8] = 255*((start + i) >> bit & 1)
+        frame[(abs(u - x) < .1) & (abs(v - .65) < .1)] = (220, 40, 40)
+        for bit in range(8):
+            frame[:square, bit*size//8:(bit + 1)*size//8] = 255*((start + i) >> bit & 1)
     return video
 
+# %% ../../nbs/00_core/03_video.ipynb #b99d4b79
 def read_numbers(
     video, # (...,H,W,3) or (...,3,H,W) uint8 frames of a `fake_video`, array or tensor
 )->np.ndarray: # (...) int
@@ -61,11 +64,12 @@ def read_numbers(
 
 # %% ../../nbs/00_core/03_video.ipynb #7be2d94f
 def _encode(file, container, video, hz, codec, options, times=None, faststart=False):
-    frames, rate = to_hwc(video), Fraction(hz).limit_denominator(1001) # 30000/1001 stays what it is
+    frames, rate = to_hwc(video), Fraction(hz).limit_denominator(1001) # 30000/1001 stays
     (height, width), flags = frames.shape[1:3], dict(movflags="faststart") if faststart else {}
     with av.open(file, "w", format=container, options=flags) as out:
         stream = out.add_stream(codec, rate=rate, options={k: str(v) for k, v in options.items()})
-        stream.height, stream.width, stream.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
+        stream.height, stream.width = height + height % 2, width + width % 2
+        stream.pix_fmt = "yuv420p"
         if times is not None: stream.codec_context.time_base = Fraction(1, 1000)
         for i, image in enumerate(frames):
             even = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -104,7 +108,8 @@ def save_video(
         raise ValueError(f"can't write a video to {path}: its name must end in .mp4, .gif or .webp")
     first, *rest = map(Image.fromarray, to_hwc(frames))
     with atomic(path) as file:
-        first.save(file, path.suffix[1:], save_all=True, append_images=rest, duration=round(1000/fps), loop=0)
+        first.save(file, path.suffix[1:], save_all=True, append_images=rest,
+                   duration=round(1000/fps), loop=0)
     return path
 
 # %% ../../nbs/00_core/03_video.ipynb #4b1d7e93
@@ -117,12 +122,19 @@ def encode_mp4(
     _encode(file, "mp4", video, hz, "libx264", dict(crf=20))
     return file.getvalue()
 
-_FIGURE = ('<figure style="display:inline-block;margin:4px"><video controls loop muted autoplay playsinline width="{width}" '
-           'style="image-rendering:pixelated;max-width:100%" src="data:video/mp4;base64,{data}"></video>'
+# %% ../../nbs/00_core/03_video.ipynb #8e18a5d9
+_FIGURE = ('<figure style="display:inline-block;margin:4px">'
+           '<video controls loop muted autoplay playsinline width="{width}" '
+           'style="image-rendering:pixelated;max-width:100%" '
+           'src="data:video/mp4;base64,{data}"></video>'
            '<figcaption style="max-width:{width}px">{caption}</figcaption></figure>')
 
+def _mp4(video, hz): # bytes
+    if isinstance(video, bytes): return video
+    return Path(video).read_bytes() if isinstance(video, str | Path) else encode_mp4(video, hz)
+
 def show_video(
-    video, # mp4 bytes, path of an mp4, or frames as for `encode_mp4`; or a dict from caption to such
+    video, # mp4 bytes or path, or frames as for `encode_mp4`; or a dict from caption to such
     hz:float=CONTROL_HZ, # frames a second, where frames are given
     width:int=240, # in the cell, pixels
 ):
@@ -130,8 +142,8 @@ def show_video(
     from IPython.display import HTML
     figures = []
     for caption, v in (video if isinstance(video, dict) else {"": video}).items():
-        mp4 = v if isinstance(v, bytes) else Path(v).read_bytes() if isinstance(v, str | Path) else encode_mp4(v, hz)
-        figures.append(_FIGURE.format(width=width, data=base64.b64encode(mp4).decode(), caption=caption))
+        data = base64.b64encode(_mp4(v, hz)).decode()
+        figures.append(_FIGURE.format(width=width, data=data, caption=caption))
     return HTML("".join(figures))
 
 # %% ../../nbs/00_core/03_video.ipynb #0d8c6f5b
@@ -144,8 +156,6 @@ def resize_image(
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
 
 # %% ../../nbs/00_core/03_video.ipynb #2077b3fb
-FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts" # a playlist that calls itself .mp4 could name other files
-
 def pack(
     numbers, # (N,) integers
 )->str: # text for JSON
@@ -155,13 +165,14 @@ def pack(
 
 @lru_cache(maxsize=4096)
 def unpack(
-    text:str, # what `pack` gave
+    text:str, # from `pack`
 )->np.ndarray: # (N,) int64, read-only
     "The integers again."
     numbers = np.cumsum(np.frombuffer(zlib.decompress(base64.b64decode(text)), "<i8"))
     numbers.flags.writeable = False
     return numbers
 
+# %% ../../nbs/00_core/03_video.ipynb #f9f63dcd
 @dataclass(frozen=True)
 class VideoInfo:
     "What the index keeps of a video file."
@@ -169,10 +180,10 @@ class VideoInfo:
     height:int # pixels, as it is shown
     codec:str # FFmpeg's name of it
     tick:str # of a time stamp, seconds, a fraction such as "1/12288"
-    turn:int # quarter turns, counter-clockwise, by which the stored pictures are shown
+    turn:int # quarter turns, counter-clockwise, by which the stored images are shown
     pts:str # time stamps of the N frames in the order shown, packed
     keys:str # which of the frames are key frames, packed
-    counted:bool = False # whether frames are told by counting from a key frame, for their stamps are not those of the packets
+    counted:bool = False # frames are counted from a key frame; packets have other stamps
 
     def __len__(self): return len(unpack(self.pts))
 
@@ -182,26 +193,31 @@ class VideoInfo:
         return (pts - pts[0])*float(Fraction(self.tick))
 
 # %% ../../nbs/00_core/03_video.ipynb #81b32e0e
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts" # FFmpeg's names
+
 def _open(path): # the container and its video stream
     file = av.open(str(path), options=dict(format_whitelist=FORMATS))
     stream = file.streams.best("video")
     if stream is None:
         file.close()
-        raise ValueError(f"{path} holds no video: give a file with pictures")
-    if stream.codec_context is None: # a cut file may have lost what says how its pictures are coded
+        raise ValueError(f"{path} holds no video: give a file with frames")
+    if stream.codec_context is None: # a cut file may have lost the codec's description
         file.close()
-        raise ValueError(f"{path} can't be read as a video (its codec is unknown): restore a whole copy, or leave it out")
-    stream.codec_context.thread_count = 1 # data loaders have processes for that
+        raise ValueError(f"{path} can't be read as a video (its codec is unknown): "
+                         "restore a whole copy, or leave it out")
+    stream.codec_context.thread_count = 1
     return file, stream
 
 @contextmanager
 def _named(path):
-    "What goes wrong inside is a `ValueError` of one line that names the file."
+    "Turn what goes wrong inside into a `ValueError` of one line that names the file."
     try: yield
-    except av.error.FileNotFoundError: raise FileNotFoundError(f"{path} is missing: restore a whole copy") from None
+    except av.error.FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: restore a whole copy") from None
     except (av.FFmpegError, OSError) as e:
         reason = getattr(e, "strerror", None) or e
-        raise ValueError(f"{path} can't be read as a video ({reason}): restore a whole copy, or leave it out") from None
+        raise ValueError(f"{path} can't be read as a video ({reason}): "
+                         "restore a whole copy, or leave it out") from None
 
 @contextmanager
 def _opened(path): # yields the container and its video stream
@@ -209,95 +225,120 @@ def _opened(path): # yields the container and its video stream
         file, stream = _open(path)
         with file: yield file, stream
 
-def _packets(path):
-    "Time stamps of a file's frames, as its packets have them in their order, and of its key frames, and their unit, without decoding."
-    pts, keys, total = [], [], 0
-    with _opened(path) as (file, stream):
-        for p in file.demux(stream):
-            if not p.size: continue
-            if p.is_corrupt: raise ValueError(f"{path} is cut short or damaged at packet {total}: restore a whole copy")
-            total += 1
-            if p.pts is None: raise ValueError(f"{path} has no time stamps: convert it (ffmpeg -i OLD NEW.mp4)")
-            if p.is_discard: continue # cut away by the container's edit list
-            pts.append(p.pts)
-            if p.is_keyframe: keys.append(p.pts)
-        _check_whole(path, file, stream, pts, total)
-        return pts, keys, stream.time_base
-
-def _check_whole(path, file, stream, pts, total):
-    "Raise if the container promises more than is there."
-    if stream.frames > total:
-        raise ValueError(f"{path} is cut short: {total} of its {stream.frames} frames are there; restore a whole copy")
-    if not pts: raise ValueError(f"{path} has no frames: restore a whole copy, or leave it out")
-    said = [Fraction(m[1])*3600 + Fraction(m[2])*60 + Fraction(m[3])
-            for k, v in stream.metadata.items() if k.upper() == "DURATION" and (m := re.fullmatch(r"(\d+):(\d+):([\d.]+)", v))]
-    if not said and len(file.streams) == 1 and file.duration: said = [Fraction(file.duration, av.time_base)]
-    there = (max(pts) - min(pts))*stream.time_base
-    usual = there/max(len(pts) - 1, 1)
-    if said and there > 0 and said[0] - there > max(3*usual, Fraction(1, 2)) and stream.frames == 0:
-        raise ValueError(f"{path} is cut short: {float(there):.1f} of its {float(said[0]):.1f} s are there; restore a whole copy")
-
-def _counts(path):
-    "Positions of the key frames where the frames come in another order than their stamps have; None: in the same."
-    with _opened(path) as (file, stream):
-        if not stream.codec_context.has_b_frames: return None
-        last = -math.inf
-        for p in (p for p in file.demux(stream) if p.size and p.pts is not None):
-            if p.pts < last: return None # stamps in the order shown, which is not that of the packets
-            last = p.pts
-    shown = []
-    with _opened(path) as (file, stream), suppress(av.error.InvalidDataError): # a cut file gives what precedes the cut
-        for f in file.decode(stream): shown.append((f.pts, f.key_frame))
-    stamps = sorted(t for t, _ in shown)
-    if [t for t, _ in shown] == stamps: return None
-    return [i for i, (t, key) in enumerate(shown) if i == 0 or key and t == stamps[i]] # with open groups of pictures it is not
-
-def scan_video(
-    path, # of the file
-    decode:bool=False, # decode every frame, which finds damage in the middle
-)->VideoInfo: # for `read_frames`
-    "Look into a video file, or raise `ValueError` saying what is wrong with it."
-    pts, keys, tick = _packets(path)
-    with _opened(path) as (file, stream):
-        shown = []
-        for frame in file.decode(stream):
-            if not shown: first, turn = _picture(frame, path), _turn(frame)
-            elif decode: _picture(frame, path)
-            shown.append(frame.pts)
-            if not decode: break
-        name = stream.codec_context.name
-    if not shown: raise ValueError(f"{path} has no frame that can be decoded: restore a whole copy, or leave it out")
-    if decode and (lost := len(set(pts) - set(shown))):
-        raise ValueError(f"{path}: {lost} of its {len(pts)} frames can't be decoded; restore a whole copy, or leave it out")
-    rows, counts = np.unique(pts), _counts(path)
-    key_rows = counts or (np.searchsorted(rows, np.unique(keys)) if keys else [0])
-    return VideoInfo(first.shape[1], first.shape[0], name, str(Fraction(tick)), turn, pack(rows), pack(key_rows), counts is not None)
-
+# %% ../../nbs/00_core/03_video.ipynb #d36f7283
 @lru_cache(maxsize=1)
-def _one_thread(): # a conversion is over before threads have started for it; older PyAV has none
+def _one_thread():
     return dict(threads=1) if "threads=" in (VideoReformatter.reformat.__doc__ or "") else {}
 
 def _rgb(frame): return frame.to_ndarray(format="rgb24", **_one_thread())
 
 def _turn(frame): return round((frame.rotation or 0)/90) % 4
 
-def _picture(frame, path):
-    "(H,W,3) uint8, turned the way the camera was held."
-    if frame.is_corrupt: raise ValueError(f"{path} is damaged at {frame.time:.2f} s: restore a whole copy, or leave it out")
+def _image(frame, path): # (H,W,3) uint8
+    if frame.is_corrupt:
+        raise ValueError(f"{path} is damaged at {frame.time:.2f} s: "
+                         "restore a whole copy, or leave it out")
     return np.ascontiguousarray(np.rot90(_rgb(frame), _turn(frame)))
+
+# %% ../../nbs/00_core/03_video.ipynb #70b7ba9e
+def _promised_seconds(file, stream): # by the container; None: it does not say
+    for key, text in stream.metadata.items():
+        if key.upper() == "DURATION" and (m := re.fullmatch(r"(\d+):(\d+):([\d.]+)", text)):
+            return Fraction(m[1])*3600 + Fraction(m[2])*60 + Fraction(m[3])
+    if len(file.streams) == 1 and file.duration: return Fraction(file.duration, av.time_base)
+
+def _check_whole(path, file, stream, pts, total):
+    "Raise if the container promises more than is there."
+    if stream.frames > total:
+        raise ValueError(f"{path} is cut short: {total} of its {stream.frames} frames are there; "
+                         "restore a whole copy")
+    if not pts: raise ValueError(f"{path} has no frames: restore a whole copy, or leave it out")
+    promised, there = _promised_seconds(file, stream), (max(pts) - min(pts))*stream.time_base
+    if promised is None or there <= 0 or stream.frames != 0: return
+    usual = there/max(len(pts) - 1, 1)
+    if promised - there > max(3*usual, Fraction(1, 2)):
+        raise ValueError(f"{path} is cut short: {float(there):.1f} of its {float(promised):.1f} s "
+                         "are there; restore a whole copy")
+
+# %% ../../nbs/00_core/03_video.ipynb #69e54fbd
+def _packets(path): # stamps of all frames in the packets' order, of key frames, and their unit
+    pts, keys, total = [], [], 0
+    with _opened(path) as (file, stream):
+        for p in file.demux(stream):
+            if not p.size: continue
+            if p.is_corrupt:
+                raise ValueError(f"{path} is cut short or damaged at packet {total}: "
+                                 "restore a whole copy")
+            total += 1
+            if p.pts is None:
+                raise ValueError(f"{path} has no time stamps: convert it (ffmpeg -i OLD NEW.mp4)")
+            if p.is_discard: continue # cut away by the container's edit list
+            pts.append(p.pts)
+            if p.is_keyframe: keys.append(p.pts)
+        _check_whole(path, file, stream, pts, total)
+        return pts, keys, stream.time_base
+
+def _stamped_in_order(path):
+    "Whether the packets have their stamps in their own order, though the codec has B-frames."
+    with _opened(path) as (file, stream):
+        if not stream.codec_context.has_b_frames: return False
+        last = -math.inf
+        for p in (p for p in file.demux(stream) if p.size and p.pts is not None):
+            if p.pts < last: return False # in the order shown, which is not that of the packets
+            last = p.pts
+    return True
+
+def _counts(path): # positions of key frames where the frames must be counted; None: not needed
+    if not _stamped_in_order(path): return None
+    shown = []
+    with _opened(path) as (file, stream), suppress(av.error.InvalidDataError): # up to a cut
+        for f in file.decode(stream): shown.append((f.pts, f.key_frame))
+    stamps = sorted(t for t, _ in shown)
+    if [t for t, _ in shown] == stamps: return None
+    # a key frame of an open group does not keep its place
+    return [i for i, (t, key) in enumerate(shown) if i == 0 or key and t == stamps[i]]
+
+# %% ../../nbs/00_core/03_video.ipynb #b16c1eff
+def _decoded(path, decode): # first image, its turn, time stamps of what was decoded, codec's name
+    image, turn, shown = None, None, []
+    with _opened(path) as (file, stream):
+        for frame in file.decode(stream):
+            if image is None: image, turn = _image(frame, path), _turn(frame)
+            elif decode: _image(frame, path)
+            shown.append(frame.pts)
+            if not decode: break
+        name = stream.codec_context.name
+    if image is None:
+        raise ValueError(f"{path} has no frame that can be decoded: "
+                         "restore a whole copy, or leave it out")
+    return image, turn, shown, name
+
+def scan_video(
+    path, # of the file
+    decode:bool=False, # decode every frame, which finds damage in the middle
+)->VideoInfo: # for `read_frames`
+    "The index of a video file; `ValueError` saying what is wrong with the file."
+    pts, keys, tick = _packets(path)
+    image, turn, shown, codec = _decoded(path, decode)
+    if decode and (lost := len(set(pts) - set(shown))):
+        raise ValueError(f"{path}: {lost} of its {len(pts)} frames can't be decoded; "
+                         "restore a whole copy, or leave it out")
+    rows, counts = np.unique(pts), _counts(path)
+    key_rows = counts or (np.searchsorted(rows, np.unique(keys)) if keys else [0])
+    return VideoInfo(
+        width=image.shape[1], height=image.shape[0], codec=codec, tick=str(Fraction(tick)),
+        turn=turn, pts=pack(rows), keys=pack(key_rows), counted=counts is not None)
 
 # %% ../../nbs/00_core/03_video.ipynb #ae772249
 def _seek(file, stream, pts):
     file.seek(int(pts), stream=stream, backward=True)
     return file.decode(stream)
 
-def _forward(frames, pts):
-    "The frame with this time stamp, or None if the decoder is past it."
+def _forward(frames, pts): # the frame with this time stamp; None: the decoder is past it
     for frame in frames:
         if frame.pts is not None and frame.pts >= pts: return frame if frame.pts == pts else None
 
-def _pyav_frames(path, rows, info):
-    "(H,W,3) pictures of increasing rows, one by one."
+def _pyav_frames(path, rows, info): # yields (H,W,3) images of increasing rows
     if info.counted: yield from _counted_frames(path, rows, info); return
     pts, keys, at, frames = unpack(info.pts), unpack(info.keys), -1, None
     with _opened(path) as (file, stream):
@@ -306,14 +347,15 @@ def _pyav_frames(path, rows, info):
             if frames is None or keys[key] > at + 1: frames = _seek(file, stream, pts[keys[key]])
             while (frame := _forward(frames, pts[row])) is None: # the seek landed too late
                 if key == 0:
-                    raise ValueError(f"{path}: frame {row} of {len(pts)} can't be decoded: convert it (ffmpeg -i OLD NEW.mp4), or leave it out")
+                    raise ValueError(f"{path}: frame {row} of {len(pts)} can't be decoded: "
+                                     "convert it (ffmpeg -i OLD NEW.mp4), or leave it out")
                 key, back = max(key - back, 0), 2*back
                 frames = _seek(file, stream, pts[keys[key]])
             at = row
-            yield _picture(frame, path)
+            yield _image(frame, path)
 
-def _counted_frames(path, rows, info):
-    "The same, of a video whose packets' time stamps are not those of the frames."
+# %% ../../nbs/00_core/03_video.ipynb #b9d91d2b
+def _counted_frames(path, rows, info): # as `_pyav_frames`
     pts, keys, at, frames = unpack(info.pts), unpack(info.keys), -1, None
     with _opened(path) as (file, stream):
         for row in rows:
@@ -323,40 +365,46 @@ def _counted_frames(path, rows, info):
                 at += 1
                 if at == key and frame.pts != pts[key] or at == row: break
             if at != row or row == key and frame.pts != pts[key]:
-                raise ValueError(f"{path}: frame {row} of {len(pts)} can't be found: convert it (ffmpeg -i OLD NEW.mp4), or leave it out")
-            yield _picture(frame, path)
+                raise ValueError(f"{path}: frame {row} of {len(pts)} can't be found: "
+                                 "convert it (ffmpeg -i OLD NEW.mp4), or leave it out")
+            yield _image(frame, path)
 
+# %% ../../nbs/00_core/03_video.ipynb #44fa7124
 @lru_cache(maxsize=1)
-def _torchcodec():
-    "torchcodec's decoder, or None where it is not installed or finds no FFmpeg."
+def _torchcodec(): # its decoder; None: not installed, or finds no FFmpeg
     try:
         from torchcodec.decoders import VideoDecoder
         return VideoDecoder
     except (ImportError, OSError, RuntimeError): return None
 
-def _torchcodec_frames(path, rows, info):
-    "The same pictures by torchcodec; None if it can't, or might give others."
+def _torchcodec_frames(path, rows, info): # the same images; None: it can't, or might give others
     if info.turn or info.counted: return None
+    how = dict(dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
     try:
-        decoder = _torchcodec()(str(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
+        decoder = _torchcodec()(str(path), **how)
         if len(decoder) != len(info): return None
-        got = decoder.get_frames_at(indices=[int(r) for r in rows])
+        decoded = decoder.get_frames_at(indices=[int(r) for r in rows])
     except (RuntimeError, ValueError, IndexError): return None
-    same = np.round(got.pts_seconds.numpy()/float(Fraction(info.tick))).astype(int) == unpack(info.pts)[rows]
-    return iter(got.data.numpy()) if same.all() and got.data.shape[1:3] == (info.height, info.width) else None
+    stamps = np.round(decoded.pts_seconds.numpy()/float(Fraction(info.tick))).astype(int)
+    same = (stamps == unpack(info.pts)[rows]).all()
+    same = same and decoded.data.shape[1:3] == (info.height, info.width)
+    return iter(decoded.data.numpy()) if same else None
 
+# %% ../../nbs/00_core/03_video.ipynb #2fbe7f05
 def read_frames(
     path, # of the video
     rows, # (T,) which of its N frames, in any order, also repeated
-    info:VideoInfo=None, # what `scan_video` found; None: look now
+    info:VideoInfo=None, # of `scan_video`; None: scan now
     change=None, # (H,W,3) uint8 -> (H',W',3) uint8, done to each frame as it comes
 )->np.ndarray: # (T,H,W,3) uint8, RGB
     "Some frames of a video, exactly these."
     info = scan_video(path) if info is None else info
     wanted, place = np.unique(np.asarray(rows, int), return_inverse=True)
     if len(wanted) == 0 or wanted[0] < 0 or wanted[-1] >= len(info):
-        raise ValueError(f"{path} has frames 0 to {len(info) - 1}; {np.asarray(rows).tolist()} were asked for")
-    frames = _torchcodec() and _torchcodec_frames(path, wanted, info) or _pyav_frames(path, wanted, info)
+        raise ValueError(f"{path} has frames 0 to {len(info) - 1}; "
+                         f"{np.asarray(rows).tolist()} were asked for")
+    frames = _torchcodec() and _torchcodec_frames(path, wanted, info)
+    frames = frames or _pyav_frames(path, wanted, info)
     return np.stack([change(f) if change else f for f in frames])[place]
 
 # %% ../../nbs/00_core/03_video.ipynb #8ce7fe1e
@@ -366,12 +414,14 @@ class OpenVideo:
         path, # of the file
     ):
         self.path, self.lock = path, Lock()
-        if _counts(path) is not None: raise ValueError(f"{path} has time stamps that are not those of its frames: convert it (ffmpeg -i OLD NEW.mp4)")
+        if _counts(path) is not None:
+            raise ValueError(f"{path} has time stamps that are not those of its frames: "
+                             "convert it (ffmpeg -i OLD NEW.mp4)")
         with _named(path): self.file, self.stream = _open(path)
-        self.stream.codec_context.options = {"err_detect": "explode"} # rather no frame than a patched one
+        self.stream.codec_context.options = {"err_detect": "explode"} # no patched frames
 
     def _seek(self, t, tol):
-        "The decoder and its first frame, which is not after `t` unless the video begins there."
+        "The decoder and its first frame, not after `t` unless the video begins there."
         back = 0.
         while True:
             decoder = _seek(self.file, self.stream, max(0, (t - back)/self.stream.time_base))
@@ -379,96 +429,120 @@ class OpenVideo:
             if back > t or frame is not None and frame.time <= t + tol: return decoder, frame
             back = 2*back + .5
 
-    def at(self,
-        times, # (T,) seconds by the file's own time stamps, in any order
-        tol:float, # how far a frame may be from its time, seconds; half a frame
-    )->list: # T arrays (H,W,3) uint8, RGB
-        "The frames at these times; raise `ValueError` if one is not there or the file is damaged."
-        found, decoder, frame = {}, None, None
-        with self.lock, _named(self.path):
-            for t in sorted(set(map(float, times))):
-                if frame is None or t > frame.time + 1: decoder, frame = self._seek(t, tol)
-                while frame is not None and frame.time < t - tol: frame = next(decoder, None)
-                if frame is None or frame.time > t + tol: break
-                found[t] = _picture(frame, self.path)
-        if missing := sorted(set(map(float, times)) - set(found)):
-            reached = "its end was met first" if frame is None else f"the next one is at {frame.time:.3f} s"
-            raise ValueError(f"{self.path} has no frame at {missing[0]:.3f} s ({reached}): it is cut short or does not belong to these episodes; restore a whole copy")
-        return [found[float(t)] for t in times]
+# %% ../../nbs/00_core/03_video.ipynb #5b3e2c20
+@patch
+def at(self:OpenVideo,
+    times, # (T,) seconds by the file's own time stamps, in any order
+    tol:float, # how far a frame may be from its time, seconds; half a frame
+)->list: # T arrays (H,W,3) uint8, RGB
+    "The frames at these times; `ValueError` if one is not there or the file is damaged."
+    images, decoder, frame = {}, None, None
+    with self.lock, _named(self.path):
+        for t in sorted(set(map(float, times))):
+            if frame is None or t > frame.time + 1: decoder, frame = self._seek(t, tol)
+            while frame is not None and frame.time < t - tol: frame = next(decoder, None)
+            if frame is None or frame.time > t + tol: break
+            images[t] = _image(frame, self.path)
+    if missing := sorted(set(map(float, times)) - set(images)):
+        end_met = frame is None
+        reached = "its end was met first" if end_met else f"the next one is at {frame.time:.3f} s"
+        raise ValueError(
+            f"{self.path} has no frame at {missing[0]:.3f} s ({reached}): it is cut short or does "
+            "not belong to these episodes; restore a whole copy")
+    return [images[float(t)] for t in times]
 
-    def end(self): # seconds of the last frame that can be decoded, by the file's own time stamps
-        with self.lock, _named(self.path):
-            said = self.stream.duration*self.stream.time_base if self.stream.duration else (self.file.duration or 0)/av.time_base
-            last = None
-            for start in (float(said), 0.): # near its end, a cut file may give nothing
-                try:
-                    decoder, frame = self._seek(start, 0.)
-                    while frame is not None and not frame.is_corrupt: last, frame = frame, next(decoder, None)
-                except av.error.InvalidDataError: pass # cut there
-                if last is not None: break
-        if last is None: raise ValueError(f"{self.path} has no frame that can be decoded: restore a whole copy, or leave it out")
-        return last.time
+# %% ../../nbs/00_core/03_video.ipynb #967fe036
+@patch
+def end(self:OpenVideo): # seconds by the file's own time stamps
+    "The time of the last frame that can be decoded."
+    with self.lock, _named(self.path):
+        of_stream, of_file = self.stream.duration, (self.file.duration or 0)/av.time_base
+        promised = of_stream*self.stream.time_base if of_stream else of_file
+        last = None
+        for start in (float(promised), 0.):
+            try:
+                decoder, frame = self._seek(start, 0.)
+                while frame is not None and not frame.is_corrupt:
+                    last, frame = frame, next(decoder, None)
+            except av.error.InvalidDataError: pass # cut there
+            if last is not None: break
+    if last is None:
+        raise ValueError(f"{self.path} has no frame that can be decoded: "
+                         "restore a whole copy, or leave it out")
+    return last.time
 
 # %% ../../nbs/00_core/03_video.ipynb #fb688fd1
-def _known(cache):
-    "What a cache holds, and how many of its lines are of no use any more."
-    found, lines = {}, 0
+def _read_cache(cache): # rows by file name, and how many lines the cache has
+    rows, lines = {}, 0
     for line in cache.read_text(encoding="utf-8").splitlines() if cache.exists() else ():
         lines += 1
         try: row = json.loads(line)
         except ValueError: continue # the last line of a process that was killed
-        found[row["file"]] = row
-    return found, lines - len(found)
+        rows[row["file"]] = row
+    return rows, lines
 
-def index_files(
-    paths, # of the files
-    scan, # path -> JSON value; raises ValueError or FileNotFoundError
-    cache=None, # file of lines that remembers; None: look into all
-    n_workers:int=4, # threads
-    every:float=5., # seconds between two appends to the cache
-)->dict: # path -> {"found": what `scan` gave} or {"error": what is wrong}
-    "Look into files that are new or have changed."
-    paths = list(dict.fromkeys(map(str, paths)))
-    if cache is None: return dict(zip(paths, _scanned(paths, scan, n_workers)))
-    cache = Path(cache)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with locked(f"{cache}.lock"):
-        known, useless = _known(cache)
-        names = {p: os.path.relpath(p, cache.parent) for p in paths}
-        stamps = {p: _stamp(p) for p in paths}
-        todo = [p for p in paths if known.get(names[p], {}).get("stamp") != stamps[p] or stamps[p] is None]
-        rows, saved = [], time.monotonic()
+def _append(cache, rows):
+    "Add lines; a torn line before them is ended first. Returns an empty list."
+    if rows:
+        torn = cache.exists() and cache.stat().st_size and cache.read_bytes()[-1:] != b"\n"
+        text = "\n"*bool(torn) + "".join(json.dumps(row) + "\n" for row in rows)
         try:
-            for p, result in zip(todo, _scanned(todo, scan, n_workers)):
-                useless += names[p] in known
-                known[names[p]] = dict(file=names[p], stamp=stamps[p]) | result
-                rows.append(known[names[p]])
-                if time.monotonic() - saved >= every: rows, saved = _append(cache, rows), time.monotonic()
-        finally: _append(cache, rows)
-        if useless > len(known): write_whole(cache, "".join(json.dumps(r) + "\n" for r in known.values()))
-    return {p: {k: v for k, v in known[names[p]].items() if k in ("found", "error")} for p in paths}
+            with open(cache, "a", encoding="utf-8") as file: file.write(text)
+        except OSError as e:
+            warnings.warn(f"{cache} cannot be written ({e.strerror}), so the next time looks "
+                          "again: make room, or give another cache", stacklevel=2)
+    return []
 
 def _stamp(path):
     try: s = os.stat(path)
     except OSError: return None
     return [s.st_size, s.st_mtime_ns]
 
-def _append(cache, rows):
-    "Add lines; a torn line before them is ended first. Returns an empty list."
-    if rows:
-        torn = cache.exists() and cache.stat().st_size and cache.read_bytes()[-1:] != b"\n"
-        try:
-            with open(cache, "a", encoding="utf-8") as file: file.write("\n"*bool(torn) + "".join(json.dumps(r) + "\n" for r in rows))
-        except OSError as e: warnings.warn(f"{cache} cannot be written ({e.strerror}), so the next time looks again: make room, or give another cache", stacklevel=2)
-    return []
-
-def _scanned(paths, scan, n_workers):
-    "The results in order, with a progress bar; errors are results too."
+# %% ../../nbs/00_core/03_video.ipynb #f0a5ccca
+def _scanned(paths, scan, n_workers): # yields the results in order
     def one(path):
         try: return dict(found=scan(path))
         except (ValueError, FileNotFoundError) as e: return dict(error=str(e))
     pool = ThreadPoolExecutor(n_workers)
     try:
-        yield from progress_bar(pool.map(one, paths), total=len(paths), desc="looking into files", unit="file",
-                                disable=len(paths) < 100)
+        yield from progress_bar(pool.map(one, paths), total=len(paths), desc="looking into files",
+                                unit="file", disable=len(paths) < 100)
     finally: pool.shutdown(cancel_futures=True)
+
+def _scan_into(cache, rows, todo, scan, n_workers, every): # todo: {path: (file name, stamp)}
+    "Scan files; add their rows to `rows`, and to the cache every so many seconds."
+    pending, saved = [], time.monotonic()
+    try:
+        for path, result in zip(todo, _scanned(todo, scan, n_workers)):
+            name, stamp = todo[path]
+            rows[name] = dict(file=name, stamp=stamp) | result
+            pending.append(rows[name])
+            if time.monotonic() - saved >= every:
+                pending, saved = _append(cache, pending), time.monotonic()
+    finally: _append(cache, pending)
+
+# %% ../../nbs/00_core/03_video.ipynb #890c2b0b
+def index_files(
+    paths, # of the files
+    scan, # path -> JSON value; raises ValueError or FileNotFoundError
+    cache=None, # file of lines that remembers; None: scan all
+    n_workers:int=4, # threads
+    every:float=5., # seconds between two appends to the cache
+)->dict: # path -> {"found": result of `scan`} or {"error": what is wrong}
+    "Scan the files that are new or have changed."
+    paths = list(dict.fromkeys(map(str, paths)))
+    if cache is None: return dict(zip(paths, _scanned(paths, scan, n_workers)))
+    cache = Path(cache)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with locked(f"{cache}.lock"):
+        rows, lines = _read_cache(cache)
+        names = {path: os.path.relpath(path, cache.parent) for path in paths}
+        stamps = {path: _stamp(path) for path in paths}
+        old = lambda path: rows.get(names[path], {}).get("stamp")
+        todo = {path: (names[path], stamps[path]) for path in paths
+                if stamps[path] is None or old(path) != stamps[path]}
+        _scan_into(cache, rows, todo, scan, n_workers, every)
+        if lines + len(todo) > 2*len(rows):
+            write_whole(cache, "".join(json.dumps(row) + "\n" for row in rows.values()))
+    result = lambda row: {key: row[key] for key in ("found", "error") if key in row}
+    return {path: result(rows[names[path]]) for path in paths}

@@ -25,17 +25,20 @@ from ..core.utils import json_digest
 # %% ../../nbs/01_sim/00_calvin_tasks.ipynb #f7c12ebb
 COLOURS = ("red", "blue", "pink")
 
+def _for_blocks(verb, places):
+    return (f"{verb}_{colour}_block_{place}" for colour in COLOURS for place in places)
+
 TASKS = (
-    *(f"{verb}_{c}_block_{side}" for verb in ("rotate", "push") for c in COLOURS for side in ("right", "left")),
+    *_for_blocks("rotate", ("right", "left")), *_for_blocks("push", ("right", "left")),
     "move_slider_left", "move_slider_right", "open_drawer", "close_drawer",
-    *(f"lift_{c}_block_{place}" for c in COLOURS for place in ("table", "slider", "drawer")),
+    *_for_blocks("lift", ("table", "slider", "drawer")),
     "place_in_slider", "place_in_drawer", "stack_block", "unstack_block",
     "turn_on_lightbulb", "turn_off_lightbulb", "turn_on_led", "turn_off_led", "push_into_drawer")
 
 def check_tasks(
     tasks:Iterable, # task names, or one name
 )->tuple: # of the names, without repetition
-    "Raise `ValueError` naming an unknown task and the ones it resembles."
+    "Task names, or `ValueError` naming an unknown one and those that it resembles."
     names = tuple(dict.fromkeys([tasks] if isinstance(tasks, str) else tasks))
     for name in names:
         if name not in TASKS:
@@ -45,17 +48,17 @@ def check_tasks(
     return names
 
 # %% ../../nbs/01_sim/00_calvin_tasks.ipynb #ebb27ed6
-def _category(task):
-    "The first family that a task belongs to."
-    families = (("rotate_", "push_red", "push_blue", "push_pink"), ("move_slider",), ("open_", "close_"),
-                *([f"lift_{c}_block_{p}" for c in COLOURS] for p in ("table", "slider", "drawer")),
-                ("place_",), ("stack_",), ("unstack_",), ("turn_",), ("push_into",))
-    return next(i for i, starts in enumerate(families) if task.startswith(tuple(starts)))
+_FAMILIES = ( # beginnings of names
+    ("rotate_", "push_red", "push_blue", "push_pink"), ("move_slider",), ("open_", "close_"),
+    *(tuple(f"lift_{c}_block_{place}" for c in COLOURS) for place in ("table", "slider", "drawer")),
+    ("place_",), ("stack_",), ("unstack_",), ("turn_",), ("push_into",))
+
+def _category(task): return next(i for i, starts in enumerate(_FAMILIES) if task.startswith(starts))
 
 CATEGORIES = {task: _category(task) for task in TASKS} # task -> number of its kind
 
 # %% ../../nbs/01_sim/00_calvin_tasks.ipynb #a22bb9be
-FIXTURES = ("slider", "drawer", "lightbulb", "led") # families of the tasks that handle a part of the table
+FIXTURES = ("slider", "drawer", "lightbulb", "led") # parts of the table that tasks handle
 
 def task_family(
     task:str, # one of TASKS
@@ -63,7 +66,7 @@ def task_family(
     "What a task does with a block, or which fixture it handles."
     verb, *_, last = check_tasks(task)[0].split("_")
     if verb == "turn": return last
-    return {"move": "slider", "open": "drawer", "close": "drawer", "unstack": "stack"}.get(verb, verb)
+    return dict(move="slider", open="drawer", close="drawer", unstack="stack").get(verb, verb)
 
 def needs_images(
     task:str, # one of TASKS
@@ -72,106 +75,123 @@ def needs_images(
     return task_family(task) not in FIXTURES
 
 # %% ../../nbs/01_sim/00_calvin_tasks.ipynb #5cc055cb
-def _block_ways(block):
-    "Ways of the tasks that name a block."
+def _block_rules(block): # of the tasks that name a block
     held = {block: "grasped", "grasped": 1}
-    on_table = [({block: ("table",), "grasped": (0,)}, {})]
-    ways = {f"{verb}_{block}_{side}": on_table for verb in ("rotate", "push") for side in ("right", "left")}
-    ways[f"lift_{block}_table"] = [({block: ("table",), "grasped": (0,)}, held)]
-    ways[f"lift_{block}_slider"] = [({block: (f"slider_{side}",), "slider": (door,), "grasped": (0,)}, held)
-                                    for side, door in (("left", "right"), ("right", "left"))]
-    ways[f"lift_{block}_drawer"] = [({block: ("drawer",), "drawer": ("open",), "grasped": (0,)}, held)]
-    return ways
+    at = lambda place, **more: {block: (place,), **more, "grasped": (0,)}
+    rules = {f"{verb}_{block}_{side}": [(at("table"), {})]
+             for verb in ("rotate", "push") for side in ("right", "left")}
+    rules[f"lift_{block}_table"] = [(at("table"), held)]
+    rules[f"lift_{block}_slider"] = [(at("slider_left", slider=("right",)), held),
+                                     (at("slider_right", slider=("left",)), held)]
+    rules[f"lift_{block}_drawer"] = [(at("drawer", drawer=("open",)), held)]
+    return rules
 
-def _switch_ways(name, thing, before, after):
-    "The one way of a task that turns a thing from one state to another."
-    return {name: [({thing: (before,), "grasped": (0,)}, {thing: after})]}
+_SWITCHES = ( # task, thing, its state before and after
+    ("move_slider_left", "slider", "right", "left"),
+    ("move_slider_right", "slider", "left", "right"),
+    ("open_drawer", "drawer", "closed", "open"), ("close_drawer", "drawer", "open", "closed"),
+    ("turn_on_lightbulb", "lightbulb", 0, 1), ("turn_off_lightbulb", "lightbulb", 1, 0),
+    ("turn_on_led", "led", 0, 1), ("turn_off_led", "led", 1, 0))
 
-def _ways():
-    "Task -> list of (condition: key -> accepted values, effect: key -> value)."
+def _switch_rules():
+    return {task: [({thing: (before,), "grasped": (0,)}, {thing: after})]
+            for task, thing, before, after in _SWITCHES}
+
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #5a9d3b07
+def _any_block_rules():
     blocks = [f"{c}_block" for c in COLOURS]
     pairs = [(a, b) for a in blocks for b in blocks if a != b]
-    ways = {k: v for block in blocks for k, v in _block_ways(block).items()}
-    for args in (("move_slider_left", "slider", "right", "left"), ("move_slider_right", "slider", "left", "right"),
-                 ("open_drawer", "drawer", "closed", "open"), ("close_drawer", "drawer", "open", "closed"),
-                 ("turn_on_lightbulb", "lightbulb", 0, 1), ("turn_off_lightbulb", "lightbulb", 1, 0),
-                 ("turn_on_led", "led", 0, 1), ("turn_off_led", "led", 1, 0)): ways |= _switch_ways(*args)
-    ways["place_in_slider"] = [({b: ("grasped",), "slider": (side,)}, {b: f"slider_{side}", "grasped": 0})
-                               for b in blocks for side in ("left", "right")]
-    ways["place_in_drawer"] = [({b: ("grasped",), "drawer": ("open",)}, {b: "drawer", "grasped": 0}) for b in blocks]
     top, bottom = "stacked_top", "stacked_bottom"
-    ways["stack_block"] = [({a: ("grasped",), b: ("table",)}, {a: top, b: bottom, "grasped": 0}) for a, b in pairs]
-    ways["unstack_block"] = [({a: (top,), b: (bottom,), "grasped": (0,)}, {a: "table", b: "table"}) for a, b in pairs]
-    in_cabinet = ("slider_left", "slider_right") # the others must be out of the way
+    in_cabinet = ("slider_left", "slider_right")
     ready = dict.fromkeys(blocks, in_cabinet) | {"drawer": ("open",), "grasped": (0,)}
-    ways["push_into_drawer"] = [(ready | {a: ("table",)}, {a: "drawer"}) for a in blocks]
-    return ways
+    return dict(
+        place_in_slider=[({b: ("grasped",), "slider": (side,)}, {b: f"slider_{side}", "grasped": 0})
+                         for b in blocks for side in ("left", "right")],
+        place_in_drawer=[({b: ("grasped",), "drawer": ("open",)}, {b: "drawer", "grasped": 0})
+                         for b in blocks],
+        stack_block=[({a: ("grasped",), b: ("table",)}, {a: top, b: bottom, "grasped": 0})
+                     for a, b in pairs],
+        unstack_block=[({a: (top,), b: (bottom,), "grasped": (0,)}, {a: "table", b: "table"})
+                       for a, b in pairs],
+        push_into_drawer=[(ready | {a: ("table",)}, {a: "drawer"}) for a in blocks])
 
-_WAYS = _ways()
+def _rules(): # task -> list of (condition: key -> accepted values, effect: key -> value)
+    rules = _switch_rules() | _any_block_rules()
+    for colour in COLOURS: rules |= _block_rules(f"{colour}_block")
+    return rules
+
+_RULES = _rules()
 
 # %% ../../nbs/01_sim/00_calvin_tasks.ipynb #887361c4
-STATE_KEYS = ("led", "lightbulb", "slider", "drawer", "red_block", "blue_block", "pink_block", "grasped")
+STATE_KEYS = ("led", "lightbulb", "slider", "drawer", "red_block", "blue_block", "pink_block",
+              "grasped")
 
 def initial_states()->list: # of 192 dictionaries with STATE_KEYS
-    "Every start of a chain; one or two blocks are on the table, the rest in the cabinet, one a side."
+    "Every start of a chain."
     places = [p for p in product(("table", "slider_right", "slider_left"), repeat=3)
-              if 1 <= p.count("table") <= 2 and p.count("slider_left") < 2 and p.count("slider_right") < 2]
+              if 1 <= p.count("table") <= 2
+              and p.count("slider_left") < 2 and p.count("slider_right") < 2]
+    starts = product((0, 1), (0, 1), ("right", "left"), ("closed", "open"), places)
     return [dict(zip(STATE_KEYS, (led, bulb, slider, drawer, *blocks, 0)))
-            for led, bulb, slider, drawer, blocks
-            in product((0, 1), (0, 1), ("right", "left"), ("closed", "open"), places)]
+            for led, bulb, slider, drawer, blocks in starts]
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #81e18b91
 @lru_cache(maxsize=None)
-def _after(values, task):
-    "Values of the state after a task, or None where it cannot be done or could be done in more than one way."
+def _after(values, task): # values of the state after a task; None: not exactly one rule applies
     state = dict(zip(STATE_KEYS, values))
-    effects = [effect for condition, effect in _WAYS[task] if all(state[k] in v for k, v in condition.items())]
+    holds = lambda condition: all(state[key] in accepted for key, accepted in condition.items())
+    effects = [effect for condition, effect in _RULES[task] if holds(condition)]
     return tuple((state | effects[0]).values()) if len(effects) == 1 else None
 
 def state_after(
     state:dict, # symbolic state with STATE_KEYS
     task:str, # one of TASKS
 )->dict|None: # the state after it; None if it cannot follow
-    "What holds after a task."
+    "The state after a task."
     check_tasks(task)
-    values = _after(tuple(state[k] for k in STATE_KEYS), task)
+    values = _after(tuple(state[key] for key in STATE_KEYS), task)
     return None if values is None else dict(zip(STATE_KEYS, values))
 
 # %% ../../nbs/01_sim/00_calvin_tasks.ipynb #c3e52283
-def _chains_from(values, tasks, length, kinds=frozenset()):
-    "All chains of a length that can start from a state, as tuples of names."
+def _chains_from(values, tasks, length, kinds=frozenset()): # all that can start there, of names
     if not length: return [()]
     return [(task, *rest) for task in tasks
             if (kind := CATEGORIES[task]) not in kinds and (after := _after(values, task))
             for rest in _chains_from(after, tasks, length - 1, kinds | {kind})]
 
-def _official(n, seed, length):
-    "CALVIN's generator; its stream of random numbers is kept draw by draw."
+def _drawn_chains(state, n, length, rng): # yields n chains from a start
+    chains = _chains_from(tuple(state.values()), TASKS, length)
+    by_numbers = {tuple(map(TASKS.index, chain)): chain for chain in chains}
+    while n:
+        chain = by_numbers.get(tuple(rng.permutation(len(TASKS))[:length].tolist()))
+        if chain: yield chain; n -= 1
+
+def _official(n, seed, length): # CALVIN's generator
     states = initial_states()
     out = []
-    for i, share in enumerate(np.array_split(np.arange(n), len(states))):
-        if not len(share): continue
+    for i, part in enumerate(np.array_split(np.arange(n), len(states))):
+        if not len(part): continue
         rng = np.random.RandomState(seed*len(states) + i)
-        numbers = {tuple(map(TASKS.index, c)): c for c in _chains_from(tuple(states[i].values()), TASKS, length)}
-        found = 0
-        while found < len(share): # a permutation's head is what `choice(replace=False)` draws, three times as fast
-            chain = numbers.get(tuple(rng.permutation(len(TASKS))[:length].tolist()))
-            if chain: out.append((states[i], chain)); found += 1
+        chains = _drawn_chains(states[i], len(part), length, rng)
+        out += [(states[i], chain) for chain in chains]
     order = np.arange(len(out))
     np.random.RandomState(seed).shuffle(order)
     return [(dict(out[j][0]), out[j][1]) for j in order]
 
 # %% ../../nbs/01_sim/00_calvin_tasks.ipynb #0fb57699
-def _restricted(n, tasks, seed, length):
-    "Chains of a few tasks, spread over the starts that allow any."
-    starts = [(s, c) for s in initial_states() if (c := _chains_from(tuple(s.values()), tasks, length))]
+def _restricted(n, tasks, seed, length): # chains of a few tasks, spread over the starts
+    chains = lambda state: _chains_from(tuple(state.values()), tasks, length)
+    starts = [(state, those) for state in initial_states() if (those := chains(state))]
     if not starts:
         kinds = len({CATEGORIES[t] for t in tasks})
-        raise ValueError(f"no chain of {length} can be made of {', '.join(tasks)} ({kinds} kinds): "
-                         f"a chain needs {length} tasks of different kinds, see defi_nb.sim.calvin_tasks.CATEGORIES")
+        raise ValueError(
+            f"no chain of {length} can be made of {', '.join(tasks)} ({kinds} kinds): a chain "
+            f"needs {length} tasks of different kinds, see defi_nb.sim.calvin_tasks.CATEGORIES")
     order = np.random.default_rng(seed).permutation(len(starts))
     picks = [(starts[order[j % len(order)]], np.random.default_rng((seed, j))) for j in range(n)]
     return [(dict(state), chains[rng.integers(len(chains))]) for (state, chains), rng in picks]
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #8cca2c5e
 def get_sequences(
     n:int=1000, # chains
     tasks:Iterable|None=None, # names of the tasks to be used; None: all, which is CALVIN's list
@@ -182,10 +202,11 @@ def get_sequences(
     if n < 1: raise ValueError(f"n is {n}: ask for at least one chain")
     if tasks is not None: return _restricted(n, check_tasks(tasks), seed, length)
     if (n, seed, length) != (1000, 0, 5): return _official(n, seed, length)
-    states = initial_states()
-    rows = json.loads(resources.files("defi_nb").joinpath("assets/calvin_sequences.json").read_text())
+    states, file = initial_states(), "assets/calvin_sequences.json"
+    rows = json.loads(resources.files("defi_nb").joinpath(file).read_text())
     return [(dict(states[i]), tuple(TASKS[j] for j in chain)) for i, *chain in rows]
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #5de33d83
 def first_sequences(
     n:int, # chains, 1 to 1000
 )->list: # of (initial state, chain)
@@ -198,50 +219,52 @@ def in_scenes(
     scenes, # names, see `sim.layout.layout_of`
 )->list: # of (initial state with its `scene`, chain)
     "The same chains in several scenes, which they take in turn."
-    return [(state | dict(scene=scenes[i%len(scenes)]), chain) for i, (state, chain) in enumerate(sequences)]
+    scene = lambda i: scenes[i%len(scenes)]
+    return [(state | dict(scene=scene(i)), chain) for i, (state, chain) in enumerate(sequences)]
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #f9b8b454
 def sequences_digest(
     sequences, # of (initial state: dict, chain of task names)
-)->str: # sha256 of their canonical JSON
-    "What identifies a list of chains."
+)->str: # SHA-256 of their canonical JSON, 64 hex digits
+    "A digest of a list of chains."
     return json_digest([[dict(state), list(chain)] for state, chain in sequences])
 
 # %% ../../nbs/01_sim/00_calvin_tasks.ipynb #e345e088
-def _fnv1_32(
-    text:str, # to be hashed
-)->int: # 32-bit unsigned
-    "The hash that seeds CALVIN's starts."
+def _fnv1_32(text): # 32-bit unsigned
     h = 0
     for byte in text.encode("utf-16-le"): h = (h*16777619 & 0xFFFFFFFF) ^ byte
     return h
 
 # %% ../../nbs/01_sim/00_calvin_tasks.ipynb #e6d8415a
-ROBOT_START = (.02586889, -.2313129, .5712808, 3.09045411, -.02908596, 1.50013585, .07999963, -1.21779124, 1.03987629,
-               2.11978254, -2.34205014, -.87015899, 1.64119093, .55344928, 1.) # as robot_obs: metres and radians
+ROBOT_START = ( # as robot_obs: metres and radians
+    .02586889, -.2313129, .5712808, 3.09045411, -.02908596, 1.50013585, .07999963, -1.21779124,
+    1.03987629, 2.11978254, -2.34205014, -.87015899, 1.64119093, .55344928, 1.)
 DRAWER_RANGE = .22 # metres that an open drawer is out
 SWITCH_RANGE = .088 # metres that the lever is up when the bulb is lit
-_MAX_YAW = np.pi/8 # blocks are turned by a right angle, more or less by this
 
 @dataclass(frozen=True)
 class Start:
     "Where blocks start and how far the door goes, as in CALVIN's scene D."
-    blocks:tuple = (("red", "middle"), ("blue", "small"), ("pink", "big")) # (colour, size) in the order of scene_obs
-    table_slots:tuple = ((.0500000896, -.120000177, .459990009), (.229995412, -.11999514, .45999001)) # two, metres
-    cabinet_slots:tuple = ((-.240851662, .0924044687, .460990009), (.070341633, .0924044687, .460990009)) # left, right
-    yaws:tuple = (np.pi/2,)*3 # usual angle of each block about z, radians, in the order of `blocks`
+    blocks:tuple = (("red", "middle"), ("blue", "small"), ("pink", "big")) # as in scene_obs
+    table_slots:tuple = ( # two, metres
+        (.0500000896, -.120000177, .459990009), (.229995412, -.11999514, .45999001))
+    cabinet_slots:tuple = ( # left and right, metres
+        (-.240851662, .0924044687, .460990009), (.070341633, .0924044687, .460990009))
+    yaws:tuple = (np.pi/2,)*3 # usual angle of each block of `blocks` about z, radians
     slide_range:float = .28 # metres from the door's right end to its left end
 
-def _spot(slot, home):
-    "A slot (x, y, z) whose y and z are those of `home` where only x is given."
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #afd17c86
+_MAX_YAW = np.pi/8 # radians that a block's angle may differ from the usual one
+
+def _spot(slot, home): # (x, y, z); y and z are those of `home` where only x is given
     slot = np.atleast_1d(np.asarray(slot, float))
     return np.concatenate([slot, home[len(slot):]])
 
-# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #afd17c86
 def initial_obs(
     state:dict, # one of `initial_states()`
-    layout=None, # with blocks, table_slots, cabinet_slots, yaws and slide_range; None: CALVIN's scene D
+    layout=None, # an object with the fields of `Start`; None: CALVIN's scene D
 )->tuple: # robot_obs (15,) and scene_obs (24,) float64, to reset an environment with
-    "CALVIN's start of a chain: the arm at home, blocks in their slots with the yaw that the state's hash draws."
+    "CALVIN's start of a chain: the arm at home, slots and yaws drawn by the state's hash."
     home, layout = Start(), layout or Start()
     table = [_spot(slot, home.table_slots[0]) for slot in layout.table_slots]
     cabinet = {f"slider_{side}": _spot(slot, home.cabinet_slots[0])
@@ -249,9 +272,9 @@ def initial_obs(
     rng = np.random.RandomState(_fnv1_32(str({k: state[k] for k in STATE_KEYS}.values())))
     rng.shuffle(table)
     first_free = {"red": 0, "blue": int(state["red_block"] == "table"), "pink": 1}
-    scene = np.zeros(24)
-    scene[:6] = (layout.slide_range*(state["slider"] == "left"), DRAWER_RANGE*(state["drawer"] == "open"), 0,
-                 SWITCH_RANGE*state["lightbulb"], state["lightbulb"], state["led"])
+    scene, bulb, led = np.zeros(24), state["lightbulb"], state["led"]
+    slide = layout.slide_range*(state["slider"] == "left")
+    scene[:6] = slide, DRAWER_RANGE*(state["drawer"] == "open"), 0, SWITCH_RANGE*bulb, bulb, led
     rows = [colour for colour, _ in layout.blocks]
     for colour in COLOURS:
         place, row = state[f"{colour}_block"], rows.index(colour)
@@ -261,19 +284,23 @@ def initial_obs(
     return np.array(ROBOT_START), scene
 
 # %% ../../nbs/01_sim/00_calvin_tasks.ipynb #708aba22
-LIMITS = dict(turn=60, tilt=30, drift=.1, push=.1, slide=.15, drawer=.12, lift=.05, lift_slider=.03, speed=1.)
+LIMITS = dict(turn=60, tilt=30, drift=.1, push=.1, slide=.15, drawer=.12, lift=.05,
+              lift_slider=.03, speed=1.)
 
 def _block(info, name): return info["scene_info"]["movable_objects"][name]
 
-def _move(start, end, name): return np.asarray(_block(end, name)["current_pos"]) - _block(start, name)["current_pos"]
+def _move(start, end, name): # (3,) metres
+    return np.asarray(_block(end, name)["current_pos"]) - _block(start, name)["current_pos"]
 
 def _surfaces(info, name): return _block(info, name)["contacts"] - {"robot"}
 
-def _blocks_under(info, name): return {c for c in _block(info, name)["contacts"] if c.startswith("block_")}
+def _blocks_under(info, name):
+    return {c for c in _block(info, name)["contacts"] if c.startswith("block_")}
 
 def _slow(info, name):
     block = _block(info, name)
-    return max(np.abs(block[k]).max() for k in ("current_lin_vel", "current_ang_vel")) < LIMITS["speed"]
+    velocities = block["current_lin_vel"], block["current_ang_vel"]
+    return max(np.abs(v).max() for v in velocities) < LIMITS["speed"]
 
 def _any_block(rule, start, end): return any(rule(start, end, f"block_{c}") for c in COLOURS)
 
@@ -281,78 +308,91 @@ def _beyond(value, limit): return bool(value*np.sign(limit) > abs(limit))
 
 # %% ../../nbs/01_sim/00_calvin_tasks.ipynb #35aa4919
 def _rotated(start, end, name, turn):
-    "Turned about z by more than a signed angle, neither tipped nor carried away, and standing on something."
+    "Turned about z by more than a signed angle, not tipped or carried away, on a surface."
     now, before = (Rotation.from_quat(_block(info, name)["current_orn"]) for info in (end, start))
     x, y, z = (now*before.inv()).as_euler("xyz", degrees=True)
-    flat = max(abs(x), abs(y)) < LIMITS["tilt"] and np.linalg.norm(_move(start, end, name)) <= LIMITS["drift"]
-    return bool(flat and _surfaces(end, name) and _beyond(z, turn))
+    flat = max(abs(x), abs(y)) < LIMITS["tilt"]
+    in_place = np.linalg.norm(_move(start, end, name)) <= LIMITS["drift"]
+    return bool(flat and in_place and _surfaces(end, name) and _beyond(z, turn))
 
 def _pushed(start, end, name, distance):
     "Moved in x by more than a signed distance, still on what it stood on."
-    before = _surfaces(start, name)
-    return bool(before and before <= _surfaces(end, name) and _beyond(_move(start, end, name)[0], distance))
+    before, moved = _surfaces(start, name), _move(start, end, name)[0]
+    return bool(before and before <= _surfaces(end, name) and _beyond(moved, distance))
 
 def _door_moved(start, end, joint, distance):
     "A door or drawer has travelled more than a signed distance."
     now, before = (info["scene_info"]["doors"][joint]["current_state"] for info in (end, start))
     return _beyond(now - before, distance)
 
-def _lifted(start, end, name, height, surface):
-    "Higher, held by the robot alone, having stood on a surface."
-    return bool(_move(start, end, name)[2] > height and _block(end, name)["contacts"] == {"robot"}
-                and surface in _block(start, name)["contacts"])
-
-def _placed(start, end, surface):
-    "The block that the robot alone held at the start is let go and touches a surface."
-    held = set(start["robot_info"]["contacts"])
-    name = next(iter(held), "")
-    if len(held) != 1 or not name.startswith("block_") or name in end["robot_info"]["contacts"]: return False
-    return _block(start, name)["contacts"] == {"robot"} and surface in _block(end, name)["contacts"]
-
-def _pushed_into(start, end, name):
-    "Stood on the table alone, now touches the drawer and not the robot."
-    now = _block(end, name)["contacts"]
-    return _block(start, name)["contacts"] == {"base_link"} and "drawer_link" in now and "robot" not in now
-
-def _stacked(start, end, name):
-    "Rests on blocks alone, and touched none at the start."
-    now = _block(end, name)["contacts"]
-    return bool(now and now == _blocks_under(end, name) and not _blocks_under(start, name) and _slow(end, name))
-
-def _unstacked(start, end, name):
-    "Rested on blocks alone, and touches none now."
-    before = _block(start, name)["contacts"]
-    return bool(before and before == _blocks_under(start, name) and not _blocks_under(end, name) and _slow(start, name))
-
 def _lit(start, end, light, on):
     "A light that was off is on, or the other way round."
     before, now = (info["scene_info"]["lights"][light]["logical_state"] for info in (start, end))
     return bool(before == 1 - on and now == on)
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #4a9cb517
+def _lifted(start, end, name, height, surface):
+    "Higher, held by the robot alone, having stood on a surface."
+    stood, now = _block(start, name)["contacts"], _block(end, name)["contacts"]
+    return bool(_move(start, end, name)[2] > height and now == {"robot"} and surface in stood)
+
+def _placed(start, end, surface):
+    "The block that the robot alone held at the start is let go and touches a surface."
+    held = set(start["robot_info"]["contacts"])
+    name = next(iter(held), "")
+    if len(held) != 1 or not name.startswith("block_"): return False
+    if name in end["robot_info"]["contacts"]: return False
+    return _block(start, name)["contacts"] == {"robot"} and surface in _block(end, name)["contacts"]
+
+def _pushed_into(start, end, name):
+    "Stood on the table alone, now touches the drawer and not the robot."
+    before, now = _block(start, name)["contacts"], _block(end, name)["contacts"]
+    return before == {"base_link"} and "drawer_link" in now and "robot" not in now
+
+def _stacked(start, end, name):
+    "Rests on blocks alone, and touched none at the start."
+    now, under = _block(end, name)["contacts"], _blocks_under(end, name)
+    return bool(now and now == under and not _blocks_under(start, name) and _slow(end, name))
+
+def _unstacked(start, end, name):
+    "Rested on blocks alone, and touches none now."
+    before, under = _block(start, name)["contacts"], _blocks_under(start, name)
+    return bool(before and before == under and not _blocks_under(end, name) and _slow(start, name))
+
 # %% ../../nbs/01_sim/00_calvin_tasks.ipynb #00d77f24
-def _predicates():
-    "Task -> predicate(start_info, info)."
-    rules, links = {}, {"table": "base_link", "slider": "plank_link", "drawer": "drawer_link"}
-    for c in COLOURS:
-        name = f"block_{c}"
-        for side, sign in (("right", 1), ("left", -1)):
-            rules[f"rotate_{c}_block_{side}"] = partial(_rotated, name=name, turn=-sign*LIMITS["turn"])
-            rules[f"push_{c}_block_{side}"] = partial(_pushed, name=name, distance=sign*LIMITS["push"])
-        for place, link in links.items():
-            height = LIMITS["lift_slider" if place == "slider" else "lift"]
-            rules[f"lift_{c}_block_{place}"] = partial(_lifted, name=name, height=height, surface=link)
+_LINKS = dict(table="base_link", slider="plank_link", drawer="drawer_link")
+
+def _block_predicates(colour):
+    rules, name = {}, f"block_{colour}"
+    for side, sign in (("right", 1), ("left", -1)):
+        turn, distance = -sign*LIMITS["turn"], sign*LIMITS["push"]
+        rules[f"rotate_{colour}_block_{side}"] = partial(_rotated, name=name, turn=turn)
+        rules[f"push_{colour}_block_{side}"] = partial(_pushed, name=name, distance=distance)
+    for place, link in _LINKS.items():
+        height = LIMITS["lift_slider" if place == "slider" else "lift"]
+        lifted = partial(_lifted, name=name, height=height, surface=link)
+        rules[f"lift_{colour}_block_{place}"] = lifted
+    return rules
+
+def _predicates(): # task -> predicate(start_info, info)
+    rules = {}
+    for colour in COLOURS: rules |= _block_predicates(colour)
     for word, on in (("on", 1), ("off", 0)):
-        rules |= {f"turn_{word}_{light}": partial(_lit, light=light, on=on) for light in ("lightbulb", "led")}
-    doors = {"slide": ("move_slider_left", "move_slider_right"), "drawer": ("open_drawer", "close_drawer")}
+        for light in ("lightbulb", "led"):
+            rules[f"turn_{word}_{light}"] = partial(_lit, light=light, on=on)
+    doors = dict(slide=("move_slider_left", "move_slider_right"),
+                 drawer=("open_drawer", "close_drawer"))
     for door, tasks in doors.items():
         for task, sign in zip(tasks, (1, -1)):
             rules[task] = partial(_door_moved, joint=f"base__{door}", distance=sign*LIMITS[door])
-    rules |= {f"place_in_{place}": partial(_placed, surface=links[place]) for place in ("slider", "drawer")}
-    anyone = (("push_into_drawer", _pushed_into), ("stack_block", _stacked), ("unstack_block", _unstacked))
-    return rules | {task: partial(_any_block, rule) for task, rule in anyone}
+    for place in ("slider", "drawer"):
+        rules[f"place_in_{place}"] = partial(_placed, surface=_LINKS[place])
+    any_block = dict(push_into_drawer=_pushed_into, stack_block=_stacked, unstack_block=_unstacked)
+    return rules | {task: partial(_any_block, rule) for task, rule in any_block.items()}
 
 _PREDICATES = _predicates()
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #1ad0fa8b
 def solved(
     task:str, # one of TASKS
     start_info:dict, # info at the start of the task
@@ -372,90 +412,105 @@ def solved_tasks(
 def grasped_block(
     task:str, # one of TASKS
     start_info:dict, # info at the start of the task
-)->str|None: # such as "block_red"; None for a task that grasps none, or has one in the gripper from the start
+)->str|None: # such as "block_red"; None: the task grasps none, or begins with one in the gripper
     "The block that a task closes the gripper on."
     if task_family(task) in ("lift", "rotate"): return f"block_{task.split('_')[1]}"
     if task != "unstack_block": return None
-    rests = lambda name: _block(start_info, name)["contacts"] == _blocks_under(start_info, name) != set()
+    under = lambda name: _blocks_under(start_info, name)
+    rests = lambda name: _block(start_info, name)["contacts"] == under(name) != set()
     return next(filter(rests, start_info["scene_info"]["movable_objects"]), None)
 
 # %% ../../nbs/01_sim/00_calvin_tasks.ipynb #d998f47c
-def _block_phrases(colour):
-    "Sentences for the tasks that name a block."
+_PLACES = dict(
+    table=("the table", "the tabletop", "the desk's surface"),
+    slider=("the cabinet", "behind the sliding door", "inside the cabinet"),
+    drawer=("the drawer", "the open drawer", "inside the drawer"))
+
+def _block_phrases(colour): # of the tasks that name a block
     b, say = f"{colour} block", {}
     for side, clock in (("right", "clockwise"), ("left", "counterclockwise")):
         say[f"rotate_{colour}_block_{side}"] = [
-            f"rotate the {b} to the {side}", f"turn the {b} {clock}", f"grip the {b} and twist it to the {side}",
-            f"give the {b} a turn to the {side}", f"spin the {b} {clock} where it stands",
-            f"take hold of the {b} and rotate it {clock}", f"the {b} should be turned to the {side}"]
+            f"rotate the {b} to the {side}", f"turn the {b} {clock}",
+            f"grip the {b} and twist it to the {side}", f"give the {b} a turn to the {side}",
+            f"spin the {b} {clock} where it stands", f"take hold of the {b} and rotate it {clock}",
+            f"the {b} should be turned to the {side}"]
         say[f"push_{colour}_block_{side}"] = [
-            f"push the {b} to the {side}", f"shove the {b} towards the {side}", f"make the {b} slide to the {side}",
-            f"move the {b} {side}wards by pushing it", f"nudge the {b} along the table to the {side}",
-            f"the {b} should be pushed {side}", f"slide the {b} over to the {side}"]
-    for place, (a, c, d) in {"table": ("the table", "the tabletop", "the desk's surface"),
-                             "slider": ("the cabinet", "behind the sliding door", "inside the cabinet"),
-                             "drawer": ("the drawer", "the open drawer", "inside the drawer")}.items():
+            f"push the {b} to the {side}", f"shove the {b} towards the {side}",
+            f"make the {b} slide to the {side}", f"move the {b} {side}wards by pushing it",
+            f"nudge the {b} along the table to the {side}", f"the {b} should be pushed {side}",
+            f"slide the {b} over to the {side}"]
+    for place, (a, c, d) in _PLACES.items():
         say[f"lift_{colour}_block_{place}"] = [
-            f"lift the {b} from {a}", f"pick the {b} up from {c}", f"grasp the {b} from {d} and raise it",
-            f"take the {b} from {a} and lift it up", f"fetch the {b} from {c}", f"raise the {b} up from {a}",
-            f"grab the {b} from {d}"]
+            f"lift the {b} from {a}", f"pick the {b} up from {c}",
+            f"grasp the {b} from {d} and raise it", f"take the {b} from {a} and lift it up",
+            f"fetch the {b} from {c}", f"raise the {b} up from {a}", f"grab the {b} from {d}"]
     return say
 
 # %% ../../nbs/01_sim/00_calvin_tasks.ipynb #8d5c1581
-def _fixture_phrases():
-    "Sentences for the door, the drawer, the lever and the button."
+def _door_phrases():
     say = {}
     for side in ("left", "right"):
         say[f"move_slider_{side}"] = [
-            f"slide the door to the {side}", f"move the sliding door to the {side}", f"push the cabinet door {side}",
-            f"shift the sliding door to its {side} end", f"take the door's handle and slide it {side}",
+            f"slide the door to the {side}", f"move the sliding door to the {side}",
+            f"push the cabinet door {side}", f"shift the sliding door to its {side} end",
+            f"take the door's handle and slide it {side}",
             f"drag the door of the cabinet to the {side}", f"the sliding door should go {side}"]
     say["open_drawer"] = [
         "open the drawer", "pull the drawer out", "pull the drawer open by its handle",
-        "take the handle and open the drawer", "draw the drawer towards you", "slide the drawer out",
-        "the drawer should be open"]
+        "take the handle and open the drawer", "draw the drawer towards you",
+        "slide the drawer out", "the drawer should be open"]
     say["close_drawer"] = [
-        "close the drawer", "push the drawer shut", "push the drawer back in", "press the handle and close the drawer",
-        "shut the drawer", "slide the drawer in until it is closed", "the drawer should be shut"]
+        "close the drawer", "push the drawer shut", "push the drawer back in",
+        "press the handle and close the drawer", "shut the drawer",
+        "slide the drawer in until it is closed", "the drawer should be shut"]
+    return say
+
+def _light_phrases():
+    say = {}
     for word, way, look in (("on", "up", "bright"), ("off", "down", "dark")):
         say[f"turn_{word}_lightbulb"] = [
-            f"turn {word} the light bulb", f"switch the yellow bulb {word}", f"move the lever {way}",
-            f"slide the lever {way} so that the bulb is {look}", f"use the lever to turn the bulb {word}",
+            f"turn {word} the light bulb", f"switch the yellow bulb {word}",
+            f"move the lever {way}", f"slide the lever {way} so that the bulb is {look}",
+            f"use the lever to turn the bulb {word}",
             f"push the lever {way} to switch the lamp {word}", f"make the light bulb {look}"]
         say[f"turn_{word}_led"] = [
-            f"turn {word} the led", f"press the button to switch the led {word}", f"switch the green light {word}",
-            f"push the button so that the led goes {word}", f"press down the button to turn the green light {word}",
-            f"make the led {look}", f"use the button to turn the led {word}"]
+            f"turn {word} the led", f"press the button to switch the led {word}",
+            f"switch the green light {word}", f"push the button so that the led goes {word}",
+            f"press down the button to turn the green light {word}", f"make the led {look}",
+            f"use the button to turn the led {word}"]
     return say
 
 # %% ../../nbs/01_sim/00_calvin_tasks.ipynb #abd76950
 def _any_block_phrases():
-    "Sentences for the tasks that any block will do for."
     say = {}
-    spots = ("slider", "cabinet", "behind the sliding door"), ("drawer", "drawer", "down in the drawer")
+    spots = (("slider", "cabinet", "behind the sliding door"),
+             ("drawer", "drawer", "down in the drawer"))
     for place, name, inside in spots:
         say[f"place_in_{place}"] = [
-            f"put the held block into the {name}", f"place the block in the {name}", f"lay the grasped block {inside}",
-            f"let go of the block inside the {name}", f"store the block you hold in the {name}",
-            f"drop the held object in the {name}", f"set down the grasped block in the {name}"]
+            f"put the held block into the {name}", f"place the block in the {name}",
+            f"lay the grasped block {inside}", f"let go of the block inside the {name}",
+            f"store the block you hold in the {name}", f"drop the held object in the {name}",
+            f"set down the grasped block in the {name}"]
     say["push_into_drawer"] = [
         "push a block into the drawer", "shove the block from the table into the drawer",
         "make the block fall into the open drawer", "push the block over the edge into the drawer",
-        "sweep the block off the table into the drawer", "slide the block along until it drops in the drawer",
+        "sweep the block off the table into the drawer",
+        "slide the block along until it drops in the drawer",
         "nudge the block into the open drawer"]
     say["stack_block"] = [
         "stack the held block on another block", "put the block on top of another one",
         "place the grasped block on another block", "build a tower of two blocks",
-        "set the block you hold upon another block", "pile one block on the other", "make a stack with the held block"]
+        "set the block you hold upon another block", "pile one block on the other",
+        "make a stack with the held block"]
     say["unstack_block"] = [
         "take the upper block off the lower one", "unstack the blocks", "remove the block on top",
-        "take the tower apart", "pull down the block that stands on another", "knock the top block off the stack",
-        "separate the stacked blocks"]
+        "take the tower apart", "pull down the block that stands on another",
+        "knock the top block off the stack", "separate the stacked blocks"]
     return say
 
-def _instructions():
-    "Task -> sentences."
-    say = _fixture_phrases() | _any_block_phrases()
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #a651234f
+def _instructions(): # task -> sentences
+    say = _door_phrases() | _light_phrases() | _any_block_phrases()
     for colour in COLOURS: say |= _block_phrases(colour)
     return {task: say[task] for task in TASKS}
 

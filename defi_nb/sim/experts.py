@@ -17,18 +17,18 @@ from .layout import BLOCK_HALF, layout_of, make_scene_obs
 from .playtable import PlayTable
 
 # %% ../../nbs/01_sim/05_experts.ipynb #62410d64
-YAW = np.pi/2 # the hand's usual yaw, radians
-_CRUISE_Z = .58 # height at which the hand clears everything on the table, metres
-_NEEDS_BLOCK = ("place_in_drawer", "place_in_slider", "stack_block") # tasks that begin with a block in the gripper
+YAW = np.pi/2 # the gripper's usual yaw, radians
+_CRUISE_Z = .58 # height at which the gripper clears everything on the table, metres
+_NEEDS_BLOCK = ("place_in_drawer", "place_in_slider", "stack_block") # begin with one in the gripper
 
 class Done(Exception):
     "The task is over: solved, out of steps, or impossible from here."
 
 class Expert:
-    "Runs one task at a time, looking at the simulator's state and acting only through its `step`."
+    "Runs one task at a time, reading the simulator's state and acting only through its `step`."
     def __init__(self,
         env:PlayTable, # to act in
-        speed:float=.7, # of the hand, as a part of the greatest
+        speed:float=.7, # of the gripper, as a fraction of the greatest
         limit:int=360, # steps that a task may take
         overrun:int=0, # steps for which the motion goes on after success
         disturb=None, # clean action (7,) -> the action that is executed; by default the same
@@ -37,31 +37,38 @@ class Expert:
         self.env, self.speed, self.limit, self.overrun = env, speed, limit, overrun
         self.disturb, self.on_step = disturb or (lambda action: action), on_step
         self.obs, self.info, self.task = env.get_obs(), env.get_info(), None
-        self.steps, self.success, self.yaw, self.grip = 0, 0, YAW, float(env.gripper_action)
+        self.steps, self.success, self.yaw = 0, 0, YAW
+        self.grip = float(env.gripper_action)
 
-    def run(self,
-        task:str, # one of CALVIN's 34
-    )->tuple: # success (bool), steps until success or until it gave up
-        "Try a task from the present state."
-        self.task, self.steps, self.success, self.start, self.yaw = task, 0, 0, self.info, YAW
-        self.grip = float(self.env.gripper_action)
-        try:
-            if task not in _NEEDS_BLOCK: self.let_go()
-            for _ in range(3): self.attempt(task)
-        except Done: pass
-        return self.success > 0, self.success or self.steps
+# %% ../../nbs/01_sim/05_experts.ipynb #23a2f0a9
+@patch
+def act(self:Expert,
+    move=(0, 0, 0), # metres
+    turn=(0, 0, 0), # radians
+):
+    "Act for one step; raise `Done` when the task ends."
+    move = np.clip(np.array(move)/POSITION_UNIT, -1, 1)
+    turn = np.clip(np.array(turn)/ROTATION_UNIT, -1, 1)
+    action = np.r_[move, turn, self.grip]
+    if self.on_step: self.on_step(self.obs, action)
+    self.obs, _, _, self.info = self.env.step(self.disturb(action))
+    self.steps += 1
+    if self.task and not self.success and solved(self.task, self.start, self.info):
+        self.success = self.steps
+    if self.steps >= (self.success + self.overrun if self.success else self.limit): raise Done
 
-    def act(self,
-        move=(0, 0, 0), # metres
-        turn=(0, 0, 0), # radians
-    ):
-        "One step; raises `Done` when the task ends."
-        action = np.r_[np.clip(np.array(move)/POSITION_UNIT, -1, 1), np.clip(np.array(turn)/ROTATION_UNIT, -1, 1), self.grip]
-        if self.on_step: self.on_step(self.obs, action)
-        self.obs, _, _, self.info = self.env.step(self.disturb(action))
-        self.steps += 1
-        if self.task and not self.success and solved(self.task, self.start, self.info): self.success = self.steps
-        if self.steps >= (self.success + self.overrun if self.success else self.limit): raise Done
+@patch
+def run(self:Expert,
+    task:str, # one of CALVIN's 34
+)->tuple: # success (bool), steps until success or until it gave up
+    "Try a task from the present state."
+    self.task, self.steps, self.success, self.start, self.yaw = task, 0, 0, self.info, YAW
+    self.grip = float(self.env.gripper_action)
+    try:
+        if task not in _NEEDS_BLOCK: self.let_go()
+        for _ in range(3): self.attempt(task)
+    except Done: pass
+    return self.success > 0, self.success or self.steps
 
 # %% ../../nbs/01_sim/05_experts.ipynb #929390c9
 @patch
@@ -81,31 +88,37 @@ def attempt(self:Expert, task:str): # one of CALVIN's 34
         case ["place", "in", "slider"]: self.place_in_cabinet()
         case ["stack", "block"]: self.stack()
         case ["unstack", "block"]: self.unstack()
-        case _: raise ValueError(f"there is no task {task!r}: choose from defi_nb.sim.calvin_tasks.TASKS")
+        case _: raise ValueError(f"there is no task {task!r}: "
+                                 "choose from defi_nb.sim.calvin_tasks.TASKS")
 
 # %% ../../nbs/01_sim/05_experts.ipynb #e796f1cd
 @patch
 def hand(self:Expert)->np.ndarray: # (3,) metres
-    "Where the tool centre point is."
+    "Position of the tool centre point."
     return np.array(self.info["robot_info"]["tcp_pos"])
 
 @patch
-def block(self:Expert, colour:str)->tuple: # centre (3,), yaw of its longer level edge, half of that edge and of the other level one
-    "Pose and size of a block, whichever of its sides it lies on."
-    block = self.info["scene_info"]["movable_objects"][f"block_{colour}"]
-    axes, half = Rotation.from_quat(block["current_orn"]).as_matrix(), BLOCK_HALF[dict(self.env.layout.blocks)[colour]]
-    long, short = sorted(np.argsort(np.abs(axes[2]))[:2], key=lambda i: (-half[i], i)) # the third axis is upright
-    return np.array(block["current_pos"]), np.arctan2(axes[1, long], axes[0, long]), np.array([half[long], half[short]])
-
-@patch
-def contacts(self:Expert, colour:str)->set: # names of bodies, "robot" for the whole arm
+def contacts(self:Expert, colour:str)->set: # names of bodies
     "What a block touches."
     return set(self.info["scene_info"]["movable_objects"][f"block_{colour}"]["contacts"])
+
+# %% ../../nbs/01_sim/05_experts.ipynb #1b268905
+@patch
+def block(self:Expert, colour:str)->tuple: # centre (3,), yaw, half edges (2,) of the level sides
+    "Pose and size of a block, whichever of its sides it lies on."
+    block = self.info["scene_info"]["movable_objects"][f"block_{colour}"]
+    half = BLOCK_HALF[dict(self.env.layout.blocks)[colour]]
+    axes = Rotation.from_quat(block["current_orn"]).as_matrix()
+    level = np.argsort(np.abs(axes[2]))[:2]
+    long, short = sorted(level, key=lambda i: (-half[i], i))
+    yaw = np.arctan2(axes[1, long], axes[0, long])
+    return np.array(block["current_pos"]), yaw, np.array([half[long], half[short]])
 
 @patch
 def held(self:Expert)->str|None: # its colour
     "The block in the gripper, if any."
-    return next((c for c in COLOURS if "robot" in self.contacts(c) and np.linalg.norm(self.block(c)[0] - self.hand()) < .06), None)
+    near = lambda colour: np.linalg.norm(self.block(colour)[0] - self.hand()) < .06
+    return next((c for c in COLOURS if "robot" in self.contacts(c) and near(c)), None)
 
 # %% ../../nbs/01_sim/05_experts.ipynb #260cbb66
 @patch
@@ -116,12 +129,13 @@ def others(self:Expert, colour:str|None)->np.ndarray: # (2 or 3, 3) metres
 # %% ../../nbs/01_sim/05_experts.ipynb #4755dd49
 @patch
 def grasp_yaw(self:Expert, colour:str)->float: # radians
-    "The hand's yaw for grasping a block."
+    "The gripper's yaw for grasping a block."
     pos, yaw, half = self.block(colour)
-    period = np.pi/2 if abs(half[0] - half[1]) < .009 else np.pi # a cube, or nearly one, can be held by all sides
+    period = np.pi/2 if abs(half[0] - half[1]) < .009 else np.pi
     yaws = yaw + period*(np.round((YAW - yaw)/period) + np.array([0, -1, 1]))
     def clearance(yaw):
-        tips = pos + .046*np.array([[np.sin(yaw), -np.cos(yaw), 0], [-np.sin(yaw), np.cos(yaw), 0]])
+        finger = np.array([np.sin(yaw), -np.cos(yaw), 0])
+        tips = pos + .046*np.array([finger, -finger])
         gap = np.linalg.norm((tips[:, None] - self.others(colour))*[1, 1, .5], axis=-1).min()
         return min(gap, .045) - .004*abs(yaw - YAW)
     return max(yaws[np.abs(yaws - YAW) < 1.8], key=clearance)
@@ -129,7 +143,7 @@ def grasp_yaw(self:Expert, colour:str)->float: # radians
 # %% ../../nbs/01_sim/05_experts.ipynb #6bff6ce4
 @patch
 def level(self:Expert, colour:str)->float: # radians
-    "The hand's tilt at which a held block lies level; what was grasped in the cabinet hangs askew in an upright hand."
+    "The gripper's tilt at which a held block lies level."
     quat = self.info["scene_info"]["movable_objects"][f"block_{colour}"]["current_orn"]
     _, y, z = max(Rotation.from_quat(quat).as_matrix().T, key=lambda axis: abs(axis[2]))
     tilt = (np.arctan(y/z) - self.env.target_orn[1])%(np.pi/2)
@@ -147,23 +161,24 @@ def goto(self:Expert,
     pos, # (3,) metres
     yaw:float|None=None, # radians; as before if None
     tilt:float=0., # radians that the fingers lean forward
-    speed:float|None=None, # as a part of the greatest
+    speed:float|None=None, # as a fraction of the greatest
     near:float|None=None, # metres at which the point counts as passed; None to arrive there
     tol:float=.008, # metres by which the arm may lag at arrival
     steps:int=90, # after which it is given up
 ):
-    "Move the hand in a straight line."
+    "Move the gripper in a straight line."
     self.yaw = self.yaw if yaw is None else yaw
-    pos, orn, speed, waited = np.array(pos, float), np.array([np.pi, -tilt, self.yaw]), speed or self.speed, 0
-    line = (pos - self.env.target_pos)/max(np.linalg.norm(pos - self.env.target_pos), 1e-9)
+    env, speed, waited = self.env, speed or self.speed, 0
+    pos, orn = np.array(pos, float), np.array([np.pi, -tilt, self.yaw])
+    line = (pos - env.target_pos)/max(np.linalg.norm(pos - env.target_pos), 1e-9)
     for _ in range(steps):
-        move, turn = pos - self.env.target_pos, wrap(orn - self.env.target_orn)
+        move, turn = pos - env.target_pos, wrap(orn - env.target_orn)
         if np.abs(move).max() < (near or 1e-3) and (near or np.abs(turn).max() < .02):
             waited += 1
             if near or waited > 4 or np.linalg.norm(self.hand() - pos) < tol: return
         along, reach = line*(line@move), ROTATION_UNIT*max(speed, .7)
         onward = along*min(1, POSITION_UNIT*speed/max(np.abs(along).max(), 1e-9))
-        self.act(onward + move - along, np.clip(turn, -reach, reach)) # back to the line at once, along it in time
+        self.act(onward + move - along, np.clip(turn, -reach, reach))
 
 # %% ../../nbs/01_sim/05_experts.ipynb #f7b5e6f9
 @patch
@@ -171,24 +186,27 @@ def fingers(self:Expert,
     value:float, # 1 opens, -1 closes
     steps:int=12, # to wait at most
 ):
-    "Open or close the gripper in place and wait until the fingers stop."
+    "Open or close the gripper in place."
     self.grip, width = value, np.inf
     for i in range(steps):
         last, width = width, self.info["robot_info"]["gripper_opening_width"]
         if i > 2 and abs(width - last) < 1e-3: return
         self.act()
 
+# %% ../../nbs/01_sim/05_experts.ipynb #cee87ecf
 @patch
 def away(self:Expert)->np.ndarray: # (2,) metres
-    "A little way back from a block that the hand has pushed, lest it be dragged along."
+    "A little way back from a block that the gripper has pushed."
     near = [self.hand() - self.block(c)[0] for c in COLOURS if "robot" in self.contacts(c)]
-    return .03*sum((d[:2]/np.hypot(*d[:2]) for d in near if .025 < np.hypot(*d[:2]) and abs(d[2]) < .05), np.zeros(2))
+    pushed = [d[:2] for d in near if .025 < np.hypot(*d[:2]) and abs(d[2]) < .05]
+    return .03*sum((d/np.hypot(*d) for d in pushed), np.zeros(2))
 
 @patch
 def retreat(self:Expert, z:float=_CRUISE_Z): # metres
-    "Leave the cabinet if the hand is inside, then go up to a height that clears everything."
+    "Leave the cabinet, then go up to a height that clears everything."
     x, y, now = self.env.target_pos
-    z = max([z, *(c[2] + .07 for c in self.others(self.held()) if np.hypot(*(c[:2] - (x, y))) < .07)]) # a stack may be higher
+    below = [c[2] + .07 for c in self.others(self.held()) if np.hypot(*(c[:2] - (x, y))) < .07]
+    z = max([z, *below])
     if now < z - .03:
         _, tilt, yaw = self.env.target_orn
         if y > 0: self.goto([x, -.08, max(now + .03, .52)], yaw=yaw, tilt=-tilt, near=.03)
@@ -197,8 +215,6 @@ def retreat(self:Expert, z:float=_CRUISE_Z): # metres
     self.yaw = YAW
 
 # %% ../../nbs/01_sim/05_experts.ipynb #fae49c21
-UP_FACE = np.array([0, .5, .866]) # the direction in which the switch moves
-
 @patch
 def press_button(self:Expert):
     "Push the button down and let it come up."
@@ -209,9 +225,12 @@ def press_button(self:Expert):
     self.goto([x, y, .458], speed=.4, tol=.002)
     self.goto([x, y, .56])
 
+# %% ../../nbs/01_sim/05_experts.ipynb #6619a379
+UP_FACE = np.array([0, .5, .866]) # the direction in which the switch moves
+
 @patch
 def move_switch(self:Expert, on:bool):
-    "Shove the lever up along the face from below, or down from above."
+    "Shove the lever up or down along the cabinet's face."
     bar = self.env.body_pos("switch_link") + [0, -.045, .026]
     tilt = .9 if on or bar[0] > 0 else .6
     behind, far, lead = (.07, -.055, -.05) if on else (.09, .055, .045)
@@ -223,9 +242,10 @@ def move_switch(self:Expert, on:bool):
     self.goto(self.env.target_pos + UP_FACE*(.13 if on else -.14), tilt=tilt, speed=.5)
     self.goto([bar[0], -.10, max(self.env.target_pos[2], .56)], tilt=tilt, near=.03)
 
+# %% ../../nbs/01_sim/05_experts.ipynb #ecf4674d
 @patch
 def move_drawer(self:Expert, out:bool):
-    "Hook the closed fingers behind the handle and pull, or push the handle from the front."
+    "Pull the drawer out, or push it in."
     x, y, z = self.env.body_pos("drawer_link") + [0, -.25, .04]
     y, z, way = (y + .032, z + .005, -.23) if out else (y - .05, z, .26)
     self.retreat()
@@ -236,9 +256,10 @@ def move_drawer(self:Expert, out:bool):
     self.goto([x, self.env.target_pos[1] - np.sign(way)*.025, z + .005], near=.01)
     self.goto([x, self.env.target_pos[1], .55], near=.03)
 
+# %% ../../nbs/01_sim/05_experts.ipynb #3cd7217a
 @patch
-def move_slider(self:Expert, side:str, tilt:float=.4): # radians; upright, the arm would be too short at the table's right end
-    "Push the sliding door's handle from its other side."
+def move_slider(self:Expert, side:str, tilt:float=.4): # "left" or "right"; radians
+    "Push the sliding door to one side."
     sign = 1 if side == "left" else -1
     x = self.env.body_pos("slide_link")[0] + .14 + sign*.062
     self.retreat()
@@ -263,23 +284,27 @@ def grasp(self:Expert, colour:str, lower:float=.003): # metres below the block's
 
 # %% ../../nbs/01_sim/05_experts.ipynb #3eef31ee
 @patch
-def let_go(self:Expert):
-    "Open the fingers around a block; one that hangs in the air is first put on a free place of the table."
-    near = [c for c in COLOURS if np.linalg.norm(self.block(c)[0] - self.hand()) < .04]
-    if not near or self.info["robot_info"]["gripper_opening_width"] < .02: return # closed beside a block, not around it
-    if self.contacts(near[0]) == {"robot"}: self.put_down(near[0], (-.30, .36))
-    self.fingers(1., 5)
-
-@patch
 def put_down(self:Expert, colour:str, xs:tuple): # least and greatest x, metres
     "Bring the held block to the freest place of the table, the nearest of the free ones."
-    pos, avoid = self.block(colour)[0], np.vstack([self.others(colour), self.env.body_pos("button_link")])
+    pos, button = self.block(colour)[0], self.env.body_pos("button_link")
+    avoid = np.vstack([self.others(colour), button])[:, :2]
+    free = lambda p: min(np.hypot(*(avoid - p).T).min(), .13)
     places = [(x, y) for x in np.arange(*xs, .05) for y in (-.12, -.07)]
-    x, y = max(places, key=lambda p: (min(np.hypot(*(avoid[:, :2] - p).T).min(), .13), -np.hypot(*(pos[:2] - p))))
+    x, y = max(places, key=lambda p: (free(p), -np.hypot(*(pos[:2] - p))))
     tilt = self.level(colour)
     self.retreat()
     self.goto([x, y, _CRUISE_Z], tilt=tilt)
-    self.goto([x, y, self.env.target_pos[2] + .462 - self.block(colour)[0][2]], tilt=tilt, speed=.5)
+    z = self.env.target_pos[2] + .462 - self.block(colour)[0][2]
+    self.goto([x, y, z], tilt=tilt, speed=.5)
+
+@patch
+def let_go(self:Expert):
+    "Open the fingers around a block; one that hangs in the air is put down first."
+    near = [c for c in COLOURS if np.linalg.norm(self.block(c)[0] - self.hand()) < .04]
+    width = self.info["robot_info"]["gripper_opening_width"]
+    if not near or width < .02: return # closed next to a block, not around it
+    if self.contacts(near[0]) == {"robot"}: self.put_down(near[0], (-.30, .36))
+    self.fingers(1., 5)
 
 # %% ../../nbs/01_sim/05_experts.ipynb #d0a4d044
 @patch
@@ -289,29 +314,33 @@ def lift(self:Expert, colour:str):
     self.goto(self.env.target_pos + [0, 0, .18], near=.01)
 
 @patch
-def rotate(self:Expert, colour:str, side:str):
-    "Grasp, turn a little further than the 60 degrees that are asked for, let go."
+def rotate(self:Expert, colour:str, side:str): # "left" or "right"
+    "Grasp, turn, let go."
     self.grasp(colour)
-    self.goto(self.env.target_pos, yaw=self.yaw + (-1.35 if side == "right" else 1.35), speed=.8)
+    turn = -1.35 if side == "right" else 1.35
+    self.goto(self.env.target_pos, yaw=self.yaw + turn, speed=.8)
     self.fingers(1., 6)
     self.retreat()
 
+# %% ../../nbs/01_sim/05_experts.ipynb #f3bfe717
 @patch
-def push(self:Expert, colour:str, side:str):
+def push(self:Expert, colour:str, side:str): # "left" or "right"
     "Push a block sideways with closed fingers."
     (pos, yaw, half), sign = self.block(colour), 1 if side == "right" else -1
-    x, y, _ = pos - [sign*(abs(np.cos(yaw))*half[0] + abs(np.sin(yaw))*half[1] + .04), 0, 0]
+    width = abs(np.cos(yaw))*half[0] + abs(np.sin(yaw))*half[1]
+    x, y, _ = pos - [sign*(width + .04), 0, 0]
     self.retreat()
     self.grip = -1.
     self.goto([x, y, .52], near=.012)
-    self.goto([x, y, .457], speed=.6) # low, lest the block tips
+    self.goto([x, y, .457], speed=.6)
     self.goto([x + sign*.19, y, .457], speed=.45)
     self.retreat()
 
 @patch
 def unstack(self:Expert):
     "Lift the upper one of two stacked blocks."
-    self.grasp(max(COLOURS, key=lambda c: self.block(c)[0][2]), lower=-.002)
+    upper = max(COLOURS, key=lambda c: self.block(c)[0][2])
+    self.grasp(upper, lower=-.002)
     self.goto(self.env.target_pos + [0, 0, .12], speed=.5)
 
 # %% ../../nbs/01_sim/05_experts.ipynb #09a13904
@@ -342,18 +371,22 @@ def stack(self:Expert):
 
 # %% ../../nbs/01_sim/05_experts.ipynb #b753b6d9
 @patch
-def push_into_drawer(self:Expert):
-    "Push a block over the table's front edge into the open drawer; first bring one before the drawer if none is there."
-    drawer = self.env.body_pos("drawer_link")[0]
-    here = [c for c in COLOURS if self.block(c)[0][1] < .02 and .44 < self.block(c)[0][2] < .49]
-    if not here: raise Done
-    colour = min(here, key=lambda c: abs(self.block(c)[0][0] - drawer))
-    if abs(self.block(colour)[0][0] - drawer) > .15:
+def _before_drawer(self:Expert)->str: # colour of a block, brought before the drawer if need be
+    drawer, at = self.env.body_pos("drawer_link")[0], lambda colour: self.block(colour)[0]
+    on_table = [c for c in COLOURS if at(c)[1] < .02 and .44 < at(c)[2] < .49]
+    if not on_table: raise Done
+    colour = min(on_table, key=lambda c: abs(at(c)[0] - drawer))
+    if abs(at(colour)[0] - drawer) > .15:
         self.grasp(colour)
         self.goto(self.env.target_pos + [0, 0, .06], near=.02)
         self.put_down(colour, (drawer - .13, drawer + .14))
         self.fingers(1., 5)
-    pos, yaw, half = self.block(colour)
+    return colour
+
+@patch
+def push_into_drawer(self:Expert):
+    "Push a block over the table's front edge into the open drawer."
+    pos, yaw, half = self.block(self._before_drawer())
     y = pos[1] + abs(np.sin(yaw))*half[0] + abs(np.cos(yaw))*half[1] + .032
     self.retreat()
     self.grip = -1.
@@ -363,14 +396,16 @@ def push_into_drawer(self:Expert):
     self.retreat()
 
 # %% ../../nbs/01_sim/05_experts.ipynb #e24a2301
-TILT = .95 # radians that the hand leans into the cabinet
+TILT = .95 # radians that the gripper leans into the cabinet
 _ALONG = np.array([0, np.sin(TILT), -np.cos(TILT)]) # the fingers' direction then
 
 @patch
 def uncover(self:Expert, x:float): # metres
     "Slide the door away from a place in the cabinet if it stands before it."
-    door, left = self.env.body_pos("slide_link")[0], self.info["scene_info"]["doors"]["base__slide"]["current_state"]
-    side, rest = ("right", left) if x < self.env.layout.plank else ("left", self.env.layout.slide_range - left)
+    door, layout = self.env.body_pos("slide_link")[0], self.env.layout
+    open_by = self.info["scene_info"]["doors"]["base__slide"]["current_state"]
+    side, rest = ("left", layout.slide_range - open_by)
+    if x < layout.plank: side, rest = "right", open_by
     if door - .07 < x < door + .35 and rest > .02: self.move_slider(side)
 
 @patch
@@ -387,6 +422,17 @@ def lift_from_cabinet(self:Expert, colour:str):
     self.goto(block - _ALONG*.10 + [0, 0, .04], yaw=YAW, tilt=TILT, speed=.6, near=.02)
     self.goto([block[0], -.1, _CRUISE_Z], yaw=YAW, near=.03)
 
+# %% ../../nbs/01_sim/05_experts.ipynb #ba92dcf1
+@patch
+def free_spot(self:Expert)->float: # metres
+    "x of a free spot in the cabinet's open half."
+    left, right = self.env.layout.plank - .26, self.env.layout.plank + .26
+    door = self.env.body_pos("slide_link")[0]
+    low, high = (left, door) if door - left > right - (door + .28) else (door + .28, right)
+    inside = [x for x, y, z in self.others(self.held()) if y > .02 and z < .6]
+    taken = np.array([low - .01, high + .01, *inside])
+    return max(np.linspace(low + .06, high - .06, 13), key=lambda x: np.abs(taken - x).min())
+
 @patch
 def place_in_cabinet(self:Expert):
     "Bring the held block into the cabinet's open half and let go."
@@ -398,34 +444,37 @@ def place_in_cabinet(self:Expert):
     self.fingers(1.)
     self.goto(goal - _ALONG*.17, tilt=TILT, speed=.5)
 
-@patch
-def free_spot(self:Expert)->float: # metres
-    "x in the cabinet's open half that is farthest from the door, the walls and the blocks there."
-    left, right, door = self.env.layout.plank - .26, self.env.layout.plank + .26, self.env.body_pos("slide_link")[0]
-    low, high = (left, door) if door - left > right - (door + .28) else (door + .28, right)
-    inside = [x for x, y, z in self.others(self.held()) if y > .02 and z < .6]
-    taken = np.array([low - .01, high + .01, *inside])
-    return max(np.linspace(low + .06, high - .06, 13), key=lambda x: np.abs(taken - x).min())
-
 # %% ../../nbs/01_sim/05_experts.ipynb #a8bd308d
+_PLACE_NAMES = dict(slider_left="cabinet_left", slider_right="cabinet_right", drawer="drawer",
+                    stacked_top="table_0") # state -> `sim.layout.places`
+
 def start_of(
     state:dict, # symbolic, see `sim.calvin_tasks.initial_states`
     scene:str, # see `sim.layout.layout_of`
-    rng:np.random.Generator, # draws slots, yaws (up to 22.5 degrees from the usual) and offsets (up to 15 mm)
+    rng:np.random.Generator, # draws slots, yaws and offsets
 )->np.ndarray: # (24,) scene_obs
     "A start with all that the state leaves open drawn at random."
     layout, slots = layout_of(scene), [*rng.permutation(["table_0", "table_1"])]
-    names = {"slider_left": "cabinet_left", "slider_right": "cabinet_right", "drawer": "drawer", "stacked_top": "table_0"}
     stated = [state[f"{colour}_block"] for colour, _ in layout.blocks]
-    obs = make_scene_obs(scene, [names.get(place) or slots.pop() for place in stated], yaws=layout.yaws + rng.uniform(-np.pi/8, np.pi/8, 3),
-                         slide=layout.slide_range*(state["slider"] == "left"), drawer=DRAWER_RANGE*(state["drawer"] == "open"),
-                         bulb=bool(state["lightbulb"]), led=bool(state["led"]), jitter=rng.uniform(-.015, .015, (3, 2)))
+    obs = make_scene_obs(
+        scene, [_PLACE_NAMES.get(place) or slots.pop() for place in stated],
+        yaws=layout.yaws + rng.uniform(-np.pi/8, np.pi/8, 3),
+        slide=layout.slide_range*(state["slider"] == "left"),
+        drawer=DRAWER_RANGE*(state["drawer"] == "open"), bulb=bool(state["lightbulb"]),
+        led=bool(state["led"]), jitter=rng.uniform(-.015, .015, (3, 2)))
     if "stacked_top" in stated:
-        top, bottom = (obs[6:].reshape(3, 6)[stated.index(f"stacked_{end}")] for end in ("top", "bottom"))
-        top[:3] = bottom[:3] + [0, 0, .04]
+        poses = obs[6:].reshape(3, 6)
+        bottom = poses[stated.index("stacked_bottom")]
+        poses[stated.index("stacked_top")][:3] = bottom[:3] + [0, 0, .04]
     return obs
 
 # %% ../../nbs/01_sim/05_experts.ipynb #637f0da9
+def _before(task, lift): # the tasks that lead to a state in which this one can be done
+    if task in _NEEDS_BLOCK: return (lift,)
+    if task == "unstack_block": return lift, "stack_block"
+    in_drawer = task.startswith("lift") and task.endswith("drawer")
+    return (lift, "place_in_drawer") if in_drawer else ()
+
 def start_for(
     task:str, # one of CALVIN's 34
     rng:np.random.Generator, # chooses among the states that allow it
@@ -433,15 +482,14 @@ def start_for(
     "A symbolic state from which a task can be done."
     check_tasks(task)
     lift = f"lift_{next((c for c in COLOURS if c in task), rng.choice(COLOURS))}_block_table"
-    then = "stack_block" if task == "unstack_block" else "place_in_drawer" if task.startswith("lift") and task.endswith("drawer") else None
-    before = (lift,) if task in _NEEDS_BLOCK else (lift, then) if then else ()
-    starts = []
+    needs_block, before, starts = task in _NEEDS_BLOCK, _before(task, lift), []
     for state in initial_states():
         after = state
-        for t in before: after = after and state_after(after, t)
-        if after and state_after(after, task): starts.append(state if task in _NEEDS_BLOCK else after)
-    return starts[rng.integers(len(starts))], lift if task in _NEEDS_BLOCK else None
+        for earlier in before: after = after and state_after(after, earlier)
+        if after and state_after(after, task): starts.append(state if needs_block else after)
+    return starts[rng.integers(len(starts))], lift if needs_block else None
 
+# %% ../../nbs/01_sim/05_experts.ipynb #0b3a6517
 def trial(
     env:PlayTable, # in any state; it is reset
     task:str, # one of CALVIN's 34
@@ -455,12 +503,13 @@ def trial(
     if lift and not Expert(env).run(lift)[0]: return False, 0
     return Expert(env, **kwargs).run(task)
 
+# %% ../../nbs/01_sim/05_experts.ipynb #412ef6e2
 def run_chain(
     env:PlayTable, # in any state; it is reset
     state:dict, # symbolic start, see `sim.calvin_tasks.get_sequences`
     chain:tuple, # names of tasks
 )->int: # tasks solved in a row
-    "CALVIN's protocol: the tasks in order, the arm going on where it stopped, until one fails."
+    "Run a chain of tasks until one fails."
     env.reset(*initial_obs(state, env.layout))
     for n, task in enumerate(chain):
         if not Expert(env).run(task)[0]: return n

@@ -56,8 +56,7 @@ class PlayTableEnv(gymnasium.Env):
     @property
     def task_description(self): return INSTRUCTIONS[self.task][0] # as LeRobot asks for it
 
-    def _observation(self, obs):
-        "An observation in its space, images drawn."
+    def _observation(self, obs): # in its space, images drawn
         images = {view: obs["rgb_obs"][f"rgb_{view}"] for view in VIEWS}
         return {"pixels": images, "agent_pos": obs["robot_obs"].astype(np.float32)}
 
@@ -73,6 +72,15 @@ class PlayTableEnv(gymnasium.Env):
 
 # %% ../../nbs/01_sim/07_gym_env.ipynb #16e4aaf4
 @patch
+def _start(self:PlayTableEnv, rng): # draws starts until the task can begin
+    for _ in range(20):
+        state, lift = start_for(self.task, rng)
+        self.env.reset(scene_obs=start_of(state, self.env.scene, rng))
+        if not lift or Expert(self.env).run(lift)[0]: return
+    raise RuntimeError(f"20 starts of {self.task} in scene {self.env.scene} failed: choose "
+                       f"another scene")
+
+@patch
 def reset(self:PlayTableEnv,
     seed:int|None=None, # of this and the following episodes; None: the generator goes on
     options:dict|None=None, # {"task": ..., "scene": ...}, where they are not to be drawn
@@ -86,21 +94,12 @@ def reset(self:PlayTableEnv,
     self.start_info = self.env.get_info()
     return self._observation(self.env.get_obs()), self._info(False)
 
-@patch
-def _start(self:PlayTableEnv, rng):
-    "Draw starts until the task can begin."
-    for _ in range(20):
-        state, lift = start_for(self.task, rng)
-        self.env.reset(scene_obs=start_of(state, self.env.scene, rng))
-        if not lift or Expert(self.env).run(lift)[0]: return
-    raise RuntimeError(f"20 starts of {self.task} in scene {self.env.scene} failed: choose "
-                       f"another scene")
-
+# %% ../../nbs/01_sim/07_gym_env.ipynb #09af593b
 @patch
 def step(self:PlayTableEnv,
     action, # (7,) relative, in [-1, 1]; the last opens (above 0) or closes the gripper
 )->tuple: # observation, reward, terminated, truncated, info
-    "Act for one 30th of a second."
+    "Act for one control step."
     obs = self.env.step(np.asarray(action, np.float64))[0]
     success = solved(self.task, self.start_info, self.env.get_info())
     return self._observation(obs), float(success), success, False, self._info(success)

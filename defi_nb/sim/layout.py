@@ -17,12 +17,13 @@ from .calvin_tasks import SWITCH_RANGE
 
 # %% ../../nbs/01_sim/01_layout.ipynb #e7743336
 TABLE_Z = .44 # height of the table top and of the cabinet's floor, metres
-BLOCK_HALF = {"small": (.02, .02, .02), "middle": (.028, .02, .02), "big": (.04, .02, .02)} # half edges, metres
+BLOCK_HALF = { # half edges, metres
+    "small": (.02, .02, .02), "middle": (.028, .02, .02), "big": (.04, .02, .02)}
 
 # %% ../../nbs/01_sim/01_layout.ipynb #14498ee1
 @dataclass(frozen=True)
 class Look:
-    "Light, floor, and things that are only seen; by default CALVIN's, without any."
+    "Light, floor and decoration of a scene."
     light:tuple = (-.35, .55, -.85) # direction of the main light
     brightness:float = 1. # of all lights, relative to CALVIN's
     floor:tuple = ((.9, .9, .91), (.77, .77, .79)) # two RGB tones of the floor, 0..1
@@ -52,95 +53,115 @@ class Layout:
 # %% ../../nbs/01_sim/01_layout.ipynb #61497145
 WALNUT, BEECH = ((122, 64, 46), (88, 42, 30)), ((247, 208, 156), (228, 178, 122))
 TEAK, OAK = ((172, 118, 72), (134, 86, 48)), ((172, 134, 90), (132, 98, 62))
-_CHERRY, _HONEY, _SMOKED = ((146, 72, 46), (104, 46, 30)), ((240, 186, 122), (214, 150, 88)), ((150, 112, 72), (110, 78, 47))
+_CHERRY, _HONEY = ((146, 72, 46), (104, 46, 30)), ((240, 186, 122), (214, 150, 88))
+_SMOKED = ((150, 112, 72), (110, 78, 47))
+
 LAYOUTS = {
     "A": Layout(-.28, .30, -.10, .28, .10, -.10, WALNUT, _CHERRY,
-                (("pink", "small"), ("blue", "big"), ("red", "middle")), (.00, .18), (-.24, .07), ord("A")),
+                (("pink", "small"), ("blue", "big"), ("red", "middle")),
+                (.00, .18), (-.24, .07), ord("A")),
     "B": Layout(.28, -.32, .088, .304, .18, .08, BEECH, _HONEY,
-                (("red", "small"), ("blue", "big"), ("pink", "middle")), (-.15, .05), (-.03, .24), ord("B")),
+                (("red", "small"), ("blue", "big"), ("pink", "middle")),
+                (-.15, .05), (-.03, .24), ord("B")),
     "C": Layout(-.12, -.32, .06, .24, .10, .08, TEAK, WALNUT,
-                (("blue", "small"), ("red", "big"), ("pink", "middle")), (.05, .23), (-.03, .23), ord("C")),
+                (("blue", "small"), ("red", "big"), ("pink", "middle")),
+                (.05, .23), (-.03, .23), ord("C")),
     "D": Layout(-.12, .30, -.10, .28, .18, -.10, OAK, _SMOKED,
-                (("red", "middle"), ("blue", "small"), ("pink", "big")), (.05, .23), (-.24, .07), ord("D")),
+                (("red", "middle"), ("blue", "small"), ("pink", "big")),
+                (.05, .23), (-.24, .07), ord("D")),
 }
 
 # %% ../../nbs/01_sim/01_layout.ipynb #2a717a64
-def _fixtures(rng):
-    "x of the fixtures, and how far the door goes."
+def _fixtures(rng): # x of the fixtures, and how far the door goes
     side = rng.choice([-1, 1]) # of the lever
     plank = rng.uniform(-.16, -.05) if side > 0 else rng.uniform(.03, .10)
     right, left = rng.uniform(0, .03, 2) # by which the door covers more than the opening
     switch = rng.uniform(plank + .37, .34) if side > 0 else rng.uniform(-.36, plank - .37)
     while abs((button := rng.uniform(-.32, .32)) - switch) < .13: pass
-    return dict(button=button, switch=switch, slide=plank - .02 + right, slide_range=.24 + right + left,
-                drawer=rng.uniform(-.02, .19), plank=plank, cabinet_slots=(plank - .14, plank + .17))
+    slide, slide_range, drawer = plank - .02 + right, .24 + right + left, rng.uniform(-.02, .19)
+    return dict(button=button, switch=switch, slide=slide, slide_range=slide_range, drawer=drawer,
+                plank=plank, cabinet_slots=(plank - .14, plank + .17))
 
-def _slots(rng, button):
-    "Two places (x, y) on the table, clear of the button and of each other."
+def _slots(rng, button): # two (x, y) on the table, clear of the button and of each other
     while True:
         at = np.stack([rng.uniform(-.26, .32, 2), rng.uniform(-.14, -.07, 2)], 1)
-        if abs(at[0, 0] - at[1, 0]) > .15 and (np.hypot(*(at - (button, -.12)).T) > .12).all():
-            return tuple(map(tuple, at.tolist()))
+        clear = np.hypot(*(at - (button, -.12)).T) > .12
+        if abs(at[0, 0] - at[1, 0]) > .15 and clear.all(): return tuple(map(tuple, at.tolist()))
 
 # %% ../../nbs/01_sim/01_layout.ipynb #79588e7d
 def _rgb(hue, saturation, value): # each 0..1
     return np.array(hsv_to_rgb(hue, saturation, value))
 
-def _tones(rng):
-    "Two RGB tones of a board, 0..255: mostly of wood, one in four painted."
+def _tones(rng): # two RGB tones of a board, 0..255
     hue = rng.uniform(0, 1) if rng.random() < .25 else rng.uniform(.04, .12)
     light = _rgb(hue, rng.uniform(.2, .65), rng.uniform(.35, .97))
-    return tuple(tuple(int(255*x) for x in light*share) for share in (1., rng.uniform(.6, .85)))
+    return tuple(tuple(int(255*x) for x in light*dim) for dim in (1., rng.uniform(.6, .85)))
+
+def _colour(rng):
+    rgb = _rgb(rng.uniform(0, 1), rng.uniform(.2, .9), rng.uniform(.2, .95))
+    return tuple(rgb.tolist())
+
+def _mat(rng):
+    place, size = rng.uniform((-.38, -.15), (.38, -.02)), rng.uniform(.02, .09, 2)
+    return *place.tolist(), *size.tolist(), _colour(rng)
+
+def _thing(rng, x): return x, *rng.uniform((.012, .03), (.02, .10)).tolist(), _colour(rng)
 
 def _look(rng, button, switch):
-    "Light, floor and up to three mats and two things on the cabinet."
     light = np.array([-.35, .55, -.85]) + rng.uniform(-.35, .35, 3)*[1, 1, .3]
-    colour = lambda: tuple(_rgb(rng.uniform(0, 1), rng.uniform(.2, .9), rng.uniform(.2, .95)).tolist())
     floor = _rgb(rng.uniform(0, 1), rng.uniform(0, .25), rng.uniform(.5, .95))
-    mats = [(*rng.uniform((-.38, -.15), (.38, -.02)).tolist(), *rng.uniform(.02, .09, 2).tolist(), colour())
-            for _ in range(rng.integers(4))]
-    things = [(x, *rng.uniform((.012, .03), (.02, .10)).tolist(), colour()) for x in rng.uniform(-.41, .41, rng.integers(3))
-              if abs(x - button) > .11 and abs(x - switch) > .06]
-    return Look(tuple(light.tolist()), rng.uniform(.75, 1.25), (tuple(floor), tuple(floor*rng.uniform(.7, .95))),
-                tuple(mats), tuple(things))
+    mats = [_mat(rng) for _ in range(rng.integers(4))]
+    clear = lambda x: abs(x - button) > .11 and abs(x - switch) > .06
+    things = [_thing(rng, x) for x in rng.uniform(-.41, .41, rng.integers(3)) if clear(x)]
+    brightness, dark = rng.uniform(.75, 1.25), tuple(floor*rng.uniform(.7, .95))
+    return Look(tuple(light.tolist()), brightness, (tuple(floor), dark), tuple(mats), tuple(things))
 
+# %% ../../nbs/01_sim/01_layout.ipynb #d2333842
 def random_layout(
-    number:int, # of the scene, 0 or more; it decides everything
+    number:int, # of the scene, 0 or more
 )->Layout: # of the scene G<number>
     "A table that looks like CALVIN's and is none of its four."
     rng = np.random.default_rng([number, *b"layout"])
     at = _fixtures(rng)
-    blocks = zip(rng.permutation(["red", "blue", "pink"]).tolist(), rng.permutation([*BLOCK_HALF]).tolist())
-    return Layout(**at, wood=_tones(rng), doors=_tones(rng), blocks=tuple(blocks), table_slots=_slots(rng, at["button"]),
-                  grain=number, yaws=tuple(rng.uniform(0, np.pi, 3).tolist()), look=_look(rng, at["button"], at["switch"]))
+    colours, sizes = rng.permutation(["red", "blue", "pink"]), rng.permutation([*BLOCK_HALF])
+    return Layout(
+        **at, wood=_tones(rng), doors=_tones(rng), table_slots=_slots(rng, at["button"]),
+        blocks=tuple(zip(colours.tolist(), sizes.tolist())), grain=number,
+        yaws=tuple(rng.uniform(0, np.pi, 3).tolist()), look=_look(rng, at["button"], at["switch"]))
 
 # %% ../../nbs/01_sim/01_layout.ipynb #9c69c733
 _NAME = re.compile(r"([A-D]|[GP]\d+)(-hand)?")
+_D_LOOK = {name: getattr(LAYOUTS["D"], name) for name in ("wood", "doors", "grain", "look")}
 
 def layout_of(
     scene:str, # "A" to "D", or "G" or "P" and a number; then "-hand" for the floating hand
 )->Layout: # of this scene
-    "A scene's layout, or an error that says which there are."
+    "A scene's layout; `ValueError` that lists the scenes if there is no such."
     if not (match := _NAME.fullmatch(scene)):
-        raise ValueError(f"there is no scene {scene!r}: choose one of {', '.join(LAYOUTS)}, or G and a number, such as G17, "
-                         "for a generated one, P17 for its places in D's look; with -hand for a floating hand in place of the arm")
+        raise ValueError(
+            f"there is no scene {scene!r}: choose one of {', '.join(LAYOUTS)}, or G and a number, "
+            "such as G17, for a generated one, P17 for its places in D's look; "
+            "with -hand for a floating hand in place of the arm")
     name, hand = match.groups()
     layout = LAYOUTS[name] if name in LAYOUTS else random_layout(int(name[1:]))
-    if name[0] == "P": layout = replace(layout, **{n: getattr(LAYOUTS["D"], n) for n in ("wood", "doors", "grain", "look")})
+    if name[0] == "P": layout = replace(layout, **_D_LOOK)
     return replace(layout, body="hand") if hand else layout
 
 # %% ../../nbs/01_sim/01_layout.ipynb #b5f33e72
+_SPAN = re.compile(r"([GP])(\d+):(\d+)(-hand)?")
+
 def scene_names(
-    text:str, # letters of scenes as "ABC", or names and ranges separated by commas, as "D,G0:100,G0:100-hand"
+    text:str, # letters as "ABC", or names and ranges separated by commas, as "D,G0:100,G0:100-hand"
 )->tuple: # of names for `layout_of`, in this order
     "The scenes that a text names."
     names = []
-    for part in text.split(","):
-        if span := re.fullmatch(r"([GP])(\d+):(\d+)(-hand)?", part := part.strip()):
+    for part in map(str.strip, text.split(",")):
+        if span := _SPAN.fullmatch(part):
             names += [f"{span[1]}{i}{span[4] or ''}" for i in range(int(span[2]), int(span[3]))]
         else: names += [*part] if re.fullmatch("[A-D]+", part) else [part]
     for name in names: layout_of(name)
-    if not names or len({*names}) < len(names): raise ValueError(f"scenes are {text!r}: name at least one, and each only once")
+    if not names or len({*names}) < len(names):
+        raise ValueError(f"scenes are {text!r}: name at least one, and each only once")
     return tuple(names)
 
 # %% ../../nbs/01_sim/01_layout.ipynb #f293706c
@@ -148,16 +169,18 @@ def places(
     scene:str, # see `layout_of`
     drawer:float=0., # how far the drawer is out, metres
 )->dict: # name -> (x, y, z) of a block's centre, metres
-    "Where blocks can start: two slots on the table, two in the cabinet, and the drawer."
+    "Where blocks can start."
     l = layout_of(scene)
     table = [at if isinstance(at, tuple) else (at, -.12) for at in l.table_slots]
     spots = {f"table_{i}": (*at, .46) for i, at in enumerate(table)}
-    spots |= {f"cabinet_{side}": (x, .092, .46) for side, x in zip(("left", "right"), l.cabinet_slots)}
+    cabinet = zip(("left", "right"), l.cabinet_slots)
+    spots |= {f"cabinet_{side}": (x, .092, .46) for side, x in cabinet}
     return spots | {"drawer": (l.drawer, -.10 - drawer, .331)}
 
+# %% ../../nbs/01_sim/01_layout.ipynb #3f42f28f
 def make_scene_obs(
     scene:str, # see `layout_of`
-    blocks=("table_0", "table_1", "cabinet_left"), # a name from `places` for each block, in the scene's order
+    blocks=("table_0", "table_1", "cabinet_left"), # names of `places`, in the scene's order
     yaws=None, # angle of each block about z, radians; None: the layout's
     slide:float=0., # how far the sliding door is open (to the left), metres
     drawer:float=0., # how far the drawer is out, metres
@@ -165,9 +188,11 @@ def make_scene_obs(
     led:bool=False, # whether the LED is lit
     jitter=((0, 0),)*3, # offset of each block from its place in x and y, metres
 )->np.ndarray: # (24,) scene_obs
-    "A start state; by default all is closed and off, with two blocks on the table and one in the cabinet's open half."
-    spots = places(scene, drawer)
+    "A start state."
+    spots, yaws = places(scene, drawer), layout_of(scene).yaws if yaws is None else yaws
     for name in blocks:
-        if name not in spots: raise ValueError(f"there is no place {name!r}: choose from {', '.join(spots)}")
-    poses = [(spots[b][0] + dx, spots[b][1] + dy, spots[b][2], 0, 0, yaw) for b, yaw, (dx, dy) in zip(blocks, layout_of(scene).yaws if yaws is None else yaws, jitter)]
+        if name not in spots:
+            raise ValueError(f"there is no place {name!r}: choose from {', '.join(spots)}")
+    pose = lambda at, yaw, offset: (at[0] + offset[0], at[1] + offset[1], at[2], 0, 0, yaw)
+    poses = [pose(spots[name], yaw, offset) for name, yaw, offset in zip(blocks, yaws, jitter)]
     return np.concatenate([[slide, drawer, 0, SWITCH_RANGE*bulb, bulb, led], *poses])

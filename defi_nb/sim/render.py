@@ -35,7 +35,7 @@ def _environment(**variables): # for a while
         os.environ.update(before)
 
 try: import mujoco
-except Exception: # MUJOCO_GL names what this machine lacks, which matters to those only who draw
+except Exception:
     with _environment(MUJOCO_GL="disable"): mujoco = needed("mujoco", "sim")
 
 # %% ../../nbs/01_sim/03_render.ipynb #87ec2f63
@@ -53,8 +53,10 @@ def matrix_to_euler(
 )->np.ndarray: # (3,) roll, pitch, yaw, radians
     "Extrinsic xyz angles of a rotation matrix."
     r00, _, _, r10, _, _, r20, r21, r22 = np.asarray(matrix).ravel().tolist()
-    return np.array([math.atan2(r21, r22), math.asin(min(1., max(-1., -r20))), math.atan2(r10, r00)])
+    pitch = math.asin(min(1., max(-1., -r20)))
+    return np.array([math.atan2(r21, r22), pitch, math.atan2(r10, r00)])
 
+# %% ../../nbs/01_sim/03_render.ipynb #b6498721
 def euler_to_quat(
     euler, # (roll, pitch, yaw), radians
 )->np.ndarray: # (4,) w, x, y, z: MuJoCo's order
@@ -72,38 +74,44 @@ def quat_to_euler(
     return matrix_to_euler(matrix)
 
 # %% ../../nbs/01_sim/03_render.ipynb #74b9f180
-_NO_GL = ("no OpenGL can draw here (tried {}): on Debian install libegl1 libegl-mesa0 libgl1-mesa-dri (then MUJOCO_GL=egl), "
-         "or libosmesa6 (then MUJOCO_GL=osmesa); physics without pictures needs none of them")
 _PROBE = ("import mujoco; gl = mujoco.GLContext(8, 8); gl.make_current(); "
           "mujoco.MjrContext(mujoco.MjModel.from_xml_string('<mujoco/>'), 100)")
-_OFF, _ANY = ("disable", "disabled", "off", "false", "0"), ("", "enable", "enabled", "on", "true", "1") # other values of MUJOCO_GL
-_GL_VARIABLES = re.compile("MUJOCO_(GL|EGL_DEVICE_ID)|(__)?E?GLX?_.*|(MESA|LIBGL|GALLIUM)_.*")
 
 def _chosen_for(backend): # variables with which MuJoCo and PyOpenGL draw through it
-    return dict(MUJOCO_GL=backend) | (dict(PYOPENGL_PLATFORM=backend) if backend in ("egl", "osmesa") else {})
+    platform = dict(PYOPENGL_PLATFORM=backend) if backend in ("egl", "osmesa") else {}
+    return dict(MUJOCO_GL=backend) | platform
 
-def _refusal(
-    backend:str, # as in MUJOCO_GL
-    without:tuple=(), # names of variables
-)->str: # "" if it draws
-    "Why another process can't draw in this environment."
+def _refusal(backend, without=()): # why another process can't draw, without some variables; ""
     env = {k: v for k, v in os.environ.items() if k not in without} | _chosen_for(backend)
     if backend not in ("osmesa", "egl"): env.pop("PYOPENGL_PLATFORM", None)
-    try: run = subprocess.run([sys.executable, "-c", _PROBE], env=env, capture_output=True, text=True, errors="replace", timeout=120)
+    how = dict(capture_output=True, text=True, errors="replace", timeout=120)
+    try: run = subprocess.run([sys.executable, "-c", _PROBE], env=env, **how)
     except subprocess.TimeoutExpired: return "it did not answer for 120 s"
-    return "" if run.returncode == 0 else (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1]
+    if run.returncode == 0: return ""
+    return (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1]
 
 # %% ../../nbs/01_sim/03_render.ipynb #e99ce8f6
-def _no_drawing(reasons, candidates): # backend -> why it can't
-    "What to say where nothing can be drawn: which variable is at fault, or what to install."
-    found = [v for v in os.environ if _GL_VARIABLES.fullmatch(v)]
+_NO_GL = ("no OpenGL can draw here (tried {}): on Debian install libegl1 libegl-mesa0 "
+          "libgl1-mesa-dri (then MUJOCO_GL=egl), or libosmesa6 (then MUJOCO_GL=osmesa); "
+          "physics without images needs none of them")
+_GL_VARIABLES = re.compile(
+    "MUJOCO_(GL|EGL_DEVICE_ID)|(__)?E?GLX?_.*|(MESA|LIBGL|GALLIUM)_.*")
+
+def _no_drawing(reasons, candidates): # an error; reasons: backend -> why it can't
+    variables = [v for v in os.environ if _GL_VARIABLES.fullmatch(v)]
     tried = _NO_GL.format("; ".join(f"{name}: {why}" for name, why in reasons.items()))
     draws = lambda *without: next((c for c in candidates if not _refusal(c, without)), None)
-    if not found or not (able := draws(*found)): return RuntimeError(tried)
-    guilty = ["MUJOCO_GL"] if "MUJOCO_GL" in found and draws() else [v for v in found if draws(v)][:1] or found
+    if not variables or not (able := draws(*variables)): return RuntimeError(tried)
+    if "MUJOCO_GL" in variables and draws(): guilty = ["MUJOCO_GL"]
+    else: guilty = [v for v in variables if draws(v)][:1] or variables
     given = " and ".join(f"{v}={os.environ[v]!r}" for v in guilty)
     why = next(iter(reasons.values()))
-    return RuntimeError(f"with {given} nothing can be drawn ({why}): unset {' and '.join(guilty)}, and MUJOCO_GL={able} draws")
+    return RuntimeError(f"with {given} nothing can be drawn ({why}): "
+                        f"unset {' and '.join(guilty)}, and MUJOCO_GL={able} draws")
+
+# %% ../../nbs/01_sim/03_render.ipynb #41fc6da2
+_OFF = ("disable", "disabled", "off", "false", "0") # other values of MUJOCO_GL: no OpenGL,
+_ANY = ("", "enable", "enabled", "on", "true", "1") # or whichever
 
 @lru_cache
 def gl_backend(
@@ -113,7 +121,8 @@ def gl_backend(
     if sys.platform != "linux": return "default"
     given = os.environ.get("MUJOCO_GL", "").lower().strip()
     if given in ("egl", "osmesa", "glfw"): return given
-    reasons = {} if given in _ANY else {given: "that forbids it" if given in _OFF else "there is no such backend"}
+    why = "that forbids it" if given in _OFF else "there is no such backend"
+    reasons = {} if given in _ANY else {given: why}
     for name in () if reasons else candidates:
         if not (why := _refusal(name)):
             os.environ.update(_chosen_for(name))
@@ -121,20 +130,18 @@ def gl_backend(
         reasons[name] = why
     raise _no_drawing(reasons, candidates)
 
-def _gl_context(
-    side:int, # pixels, of the largest picture
-    model, # mujoco.MjModel
-)->tuple: # an OpenGL context without a window; MuJoCo's in it
-    "What drawing needs."
+# %% ../../nbs/01_sim/03_render.ipynb #9586f7b9
+def _gl_context(side, model): # pixels of the largest image; mujoco.MjModel
     os.environ.update(_chosen_for(backend := gl_backend()))
-    os.environ.setdefault("LP_NUM_THREADS", "0") # Mesa's software: threads cost more than they give in so small a picture
+    os.environ.setdefault("LP_NUM_THREADS", "0")
     try:
         if backend == "egl": from mujoco.egl import GLContext
         elif backend == "osmesa": from mujoco.osmesa import GLContext
         elif backend == "glfw": from mujoco.glfw import GLContext
         else: from mujoco import GLContext
         gl = GLContext(side, side)
-        with gl.as_current(): return gl, mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+        font = mujoco.mjtFontScale.mjFONTSCALE_100
+        with gl.as_current(): return gl, mujoco.MjrContext(model, font)
     except Exception as error: # which one depends on the library that is missing
         raise _no_drawing({backend: error}, ("egl", "osmesa", "glfw")) from error
 
@@ -146,93 +153,112 @@ def compiled(
     "The scene's model."
     return mujoco.MjModel.from_xml_string(*build(scene))
 
+# %% ../../nbs/01_sim/03_render.ipynb #67d893a3
 class Cameras:
     "Both cameras of a scene, drawn with one OpenGL context."
     _open = weakref.WeakValueDictionary() # (scene, smooth, sizes) -> Cameras in use
 
     def __init__(self, scene, sizes, smooth):
-        self.model, self.process = mujoco.MjModel.from_xml_string(*build(scene)), os.getpid()
+        self.model = mujoco.MjModel.from_xml_string(*build(scene))
+        self.process = os.getpid()
         self.sizes = {name: (size, 2 if size <= smooth else 1) for name, size in sizes.items()}
         side = max(size*factor for size, factor in self.sizes.values())
         self.model.vis.global_.offwidth = self.model.vis.global_.offheight = side
-        self.data, (self.gl, self.context) = mujoco.MjData(self.model), _gl_context(side, self.model)
-        with self.gl.as_current(): mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+        self.data = mujoco.MjData(self.model)
+        self.gl, self.context = _gl_context(side, self.model)
+        buffer = mujoco.mjtFramebuffer.mjFB_OFFSCREEN
+        with self.gl.as_current(): mujoco.mjr_setBuffer(buffer, self.context)
         self.context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
-        atexit.register(weakref.finalize(self, self._free, self.gl, self.context)) # at exit, before OpenGL ends itself
-        self.view, self.option, self.camera = mujoco.MjvScene(self.model, maxgeom=200), mujoco.MjvOption(), mujoco.MjvCamera()
+        atexit.register(weakref.finalize(self, self._free, self.gl, self.context))
+        self.view, self.option = mujoco.MjvScene(self.model, maxgeom=200), mujoco.MjvOption()
+        self.camera = mujoco.MjvCamera()
         self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
-        for flag in ("SHADOW", "REFLECTION", "HAZE"): self.view.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{flag}")] = False
+        for flag in ("SHADOW", "REFLECTION", "HAZE"):
+            self.view.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{flag}")] = False
 
     @classmethod
-    def of(cls, scene, sizes, smooth): # see `sim.layout.layout_of`; {"static": pixels, "gripper": pixels}; pixels
+    def of(cls, scene, sizes, smooth): # a name; {"static": pixels, "gripper": pixels}; pixels
         "The cameras that are open for this scene and these sizes, or new ones."
         key = scene, smooth, *sizes.items()
-        if (found := cls._open.get(key)) is None: found = cls._open[key] = cls(scene, sizes, smooth)
-        return found
+        if (cameras := cls._open.get(key)) is None:
+            cameras = cls._open[key] = cls(scene, sizes, smooth)
+        return cameras
 
     @staticmethod
-    def _free(gl, context): # MuJoCo frees its objects in whichever OpenGL context is current, so it must be this one
+    def _free(gl, context):
         with gl.as_current(): context.free()
         gl.free()
 
 # %% ../../nbs/01_sim/03_render.ipynb #9d3ad775
 @patch
-def draw(
-    self:Cameras,
-    state:tuple, # (qpos, whether the lightbulb is lit, whether the LED is)
-    name:str, # "rgb_static", "depth_gripper", "geom_static", ...
-)->np.ndarray: # (size,size,3) uint8 colours, (size,size) float32 metres, or (size,size) int64 numbers of the model's geoms, -1 where there is none
-    "A picture of a state."
-    if os.getpid() != self.process:
-        raise RuntimeError("pictures were drawn before this process was forked, which OpenGL does not survive: start it with multiprocessing's 'spawn'")
-    kind, name = name.split("_")
-    size, factor = self.sizes[name]
-    self._set(state)
-    self.camera.fixedcamid = self.model.camera(name).id
-    mujoco.mjv_updateScene(self.model, self.data, self.option, None, self.camera, mujoco.mjtCatBit.mjCAT_ALL, self.view)
-    if kind == "depth": # the buffer is 1 at the near plane and 0 at the far one
-        near, far = (plane*self.model.stat.extent for plane in (self.model.vis.map.znear, self.model.vis.map.zfar))
-        return (near*far/(near + self._read(size, None, np.empty((size, size), np.float32))*(far - near))).astype(np.float32)
-    if kind == "geom": return self._geoms(size)
-    picture = self._read(size*factor, np.empty((size*factor, size*factor, 3), np.uint8), None)
-    return picture.copy() if factor == 1 else np.array(Image.fromarray(picture).reduce(factor))
-
-@patch
-def _read(self:Cameras, side, picture, depth):
-    "Draw and read one of the two; OpenGL's rows run upwards. The context is let go again, so that another thread may draw next."
-    area = mujoco.MjrRect(0, 0, side, side)
-    with self.gl.as_current():
-        mujoco.mjr_render(area, self.view, self.context)
-        mujoco.mjr_readPixels(picture, depth, area, self.context)
-    return (picture if depth is None else depth)[::-1]
-
-@patch
-def _geoms(self:Cameras, size):
-    "Which geom is seen in each pixel's middle: all are drawn in flat colours that are their numbers in the view."
-    flags = [int(mujoco.mjtRndFlag.mjRND_SEGMENT), int(mujoco.mjtRndFlag.mjRND_IDCOLOR)]
-    self.view.flags[flags] = True
-    try: colours = self._read(size, np.empty((size, size, 3), np.uint8), None)
-    finally: self.view.flags[flags] = False
-    shown = self.view.geoms[:self.view.ngeom]
-    return np.array([-1, *(g.objid if g.objtype == mujoco.mjtObj.mjOBJ_GEOM else -1 for g in shown)])[colours @ np.array([1, 256, 65536])]
-
-@patch
-def _set(self:Cameras, state):
-    "Put the model into a snapshot's state."
+def _set(self:Cameras, state): # (qpos, whether the lightbulb is lit, whether the LED is)
     self.data.qpos[:], *lit = state
     mujoco.mj_kinematics(self.model, self.data)
     mujoco.mj_camlight(self.model, self.data)
     for light, on in zip(("bulb", "led"), lit):
         material = self.model.material(light)
-        material.rgba[:], material.emission[:] = (LIGHT_RGBA[light], .6) if on else ((1, 1, 1, 1), 0)
+        colour, emission = (LIGHT_RGBA[light], .6) if on else ((1, 1, 1, 1), 0)
+        material.rgba[:], material.emission[:] = colour, emission
+
+@patch
+def _read(self:Cameras, side, image, depth): # draws and reads one of the two
+    area = mujoco.MjrRect(0, 0, side, side)
+    with self.gl.as_current():
+        mujoco.mjr_render(area, self.view, self.context)
+        mujoco.mjr_readPixels(image, depth, area, self.context)
+    return (image if depth is None else depth)[::-1]
+
+# %% ../../nbs/01_sim/03_render.ipynb #598a7116
+@patch
+def _depth(self:Cameras, size): # (size,size) float32 metres
+    scale, planes = self.model.stat.extent, self.model.vis.map
+    near, far = planes.znear*scale, planes.zfar*scale
+    buffer = self._read(size, None, np.empty((size, size), np.float32))
+    return (near*far/(near + buffer*(far - near))).astype(np.float32)
+
+@patch
+def _geoms(self:Cameras, size): # (size,size) int64, the geom in each pixel's middle; -1: none
+    flags = [int(mujoco.mjtRndFlag.mjRND_SEGMENT), int(mujoco.mjtRndFlag.mjRND_IDCOLOR)]
+    self.view.flags[flags] = True
+    try: colours = self._read(size, np.empty((size, size, 3), np.uint8), None)
+    finally: self.view.flags[flags] = False
+    is_geom = lambda shape: shape.objtype == mujoco.mjtObj.mjOBJ_GEOM
+    shown = self.view.geoms[:self.view.ngeom]
+    numbers = np.array([-1, *(shape.objid if is_geom(shape) else -1 for shape in shown)])
+    return numbers[colours @ np.array([1, 256, 65536])]
+
+# %% ../../nbs/01_sim/03_render.ipynb #8d4da4bc
+@patch
+def draw(
+    self:Cameras,
+    state:tuple, # (qpos, whether the lightbulb is lit, whether the LED is)
+    name:str, # "rgb_static", "depth_gripper", "geom_static", ...
+)->np.ndarray: # (size,size,3) uint8, or (size,size) float32 metres, or int64 geoms (-1: none)
+    "An image of a state: colours, distances, or the numbers of the model's geoms."
+    if os.getpid() != self.process:
+        raise RuntimeError("images were drawn before this process was forked, which OpenGL does "
+                           "not survive: start it with multiprocessing's 'spawn'")
+    kind, name = name.split("_")
+    size, factor = self.sizes[name]
+    self._set(state)
+    self.camera.fixedcamid = self.model.camera(name).id
+    mujoco.mjv_updateScene(self.model, self.data, self.option, None, self.camera,
+                           mujoco.mjtCatBit.mjCAT_ALL, self.view)
+    if kind == "depth": return self._depth(size)
+    if kind == "geom": return self._geoms(size)
+    side = size*factor
+    image = self._read(side, np.empty((side, side, 3), np.uint8), None)
+    return image.copy() if factor == 1 else np.array(Image.fromarray(image).reduce(factor))
 
 # %% ../../nbs/01_sim/03_render.ipynb #2552dd2b
 class Pictures(Mapping):
-    "Pictures of one moment by name, each drawn when it is first read."
+    "Images of one moment by name, each drawn when it is first read."
     def __init__(self, names, draw): self.names, self._draw, self._drawn = names, draw, {}
     def __iter__(self): return iter(self.names)
     def __len__(self): return len(self.names)
-    def __repr__(self): return f"Pictures({', '.join(self.names)}; drawn: {', '.join(self._drawn) or 'none'})"
+    def __repr__(self):
+        drawn = ", ".join(self._drawn) or "none"
+        return f"Pictures({', '.join(self.names)}; drawn: {drawn})"
     def __getitem__(self, name):
         if name not in self.names: raise KeyError(name)
         if name not in self._drawn: self._drawn[name] = self._draw(name)

@@ -10,7 +10,7 @@ __all__ = ['TIMESTEP', 'BUTTON_RANGE', 'FINGER_RANGE', 'ROBOT_BASE', 'HOME_QPOS'
 
 # %% ../../nbs/01_sim/02_scene.ipynb #c907af85
 import io
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from PIL import Image
@@ -23,9 +23,11 @@ TIMESTEP = 1/480 # seconds
 BUTTON_RANGE = .02 # metres that the button can be pressed
 FINGER_RANGE = .04 # metres of each finger; the opening is twice this
 ROBOT_BASE = (-.34, -.46, .24) # the arm's first frame
-HOME_QPOS = (-1.21779206, 1.03987646, 2.11978261, -2.34205014, -.87015947, 1.64119353, .55344866) # radians
+HOME_QPOS = ( # radians
+    -1.21779206, 1.03987646, 2.11978261, -2.34205014, -.87015947, 1.64119353, .55344866)
 DOORS = ("base__slide", "base__drawer") # joints
-LINKS = ("base_link", "plank_link", "drawer_link", "slide_link", "switch_link", "button_link") # of the table
+LINKS = ( # of the table
+    "base_link", "plank_link", "drawer_link", "slide_link", "switch_link", "button_link")
 
 # %% ../../nbs/01_sim/02_scene.ipynb #9c25d6df
 def element(
@@ -38,6 +40,7 @@ def element(
     head = " ".join([tag] + [f'{k.rstrip("_")}="{text(v)}"' for k, v in attributes.items()])
     return f"<{head}>{''.join(children)}</{tag}>" if children else f"<{head}/>"
 
+# %% ../../nbs/01_sim/02_scene.ipynb #f2327ce8
 def box(
     low, # corner (x, y, z) with the smallest coordinates, metres
     high, # opposite corner
@@ -57,6 +60,7 @@ def rod(
     "A capsule or cylinder geom between two points."
     return element("geom", type=shape, fromto=(*start, *end), size=radius, **attributes)
 
+# %% ../../nbs/01_sim/02_scene.ipynb #c8793018
 def inertial(
     mass:float, # kilograms
     radius:float=.06, # of the ball, metres
@@ -94,39 +98,63 @@ _ARM = ( # of each link: position in the frame before, rotation about x, joint r
     ((0, 0, 0), np.pi/2, (-.0175, 3.7525), 1.3),
     ((.088, 0, 0), np.pi/2, (-2.8973, 2.8973), .5),
 )
-GAINS = ((6000, 300), (6000, 300), (4000, 200), (4000, 200), (2000, 80), (2000, 80), (1500, 50)) # N m/rad, N m s/rad
+GAINS = ( # N m/rad, N m s/rad
+    (6000, 300), (6000, 300), (4000, 200), (4000, 200), (2000, 80), (2000, 80), (1500, 50))
 TORQUES = (87, 87, 87, 87, 40, 40, 40) # N m
 TCP_OFFSET = .14 # tool centre point from the hand's frame, 12 mm short of the finger tips, metres
 
 _UNSEEN = dict(group=4) # collides, but is not drawn
 
+# %% ../../nbs/01_sim/02_scene.ipynb #a73cdc78
 def _shells(style):
-    "Shapes of the seven links in their frames; class `robot` collides, `shell` is only seen."
     shell, dark = dict(class_="shell", **style), dict(class_="shell", material="dark", **style)
     solid, grey = dict(class_="robot", **style), dict(class_="robot", material="grey", **style)
+    disc = partial(rod, shape="cylinder")
     return (
-        rod((0, 0, -.20), (0, 0, -.03), .068, **shell) + rod((0, 0, -.21), (0, 0, -.192), .075, "cylinder", **dark),
-        rod((0, 0, -.062), (0, 0, .062), .068, **shell) + rod((0, 0, -.136), (0, 0, .136), .046, "cylinder", **dark)
+        rod((0, 0, -.20), (0, 0, -.03), .068, **shell)
+        + disc((0, 0, -.21), (0, 0, -.192), .075, **dark),
+        rod((0, 0, -.062), (0, 0, .062), .068, **shell)
+        + disc((0, 0, -.136), (0, 0, .136), .046, **dark)
         + rod((0, 0, 0), (0, -.18, 0), .066, **shell),
-        rod((0, 0, -.13), (0, 0, -.06), .062, **shell) + rod((.02, 0, -.07), (.07, 0, -.01), .056, **solid)
+        rod((0, 0, -.13), (0, 0, -.06), .062, **shell)
+        + rod((.02, 0, -.07), (.07, 0, -.01), .056, **solid)
         + rod((.0825, -.055, 0), (.0825, .055, 0), .06, **solid)
-        + rod((.0825, -.121, 0), (.0825, .121, 0), .042, "cylinder", **dark),
-        rod((0, 0, -.04), (0, 0, .04), .06, **shell) + rod((-.02, .01, 0), (-.0825, .09, 0), .058, **solid)
+        + disc((.0825, -.121, 0), (.0825, .121, 0), .042, **dark),
+        rod((0, 0, -.04), (0, 0, .04), .06, **shell)
+        + rod((-.02, .01, 0), (-.0825, .09, 0), .058, **solid)
         + rod((-.0825, .085, 0), (-.0825, .14, 0), .06, **solid),
-        rod((0, 0, -.235), (0, 0, -.20), .06, **solid) + rod((0, .02, -.20), (0, .075, -.10), .045, **solid)
-        + rod((0, .075, -.10), (0, .055, -.01), .038, **solid) + rod((0, .03, 0), (0, .068, 0), .05, "cylinder", **grey),
-        rod((0, 0, -.045), (0, 0, .03), .053, **solid) + rod((0, 0, 0), (0, 0, .092), .044, "cylinder", **grey)
-        + rod((0, 0, 0), (.088, 0, 0), .050, **solid) + rod((.088, 0, -.012), (.088, 0, .02), .055, **solid),
-        rod((0, 0, -.072), (0, 0, -.045), .047, "cylinder", **grey)
-        + rod((0, 0, -.075), (0, 0, -.06), .035, "cylinder", **shell)
-        + rod((0, 0, .02), (0, 0, .085), .047, "cylinder", **solid)
-        + rod((0, 0, .084), (0, 0, .107), .042, "cylinder", **grey),
+        rod((0, 0, -.235), (0, 0, -.20), .06, **solid)
+        + rod((0, .02, -.20), (0, .075, -.10), .045, **solid)
+        + rod((0, .075, -.10), (0, .055, -.01), .038, **solid)
+        + disc((0, .03, 0), (0, .068, 0), .05, **grey),
+        rod((0, 0, -.045), (0, 0, .03), .053, **solid) + disc((0, 0, 0), (0, 0, .092), .044, **grey)
+        + rod((0, 0, 0), (.088, 0, 0), .050, **solid)
+        + rod((.088, 0, -.012), (.088, 0, .02), .055, **solid),
+        disc((0, 0, -.072), (0, 0, -.045), .047, **grey)
+        + disc((0, 0, -.075), (0, 0, -.06), .035, **shell)
+        + disc((0, 0, .02), (0, 0, .085), .047, **solid)
+        + disc((0, 0, .084), (0, 0, .107), .042, **grey),
     )
 
 # %% ../../nbs/01_sim/02_scene.ipynb #c8f11b22
+def _flesh(side): # of one finger of the floating hand; the thumb is shorter and thicker
+    radius = .0125 if side < 0 else .0105
+    bent = (0, .034*side, .02), (0, .030*side, .052), (0, .013*side, .088 if side < 0 else .0925)
+    skin = dict(class_="shell", material="skin")
+    return "".join(rod(a, b, radius, **skin) for a, b in zip(bent, bent[1:]))
+
+def _palm(): # of the floating hand
+    skin, sleeve = dict(class_="shell", material="skin"), dict(class_="shell", material="sleeve")
+    curled = "".join(rod((x, .03, .05), (x, .052, .085), .010, **skin) for x in (-.024, -.044))
+    return (rod((-.022, -.045, .03), (-.022, .045, .03), .027, **skin)
+            + rod((.008, -.05, .035), (.008, .05, .035), .024, **skin)
+            + curled + rod((-.008, 0, .02), (-.008, 0, -.06), .030, **skin)
+            + rod((-.008, 0, -.06), (-.008, 0, -.32), .043, **sleeve))
+
+# %% ../../nbs/01_sim/02_scene.ipynb #e18edbd6
 def _finger(side, body):
-    "One finger, moving along the hand's y to the `side` +1 or -1; the pads reach 0.0936 m beyond the finger's frame."
-    name, s, style = f"finger_{'left' if side > 0 else 'right'}", side, _UNSEEN if body == "hand" else {}
+    hand = body == "hand"
+    name, s, style = f"finger_{'left' if side > 0 else 'right'}", side, _UNSEEN if hand else {}
     white = dict(material="white", **style)
     knuckle, pad = sorted((.004*s, .03*s)), sorted((0, .012*s))
     return element(
@@ -134,28 +162,17 @@ def _finger(side, body):
         element("joint", name=name, class_="finger", axis=(0, s, 0)),
         inertial(.1, .03, (0, .012*s, .04)),
         box((-.0105, knuckle[0], -.004), (.0105, knuckle[1], .022), class_="robot", **white),
-        element("geom", type="box", class_="shell", pos=(0, .0155*s, .037), size=(.009, .006, .027), euler=(.42*s, 0, 0), **white),
+        element("geom", type="box", class_="shell", pos=(0, .0155*s, .037),
+                size=(.009, .006, .027), euler=(.42*s, 0, 0), **white),
         box((-.0095, pad[0], .05), (.0095, pad[1], .0936), class_="pad", material="grey", **style),
-        _flesh(side) if body == "hand" else "",
+        _flesh(side) if hand else "",
         name=name, pos=(0, 0, .0584))
 
-def _flesh(side):
-    "What is seen of one finger of the floating hand: the thumb is shorter and thicker."
-    radius = .0125 if side < 0 else .0105
-    bent = (0, .034*side, .02), (0, .030*side, .052), (0, .013*side, .088 if side < 0 else .0925)
-    return "".join(rod(a, b, radius, class_="shell", material="skin") for a, b in zip(bent, bent[1:]))
-
-def _palm():
-    "What is seen of the floating hand but thumb and finger."
-    skin, sleeve = dict(class_="shell", material="skin"), dict(class_="shell", material="sleeve")
-    curled = "".join(rod((x, .03, .05), (x, .052, .085), .010, **skin) for x in (-.024, -.044))
-    return (rod((-.022, -.045, .03), (-.022, .045, .03), .027, **skin) + rod((.008, -.05, .035), (.008, .05, .035), .024, **skin)
-            + curled + rod((-.008, 0, .02), (-.008, 0, -.06), .030, **skin) + rod((-.008, 0, -.06), (-.008, 0, -.32), .043, **sleeve))
-
+# %% ../../nbs/01_sim/02_scene.ipynb #6d3ca1ed
 def _hand(body):
-    "The hand with its fingers, the tool centre point and the gripper camera."
     style = _UNSEEN if body == "hand" else {}
-    look, up = np.array([np.cos(1.3), 0, np.sin(1.3)]), np.array([np.sin(1.3), 0, -np.cos(1.3)])
+    forward, up = np.array([np.cos(1.3), 0, np.sin(1.3)]), np.array([np.sin(1.3), 0, -np.cos(1.3)])
+    axes = *np.cross(forward, up), *up
     return element(
         "body", inertial(.8, .05, (0, 0, .03)),
         box((-.026, -.085, .012), (.026, .085, .060), class_="robot", **style),
@@ -164,7 +181,7 @@ def _hand(body):
         box((-.012, -.095, .0585), (.012, .095, .063), class_="shell", material="grey", **style),
         _palm() if body == "hand" else "", _finger(+1, body), _finger(-1, body),
         element("site", name="tcp", pos=(0, 0, TCP_OFFSET), group=4),
-        element("camera", name="gripper", pos=(-.1, 0, 0), xyaxes=(*np.cross(look, up), *up), fovy=75),
+        element("camera", name="gripper", pos=(-.1, 0, 0), xyaxes=axes, fovy=75),
         name="hand", pos=(0, 0, .107), euler=(0, 0, -np.pi/4), gravcomp=1)
 
 def robot(
@@ -172,116 +189,144 @@ def robot(
 )->str: # XML of the body panda_link0
     "The arm on its pedestal, the hand at the end of the chain."
     chain, style = _hand(body), _UNSEEN if body == "hand" else {}
-    for i, ((pos, turn, limits, mass), shapes) in reversed(list(enumerate(zip(_ARM, _shells(style)), 1))):
+    links = list(enumerate(zip(_ARM, _shells(style)), 1))
+    for i, ((pos, turn, limits, mass), shapes) in reversed(links):
         joint = element("joint", name=f"panda_joint{i}", class_="arm", range=limits)
-        chain = element("body", joint, inertial(mass), shapes, chain, name=f"panda_link{i}", pos=pos, euler=(turn, 0, 0), gravcomp=1)
-    base = rod((0, 0, 0), (0, 0, .06), .085, "cylinder", class_="shell", **style) + rod((-.02, 0, .05), (0, 0, .10), .075, class_="shell", **style)
-    pedestal = rod((-.05, 0, -ROBOT_BASE[2]), (-.05, 0, 0), .13, "cylinder", class_="shell", **style)
+        chain = element("body", joint, inertial(mass), shapes, chain,
+                        name=f"panda_link{i}", pos=pos, euler=(turn, 0, 0), gravcomp=1)
+    shell, floor = dict(class_="shell", **style), -ROBOT_BASE[2]
+    base = rod((0, 0, 0), (0, 0, .06), .085, "cylinder", **shell)
+    base += rod((-.02, 0, .05), (0, 0, .10), .075, **shell)
+    pedestal = rod((-.05, 0, floor), (-.05, 0, 0), .13, "cylinder", **shell)
     return element("body", pedestal, base, chain, name="panda_link0", pos=ROBOT_BASE)
 
 # %% ../../nbs/01_sim/02_scene.ipynb #1f02c386
 TILT = np.pi/3 # rotation of the face's frame about x
 FACE = (.075, .535) # (y, z) of a point on the face
 
-def _face_y(z):
-    "y of the face at height z."
-    return FACE[0] + (z - FACE[1])/np.tan(TILT)
+def _face_y(z): return FACE[0] + (z - FACE[1])/np.tan(TILT) # y of the face at height z
 
-def _prism(name, x_low, x_high, z_low=TABLE_Z, z_high=.648):
-    "Mesh of a solid behind the face, vertical at the back; the grain runs along x, and upwards on the ends."
-    a, b, c, d = ((y, z) for z in (z_low, z_high) for y in (_face_y(z), .18)) # front low, back low, front high, back high
+def _prism(name, x_low, x_high, z_low=TABLE_Z, z_high=.648): # mesh of a solid behind the face
+    corners = ((y, z) for z in (z_low, z_high) for y in (_face_y(z), .18))
+    a, b, c, d = corners # front low, back low, front high, back high
     side = lambda p, q: [(x_low, *p), (x_high, *p), (x_high, *q), (x_low, *q)]
     end = lambda x, *order: [(x, *p) for p in order]
-    quads = [side(a, c), side(c, d), side(d, b), side(b, a), end(x_low, a, c, d, b), end(x_high, a, b, d, c)]
+    sides = [side(a, c), side(c, d), side(d, b), side(b, a)]
+    quads = [*sides, end(x_low, a, c, d, b), end(x_high, a, b, d, c)]
     grain = [(x/.9, (y + z)/.4) for quad in quads[:4] for x, y, z in quad]
     grain += [(z/.9, y/.4) for quad in quads[4:] for _, y, z in quad]
-    faces = [i + 4*q for q in range(6) for i in (0, 1, 2, 0, 2, 3)]
+    faces = " ".join(str(i + 4*q) for q in range(6) for i in (0, 1, 2, 0, 2, 3))
     vertices = [v for quad in quads for corner in quad for v in corner]
-    return element("mesh", name=name, vertex=vertices, texcoord=np.ravel(grain), face=" ".join(map(str, faces)))
+    return element("mesh", name=name, vertex=vertices, texcoord=np.ravel(grain), face=faces)
 
-def _opening(layout):
-    "x of the left and right end of the cabinet's opening."
+# %% ../../nbs/01_sim/02_scene.ipynb #5b60bf23
+def _opening(layout): # x of the left and right end of the cabinet's opening
     return layout.plank - .26, layout.plank + .26
 
-def _slots(layout):
-    "Two dark grooves in the face in which the switch moves, and the door's rails."
+def _grooves(layout):
     left, right = _opening(layout)
-    low, high = max(-.44, min(left, layout.slide - layout.slide_range)), min(.44, max(right, layout.slide + .28))
-    groove = [box((x - .005, -.06, -.002), (x + .005, .075, .001), class_="decor", material="dark") for x in (-.042, .042)]
-    rails = [box((low - layout.switch, v - .004, -.003), (high - layout.switch, v + .004, .004), class_="decor", material="trim")
-             for v in (-.104, .108)]
-    return element("body", *groove, *rails, name="slots", pos=(layout.switch, *FACE), euler=(TILT, 0, 0))
+    low = max(-.44, min(left, layout.slide - layout.slide_range)) - layout.switch
+    high = min(.44, max(right, layout.slide + .28)) - layout.switch
+    dark, trim = dict(class_="decor", material="dark"), dict(class_="decor", material="trim")
+    groove = [box((x - .005, -.06, -.002), (x + .005, .075, .001), **dark) for x in (-.042, .042)]
+    rails = [box((low, v - .004, -.003), (high, v + .004, .004), **trim) for v in (-.104, .108)]
+    pos = (layout.switch, *FACE)
+    return element("body", *groove, *rails, name="slots", pos=pos, euler=(TILT, 0, 0))
 
 # %% ../../nbs/01_sim/02_scene.ipynb #aebd2ac0
+def _boards(layout): # material -> opposite corners of boxes
+    left, right = _opening(layout)
+    drawer_left, drawer_right = layout.drawer - .222, layout.drawer + .222
+    top = (((-.44, -.18, .42), (.44, .02, TABLE_Z)), ((-.44, .02, .42), (left, .18, TABLE_Z)),
+           ((right, .02, .42), (.44, .18, TABLE_Z)), ((left, .16, .42), (right, .18, TABLE_Z)))
+    apron = (((-.42, -.178, .30), (drawer_left, -.158, .42)),
+             ((drawer_right, -.178, .30), (.42, -.158, .42)),
+             ((drawer_left, -.178, .40), (drawer_right, -.158, .42)),
+             ((-.42, .158, .30), (.42, .178, .42)),
+             ((-.438, -.16, .30), (-.42, .16, .42)), ((.42, -.16, .30), (.438, .16, .42)))
+    legs = (((x - .02, y - .02, 0), (x + .02, y + .02, .42))
+            for x in (-.42, .42) for y in (-.16, .16))
+    back = ((left, .165, TABLE_Z), (right, .18, .62))
+    return dict(wood=top, shade=(*apron, *legs), deep=(back,))
+
 def base_link(
     layout:Layout, # of the scene
 )->str: # XML of the body
-    "What does not move: top, apron, legs, cabinet, the button's ring, the LED and the lightbulb."
-    left, right = _opening(layout)
-    drawer_left, drawer_right = layout.drawer - .222, layout.drawer + .222
-    boards = {
-        "wood": (((-.44, -.18, .42), (.44, .02, TABLE_Z)), ((-.44, .02, .42), (left, .18, TABLE_Z)), # the top
-                 ((right, .02, .42), (.44, .18, TABLE_Z)), ((left, .16, .42), (right, .18, TABLE_Z))),
-        "shade": (((-.42, -.178, .30), (drawer_left, -.158, .42)), ((drawer_right, -.178, .30), (.42, -.158, .42)), # the apron
-                  ((drawer_left, -.178, .40), (drawer_right, -.158, .42)), ((-.42, .158, .30), (.42, .178, .42)),
-                  ((-.438, -.16, .30), (-.42, .16, .42)), ((.42, -.16, .30), (.438, .16, .42)),
-                  *(((x - .02, y - .02, 0), (x + .02, y + .02, .42)) for x in (-.42, .42) for y in (-.16, .16))), # the legs
-        "deep": (((left, .165, TABLE_Z), (right, .18, .62)),), # the cabinet's back
-    }
-    wood, fixed = dict(class_="fixture", material="wood"), dict(class_="fixture")
-    flat = [box(*b, material=material, **fixed) for material, some in boards.items() for b in some]
-    solids = [element("geom", type="mesh", mesh=m, material="solid", **fixed) for m in ("solid_left", "solid_right", "roof")]
-    ring = rod((layout.button, -.12, TABLE_Z), (layout.button, -.12, .458), .042, "cylinder", **wood)
-    led = element("geom", name="led", type="box", pos=(layout.button, .16, .656), size=(.08, .02, .008), material="led", **fixed)
-    socket = rod((layout.switch, .155, .648), (layout.switch, .155, .66), .016, "cylinder", material="metal", **fixed)
-    bulb = element("geom", name="bulb", type="sphere", pos=(layout.switch, .155, .68), size=.028, material="bulb", **fixed)
-    return element("body", *flat, *solids, ring, led, socket, bulb, _slots(layout), name="base_link")
+    "The parts of the table that do not move."
+    button, switch, fixed = layout.button, layout.switch, dict(class_="fixture")
+    flat = [box(*corners, material=material, **fixed)
+            for material, some in _boards(layout).items() for corners in some]
+    solids = [element("geom", type="mesh", mesh=mesh, material="solid", **fixed)
+              for mesh in ("solid_left", "solid_right", "roof")]
+    ring = rod((button, -.12, TABLE_Z), (button, -.12, .458), .042, "cylinder",
+               class_="fixture", material="wood")
+    led = element("geom", name="led", type="box", pos=(button, .16, .656), size=(.08, .02, .008),
+                  material="led", **fixed)
+    socket = rod((switch, .155, .648), (switch, .155, .66), .016, "cylinder",
+                 material="metal", **fixed)
+    bulb = element("geom", name="bulb", type="sphere", pos=(switch, .155, .68), size=.028,
+                   material="bulb", **fixed)
+    parts = *flat, *solids, ring, led, socket, bulb, _grooves(layout)
+    return element("body", *parts, name="base_link")
 
 # %% ../../nbs/01_sim/02_scene.ipynb #b4e5a41e
-def _handle(start, end, depth, axis, radius=.012):
-    "A C-shaped handle: a bar from start to end and two stubs that run `depth` back along the axis, a unit vector."
+def _handle(start, end, depth, axis, radius=.012): # axis: a unit vector
     start, end, back = np.array(start, float), np.array(end, float), np.array(axis, float)*depth
-    style, along = dict(class_="fixture", material="metal"), (end - start)/np.linalg.norm(end - start)
-    return rod(start, end, radius, **style) + "".join(rod(p, p + back, radius, **style) for p in (start + along*.006, end - along*.006))
+    style = dict(class_="fixture", material="metal")
+    along = (end - start)/np.linalg.norm(end - start)
+    ends = (start + along*.006, end - along*.006)
+    stubs = (rod(p, p + back, radius, **style) for p in ends)
+    return rod(start, end, radius, **style) + "".join(stubs)
 
 def drawer(
     layout:Layout, # of the scene
 )->str: # XML of the body drawer_link
-    "An open tray of 0.44 x 0.24 x 0.10 m with a front and a handle, whose bar is 7 cm before the front."
+    "An open tray of 0.44 x 0.24 x 0.10 m with a front and a handle 7 cm before it."
     wood = dict(class_="fixture", material="shade")
-    tray = (box((-.215, -.17, -.02), (.215, .06, -.01), **wood) + box((-.215, .05, -.01), (.215, .06, .076), **wood)
-            + box((-.215, -.17, -.01), (-.203, .05, .07), **wood) + box((.203, -.17, -.01), (.215, .05, .07), **wood))
+    tray = (box((-.215, -.17, -.02), (.215, .06, -.01), **wood)
+            + box((-.215, .05, -.01), (.215, .06, .076), **wood)
+            + box((-.215, -.17, -.01), (-.203, .05, .07), **wood)
+            + box((.203, -.17, -.01), (.215, .05, .07), **wood))
     front = box((-.22, -.182, -.02), (.22, -.165, .078), class_="fixture", material="doors")
-    joint = element("joint", name="base__drawer", class_="sliding", axis=(0, -1, 0), range=(0, DRAWER_RANGE))
+    joint = element("joint", name="base__drawer", class_="sliding", axis=(0, -1, 0),
+                    range=(0, DRAWER_RANGE))
     grip = _handle((-.10, -.25, .04), (.10, -.25, .04), .07, (0, 1, 0), .014)
-    return element("body", joint, inertial(1, .1), tray, front, grip, name="drawer_link", pos=(layout.drawer, 0, .32))
+    return element("body", joint, inertial(1, .1), tray, front, grip,
+                   name="drawer_link", pos=(layout.drawer, 0, .32))
 
+# %% ../../nbs/01_sim/02_scene.ipynb #3b061149
 def sliding_door(
     layout:Layout, # of the scene
 )->str: # XML of the body slide_link
-    "The door before the cabinet, 0.28 x 0.22 m, with an upright handle; positive joint values are to the left."
+    "The door before the cabinet, 0.28 x 0.22 m, with an upright handle."
     panel = box((0, -.108, .001), (.28, .112, .018), class_="fixture", material="doors")
     grip = _handle((.14, -.075, .066), (.14, .085, .066), .055, (0, 0, -1), .0135)
-    joint = element("joint", name="base__slide", class_="sliding", axis=(-1, 0, 0), range=(0, layout.slide_range))
-    return element("body", joint, inertial(.8, .1), panel, grip, name="slide_link", pos=(layout.slide, *FACE), euler=(TILT, 0, 0))
+    joint = element("joint", name="base__slide", class_="sliding", axis=(-1, 0, 0),
+                    range=(0, layout.slide_range))
+    return element("body", joint, inertial(.8, .1), panel, grip,
+                   name="slide_link", pos=(layout.slide, *FACE), euler=(TILT, 0, 0))
 
+# %% ../../nbs/01_sim/02_scene.ipynb #6922eb18
 def switch(
     layout:Layout, # of the scene
 )->str: # XML of the body switch_link
-    "The lever, a bar 12 cm wide that slides up along the face; off, it is 34 mm below the face's middle."
+    "The lever that lights the bulb."
     grip = _handle((-.048, 0, .052), (.048, 0, .052), .054, (0, 0, -1), .012)
-    joint = element("joint", name="base__switch", class_="sliding", axis=(0, 1, 0), range=(0, SWITCH_RANGE))
+    joint = element("joint", name="base__switch", class_="sliding", axis=(0, 1, 0),
+                    range=(0, SWITCH_RANGE))
     pos = (layout.switch, FACE[0] - .034*np.cos(TILT), FACE[1] - .034*np.sin(TILT))
-    return element("body", joint, inertial(.25, .05), grip, name="switch_link", pos=pos, euler=(TILT, 0, 0), gravcomp=1)
+    return element("body", joint, inertial(.25, .05), grip,
+                   name="switch_link", pos=pos, euler=(TILT, 0, 0), gravcomp=1)
 
 def button(
     layout:Layout, # of the scene
 )->str: # XML of the body button_link
-    "The button, a black disc 24 mm above its ring, held up by a spring."
+    "The button that toggles the LED, held up by a spring."
     disc = rod((0, 0, -.02), (0, 0, .024), .032, "cylinder", class_="fixture", material="black")
-    joint = element("joint", name="base__button", class_="sliding", axis=(0, 0, -1), range=(0, BUTTON_RANGE),
-                    stiffness=150, damping=6, frictionloss=.1)
-    return element("body", joint, inertial(.1, .03), disc, name="button_link", pos=(layout.button, -.12, .46), gravcomp=1)
+    joint = element("joint", name="base__button", class_="sliding", axis=(0, 0, -1),
+                    range=(0, BUTTON_RANGE), stiffness=150, damping=6, frictionloss=.1)
+    return element("body", joint, inertial(.1, .03), disc,
+                   name="button_link", pos=(layout.button, -.12, .46), gravcomp=1)
 
 # %% ../../nbs/01_sim/02_scene.ipynb #794bde06
 LIGHT_RGBA = {"bulb": (1., 1., .1, 1.), "led": (.1, 1., .1, 1.)} # when lit
@@ -290,99 +335,137 @@ BLOCK_RGBA = {"red": (.9, .03, .03, 1), "blue": (.04, .06, .9, 1), "pink": (.95,
 def plank(
     layout:Layout, # of the scene
 )->str: # XML of the body plank_link
-    "The cabinet's floor, a body of its own because the task rules name it."
+    "The cabinet's floor."
     left, right = _opening(layout)
-    return element("body", box((left, .02, .42), (right, .16, TABLE_Z), class_="fixture", material="shade"), name="plank_link")
+    floor = box((left, .02, .42), (right, .16, TABLE_Z), class_="fixture", material="shade")
+    return element("body", floor, name="plank_link")
 
 def block(
     colour:str, # "red", "blue" or "pink"
     size:str, # "small", "middle" or "big"
 )->str: # XML of the body
-    "A free block; the smallest weighs 0.15 kg, the others in proportion."
-    half = BLOCK_HALF[size]
-    geom = element("geom", type="box", size=half, class_="block", rgba=BLOCK_RGBA[colour], mass=.15*half[0]/.02)
-    return element("body", element("freejoint", name=f"block_{colour}"), geom, name=f"block_{colour}", pos=(0, 0, 1))
+    "A free block."
+    half, name = BLOCK_HALF[size], f"block_{colour}"
+    geom = element("geom", type="box", size=half, class_="block", rgba=BLOCK_RGBA[colour],
+                   mass=.15*half[0]/.02)
+    return element("body", element("freejoint", name=name), geom, name=name, pos=(0, 0, 1))
 
 # %% ../../nbs/01_sim/02_scene.ipynb #1b46c14c
 def static_camera()->str: # XML
     "CALVIN's static camera."
     eye, target = np.array([2.871459, -2.166602, 2.555160]), np.array([-.026242, -.030233, .392])
-    look, up = (target - eye)/np.linalg.norm(target - eye), np.array([.404140, .226298, .886262])
-    right = np.cross(look, up)/np.linalg.norm(np.cross(look, up))
-    return element("camera", name="static", pos=eye, xyaxes=(*right, *np.cross(right, look)), fovy=10)
+    forward = (target - eye)/np.linalg.norm(target - eye)
+    up = np.array([.404140, .226298, .886262])
+    right = np.cross(forward, up)/np.linalg.norm(np.cross(forward, up))
+    axes = *right, *np.cross(right, forward)
+    return element("camera", name="static", pos=eye, xyaxes=axes, fovy=10)
 
-def _defaults():
-    "Classes of joints and shapes."
+# %% ../../nbs/01_sim/02_scene.ipynb #f567df03
+def _defaults(): # classes of joints and shapes
     of = lambda name, *parts: element("default", *parts, class_=name)
     hard, rough = dict(solref=(.0045, 1)), dict(friction=(.6, .005, .0001))
+    seen = dict(contype=0, conaffinity=0, group=1)
+    pad = dict(friction=(1.5, .02, .0005), condim=4, priority=1, solimp=(.95, .99, .001))
+    block = dict(friction=(.7, .005, .0001), condim=4)
+    slide = dict(type="slide", range=(0, FINGER_RANGE), damping=5, armature=.3)
     return element(
         "default",
         of("arm", element("joint", damping=1, armature=.1)),
-        of("finger", element("joint", type="slide", range=(0, FINGER_RANGE), damping=5, armature=.3)),
+        of("finger", element("joint", **slide)),
         of("sliding", element("joint", type="slide", damping=4, frictionloss=3, armature=.02)),
-        of("shell", element("geom", material="white", contype=0, conaffinity=0, group=1)),
-        of("decor", element("geom", contype=0, conaffinity=0, group=1)),
+        of("shell", element("geom", material="white", **seen)),
+        of("decor", element("geom", **seen)),
         of("robot", element("geom", material="white", contype=2, conaffinity=1, **rough, **hard)),
-        of("pad", element("geom", contype=2, conaffinity=1, friction=(1.5, .02, .0005), condim=4, priority=1,
-                          solimp=(.95, .99, .001), **hard)),
+        of("pad", element("geom", contype=2, conaffinity=1, **pad, **hard)),
         of("fixture", element("geom", contype=1, conaffinity=0, **rough, **hard)),
-        of("block", element("geom", contype=1, conaffinity=3, friction=(.7, .005, .0001), condim=4, **hard)))
+        of("block", element("geom", contype=1, conaffinity=3, **block, **hard)))
 
 def _actuators():
-    "Position servos on the arm and on the fingers, whose two joints are coupled."
-    arm = [element("position", name=f"arm{i}", joint=f"panda_joint{i}", kp=kp, kv=kv, forcerange=(-t, t))
-           for i, ((kp, kv), t) in enumerate(zip(GAINS, TORQUES), 1)]
-    grip = [element("position", name=f"grip_{s}", joint=f"finger_{s}", kp=2000, kv=300, forcerange=(-40, 40)) for s in ("left", "right")]
-    couple = element("joint", joint1="finger_left", joint2="finger_right", polycoef=(0, 1, 0, 0, 0), solref=(.0045, 1))
+    arm = [element("position", name=f"arm{i}", joint=f"panda_joint{i}", kp=kp, kv=kv,
+                   forcerange=(-torque, torque))
+           for i, ((kp, kv), torque) in enumerate(zip(GAINS, TORQUES), 1)]
+    servo = dict(kp=2000, kv=300, forcerange=(-40, 40))
+    grip = [element("position", name=f"grip_{side}", joint=f"finger_{side}", **servo)
+            for side in ("left", "right")]
+    couple = element("joint", joint1="finger_left", joint2="finger_right", polycoef=(0, 1, 0, 0, 0),
+                     solref=(.0045, 1))
     return element("actuator", *arm, *grip) + element("equality", couple)
 
 # %% ../../nbs/01_sim/02_scene.ipynb #1e782f3a
-def _assets(layout):
-    "Textures, materials and meshes."
-    grain = dict(texuniform="true", texrepeat=(1.1, 2.2), specular=.05) # repeats a metre
-    wood = lambda name: element("texture", name=name, type="2d", file=f"{name}.png") + element("material", name=name, texture=name, **grain)
-    dim = lambda name, share: element("material", name=name, texture="wood", rgba=(share, share, share, 1), **grain)
-    plain = lambda name, rgb, shine=.1: element("material", name=name, rgba=(*rgb, 1), specular=shine, shininess=.3)
-    left, right = _opening(layout)
-    return element(
-        "asset", wood("wood"), wood("doors"), dim("shade", .9), dim("deep", .75), element("material", name="solid", texture="wood", specular=.05),
-        element("texture", name="floor", type="2d", builtin="checker", rgb1=layout.look.floor[0], rgb2=layout.look.floor[1], width=256, height=256),
-        element("texture", name="sky", type="skybox", builtin="flat", rgb1=(1, 1, 1), rgb2=(1, 1, 1), width=8, height=48),
+def _materials(layout):
+    grain = dict(texuniform="true", texrepeat=(1.1, 2.2), specular=.05)
+    wood = lambda name: (element("texture", name=name, type="2d", file=f"{name}.png")
+                         + element("material", name=name, texture=name, **grain))
+    dim = lambda name, by: element("material", name=name, texture="wood",
+                                   rgba=(by, by, by, 1), **grain)
+    plain = lambda name, rgb, shine=.1: element("material", name=name, rgba=(*rgb, 1),
+                                                specular=shine, shininess=.3)
+    first, second = layout.look.floor
+    sky = dict(builtin="flat", rgb1=(1, 1, 1), rgb2=(1, 1, 1), width=8, height=48)
+    floor = dict(builtin="checker", rgb1=first, rgb2=second, width=256, height=256)
+    return (
+        wood("wood"), wood("doors"), dim("shade", .9), dim("deep", .75),
+        element("material", name="solid", texture="wood", specular=.05),
+        element("texture", name="floor", type="2d", **floor),
+        element("texture", name="sky", type="skybox", **sky),
         element("material", name="floor", texture="floor", texrepeat=(9, 9), specular=0),
-        plain("white", (.93, .94, .95), .3), plain("grey", (.60, .62, .64)), plain("dark", (.22, .23, .25)),
-        plain("metal", (.33, .33, .34)), plain("black", (.03, .03, .03)), plain("trim", np.array(layout.wood[1])/255*.8),
-        plain("led", (1, 1, 1)), plain("bulb", (1, 1, 1)), plain("skin", (.87, .66, .54)), plain("sleeve", (.20, .30, .52)),
-        _prism("solid_left", -.44, left), _prism("solid_right", right, .44), _prism("roof", left, right, .620, .648))
+        plain("white", (.93, .94, .95), .3), plain("grey", (.60, .62, .64)),
+        plain("dark", (.22, .23, .25)), plain("metal", (.33, .33, .34)),
+        plain("black", (.03, .03, .03)), plain("trim", np.array(layout.wood[1])/255*.8),
+        plain("led", (1, 1, 1)), plain("bulb", (1, 1, 1)), plain("skin", (.87, .66, .54)),
+        plain("sleeve", (.20, .30, .52)))
 
+def _assets(layout):
+    left, right = _opening(layout)
+    meshes = (_prism("solid_left", -.44, left), _prism("solid_right", right, .44),
+              _prism("roof", left, right, .620, .648))
+    return element("asset", *_materials(layout), *meshes)
+
+# %% ../../nbs/01_sim/02_scene.ipynb #5b98160c
 def _lights(look):
-    "A sun, CALVIN's from the front right, and a weak fill light."
     bright = lambda *rgb: np.array(rgb)*look.brightness
-    sun = dict(pos=(1, -2, 3), dir=look.light, diffuse=bright(.62, .61, .60), specular=(.25, .25, .25))
-    fill = dict(pos=(-2, -1, 2), dir=(.7, .3, -.3), diffuse=bright(.12, .12, .13), specular=(0, 0, 0))
-    return "".join(element("light", directional="true", castshadow="false", **l) for l in (sun, fill))
+    sun = dict(pos=(1, -2, 3), dir=look.light, diffuse=bright(.62, .61, .60),
+               specular=(.25, .25, .25))
+    fill = dict(pos=(-2, -1, 2), dir=(.7, .3, -.3), diffuse=bright(.12, .12, .13),
+                specular=(0, 0, 0))
+    light = lambda kind: element("light", directional="true", castshadow="false", **kind)
+    return light(sun) + light(fill)
 
 def _decoration(look):
-    "Mats on the table and things on the cabinet, which are only seen."
     style = lambda rgb: dict(class_="decor", rgba=(*rgb, 1))
-    mats = [box((x - w, y - h, TABLE_Z), (x + w, y + h, TABLE_Z + .0008), **style(rgb)) for x, y, w, h, rgb in look.table]
-    things = [rod((x, .158, .648), (x, .158, .648 + height), radius, "cylinder", **style(rgb)) for x, radius, height, rgb in look.roof]
+    mats = [box((x - w, y - h, TABLE_Z), (x + w, y + h, TABLE_Z + .0008), **style(rgb))
+            for x, y, w, h, rgb in look.table]
+    things = [rod((x, .158, .648), (x, .158, .648 + height), radius, "cylinder", **style(rgb))
+              for x, radius, height, rgb in look.roof]
     return element("body", *mats, *things, name="decoration") if mats or things else ""
+
+# %% ../../nbs/01_sim/02_scene.ipynb #bdb6b4ba
+def _world(layout):
+    floor = element("geom", name="floor", type="plane", size=(5, 5, .1), material="floor",
+                    class_="fixture")
+    return element(
+        "worldbody", _lights(layout.look), static_camera(), robot(layout.body),
+        *(block(*b) for b in layout.blocks), switch(layout), button(layout), drawer(layout),
+        sliding_door(layout), base_link(layout), plank(layout), _decoration(layout.look),
+        element("body", floor, name="floor"))
+
+def _visual():
+    quality = dict(numslices=16, numstacks=4, numquads=1, shadowsize=0, offsamples=0)
+    light = dict(ambient=(.42, .42, .42), diffuse=(.10, .10, .10), specular=(0, 0, 0))
+    return element(
+        "visual", element("quality", **quality), element("map", znear=.01, zfar=12),
+        element("global", offwidth=640, offheight=640), element("headlight", **light))
 
 def build(
     scene:str, # see `sim.layout.layout_of`
 )->tuple: # (MJCF text, {file name: bytes}) for mujoco.MjModel.from_xml_string
     "The model of a scene."
     layout = layout_of(scene)
-    floor = element("geom", name="floor", type="plane", size=(5, 5, .1), material="floor", class_="fixture")
-    world = element( # from front to back, so that little is painted over: the floor is the last
-        "worldbody", _lights(layout.look), static_camera(), robot(layout.body), *(block(*b) for b in layout.blocks), switch(layout), button(layout),
-        drawer(layout), sliding_door(layout), base_link(layout), plank(layout), _decoration(layout.look), element("body", floor, name="floor"))
-    visual = element(
-        "visual", element("quality", numslices=16, numstacks=4, numquads=1, shadowsize=0, offsamples=0), element("map", znear=.01, zfar=12),
-        element("global", offwidth=640, offheight=640),
-        element("headlight", ambient=(.42, .42, .42), diffuse=(.10, .10, .10), specular=(0, 0, 0)))
-    option = element("option", timestep=TIMESTEP, integrator="implicitfast", cone="elliptic", impratio=10, iterations=100, ls_iterations=50)
-    text = element("mujoco", element("compiler", angle="radian", autolimits="true"), option,
-                   element("statistic", extent=1, center=(0, 0, .4)), visual, _defaults(), _assets(layout), world, _actuators(),
-                   model=f"playtable_{scene}")
-    return text, {"wood.png": wood_png(*layout.wood, layout.grain), "doors.png": wood_png(*layout.doors, layout.grain + 1)}
+    option = element("option", timestep=TIMESTEP, integrator="implicitfast", cone="elliptic",
+                     impratio=10, iterations=100, ls_iterations=50)
+    text = element(
+        "mujoco", element("compiler", angle="radian", autolimits="true"), option,
+        element("statistic", extent=1, center=(0, 0, .4)), _visual(), _defaults(),
+        _assets(layout), _world(layout), _actuators(), model=f"playtable_{scene}")
+    return text, {"wood.png": wood_png(*layout.wood, layout.grain),
+                  "doors.png": wood_png(*layout.doors, layout.grain + 1)}

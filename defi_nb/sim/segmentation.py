@@ -19,28 +19,29 @@ from .layout import layout_of
 
 # %% ../../nbs/01_sim/06_segmentation.ipynb #b24ce3f6
 _BODIES = dict( # name -> bodies of the model
-    arm=tuple(f"panda_link{i}" for i in range(1, 8)), gripper=("hand", "finger_left", "finger_right"), base=("panda_link0",),
-    **{f"block_{c}": (f"block_{c}",) for c in COLOURS}, drawer=("drawer_link",), slider=("slide_link",), cabinet=("plank_link",),
-    switch=("switch_link",), button=("button_link",))
+    arm=tuple(f"panda_link{i}" for i in range(1, 8)),
+    gripper=("hand", "finger_left", "finger_right"), base=("panda_link0",),
+    **{f"block_{c}": (f"block_{c}",) for c in COLOURS}, drawer=("drawer_link",),
+    slider=("slide_link",), cabinet=("plank_link",), switch=("switch_link",),
+    button=("button_link",))
 _LIGHTS = dict(lightbulb="bulb", led="led") # name -> shape of the model
 THINGS = (*_BODIES, *_LIGHTS)
 
-def _geoms_of(model):
-    "Name -> numbers of the geoms that show it."
-    of = {name: np.flatnonzero(np.isin(model.geom_bodyid, [model.body(b).id for b in bodies])) for name, bodies in _BODIES.items()}
-    return of | {name: np.array([model.geom(geom).id]) for name, geom in _LIGHTS.items()}
+def _geoms_of(model): # name -> numbers of the geoms that show it
+    ids = lambda bodies: [model.body(body).id for body in bodies]
+    shapes = {name: np.flatnonzero(np.isin(model.geom_bodyid, ids(bodies)))
+              for name, bodies in _BODIES.items()}
+    return shapes | {name: np.array([model.geom(geom).id]) for name, geom in _LIGHTS.items()}
 
-def _scene_masks(
-    env:PlayTable, # in any state
-    view:str="static", # or "gripper"
-)->dict: # name of `THINGS` -> (H,W) bool
-    "Which pixels of a picture show what, at this moment."
-    if view not in VIEWS: raise ValueError(f"there is no view {view!r}: choose one of {', '.join(VIEWS)}")
-    seen = env.geoms(view)
-    return {name: np.isin(seen, geoms) for name, geoms in _geoms_of(env.model).items()}
+def _scene_masks(env, view="static"): # name of `THINGS` -> (H,W) bool, at this moment
+    if view not in VIEWS:
+        raise ValueError(f"there is no view {view!r}: choose one of {', '.join(VIEWS)}")
+    shown = env.geoms(view)
+    return {name: np.isin(shown, geoms) for name, geoms in _geoms_of(env.model).items()}
 
 # %% ../../nbs/01_sim/06_segmentation.ipynb #022e923b
-_PALETTE = [OKABE_ITO[c] for c in ("orange", "blue", "yellow", "sky", "purple", "green", "vermilion")] # of masks, one after the other
+_PALETTE = [OKABE_ITO[colour] for colour in ( # of masks, one after the other
+    "orange", "blue", "yellow", "sky", "purple", "green", "vermilion")]
 
 def show_masks(
     picture, # (H,W,3) uint8
@@ -48,7 +49,7 @@ def show_masks(
     ax=None, # axes to draw into
     title:str="", # over it
 ):
-    "A picture in grey with the masks in colour over it, coloured in their order; what is not seen is not named. Returns the axes."
+    "An image in grey with the masks in colour over it. Returns the axes."
     ax = new_axes(3.2, 2.6) if ax is None else ax
     canvas = np.asarray(picture, float).mean(-1, keepdims=True).repeat(3, -1)/255
     for (name, mask), colour in zip(masks.items(), cycle(_PALETTE), strict=False):
@@ -63,96 +64,103 @@ def show_masks(
     return ax
 
 # %% ../../nbs/01_sim/06_segmentation.ipynb #28f1b8c9
-FIXTURES = dict(move_slider_left=("slider",), move_slider_right=("slider",), open_drawer=("drawer",), close_drawer=("drawer",),
-                turn_on_lightbulb=("switch", "lightbulb"), turn_off_lightbulb=("switch", "lightbulb"),
-                turn_on_led=("button", "led"), turn_off_led=("button", "led"),
-                place_in_drawer=("drawer",), push_into_drawer=("drawer",), place_in_slider=("cabinet",))
-_ANY_BLOCK = ("place_in_slider", "place_in_drawer", "stack_block", "unstack_block", "push_into_drawer") # tasks that name none
+FIXTURES = dict(
+    move_slider_left=("slider",), move_slider_right=("slider",), open_drawer=("drawer",),
+    close_drawer=("drawer",), turn_on_lightbulb=("switch", "lightbulb"),
+    turn_off_lightbulb=("switch", "lightbulb"), turn_on_led=("button", "led"),
+    turn_off_led=("button", "led"), place_in_drawer=("drawer",), push_into_drawer=("drawer",),
+    place_in_slider=("cabinet",))
+_ANY_BLOCK = ( # tasks that name none
+    "place_in_slider", "place_in_drawer", "stack_block", "unstack_block", "push_into_drawer")
 
 def task_things(
     task:str, # one of CALVIN's 34
-    block:str="", # which one it was, such as "block_red", where the name leaves it open; empty is all three
+    block:str="", # which one it was, such as "block_red", where the name leaves it open; empty: all
 )->tuple: # of names of `THINGS`
     "What a task is about."
     check_tasks(task)
     blocks = [f"block_{c}" for c in COLOURS]
-    if block and block not in blocks: raise ValueError(f"there is no block {block!r}: choose one of {', '.join(blocks)}")
+    if block and block not in blocks:
+        raise ValueError(f"there is no block {block!r}: choose one of {', '.join(blocks)}")
     named = [b for b in blocks if f"_{b.removeprefix('block_')}_" in task]
-    return (*(named or ([block] if block else blocks)*(task in _ANY_BLOCK)), *FIXTURES.get(task, ()))
+    if task in _ANY_BLOCK and not named: named = [block] if block else blocks
+    return (*named, *FIXTURES.get(task, ()))
 
+# %% ../../nbs/01_sim/06_segmentation.ipynb #bf39e5cc
 def moved_block(
     before, # (24,) scene_obs
     after, # (24,) scene_obs, later
-    scene:str, # "A" to "D", which says in which order the blocks are
+    scene:str, # "A" to "D", which fixes the order of the blocks
 )->str: # such as "block_red"
     "The block that was carried or pushed furthest."
     way = (np.asarray(after, float) - np.asarray(before, float))[6:].reshape(3, 6)[:, :3]
-    return f"block_{layout_of(scene).blocks[int(np.linalg.norm(way, axis=1).argmax())][0]}"
+    moved = int(np.linalg.norm(way, axis=1).argmax())
+    return f"block_{layout_of(scene).blocks[moved][0]}"
 
 # %% ../../nbs/01_sim/06_segmentation.ipynb #5942fc24
-_LEVELS = 8 # of 255, beyond which a pixel counts as different
+_LEVELS = 8
 
 @lru_cache(maxsize=4)
-def _stage(scene, *sizes):
-    "This process's environment for redrawing frames of a scene."
-    return PlayTable(scene, *sizes)
+def _stage(scene, *sizes): return PlayTable(scene, *sizes) # this process's, for redrawing
 
-def _put_back(frames, row, scene):
-    "The environment in the state of a recorded frame, and its observation."
+def _put_back(frames, row, scene): # the environment in a recorded frame's state; its observation
     if frames.robot_obs is None or frames.scene_obs is None:
-        raise ValueError("these frames have no robot_obs and scene_obs, so the simulator cannot be put into their states: give a recording in CALVIN's format")
-    env = _stage(scene, *(frames.video[v].shape[1] if v in frames.video else 64 for v in VIEWS))
+        raise ValueError("these frames have no robot_obs and scene_obs, so the simulator cannot be "
+                         "put into their states: give a recording in CALVIN's format")
+    sizes = (frames.video[v].shape[1] if v in frames.video else 64 for v in VIEWS)
+    env = _stage(scene, *sizes)
     return env, env.place(frames.robot_obs[row], frames.scene_obs[row])
 
-def _redraw(
-    frames, # `data.episodes.Frames` with pictures and states
-    row:int, # of the store
-    scene:str, # "A" to "D", where it was recorded
-    view:str="static", # or "gripper"
-)->tuple: # (H,W,3) uint8; share of its pixels that differ from the recorded ones by more than `_LEVELS`
-    "A recorded frame's picture, drawn again from its state."
-    picture = _put_back(frames, row, scene)[1]["rgb_obs"][f"rgb_{view}"]
-    return picture, float((np.abs(picture.astype(int) - frames.video[view][row]).max(-1) > _LEVELS).mean())
+def _redraw(frames, row, scene, view="static"): # (H,W,3) uint8; fraction of pixels that differ
+    image = _put_back(frames, row, scene)[1]["rgb_obs"][f"rgb_{view}"]
+    differs = np.abs(image.astype(int) - frames.video[view][row]).max(-1) > _LEVELS
+    return image, float(differs.mean())
 
+# %% ../../nbs/01_sim/06_segmentation.ipynb #4d063907
 def recorded_masks(
-    frames, # `data.episodes.Frames` with pictures and states
+    frames, # `data.episodes.Frames` with images and states
     rows, # (n,) of the store
     scene:str, # "A" to "D", where they were recorded
     view:str="static", # or "gripper"
-    most:float=.01, # share of a redrawn picture's pixels that may differ from the recorded ones
+    most:float=.01, # fraction of a redrawn image's pixels that may differ from the recorded ones
 )->dict: # name of `THINGS` -> (n,H,W) bool
     "True masks of recorded frames."
-    found = []
+    masks = []
     for row in map(int, np.ravel(rows)):
         if (differ := _redraw(frames, row, scene, view)[1]) > most:
-            raise ValueError(f"row {row} differs in {differ:.1%} of its pixels from what the embedded simulator draws of its state in scene {scene!r}: "
-                             "give the scene that it was recorded in; other simulators' pictures have no masks here")
-        found.append(_scene_masks(_put_back(frames, row, scene)[0], view))
-    return {name: np.stack([f[name] for f in found]) for name in found[0]}
+            raise ValueError(
+                f"row {row} differs in {differ:.1%} of its pixels from what the embedded simulator "
+                f"draws of its state in scene {scene!r}: give the scene that it was recorded in; "
+                "other simulators' images have no masks here")
+        masks.append(_scene_masks(_put_back(frames, row, scene)[0], view))
+    return {name: np.stack([mask[name] for mask in masks]) for name in masks[0]}
 
 # %% ../../nbs/01_sim/06_segmentation.ipynb #fae467a9
+def _bins(pixels, side): # (side,pixels) fraction of each bin that each pixel takes
+    edges, at = np.linspace(0, pixels, side + 1)[:, None], np.arange(pixels)
+    overlap = np.minimum(edges[1:], at + 1) - np.maximum(edges[:-1], at)
+    return overlap.clip(0)*side/pixels
+
 def patch_share(
-    mask, # (...,H,W) bool or shares
-    side:int, # patches along each side of the picture
+    mask, # (...,H,W) bool or fractions
+    side:int, # patches along each side of the image
 )->np.ndarray: # (...,P) float, 0..1, row by row
-    "Which share of each patch a mask covers."
+    "The fraction of each patch that a mask covers."
     mask = np.asarray(mask, float)
-    if not 1 <= side <= min(mask.shape[-2:]): raise ValueError(f"side is {side}: a picture of {mask.shape[-2:]} pixels has 1 to {min(mask.shape[-2:])} patches along a side")
+    if not 1 <= side <= min(mask.shape[-2:]):
+        raise ValueError(f"side is {side}: an image of {mask.shape[-2:]} pixels has 1 to "
+                         f"{min(mask.shape[-2:])} patches along a side")
     rows, columns = (_bins(n, side) for n in mask.shape[-2:])
     return (rows @ mask @ columns.T).reshape(*mask.shape[:-2], side**2)
 
-def _bins(pixels, side):
-    "(side,pixels) share of each bin that each pixel takes."
-    edges, at = np.linspace(0, pixels, side + 1)[:, None], np.arange(pixels)
-    return (np.minimum(edges[1:], at + 1) - np.maximum(edges[:-1], at)).clip(0)*side/pixels
-
+# %% ../../nbs/01_sim/06_segmentation.ipynb #6593e6aa
 def moving_mask(
     masks:dict, # from `recorded_masks`, of n frames
-    video, # (n,H,W,3) uint8, the same frames' pictures
+    video, # (n,H,W,3) uint8, the same frames' images
     names:tuple=("arm", "gripper"), # what may move
     levels:int=_LEVELS, # of 255, by which a moving pixel changes
 )->np.ndarray: # (H,W) bool
     "Pixels that show a thing in any of the frames, and that change between them."
-    thing = np.any([masks[n] for n in names], (0, 1))
+    thing = np.any([masks[name] for name in names], (0, 1))
     video = np.asarray(video, int)
     return thing & ((video.max(0) - video.min(0)).max(-1) > levels)
