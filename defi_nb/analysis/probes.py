@@ -20,9 +20,11 @@ def held_out(
     share:float=.1, # of the demonstrations that are held out, 0..1; at least one, and one is kept
     seed:int=0, # of the draw
 )->np.ndarray: # (N,) bool, True for held-out frames
-    "Which frames a probe is judged by."
+    "Test frames of a probe, by whole demonstrations."
     names = np.unique(groups)
-    if len(names) < 2: raise ValueError(f"all frames are of one demonstration ({names[:1].tolist()}): a probe needs one to learn from and one to be judged by")
+    if len(names) < 2:
+        raise ValueError(f"all frames are of one demonstration ({names[:1].tolist()}): a probe "
+                         "needs one to train on and one to test on")
     n = min(max(1, round(share*len(names))), len(names) - 1)
     return np.isin(groups, np.random.default_rng(seed).permutation(names)[:n])
 
@@ -40,7 +42,7 @@ def _paths(x, y, test, penalties):
     return np.stack([(left/(s.clip(0) + p)) @ right for p in penalties]) + centre
 
 def linear_probe(
-    features, # (N,...) to learn from, flattened
+    features, # (N,...) of training frames, flattened
     targets, # (N,O)
     demo, # (N,) number of the demonstration of each row; of no use with a single penalty
     judged, # (n,...) features of other demonstrations
@@ -49,7 +51,9 @@ def linear_probe(
     "Fit a ridge regression, its penalty chosen by held-out demonstrations."
     flat = lambda x: np.asarray(x, np.float64).reshape(len(x), -1)
     if len(features) != len(targets) or not len(features) or not len(judged):
-        raise ValueError(f"{len(features)} features with {len(targets)} targets, and {len(judged)} to judge by: one target a feature, and some of both, see `held_out`")
+        raise ValueError(f"{len(features)} features with {len(targets)} targets, and "
+                         f"{len(judged)} to test on: one target a feature, and some of both, see "
+                         "`held_out`")
     x, y, test = flat(features), np.asarray(targets, float), flat(judged)
     if len(penalties) == 1: return _paths(x, y, test, penalties)[0]
     out = held_out(demo, .2)
@@ -59,7 +63,7 @@ def linear_probe(
 # %% ../../nbs/08_analysis/00_probes.ipynb #06f441d0
 def r2(
     predicted, # (n,O)
-    true, # (n,O); of one unit, unless each number is judged for itself
+    true, # (n,O); of one unit, unless each number has its own score
     axis:int|None=None, # 0: of each number; None: of all together
 ): # at most 1; 0 is as good as their mean, NaN where nothing varies: float, or (O,)
     "Fraction of the variance that is explained."
@@ -70,7 +74,7 @@ def r2(
 # %% ../../nbs/08_analysis/00_probes.ipynb #0a5a715e
 @dataclass(frozen=True)
 class ProbeConfig:
-    "A probe network and its training."
+    "Sizes and training of a probe network."
     tokens:int = 16 # P
     dim:int = 64 # C
     out:int = 8 # O, numbers of the target
@@ -79,36 +83,42 @@ class ProbeConfig:
     dropout:float = .1 # of both hidden layers, in training
     lr:float = 2e-4 # of Adam
     batch_size:int = 256 # frames
-    steps:int = 1000 # of training, as in Table 11; of Table 12's one epoch: kept frames divided by `batch_size`
+    steps:int = 1000 # of training, as in Table 11; in Table 12: training frames/`batch_size`
     every:int = 100 # steps between two evaluations
-    gripper_weight:float|None = None # of the cross entropy of a chunk's gripper; None: the target is a state, and all of it is L1
+    gripper_weight:float|None = None # of the gripper's cross entropy; None: a state, all of it L1
 
     @classmethod
-    def proprio(cls, **changes): return cls(**changes) # Table 12: position (3), axis-angle (3), fingers (2)
-    @classmethod
-    def cloning(cls, **changes): return cls(**dict(out=4*7, batch_size=64, gripper_weight=.01) | changes) # Table 11: four actions
+    def proprio(cls, **changes): # Table 12: position (3), axis-angle (3), fingers (2)
+        return cls(**changes)
 
+    @classmethod
+    def cloning(cls, **changes): # Table 11: four actions
+        return cls(**dict(out=4*7, batch_size=64, gripper_weight=.01) | changes)
+
+# %% ../../nbs/08_analysis/00_probes.ipynb #890e24b3
 class ProbeHead(nn.Module):
-    "Tokens to a target."
+    "Network from tokens to a target."
     def __init__(self,
         cfg:ProbeConfig, # sizes
     ):
         super().__init__()
         layer = lambda i, o: [nn.Linear(i, o), nn.GELU(), nn.Dropout(cfg.dropout)]
         self.project = nn.Sequential(nn.Linear(cfg.dim, cfg.project), nn.GELU())
-        self.rest = nn.Sequential(*layer(cfg.tokens*cfg.project, 2*cfg.hidden), *layer(2*cfg.hidden, cfg.hidden), nn.Linear(cfg.hidden, cfg.out))
+        self.rest = nn.Sequential(*layer(cfg.tokens*cfg.project, 2*cfg.hidden),
+                                  *layer(2*cfg.hidden, cfg.hidden), nn.Linear(cfg.hidden, cfg.out))
 
     def forward(self,
         tokens:Tensor, # (B,P,C)
     )->Tensor: # (B,O)
         return self.rest(self.project(tokens).flatten(1))
 
+# %% ../../nbs/08_analysis/00_probes.ipynb #b1322ea8
 def _frame_losses(
     predicted:Tensor, # (B,O)
     target:Tensor, # (B,O); of a chunk, seven numbers an action, the gripper the last
     gripper_weight:float|None=None, # see `ProbeConfig`
 )->Tensor: # (B,)
-    "L1; of a chunk, the gripper's cross entropy beside it."
+    "L1 of each frame; of a chunk, with the gripper's cross entropy."
     if gripper_weight is None: return (predicted - target).abs().mean(1)
     p, t = predicted.unflatten(1, (-1, 7)), target.unflatten(1, (-1, 7))
     gripper = F.binary_cross_entropy_with_logits(p[..., 6], (t[..., 6] > 0).to(p), reduction="none")
@@ -125,14 +135,24 @@ def probe_loss(
 # %% ../../nbs/08_analysis/00_probes.ipynb #9ab4fb97
 @dataclass
 class ProbeResult:
-    "How a probe network fared."
+    "Losses of a probe network."
     train:float # mean over all steps of the loss
     val:float # mean over all evaluations
     last:float # of the evaluations
     curve:list # (step, validation loss)
-    errors:np.ndarray # (E,n) loss of each held-out frame at each evaluation, for paired comparisons; its mean is `val`
+    errors:np.ndarray # (E,n) loss of each held-out frame at each evaluation; its mean is `val`
     head:ProbeHead = field(repr=False) # after the last step
 
+@torch.no_grad()
+def _evaluated(head, x, y, cfg):
+    "(n,) the loss of each held-out frame, without dropout."
+    head.eval()
+    losses = torch.cat([_frame_losses(head(a), b, cfg.gripper_weight)
+                        for a, b in zip(x.split(cfg.batch_size), y.split(cfg.batch_size))])
+    head.train()
+    return losses.cpu().numpy()
+
+# %% ../../nbs/08_analysis/00_probes.ipynb #2b2e0c84
 def train_probe(
     tokens, # (N,P,C) frozen features
     targets, # (N,O)
@@ -142,15 +162,19 @@ def train_probe(
     device="cpu", # to train on
 )->ProbeResult:
     "Train a probe on frozen features."
-    x, y, held = (torch.as_tensor(np.asarray(a), dtype=d, device=device) for a, d in ((tokens, torch.float32), (targets, torch.float32), (held, torch.bool)))
+    tensor = lambda a, dtype: torch.as_tensor(np.asarray(a), dtype=dtype, device=device)
+    x, y, held = tensor(tokens, torch.float32), tensor(targets, torch.float32), tensor(held,
+                                                                                       torch.bool)
     if tuple(x.shape[1:]) != (cfg.tokens, cfg.dim) or y.shape[1] != cfg.out:
-        raise ValueError(f"features of shape {tuple(x.shape)} and targets of {tuple(y.shape)}; this probe takes (N,{cfg.tokens},{cfg.dim}) and (N,{cfg.out})")
+        raise ValueError(f"features of shape {tuple(x.shape)} and targets of {tuple(y.shape)}; "
+                         f"this probe takes (N,{cfg.tokens},{cfg.dim}) and (N,{cfg.out})")
+    losses, errors, at, train = [], [], [], torch.nonzero(~held)[:, 0]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        head, kept, losses, errors, at = ProbeHead(cfg).to(device), torch.nonzero(~held)[:, 0], [], [], []
+        head = ProbeHead(cfg).to(device)
         optimizer = torch.optim.Adam(head.parameters(), cfg.lr)
         for step in range(1, cfg.steps + 1):
-            rows = kept[torch.randint(len(kept), (cfg.batch_size,), device=device)]
+            rows = train[torch.randint(len(train), (cfg.batch_size,), device=device)]
             loss = probe_loss(head(x[rows]), y[rows], cfg.gripper_weight)
             optimizer.zero_grad()
             loss.backward()
@@ -163,29 +187,23 @@ def train_probe(
     val = float(np.mean([v for _, v in curve]))
     return ProbeResult(float(np.mean(losses)), val, curve[-1][1], curve, np.stack(errors), head)
 
-@torch.no_grad()
-def _evaluated(head, x, y, cfg):
-    "(n,) the loss of each held-out frame, without dropout."
-    head.eval()
-    losses = torch.cat([_frame_losses(head(a), b, cfg.gripper_weight) for a, b in zip(x.split(cfg.batch_size), y.split(cfg.batch_size))])
-    head.train()
-    return losses.cpu().numpy()
-
 # %% ../../nbs/08_analysis/00_probes.ipynb #a0a2c453
 def network_error(
-    features, # (N,P,C) to learn from
+    features, # (N,P,C) of training frames
     targets, # (N,O), of one unit
     judged, # (n,P,C) features of other demonstrations
     true, # (n,O) their targets
     steps:int=60, # of training
     seed:int=0, # of weights and batches
 )->float: # mean absolute error, in the targets' unit
-    "Error of a small network that has learned the targets."
+    "Error of a small network trained on the targets."
     x, test, y, true = (np.asarray(a, np.float32) for a in (features, judged, targets, true))
     spread, mean = x.std(0), x.mean(0)
     both = (np.concatenate([x, test]) - mean)/np.where(spread > 1e-6, spread, 1)
-    cfg = ProbeConfig(*x.shape[1:], out=y.shape[1], batch_size=64, lr=1e-3, steps=steps, every=steps)
-    return train_probe(both, np.concatenate([y, true]), np.arange(len(both)) >= len(x), cfg, seed).last
+    cfg = ProbeConfig(*x.shape[1:], out=y.shape[1], batch_size=64, lr=1e-3, steps=steps,
+                      every=steps)
+    held = np.arange(len(both)) >= len(x)
+    return train_probe(both, np.concatenate([y, true]), held, cfg, seed).last
 
 # %% ../../nbs/08_analysis/00_probes.ipynb #ab95d68a
 def scene_targets(
@@ -193,18 +211,19 @@ def scene_targets(
     scene_obs:np.ndarray, # (N,24) CALVIN's
     colours:tuple, # of the three blocks
 )->dict: # name -> (N,), in CALVIN's units
-    "The numbers of a state that an encoder should hold, by name."
+    "Numbers of a state that an encoder should hold, by name."
     robot = dict(zip(("x", "y", "z", "opening"), robot_obs[:, [0, 1, 2, 6]].T))
     doors = dict(zip(("slider", "drawer", "switch"), scene_obs[:, [0, 1, 3]].T))
     places = [f"{colour} {axis}" for colour in colours for axis in "xyz"]
     return robot | doors | dict(zip(places, scene_obs[:, [6, 7, 8, 12, 13, 14, 18, 19, 20]].T))
 
+# %% ../../nbs/08_analysis/00_probes.ipynb #3c410303
 def scene_r2(
     features:np.ndarray, # (N,...) of an encoder
     targets:dict, # from `scene_targets`
     held:np.ndarray, # (N,) bool, test rows
-)->dict: # name -> R2 of a ridge probe on the test rows, to three places; None for a number that does not change
-    "What a linear map reads of each number of the state."
+)->dict: # name -> R2 on the test rows, to three places; None for a number that does not change
+    "R2 of a ridge probe for each number of the state."
     state, penalty = np.stack([*targets.values()], 1), .02*(~held).sum()
     predicted = linear_probe(features[~held], state[~held], None, features[held], (penalty,))
     explained = r2(predicted, state[held], 0).tolist()

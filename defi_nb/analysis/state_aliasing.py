@@ -21,18 +21,21 @@ from ..models.direct_policy import DirectPolicy
 from ..weights.load import load_model
 
 # %% ../../nbs/08_analysis/09_state_aliasing.ipynb #7ad8ed30
-ARMS = { # name -> options of `train.auxiliary.inverse_beside`, but for its weight; None: no auxiliary loss
+ARMS = { # name -> options of `train.auxiliary.inverse_beside` but its weight; None: no such loss
     "BC": None, "AUX": dict(p_reverse=0.), "PTR": dict(p_reverse=.5),
-    "shuffled future": dict(p_reverse=0., control="shuffled_future"), "wrong sign": dict(p_reverse=.5, control="order_only")}
+    "shuffled future": dict(p_reverse=0., control="shuffled_future"),
+    "wrong sign": dict(p_reverse=.5, control="order_only")}
 
 def options_of(
     arms:str, # names in `ARMS`, separated by commas
     weight:float=.3, # of the auxiliary loss
 )->dict: # name -> the run parameter `auxiliary` of train_coupled
-    "The arms of an experiment."
+    "Arms of an experiment as options of trainings."
     names = [n.strip() for n in arms.split(",") if n.strip()]
-    if unknown := [n for n in names if n not in ARMS]: raise ValueError(f"no arm is called {unknown[0]!r}; choose of {', '.join(ARMS)}")
-    if len(set(names)) < len(names) or not names: raise ValueError(f"arms is {arms!r}: name each arm once, the one to compare with first")
+    if unknown := [n for n in names if n not in ARMS]:
+        raise ValueError(f"no arm is called {unknown[0]!r}; choose of {', '.join(ARMS)}")
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(f"arms is {arms!r}: name each arm once, the one to compare with first")
     return {n: {} if ARMS[n] is None else dict(weight=weight, **ARMS[n]) for n in names}
 
 # %% ../../nbs/08_analysis/09_state_aliasing.ipynb #0469ce86
@@ -40,7 +43,7 @@ def show_compared(
     measures:list, # of `Compared`, a panel each
     axes=None, # as many matplotlib axes
 ): # the axes
-    "Each seed's trainings joined by a line, and the mean of each arm."
+    "Draw each seed's trainings, joined by a line, and the mean of each arm."
     axes = np.atleast_1d(new_axes(4*len(measures), 2.8, len(measures)) if axes is None else axes)
     for ax, m in zip(axes, measures, strict=True):
         values = np.array([*m.values.values()])
@@ -54,11 +57,11 @@ def show_compared(
 
 # %% ../../nbs/08_analysis/09_state_aliasing.ipynb #ee3ae091
 def alike(
-    pixels, # (n,) distance of the two pictures of each pair
+    pixels, # (n,) distance of the two images of each pair
     gap, # (n,) control steps between them
     share:float=.25, # of the pairs of each gap, 0..1
 )->np.ndarray: # (n,) bool
-    "The pairs whose pictures differ least."
+    "Pairs whose images differ least."
     pixels, gap = np.asarray(pixels, float), np.asarray(gap)
     chosen = np.zeros(len(pixels), bool)
     for g in np.unique(gap):
@@ -66,48 +69,56 @@ def alike(
         chosen[of[np.argsort(pixels[of], kind="stable")[:max(1, round(share*len(of)))]]] = True
     return chosen
 
+# %% ../../nbs/08_analysis/09_state_aliasing.ipynb #3b394e62
 def _feature_curve(
     features, # (n,) distance of the features of each pair
     poses, # (n,) distance of the poses
     chosen, # (n,) bool, see `alike`
     bins:int=6, # with as many pairs each
-)->tuple: # (bins,) mean distance of poses; (bins,) of features, relative to the mean over all pairs
-    "How features move away as poses do."
+)->tuple: # (bins,) mean distance of poses; (bins,) of features, relative to all pairs
+    "Distance of features as a function of the distance of poses."
     features, poses = np.asarray(features, float)/np.mean(features), np.asarray(poses, float)
     rows = np.flatnonzero(chosen)
-    if len(rows) < bins: raise ValueError(f"{len(rows)} pairs for {bins} bins: take a larger share, more pairs, or fewer bins")
+    if len(rows) < bins:
+        raise ValueError(f"{len(rows)} pairs for {bins} bins: take a larger fraction, more pairs, "
+                         "or fewer bins")
     parts = np.array_split(rows[np.argsort(poses[rows], kind="stable")], bins)
     return np.array([poses[p].mean() for p in parts]), np.array([features[p].mean() for p in parts])
 
-# %% ../../nbs/08_analysis/09_state_aliasing.ipynb #3b394e62
-_ARM_STYLES = dict(zip(ARMS, (("0.45", "-"), (OKABE_ITO["blue"], "-"), (OKABE_ITO["vermilion"], "-"), (OKABE_ITO["sky"], "--"), (OKABE_ITO["orange"], "--")))) # the controls dashed
+# %% ../../nbs/08_analysis/09_state_aliasing.ipynb #3699a138
+_STYLES = (("0.45", "-"), (OKABE_ITO["blue"], "-"), (OKABE_ITO["vermilion"], "-"),
+           (OKABE_ITO["sky"], "--"), (OKABE_ITO["orange"], "--")) # the controls dashed
+_ARM_STYLES = dict(zip(ARMS, _STYLES))
 
 def show_feature_curves(
     curves:dict, # arm -> list of `_feature_curve`, one a seed
     ax=None, # matplotlib axes
 ): # the axes
-    "The mean over seeds of every arm."
+    "Draw the mean over seeds of every arm."
     ax = new_axes(4.2, 3) if ax is None else ax
     for arm, of in curves.items():
         color, line = _ARM_STYLES.get(arm, ("black", ":"))
         ax.plot(*np.mean(of, 0), line, color=color, label=arm, marker=".", ms=5)
-    ax.set(xlabel="distance of the poses, in spreads", ylabel="distance of the features,\nrelative to all pairs")
+    ax.set(xlabel="distance of the poses, in spreads",
+           ylabel="distance of the features,\nrelative to all pairs")
     ax.set_ylim(bottom=0)
     ax.legend(fontsize=7)
     ax.grid(alpha=.3)
     return ax
 
+# %% ../../nbs/08_analysis/09_state_aliasing.ipynb #d507d140
 def show_pair(
     first, # (H,W,3) uint8
     second, # (H,W,3) uint8
     title:str="", # above them
     axes=None, # three matplotlib axes
 ): # the axes
-    "Two pictures, and where they differ."
+    "Draw two images and their difference."
     axes = new_axes(6, 2.3, 3) if axes is None else axes
     change = np.abs(np.asarray(first, float) - second).mean(2)/255
-    for ax, picture, name in zip(axes, (first, second, change), ("one moment", "another", "difference"), strict=True):
-        ax.imshow(picture, **(dict(cmap="magma", vmin=0, vmax=1) if picture is change else {}))
+    images = {"one moment": first, "another": second, "difference": change}
+    for ax, (name, image) in zip(axes, images.items(), strict=True):
+        ax.imshow(image, **(dict(cmap="magma", vmin=0, vmax=1) if image is change else {}))
         ax.set_title(name, fontsize=8)
         ax.axis("off")
     axes[0].figure.suptitle(title, fontsize=9)
@@ -119,13 +130,15 @@ def scene_probe_data(
     other:Frames, # of the test scene
     most:tuple, # demonstrations for training and for testing probes, at most
 )->dict: # "there" and "elsewhere" -> `ProbeData` with the same test frames
-    "Frames for probes of the test scene, and of the training scenes."
+    "Frames for probes trained in the test scene, and in the training scenes."
     there, held = split_windows(other.windows, .2)
     joined, n = concat_frames([frames, other]), len(frames.windows)
     moved = dict(zip(other.windows, joined.windows[n:]))
     train = dict(there=[moved[w] for w in there], elsewhere=joined.windows[:n])
-    return {where: probe_data(joined, windows, [moved[w] for w in held], stride=2, most=most) for where, windows in train.items()}
+    return {where: probe_data(joined, windows, [moved[w] for w in held], stride=2, most=most)
+            for where, windows in train.items()}
 
+# %% ../../nbs/08_analysis/09_state_aliasing.ipynb #79b0ddfc
 _GAPS = 2, 4, 8, 16, 32 # control steps between the frames of the alignment's pairs
 
 def _probe_encoder(
@@ -137,24 +150,28 @@ def _probe_encoder(
     pairs:int, # of frames, for each gap
     seed:int, # of networks and pairs
 )->dict: # "there" and "elsewhere" -> `analysis.feature_report.SourceReport`
-    "What probes read from one encoder, with networks smaller than those of the paper."
+    "Probes of one encoder."
     small = dict(project=64, hidden=128, steps=steps, every=min(50, steps))
     source, state = policy_encoder(policy, name, view), ProbeConfig.proprio(**small)
-    there = probe_source(source, data["there"], proprio=state, cloning=ProbeConfig.cloning(**small), gaps=_GAPS, pairs=pairs, seed=seed)
-    return dict(there=there, elsewhere=probe_source(source, data["elsewhere"], proprio=state, cloning=None, gaps=(), seed=seed))
+    there = probe_source(source, data["there"], proprio=state,
+                         cloning=ProbeConfig.cloning(**small), gaps=_GAPS, pairs=pairs, seed=seed)
+    return dict(there=there, elsewhere=probe_source(source, data["elsewhere"], proprio=state,
+                                                    cloning=None, gaps=(), seed=seed))
 
 def probe_arms(
-    folders:dict, # (arm, seed) -> folder of a direct policy's checkpoint; the first arm's weights before training are measured too
+    folders:dict, # (arm, seed) -> folder of a checkpoint; of the first arm, random weights too
     encoders, # `models.encoders.Encoders`
     *args, # of `_probe_encoder`: view, data, steps, pairs
 )->dict: # (arm, seed), also ("random weights", seed) -> {"there", "elsewhere"}
-    "What probes read from the encoders of all trainings."
+    "Probes of the encoders of all trainings."
     reports, first = {}, next(iter(folders))[0]
     for (arm, seed), folder in progress_bar([*folders.items()], desc="probing", unit="encoder"):
         policy = load_model(folder, encoders, expect=("DirectPolicy",))
         torch.manual_seed(seed)
-        both = {arm: policy} | ({"random weights": DirectPolicy(policy.cfg, policy.encoders).eval()} if arm == first else {})
-        for name, model in both.items(): reports[name, seed] = _probe_encoder(model, f"{name} {seed}", *args, seed)
+        models = {arm: policy}
+        if arm == first: models["random weights"] = DirectPolicy(policy.cfg, policy.encoders).eval()
+        for name, model in models.items():
+            reports[name, seed] = _probe_encoder(model, f"{name} {seed}", *args, seed)
     return reports
 
 # %% ../../nbs/08_analysis/09_state_aliasing.ipynb #21dd8c7a
@@ -163,45 +180,59 @@ def state_measures(
     arms:tuple, # the reference first
     seeds:int, # trainings of each
 )->dict: # title -> `Compared`
-    "The state, the position, the next actions and the alignment, over all trainings."
-    of = lambda measure: {arm: np.array([measure(reports[arm, seed]) for seed in range(seeds)]) for arm in arms}
-    state, position = "error of the state, spreads", "error of the position, mm"
-    return {
-        "state, network, from the others": Compared(state, of(lambda r: r["elsewhere"].proprio.last)),
-        "position, linear, from the others": Compared(position, of(lambda r: r["elsewhere"].millimetres().mean())),
-        "state, network, in the scene": Compared(state, of(lambda r: r["there"].proprio.last)),
-        "position, linear, in the scene": Compared(position, of(lambda r: r["there"].millimetres().mean())),
-        "next actions, network, in the scene": Compared("loss of the next four actions", of(lambda r: r["there"].cloning.last)),
-        **{f"alignment, {d}": Compared("partial Spearman", of(lambda r, d=d: r["there"].aligned.rho(d)), "higher") for d in ("cos", "scale", "token")}}
+    "State, position, next actions and alignment, over all trainings."
+    def compared(name, measure, *better):
+        return Compared(name, {arm: np.array([measure(reports[arm, seed]) for seed in range(seeds)])
+                               for arm in arms}, *better)
+    state = lambda where: compared("error of the state, spreads", lambda r: r[where].proprio.last)
+    position = lambda where: compared("error of the position, mm",
+                                      lambda r: r[where].millimetres().mean())
+    actions = compared("loss of the next four actions", lambda r: r["there"].cloning.last)
+    alignment = lambda d: compared("partial Spearman", lambda r: r["there"].aligned.rho(d),
+                                   "higher")
+    return {"state, network, from the others": state("elsewhere"),
+            "position, linear, from the others": position("elsewhere"),
+            "state, network, in the scene": state("there"),
+            "position, linear, in the scene": position("there"),
+            "next actions, network, in the scene": actions,
+            **{f"alignment, {d}": alignment(d) for d in ("cos", "scale", "token")}}
 
+# %% ../../nbs/08_analysis/09_state_aliasing.ipynb #a2716cdc
 def show_aliased_pair(
     aligned:Aligned, # of one encoder
     data:ProbeData, # its frames
     view:str, # camera
     pairs:int, # as many as were drawn for each gap
 ): # matplotlib axes
-    "Of the quarter of pairs that look most alike, the one whose states are furthest apart for how it looks."
+    "Draw the aliased pair: images most alike, states furthest apart."
     drawn, _, gap = data.pairs(_GAPS, pairs, 0) # those of seed 0
     near = alike(aligned.pixels, gap)
     most = np.flatnonzero(near)[np.argmax((aligned.poses["wrapped"]/aligned.pixels**.5)[near])]
     move = np.diff(data.state[drawn[most]], axis=0)[0]
-    apart = f"{1000*np.linalg.norm(move[:3]):.0f} mm and {np.degrees(np.linalg.norm(move[3:6])):.0f}° apart"
+    angle = np.degrees(np.linalg.norm(move[3:6]))
+    apart = f"{1000*np.linalg.norm(move[:3]):.0f} mm and {angle:.0f}° apart"
     images = (data.frames.video[view][r] for r in data.rows[drawn[most]])
-    return show_pair(*images, f"{gap[most]} control steps, {apart}: one of the quarter of pairs that look most alike")
+    return show_pair(*images, f"{gap[most]} control steps, {apart}: one of the quarter of pairs "
+                              f"that look most alike")
 
+# %% ../../nbs/08_analysis/09_state_aliasing.ipynb #740955d3
 def show_arm_curves(
     reports:dict, # from `probe_arms`
     arms:tuple, # names
     seeds:int, # trainings of each
 ): # matplotlib axes
-    "How far each arm's features move, among the pairs that look most alike, as the states move apart."
-    curve = lambda a: _feature_curve(a.distances["token"], a.poses["wrapped"], alike(a.pixels, a.gap))
-    return show_feature_curves({arm: [curve(reports[arm, seed]["there"].aligned) for seed in range(seeds)] for arm in arms})
+    "Draw the distance of each arm's features by that of the states, of pairs that look alike."
+    def curve(a):
+        return _feature_curve(a.distances["token"], a.poses["wrapped"], alike(a.pixels, a.gap))
+    curves = {arm: [curve(reports[arm, seed]["there"].aligned) for seed in range(seeds)]
+              for arm in arms}
+    return show_feature_curves(curves)
 
+# %% ../../nbs/08_analysis/09_state_aliasing.ipynb #4f9f8312
 def show_titled(
     measures:dict, # title -> `Compared`
 ): # figure
-    "Measures with their titles."
+    "Draw measures with their titles."
     axes = show_compared([*measures.values()])
     for ax, title in zip(axes, measures): ax.set_title(title, fontsize=9)
     return axes[0].figure

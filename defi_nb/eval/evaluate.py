@@ -32,34 +32,39 @@ from ..weights.checkpoint import git_commit
 
 # %% ../../nbs/07_eval/03_evaluate.ipynb #de862ed3
 def _protocol_of(
-    config:EvalConfig, # how it is run
+    config:EvalConfig, # of the evaluation
     sequences, # of (initial state, chain)
-    env, # an environment of the kind that is used; it says its `renderer` and `versions`
+    env, # an environment of the kind that is used; it has `renderer` and `versions`
 )->dict: # the fields of `eval.results.PROTOCOL`, JSON types
     "Everything a number depends on but the policy."
     lengths = {len(chain) for _, chain in sequences}
     tasks = check_tasks(task for _, chain in sequences for task in chain)
     if len(lengths) != 1:
-        raise ValueError(f"chains of {sorted(lengths)} tasks can't be evaluated together: give at least one, "
-                         "all equally long")
-    return {"environment": getattr(env, "name", type(env).__name__), "simulator": dict(getattr(env, "versions", {})),
-            "renderer": getattr(env, "renderer", "unknown"), **asdict(config), "digest": sequences_digest(sequences),
-            "chains": len(sequences), "length": lengths.pop(), "tasks": sorted(tasks)}
+        raise ValueError(f"chains of {sorted(lengths)} tasks can't be evaluated together: give at "
+                         "least one, all equally long")
+    return {"environment": getattr(env, "name", type(env).__name__),
+            "simulator": dict(getattr(env, "versions", {})),
+            "renderer": getattr(env, "renderer", "unknown"), **asdict(config),
+            "digest": sequences_digest(sequences), "chains": len(sequences),
+            "length": lengths.pop(), "tasks": sorted(tasks)}
 
+# %% ../../nbs/07_eval/03_evaluate.ipynb #747131e7
 def versions_here(
     devices=("cpu",), # that the policy computes on
 )->dict: # name -> text
-    "What an evaluation was measured with, besides its simulator."
+    "Versions that an evaluation was measured with, besides its simulator's."
     machine = machine_note()
-    names = [torch.cuda.get_device_name(d) if d.startswith("cuda") else machine["cpu"] for d in devices]
+    names = [torch.cuda.get_device_name(d) if d.startswith("cuda") else machine["cpu"]
+             for d in devices]
+    kinds = dict.fromkeys(f"{d}: {n}" for d, n in zip(devices, names))
     return {"python": platform.python_version(), "numpy": np.__version__, **machine,
-            "commit": git_commit() or "no clone", "device": ", ".join(dict.fromkeys(f"{d}: {n}" for d, n in zip(devices, names)))}
+            "commit": git_commit() or "no clone", "device": ", ".join(kinds)}
 
 # %% ../../nbs/07_eval/03_evaluate.ipynb #bf5fad63
 def read_records(
     folder, # the `out` of an evaluation
 )->list: # a record per chain, in order
-    "What is known of each chain of an evaluation."
+    "Outcomes of the chains of an evaluation that are on disk."
     if not any(Path(folder).glob("chains*.jsonl")):
         raise FileNotFoundError(f"there is no evaluation in {folder}: it has no chains.jsonl")
     rows, _ = read_journal(folder)
@@ -67,7 +72,7 @@ def read_records(
 
 # %% ../../nbs/07_eval/03_evaluate.ipynb #a1adc5e4
 class _Beating:
-    "An environment that passes everything on, and calls `beat` at every step."
+    "Environment that calls `beat` at every step."
     def __init__(self, env, beat): self._env, self._beat = env, beat
 
     def __getattr__(self, name): return getattr(self._env, name)
@@ -82,12 +87,13 @@ class _Beating:
 
 @contextmanager
 def _player(policy, config, make_env, play, keep, device, beat=lambda: None):
-    "(play_group(group, on_chain), {}), with one thread and the policy in evaluation mode; afterwards as it was."
+    "(play_group(group, on_chain), {}): one thread, the policy in evaluation mode, undone after it."
     if isinstance(policy, partial): policy = on_device(policy(), device)
     envs, threads, training = [], torch.get_num_threads(), getattr(policy, "training", False)
     def play_group(group, on_chain):
         begin = time.perf_counter()
-        def on_end(chain): on_chain(chain.record(chain.index in keep) | {"seconds": round(time.perf_counter() - begin, 3)})
+        def on_end(chain): on_chain(chain.record(chain.index in keep)
+                                    | {"seconds": round(time.perf_counter() - begin, 3)})
         while len(envs) < len(group): envs.append(_Beating(make_env(config), beat))
         play(policy, envs, group, config, on_end)
     torch.set_num_threads(1)
@@ -100,16 +106,17 @@ def _player(policy, config, make_env, play, keep, device, beat=lambda: None):
 
 # %% ../../nbs/07_eval/03_evaluate.ipynb #2d418044
 def _enough(config, journal, n):
-    "How many chains, from the first on, are the result: all n of them, or as many as the precision needs; None if they are not there yet."
+    "Number of first chains that are the result: all n, or enough for the precision; None: not yet."
     have = next((i for i in range(n) if i not in journal.rows), n)
     if config.precision is None or not have: return n if have == n else None
-    intervals = anytime_interval([journal.rows[i]["solved"] for i in range(have)], (0, journal.header["protocol"]["length"]))
+    intervals = anytime_interval([journal.rows[i]["solved"] for i in range(have)],
+                                 (0, journal.header["protocol"]["length"]))
     for end in range(config.group, have + 1, config.group):
         low, high = intervals[end - 1]
         if (high - low)/2 <= config.precision: return end
     return n if have == n else None
 
-def _machines(records): # that played, the first first, with their numbers of chains
+def _machines(records): # that played, in the order of the chains, with their numbers of chains
     counts = Counter(json.dumps(r["machine"], sort_keys=True) for r in records if "machine" in r)
     return [json.loads(machine) | dict(chains=n) for machine, n in counts.items()]
 
@@ -118,36 +125,99 @@ def _finish(journal, sequences, n, config, out, **about):
     records = [journal.rows[i] for i in range(n)]
     counts = [r["solved"] for r in records]
     steps = [s for r in records for s in r["steps"][:r["solved"]]]
-    seconds = sum(max(r["seconds"] for r in records[i:i + config.group]) for i in range(0, n, config.group))
-    notes = {"steps_of_solved_tasks": float(np.mean(steps)) if steps else None} | ({"events": journal.events} if journal.events else {})
+    seconds = sum(max(r["seconds"] for r in records[i:i + config.group])
+                  for i in range(0, n, config.group))
+    notes = {"steps_of_solved_tasks": float(np.mean(steps)) if steps else None}
+    if journal.events: notes["events"] = journal.events
     chains = [chain for _, chain in sequences[:n]]
-    result = EvalResult(**journal.header, solved=counts, tasks=task_table(chains, counts), notes=notes, machines=_machines(records), **about,
+    result = EvalResult(**journal.header, solved=counts, tasks=task_table(chains, counts),
+                        notes=notes, machines=_machines(records), **about,
                         closings=closing_table(records, chains), seconds=round(seconds, 1))
     if out: result.save(Path(out)/"result.json")
     return result
 
+# %% ../../nbs/07_eval/03_evaluate.ipynb #75fb5223
 def read_shard(
     text:str, # such as "0/4", the first of four parts; empty: all
 )->tuple: # this part, and the number of parts
-    "The part of an evaluation that a run parameter names."
-    if found := re.fullmatch(r"(\d+)/(\d+)", text or "0/1"): return tuple(map(int, found.groups()))
-    raise ValueError(f"part is {text!r}: write 0/4 for the first of four parts, and 3/4 for the last")
+    "Part of an evaluation that a run parameter names."
+    if match := re.fullmatch(r"(\d+)/(\d+)", text or "0/1"): return tuple(map(int, match.groups()))
+    raise ValueError(f"part is {text!r}: write 0/4 for the first of four parts, and 3/4 for the "
+                     f"last")
 
 def _check_shard(shard, config, out):
     "Raise `ValueError` for parts that can't be played."
     part, parts = shard
-    if not 0 <= part < parts: raise ValueError(f"shard is {shard}: of {parts} parts, there are 0 to {parts - 1}")
-    if parts > 1 and not out: raise ValueError(f"shard is {shard}, and there is no `out`: give the folder that all parts share")
+    if not 0 <= part < parts:
+        raise ValueError(f"shard is {shard}: of {parts} parts, there are 0 to {parts - 1}")
+    if parts > 1 and not out:
+        raise ValueError(f"shard is {shard}, and there is no `out`: give the folder that all parts "
+                         "share")
     if parts > 1 and config.precision is not None:
-        raise ValueError(f"precision is {config.precision}: parts on several machines don't see each other's chains in time to stop early; leave it None, or use one machine")
+        raise ValueError(f"precision is {config.precision}: parts on several machines don't see "
+                         "each other's chains in time to stop early; leave it None, or use one "
+                         "machine")
 
 # %% ../../nbs/07_eval/03_evaluate.ipynb #ec8743e4
-_ADVICE = "look at the simulator and at the memory (a smaller group or fewer n_workers need less), or raise patience"
+_ADVICE = ("look at the simulator and at the memory (a smaller group or fewer n_workers need "
+           "less), "
+           "or raise patience")
 
+def _check_checkpoint(policy, play, out, checkpoint):
+    "Raise `ValueError` where a resumed evaluation could mix the chains of two policies."
+    if out and isinstance(policy, partial) and play is play_policy and not checkpoint:
+        raise ValueError("`checkpoint` is empty: say which weights the policy loads, or a resumed "
+                         "evaluation could mix those of two")
+
+def _groups(sequences, config, shard, out): # of (number, sequence)
+    "Groups of consecutive chains of one part: every `shard[1]`-th, from number `shard[0]` on."
+    _check_shard(shard, config, out)
+    numbered, size = list(enumerate(sequences)), config.group
+    return [numbered[i:i + size] for i in range(0, len(numbered), size)][shard[0]::shard[1]]
+
+def _open_journal(policy, sequences, config, name, out, checkpoint, make_env, restart, shard):
+    "Journal of an evaluation, with all that its chains depend on in the header."
+    env = make_env(config)
+    digest = checkpoint or (weights_digest(policy) if isinstance(policy, torch.nn.Module) else "")
+    header = {"policy": name, "checkpoint": digest, "version": __version__, "code": code_digest(),
+              "protocol": _protocol_of(config, sequences, env)}
+    env.close()
+    journal = Journal(out, header, shard=shard, restart=restart)
+    journal.begin()
+    return journal
+
+# %% ../../nbs/07_eval/03_evaluate.ipynb #1c4dd28f
+def _play_groups(groups, journal, n, config, player, devices, bar, n_workers, patience):
+    "Play groups of chains until all are on disk or the precision is reached."
+    machine = machine_note() | dict(threads=1) # of each process that plays
+    whole = lambda group: all(i in journal.rows for i, _ in group)
+    def on_chain(group, record):
+        bar.update(record["chain"] not in journal.rows)
+        journal.add(record | dict(machine=machine))
+    def on_group(): # an average over whole groups only: the first chains to end are those that fail
+        solved = [journal.rows[i]["solved"] for group in groups if whole(group) for i, _ in group]
+        bar.set_postfix_str(f"average length {np.mean(solved):.2f}")
+        return _enough(config, journal, n) is not None
+    def on_again(group, why): journal.add({"event": why, "chains": [i for i, _ in group or ()]})
+    todo = [group for group in groups if not whole(group)]
+    if not todo or _enough(config, journal, n) is not None: return
+    if n_workers == 0:
+        with player(devices[0]) as (play_group, _):
+            for group in todo:
+                play_group(group, partial(on_chain, group))
+                if on_group(): return
+    else:
+        start = start_workers(player, "the policy or environment", [(d,) for d in devices])
+        name = lambda group: f"chains {[i for i, _ in group]}"
+        pool = Pool(start, name, on_chain, on_group, on_again=on_again, patience=patience,
+                    advice=_ADVICE)
+        pool.run(todo, n_workers or cores())
+
+# %% ../../nbs/07_eval/03_evaluate.ipynb #1182df73
 def evaluate(
-    policy, # with `act(batch, noise)`; or a `functools.partial` that makes it, called in each process
+    policy, # with `act(batch, noise)`; or a `functools.partial` that makes it in each process
     sequences, # chains: (initial state, task names), see `sim.calvin_tasks.get_sequences`
-    config:EvalConfig=EvalConfig(), # how it is run
+    config:EvalConfig=EvalConfig(), # of the evaluation
     name:str="policy", # of the row
     out=None, # folder for `chains.jsonl` and `result.json`; a started evaluation in it goes on
     checkpoint:str="", # identity of the weights; empty: digest of the policy's own
@@ -158,81 +228,64 @@ def evaluate(
     restart:bool=False, # put another evaluation in `out` aside
     progress:bool=True, # show a bar
     shard:tuple=(0, 1), # this part, and the number of parts that machines share; groups go round
-    patience:float=600., # seconds without a step after which a process hangs; loading a policy and predicting a chunk must be faster
+    patience:float=600., # seconds after which a silent process hangs; loading must be faster
     retries:int=2, # further tries of a group whose process hung or died
-    devices:tuple=("cpu",), # that policies made by a `partial` compute on, in turn; such as ("cuda:0", "cuda:1")
+    devices:tuple=("cpu",), # of policies made by a `partial`, in turn; such as ("cuda:0", "cuda:1")
     training:dict|None=None, # what trained the policy's weights, for the result
 )->EvalResult|None: # counted, with its protocol; None while other parts' chains are missing
     "CALVIN's long-horizon protocol; the result does not depend on `n_workers` and `shard`."
-    if out and isinstance(policy, partial) and play is play_policy and not checkpoint:
-        raise ValueError("`checkpoint` is empty: say which weights the policy loads, or a resumed evaluation could mix "
-                         "those of two")
-    _check_shard(shard, config, out)
-    env, devices = make_env(config), [str(d) for d in devices]
-    digest = checkpoint or (weights_digest(policy) if isinstance(policy, torch.nn.Module) else "")
-    header = {"policy": name, "checkpoint": digest, "version": __version__, "code": code_digest(), "protocol": _protocol_of(config, sequences, env)}
-    env.close()
-    journal, n = Journal(out, header, shard=shard, restart=restart), len(sequences)
-    journal.begin()
-    numbered = list(enumerate(sequences))
-    groups = [numbered[i:i + config.group] for i in range(0, n, config.group)][shard[0]::shard[1]]
-    todo = [group for group in groups if any(i not in journal.rows for i, _ in group)]
+    _check_checkpoint(policy, play, out, checkpoint)
+    groups = _groups(sequences, config, shard, out)
+    devices, n = [str(d) for d in devices], len(sequences)
+    journal = _open_journal(policy, sequences, config, name, out, checkpoint, make_env, restart,
+                            shard)
     mine = [i for group in groups for i, _ in group]
-    with progress_bar(total=len(mine), initial=sum(i in journal.rows for i in mine), desc=name, unit="chain", disable=not progress) as bar:
-        machine = machine_note() | dict(threads=1) # of each process that plays
-        def on_chain(group, record):
-            bar.update(record["chain"] not in journal.rows)
-            journal.add(record | dict(machine=machine))
-        def on_group(): # of whole groups: chains that end early failed
-            whole = [journal.rows[i]["solved"] for group in groups if all(i in journal.rows for i, _ in group) for i, _ in group]
-            bar.set_postfix_str(f"average length {np.mean(whole):.2f}")
-            return _enough(config, journal, n) is not None
-        def on_again(group, why): journal.add({"event": why, "chains": [i for i, _ in group or ()]})
-        player = partial(_player, policy, config, make_env, play, tuple(keep))
-        if not todo or _enough(config, journal, n) is not None: pass
-        elif n_workers == 0:
-            with player(devices[0]) as (play_group, _):
-                for group in todo:
-                    play_group(group, partial(on_chain, group))
-                    if on_group(): break
-        else:
-            start = start_workers(player, "the policy or environment", [(d,) for d in devices])
-            Pool(start, lambda group: f"chains {[i for i, _ in group]}", on_chain, on_group, on_again=on_again,
-                 patience=Patience(patience, patience, retries + 1), advice=_ADVICE).run(todo, n_workers or cores())
+    player = partial(_player, policy, config, make_env, play, tuple(keep))
+    with progress_bar(total=len(mine), initial=sum(i in journal.rows for i in mine), desc=name,
+                      unit="chain", disable=not progress) as bar:
+        _play_groups(groups, journal, n, config, player, devices, bar, n_workers,
+                     Patience(patience, patience, retries + 1))
     if out: journal.refresh()
-    end = _enough(config, journal, n)
-    return None if end is None else _finish(journal, sequences, end, config, out, versions=versions_here(devices), training=training or {})
+    if (end := _enough(config, journal, n)) is None: return None
+    return _finish(journal, sequences, end, config, out, versions=versions_here(devices),
+                   training=training or {})
 
 # %% ../../nbs/07_eval/03_evaluate.ipynb #6b78a967
 def task_sequences(
-    tasks, # names; each must be possible from a start, so nothing that begins with a block in the hand
+    tasks, # names; each must be possible from a start, so none that begins with a grasped block
     n:int=20, # starts of each
     seed:int=0, # of the choice of starts
 )->list: # of (initial state, (task,))
     "Chains of one task, for the success of single tasks."
-    return [sequence for task in check_tasks(tasks) for sequence in get_sequences(n, tasks=[task], seed=seed, length=1)]
+    return [sequence for task in check_tasks(tasks)
+            for sequence in get_sequences(n, tasks=[task], seed=seed, length=1)]
 
 # %% ../../nbs/07_eval/03_evaluate.ipynb #3192e5a4
 def time_evaluation(
     policy, # of `evaluate`
     sequences:list, # chains to play
-    config:EvalConfig, # how
+    config:EvalConfig, # of the evaluation
     name:str, # of the policy
     out, # folder for this number of processes
     checkpoint:str, # identity of the weights
     n_workers:int, # processes; 0: in this one
     make_env:Callable=playtable_env, # make_env(config) -> environment
-)->dict: # workers, steps, steps_per_second while playing, chains_per_hour with the start of the processes, average_length
-    "Play chains with a number of processes, and take the time."
+)->dict: # workers, steps, steps_per_second, chains_per_hour, average_length
+    "Play chains with a number of processes, and measure the time."
     begin = time.perf_counter()
-    result = evaluate(policy, sequences, config, name, out, checkpoint, n_workers=n_workers, make_env=make_env, progress=False)
+    result = evaluate(policy, sequences, config, name, out, checkpoint, n_workers=n_workers,
+                      make_env=make_env, progress=False)
     wall, steps = time.perf_counter() - begin, sum(sum(r["steps"]) for r in read_records(out))
-    return dict(workers=n_workers, steps=steps, steps_per_second=steps*max(n_workers, 1)/result.seconds,
+    return dict(workers=n_workers, steps=steps,
+                steps_per_second=steps*max(n_workers, 1)/result.seconds,
                 chains_per_hour=3600*len(sequences)/wall, average_length=result.average_length)
 
+# %% ../../nbs/07_eval/03_evaluate.ipynb #6d170b0a
 def rates_markdown(
     rows:list, # from `time_evaluation`
-)->str: # a table
-    "How fast evaluations are, by their number of processes."
-    heads = ["processes", "steps", "steps a second while playing", "chains an hour, with the start of the processes"]
-    return markdown_table(heads, [[r["workers"], r["steps"], f"{r['steps_per_second']:.0f}", f"{r['chains_per_hour']:.0f}"] for r in rows])
+)->str:
+    "Speed of evaluations by their number of processes, as a table."
+    heads = ["processes", "steps", "steps a second while playing",
+             "chains an hour, with the start of the processes"]
+    return markdown_table(heads, [[r["workers"], r["steps"], f"{r['steps_per_second']:.0f}",
+                                   f"{r['chains_per_hour']:.0f}"] for r in rows])

@@ -22,9 +22,9 @@ from ..core.stats import Interval, crossed_interval, markdown_table
 # %% ../../nbs/07_eval/10_published.ipynb #d86e5781
 @dataclass(frozen=True)
 class Published:
-    "A row of somebody's table."
+    "A printed result."
     name:str # of the method
-    split:str # "ABC_D": learned in A, B and C, evaluated in D; "ABCD_D"
+    split:str # "ABC_D": trained in A, B and C, evaluated in D; "ABCD_D"
     average:float # printed average length, in [0, 5]
     rates:tuple # printed success of 1..5 tasks in a row, in [0, 1]
     source:str # where it is printed
@@ -32,13 +32,14 @@ class Published:
 
     @property
     def marks(self)->list: # of texts
-        "What does not hold in it."
+        "Contradictions within the row."
         return chain_marks([100*r for r in self.rates], self.average)
 
     @property
     def contradicts(self)->bool: # itself
         return any("add up" in mark for mark in self.marks)
 
+# %% ../../nbs/07_eval/10_published.ipynb #2d5f201e
 def _paper_rows(): # of both papers' tables of chains, ABC to D
     for table in (t for t in printed_tables() if t.kind == "chains"):
         for name, (*rates, average) in table.rows.items():
@@ -48,23 +49,25 @@ def _paper_rows(): # of both papers' tables of chains, ABC to D
 def published(
     split:str="", # "ABC_D" or "ABCD_D"; empty: all
 )->list: # of `Published`, by average length
-    "Printed results for CALVIN; a row that several tables print stands here once."
+    "Printed results for CALVIN, each once."
     asset = resources.files("defi_nb").joinpath("assets/published_calvin.json")
     rows = {}
     for r in [*json.loads(asset.read_text()), *_paper_rows()]:
         same = rows.setdefault((r["split"], r["average"], *r["rates"]), r)
         if same is not r: same["source"] += f"; {r['source']}"
-    if split and split not in (known := {r["split"] for r in rows.values()}):
-        raise ValueError(f"split is {split!r}; there are rows for {', '.join(sorted(known))}")
+    splits = {r["split"] for r in rows.values()}
+    if split and split not in splits:
+        raise ValueError(f"split is {split!r}; there are rows for {', '.join(sorted(splits))}")
     rates = lambda r: tuple(np.divide(r["rates"], 100).tolist())
     made = [Published(**r | dict(rates=rates(r))) for r in rows.values()]
     return sorted((p for p in made if split in ("", p.split)), key=lambda p: p.average)
 
+# %% ../../nbs/07_eval/10_published.ipynb #2b728b14
 def _standard_error(
     rates, # (L,) success of 1..L tasks in a row
     chains:int=1000, # that they were counted over
 )->float: # tasks
-    "Of an average length, from its rates alone."
+    "Standard error of an average length, from its rates alone."
     rates = np.asarray(rates, float)
     variance = ((2*np.arange(1, len(rates) + 1) - 1)*rates).sum() - rates.sum()**2
     return float(np.sqrt(max(variance, 0)/chains))
@@ -72,22 +75,27 @@ def _standard_error(
 # %% ../../nbs/07_eval/10_published.ipynb #171ff1b7
 def published_markdown(
     rows, # of `Published`
-    results=(), # of `eval.results.EvalResult`, to stand among them
-)->str: # markdown
-    "Printed and own results under one another, those that contradict themselves marked."
+    results=(), # of `eval.results.EvalResult`, to be listed among them
+)->str:
+    "Printed and own results as a table, those that contradict themselves marked."
     cells = []
     for p in rows:
-        rates, chains = [f"{100*r:.1f}" for r in p.rates], 125 if "125" in "".join(p.marks) else 1000
-        noise = 1.96*_standard_error(p.rates, chains)
+        rates = [f"{100*r:.1f}" for r in p.rates]
+        noise = 1.96*_standard_error(p.rates, 125 if "125" in "".join(p.marks) else 1000)
         note = "; ".join([*(f"**{mark}**" for mark in p.marks), p.note]).strip("; ")
         row = [p.name, *rates, f"{p.average:.2f} ± {noise:.2f}", note, p.source]
         cells.append((p.average, row))
     for r in results:
         rates = [f"**{100*x:.1f}**" for x in r.rates]
-        cells.append((r.average_length, [f"**{r.policy}**", *rates, f"**{Interval(r.average_length, *r.interval):.2f}**", f"{len(r.solved)} chains", "measured here"]))
-    return markdown_table(["method", "1", "2", "3", "4", "5", "average length", "", "source"], [row for _, row in sorted(cells, key=lambda c: c[0])])
+        length = f"**{Interval(r.average_length, *r.interval):.2f}**"
+        row = [f"**{r.policy}**", *rates, length, f"{len(r.solved)} chains", "measured here"]
+        cells.append((r.average_length, row))
+    return markdown_table(["method", "1", "2", "3", "4", "5", "average length", "", "source"],
+                          [row for _, row in sorted(cells, key=lambda c: c[0])])
 
 # %% ../../nbs/07_eval/10_published.ipynb #91696190
+_UNTRAINED = "untrained"
+
 @dataclass(frozen=True)
 class Row:
     "A variant that the paper compares, or that we add."
@@ -95,7 +103,7 @@ class Row:
     tables:tuple = () # numbers of the paper's tables that have it, or "figure 7"; none: it is ours
     printed:str = "" # its name in the first of them
     note:str = "" # what to know about the paper's number
-    train:dict = field(default_factory=dict) # parameters of `train_coupled`, keys of its dictionaries as "variant.views"
+    train:dict = field(default_factory=dict) # parameters of `train_coupled`: "policy", "variant.x"
     gfdm:dict = field(default_factory=dict) # keys of `pretrain_gfdm`'s variant
     gidm:dict = field(default_factory=dict) # keys of `pretrain_gidm`'s variant
 
@@ -110,44 +118,60 @@ class Row:
 
     def parameters(self)->dict: # parameter -> value
         "Parameters of `train_coupled`: its own, and which kinds of models it starts from."
-        return self.train | {f"variant.{n}": v for n, v in (self.gfdm | self.gidm).items() if n not in ("video", "video_frac")}
+        variant = {n: v for n, v in (self.gfdm | self.gidm).items() if n not in ("video",
+                                                                                 "video_frac")}
+        return self.train | {f"variant.{n}": v for n, v in variant.items()}
 
     @property
     def starts_from(self): # kinds of pretrained models that it needs
-        parts = dict(coupled=("gfdm", "gidm"), no_gidm=("gfdm",)).get(self.train.get("policy", "coupled"), ())
+        kinds = dict(coupled=("gfdm", "gidm"), no_gidm=("gfdm",))
+        parts = kinds.get(self.train.get("policy", "coupled"), ())
         return tuple(k for k in parts if self.train.get(f"pretrained.{k}") != _UNTRAINED)
 
     @property
-    def video_share(self): # of the further video, that both models were pretrained on: 0 is none, 1 all of it; None: not the same for both
-        shares = {given.get("video_frac", 1.) if "video" in given else 0. for given in (self.gfdm, self.gidm)}
-        return shares.pop() if len(shares) == 1 else None
+    def video_share(self): # fraction of the further video, 0..1; None: not the same for both models
+        fractions = {variant.get("video_frac", 1.) if "video" in variant else 0.
+                     for variant in (self.gfdm, self.gidm)}
+        return fractions.pop() if len(fractions) == 1 else None
 
+# %% ../../nbs/07_eval/10_published.ipynb #ccfc41a4
 def _quantiser(name, row, **kw): return Row(row, gidm=dict(quantiser=name), **kw)
+
 _OTHER = dict(video="ABC_D") # video of scenes that a run on D_D does not see
-def _share(share, video="ABC_D"): return {kind: dict(video=video, video_frac=share) for kind in ("gfdm", "gidm")}
-_FIFTHS = ( # name, share, the paper's row
+
+def _with_video(fraction, video="ABC_D"):
+    return {kind: dict(video=video, video_frac=fraction) for kind in ("gfdm", "gidm")}
+
+_FRACTIONS = ( # name, fraction of the video, the paper's row
     ("a fifth of the", .2, "0.2 of the human video"), ("half of the", .5, ""),
     ("all", 1., "1.0 of the human video"))
-def _fifths(of, video):
-    return (Row(f"{part} {of}", ("figure 7",)*bool(row), row, **_share(share, video))
-            for part, share, row in _FIFTHS)
-_UNTRAINED = "untrained"
 
-ROWS = (
+def _by_fraction(of, video):
+    return (Row(f"{part} {of}", ("figure 7",)*bool(row), row, **_with_video(fraction, video))
+            for part, fraction, row in _FRACTIONS)
+
+# %% ../../nbs/07_eval/10_published.ipynb #e400932c
+_PRETRAINING_ROWS = (
     Row("coupled", (1, 4, 6, 7, 8), "DeFI"),
     Row("static view", (1,), "DeFI, static view", train={"variant.views": "static"}),
     Row("without GIDM pretraining", (4,), "GIDM without pretraining",
         train={"pretrained.gidm": _UNTRAINED}),
     Row("without GFDM pretraining", (4,), "GFDM without pretraining",
         train={"pretrained.gfdm": _UNTRAINED}),
-    Row("without either pretraining", (), train={"pretrained.gfdm": _UNTRAINED, "pretrained.gidm": _UNTRAINED}),
-    Row("latent actions hidden in half", train={"variant.latent_dropout": .5}), # of the training samples
+    Row("without either pretraining", (),
+        train={"pretrained.gfdm": _UNTRAINED, "pretrained.gidm": _UNTRAINED}),
+    # in half of the training samples
+    Row("latent actions hidden in half", train={"variant.latent_dropout": .5}),
     Row("other scenes for both", (5,), "both with human video", gfdm=_OTHER, gidm=_OTHER),
     Row("other scenes for GIDM", (5,), "GFDM without human video", gidm=_OTHER),
     Row("other scenes for GFDM", (5,), "GIDM without human video", gfdm=_OTHER),
     Row("own scene only", (5,), "both without human video"),
-    Row("a quarter of the other scenes", **_share(.25)), Row("half of the other scenes", **_share(.5)),
-    *_fifths("further scenes", "more_G"), *_fifths("video of a hand", "hand_G"),
+    Row("a quarter of the other scenes", **_with_video(.25)),
+    Row("half of the other scenes", **_with_video(.5)),
+    *_by_fraction("further scenes", "more_G"), *_by_fraction("video of a hand", "hand_G"))
+
+# %% ../../nbs/07_eval/10_published.ipynb #8e3852ec
+_MODEL_ROWS = (
     Row("features of step 5", (6,), "five denoising steps", train={"variant.extract_step": 5}),
     Row("DINO forward model", (6,), "DINO-based generator as GFDM", gfdm=dict(forward="dino")),
     Row("MLP inverse model", (7,), "MLP", gidm=dict(inverse="mlp")),
@@ -158,36 +182,51 @@ ROWS = (
                printed="continuous latent action (C.L.A.)"),
     Row("adapter only", (9,), "adapter only", train={"variant.train": "adapter"}),
     Row("GIDM and adapter", (9,), "GIDM + adapter (DeFI)",
-        "at tiny the coupled row trains the adapter alone", train={"variant.train": "gidm,adapter"}),
+        "at tiny the coupled row trains the adapter alone",
+        train={"variant.train": "gidm,adapter"}),
     Row("GFDM and adapter", (9,), "GFDM + adapter", train={"variant.train": "gfdm,adapter"}),
     Row("all trained", (9,), "all trained", train={"variant.train": "gfdm,gidm,adapter"}),
     Row("without GIDM (VPP)", train=dict(policy="no_gidm")),
-    Row("plain: no video", train=dict(policy="plain")), Row("blind", train=dict(policy="blind")),
-    _quantiser("ema", "codebook by running means"), _quantiser("fsq", "finite scalar quantisation"),
-    _quantiser("lfq", "lookup-free quantisation"), _quantiser("residual", "residual quantisation"))
+    Row("plain: no video", train=dict(policy="plain")),
+    Row("blind", train=dict(policy="blind")),
+    _quantiser("ema", "codebook by running means"),
+    _quantiser("fsq", "finite scalar quantisation"),
+    _quantiser("lfq", "lookup-free quantisation"),
+    _quantiser("residual", "residual quantisation"))
+
+ROWS = _PRETRAINING_ROWS + _MODEL_ROWS
 
 # %% ../../nbs/07_eval/10_published.ipynb #62365ec9
-SETS = dict(default=("coupled", "without GIDM pretraining", "without GFDM pretraining", "without GIDM (VPP)",
-                    "plain: no video", "blind"),
-            library=("coupled", "codebook by running means", "finite scalar quantisation", "lookup-free quantisation", "residual quantisation"),
-            figure8=("own scene only", "a quarter of the other scenes", "half of the other scenes", "other scenes for both"),
-            further_scenes=("own scene only", *(f"{part} further scenes" for part, *_ in _FIFTHS)), # of G_G, as the next
-            hand=("own scene only", *(f"{part} video of a hand" for part, *_ in _FIFTHS)),
-            all=tuple(row.name for row in ROWS)) # name -> names of rows
-SETS |= {f"table{n}": tuple(row.name for row in ROWS if n in row.tables) for n in (1, 4, 5, 6, 7, 8, 9)}
+SETS = dict(
+    default=("coupled", "without GIDM pretraining", "without GFDM pretraining",
+             "without GIDM (VPP)", "plain: no video", "blind"),
+    library=("coupled", "codebook by running means", "finite scalar quantisation",
+             "lookup-free quantisation", "residual quantisation"),
+    figure8=("own scene only", "a quarter of the other scenes", "half of the other scenes",
+             "other scenes for both"),
+    # of G_G, as the next
+    further_scenes=("own scene only", *(f"{part} further scenes" for part, *_ in _FRACTIONS)),
+    hand=("own scene only", *(f"{part} video of a hand" for part, *_ in _FRACTIONS)),
+    all=tuple(row.name for row in ROWS)) # name -> names of rows
+SETS |= {f"table{n}": tuple(row.name for row in ROWS if n in row.tables)
+         for n in (1, 4, 5, 6, 7, 8, 9)}
 
 def choose_rows(
     text:str, # names of rows or sets of rows (`SETS`), separated by commas
-)->list: # of `Row`, each once, in the order asked for
-    "The rows that a run parameter names."
-    known, names = {row.name: row for row in ROWS}, []
+)->list: # of `Row`, each once, in the order of the text
+    "Rows that a run parameter names."
+    by_name, names = {row.name: row for row in ROWS}, []
     for part in (p.strip() for p in text.split(",") if p.strip()):
-        if part not in SETS and part not in known:
-            raise ValueError(f"no row or set of rows is called {part!r}; sets are {', '.join(SETS)}; rows are {', '.join(known)}")
+        if part not in SETS and part not in by_name:
+            raise ValueError(f"no row or set of rows is called {part!r}; sets are "
+                             f"{', '.join(SETS)}; rows are {', '.join(by_name)}")
         names += SETS.get(part, (part,))
-    if not names: raise ValueError("no rows are named: give the name of a set, such as default or table6, or of a row")
-    return [known[name] for name in dict.fromkeys(names)]
+    if not names:
+        raise ValueError("no rows are named: give the name of a set, such as default or table6, "
+                         "or of a row")
+    return [by_name[name] for name in dict.fromkeys(names)]
 
+# %% ../../nbs/07_eval/10_published.ipynb #912af2d6
 def _paper_cell(
     row:Row, # of the table
 )->str: # for a table
@@ -196,32 +235,44 @@ def _paper_cell(
     return f"{row.paper:.2f}{f' ({notes})'*bool(notes)}" if row.tables else "not in the paper"
 
 # %% ../../nbs/07_eval/10_published.ipynb #14e79934
-def _by_video(rows): # of (`Row`, table row) -> of (label, share, table row); without further video a row begins each curve
+def _by_video(rows): # rows: of (`Row`, table row)
+    "(label, fraction of further video, table row); a row without further video begins each curve."
     videos = dict.fromkeys(row.gfdm["video"] for row, _ in rows if row.video_share)
-    return [(f"{video}, {t['data_frac']:.0%} of the labels", row.video_share, t) for video in videos for row, t in rows
+    return [(f"{video}, {t['data_frac']:.0%} of the labels", row.video_share, t)
+            for video in videos for row, t in rows
             if row.video_share == 0 or row.video_share and row.gfdm["video"] == video]
 
-def _length(table): return max((t.get("length", 5) for t in table), default=5) # of the chains; tables of before have five
+# of the chains; early tables have no such key, and five tasks
+def _length(table): return max((t.get("length", 5) for t in table), default=5)
 
+def _show_curve(ax, points, i, label): # points: (fraction, table row)
+    "One line with intervals, and a dot for each training."
+    at, rows = zip(*sorted(points, key=lambda p: p[0]))
+    mean = [t["average_length"] for t in rows]
+    low, high = ([abs(t["interval"][k] - m) for t, m in zip(rows, mean)] for k in (0, 1))
+    shifted = [a + .012*i for a in at] # so that intervals do not hide one another
+    ax.errorbar(shifted, mean, (low, high), fmt="o-", color=f"C{i}", ms=4, lw=1.2, capsize=2,
+                label=label)
+    for a, t in zip(shifted, rows):
+        ax.plot([a]*len(t["seeds"]), t["seeds"], ".", color=f"C{i}", ms=3, alpha=.5)
+
+# %% ../../nbs/07_eval/10_published.ipynb #125740b8
 def show_by_fraction(
     table:list, # of an `ablations` run, as in its metrics.json
-    x:str = "data_frac", # "data_frac", share of labels, or "video_share", share of further video
+    x:str = "data_frac", # fraction of labels; or "video_share", fraction of further video
     ax = None, # axes to draw into
 ):
-    "Average length against a share, one line a row or, over video, a share of labels. Returns the axes."
-    if x not in ("data_frac", "video_share"): raise ValueError(f"x is {x!r}: choose data_frac or video_share")
-    known = {row.name: row for row in ROWS}
+    "Average length against a fraction, one line a row or, over video, a `data_frac`. Returns axes."
+    labels = dict(data_frac="fraction of labelled demonstrations",
+                  video_share="fraction of further video in pretraining")
+    if x not in labels: raise ValueError(f"x is {x!r}: choose data_frac or video_share")
+    by_name = {row.name: row for row in ROWS}
     if x == "data_frac": points = [(t["row"], t["data_frac"], t) for t in table]
-    else: points = _by_video([(known[t["row"]], t) for t in table])
+    else: points = _by_video([(by_name[t["row"]], t) for t in table])
     ax = new_axes(4.8, 3) if ax is None else ax
     for i, label in enumerate(dict.fromkeys(p[0] for p in points)):
-        at, rows = zip(*sorted(((share, t) for name, share, t in points if name == label), key=lambda p: p[0]))
-        mean = [t["average_length"] for t in rows]
-        low, high = ([abs(t["interval"][k] - m) for t, m in zip(rows, mean)] for k in (0, 1))
-        shifted = [a + .012*i for a in at] # so that intervals do not hide one another
-        ax.errorbar(shifted, mean, (low, high), fmt="o-", color=f"C{i}", ms=4, lw=1.2, capsize=2, label=label)
-        for a, t in zip(shifted, rows): ax.plot([a]*len(t["seeds"]), t["seeds"], ".", color=f"C{i}", ms=3, alpha=.5)
-    ax.set(xlabel="share of labelled demonstrations" if x == "data_frac" else "share of further video in pretraining", ylabel=f"average length of {_length(table)}", ylim=(0, _length(table)))
+        _show_curve(ax, [(fraction, t) for name, fraction, t in points if name == label], i, label)
+    ax.set(xlabel=labels[x], ylabel=f"average length of {_length(table)}", ylim=(0, _length(table)))
     ax.grid(alpha=.3)
     ax.legend(fontsize=7)
     return ax
@@ -229,7 +280,7 @@ def show_by_fraction(
 # %% ../../nbs/07_eval/10_published.ipynb #4750bb70
 @dataclass(frozen=True)
 class AblationRun:
-    "One training of a row."
+    "A training of a row."
     row:Row # which variant
     data_frac:float # fraction of the demonstrations whose actions are used
     seed:int # of the training
@@ -238,76 +289,98 @@ class AblationRun:
     def name(self): # of its folders
         return f"{self.row.name.split(':')[0].replace(' ', '_')}-{self.data_frac:g}-{self.seed}"
 
+# %% ../../nbs/07_eval/10_published.ipynb #6b358cf6
 def ablation_runs(
     rows:list, # of `Row`
     fractions:list, # of the demonstrations
     seeds:int, # trainings of each
 )->list: # of `AblationRun`
-    "All trainings, those of one fraction and seed together."
-    return [AblationRun(row, fraction, seed) for fraction in fractions for seed in range(seeds) for row in rows]
+    "Trainings of all rows, those of one fraction and seed together."
+    return [AblationRun(row, fraction, seed)
+            for fraction in fractions for seed in range(seeds) for row in rows]
 
+# %% ../../nbs/07_eval/10_published.ipynb #e7b98efb
 def ablation_table(
     runs:list, # of `AblationRun`
     results:list, # of `eval.results.EvalResult`, one of each
 )->list: # of dicts, a row each, the largest fraction first
-    "What an `ablations` run has measured."
-    known, groups, table = {run.row.name: run.row for run in runs}, {}, []
-    for run, result in zip(runs, results, strict=True): groups.setdefault((-run.data_frac, run.row.name), []).append(result)
-    for (fraction, name), found in sorted(groups.items(), key=lambda g: g[0][0]):
-        solved, of, row = sum((r.solved for r in found), []), len(found), known[name]
-        table.append(dict(row=name, data_frac=-fraction, average_length=sum(solved)/len(solved), interval=crossed_interval([r.solved for r in found]).plain()[1:],
-                          task_success=sum(r.task_success for r in found)/of, length=found[0].protocol["length"], seeds=[r.average_length for r in found], chains=len(solved), paper=row.paper,
-                          image_tasks=[[t["successes"], t["attempts"]] for t in (r.families()["needs images"] for r in found)]))
+    "Results of an `ablations` run, trainings of a row and fraction together."
+    by_name, groups, table = {run.row.name: run.row for run in runs}, {}, []
+    for run, result in zip(runs, results, strict=True):
+        groups.setdefault((-run.data_frac, run.row.name), []).append(result)
+    for (fraction, name), group in sorted(groups.items(), key=lambda g: g[0][0]):
+        solved, families = sum((r.solved for r in group), []), [r.families() for r in group]
+        image_tasks = [f["needs images"] for f in families]
+        table.append(dict(
+            row=name, data_frac=-fraction, average_length=sum(solved)/len(solved),
+            interval=crossed_interval([r.solved for r in group]).plain()[1:],
+            task_success=sum(r.task_success for r in group)/len(group),
+            length=group[0].protocol["length"], seeds=[r.average_length for r in group],
+            chains=len(solved), paper=by_name[name].paper,
+            image_tasks=[[t["successes"], t["attempts"]] for t in image_tasks]))
     return table
 
 # %% ../../nbs/07_eval/10_published.ipynb #bfad5bab
-def _bounds(interval): return "" if interval[0] is None else f" ({interval[0]:.2f}–{interval[1]:.2f})"
+def _bounds(interval):
+    return "" if interval[0] is None else f" ({interval[0]:.2f}–{interval[1]:.2f})"
 
 def ablation_markdown(
     table:list, # from `ablation_table`
 )->str:
-    "The table, with each seed and the paper's number."
-    known = {row.name: row for row in ROWS}
-    cells = [[t["row"], f"{t['data_frac']:g}", f"**{t['average_length']:.2f}**{_bounds(t['interval'])}", f"{100*t['task_success']:.0f}",
-              ", ".join(f"{x:.2f}" for x in t["seeds"]), t["chains"], _paper_cell(known[t["row"]])] for t in table]
-    return markdown_table(["policy", "fraction of labels", f"average length of {_length(table)}", "mean of tasks, %", "each seed", "chains", "the paper's"], cells)
+    "Results as a table, with each training and the paper's number."
+    by_name = {row.name: row for row in ROWS}
+    def cells(t):
+        length = f"**{t['average_length']:.2f}**{_bounds(t['interval'])}"
+        each = ", ".join(f"{x:.2f}" for x in t["seeds"])
+        return [t["row"], f"{t['data_frac']:g}", length, f"{100*t['task_success']:.0f}", each,
+                t["chains"], _paper_cell(by_name[t["row"]])]
+    heads = ["policy", "fraction of labels", f"average length of {_length(table)}",
+             "mean of tasks, %", "each seed", "chains", "the paper's"]
+    return markdown_table(heads, [cells(t) for t in table])
 
+# %% ../../nbs/07_eval/10_published.ipynb #53a152c3
 def share_figures(
     table:list, # from `ablation_table`
-)->dict: # "data_frac" (Figure 4) and "video_share" (Figure 8) -> figure, where there is more than one fraction
+)->dict: # "data_frac" (Figure 4), "video_share" (Figure 8) -> figure, for several fractions only
     "Average length against the fraction of labels and of further video."
-    known = {row.name: row for row in ROWS}
-    values = dict(data_frac={t["data_frac"] for t in table}, video_share={known[t["row"]].video_share for t in table})
-    return {x: show_by_fraction(table, x).figure for x, found in values.items() if len(found) > 1}
+    by_name = {row.name: row for row in ROWS}
+    values = dict(data_frac={t["data_frac"] for t in table},
+                  video_share={by_name[t["row"]].video_share for t in table})
+    return {x: show_by_fraction(table, x).figure for x, seen in values.items() if len(seen) > 1}
 
 # %% ../../nbs/07_eval/10_published.ipynb #bb3e9109
 def row_key(
     name:str, # of a `Row`
 )->str: # such as "no_gidm_pretraining"
-    "A row's name as a key of files."
+    "A row's name as a key in files."
     if name == "without GIDM (VPP)": return "no_gidm"
     return name.split(":")[0].replace("without ", "no_").replace(" ", "_").lower()
 
+# %% ../../nbs/07_eval/10_published.ipynb #9481ecdb
 def ablation_contrasts(
     runs:list, # of `AblationRun`
     results:list, # of `eval.results.EvalResult`, one of each, on the same chains
     first:str="coupled", # name of the row that others are compared with
 )->dict: # "coupled - plain at 0.1" -> {"mean", "low", "high", "trainings", "chains"}
-    "What a row has beyond each of the others, in tasks of a chain, with intervals over trainings and chains."
-    arms, found = {}, {}
-    for run, result in zip(runs, results, strict=True): arms.setdefault((run.data_frac, run.row.name), []).append(result.solved)
+    "Differences of a row to each of the others, tasks of a chain, over trainings and chains."
+    arms, contrasts = {}, {}
+    for run, result in zip(runs, results, strict=True):
+        arms.setdefault((run.data_frac, run.row.name), []).append(result.solved)
     for (fraction, name), solved in arms.items():
         if name == first or (fraction, first) not in arms: continue
         mean, low, high = crossed_interval(arms[fraction, first], solved).plain()
-        about = dict(trainings=min(len(solved), len(arms[fraction, first])), chains=len(solved[0]))
-        found[f"{row_key(first)} - {row_key(name)} at {fraction:g}"] = dict(mean=mean, low=low, high=high) | about
-    return found
+        trainings = min(len(solved), len(arms[fraction, first]))
+        contrasts[f"{row_key(first)} - {row_key(name)} at {fraction:g}"] = dict(
+            mean=mean, low=low, high=high, trainings=trainings, chains=len(solved[0]))
+    return contrasts
 
+# %% ../../nbs/07_eval/10_published.ipynb #55ea983b
 def contrasts_markdown(
     contrasts:dict, # from `ablation_contrasts`
 )->str:
-    "The differences as a table."
-    cells = [[name, f"**{c['mean']:+.2f}**{_bounds((c['low'], c['high']))}", c["trainings"], c["chains"]] for name, c in contrasts.items()]
+    "Differences as a table."
+    cells = [[name, f"**{c['mean']:+.2f}**{_bounds((c['low'], c['high']))}", c["trainings"],
+              c["chains"]] for name, c in contrasts.items()]
     return markdown_table(["difference", "tasks of a chain", "trainings", "chains of each"], cells)
 
 # %% ../../nbs/07_eval/10_published.ipynb #46b964d8
@@ -315,14 +388,17 @@ def show_efficiency(
     table:list, # from `ablation_table`
     demonstrations:int, # with actions, that a `data_frac` of 1 is
 ): # the figure
-    "Average length, and success of the tasks that need images, against the number of labelled demonstrations."
+    "Average length, and success of tasks that need images, over labelled demonstrations."
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for i, name in enumerate(dict.fromkeys(t["row"] for t in table)):
         rows = sorted((t for t in table if t["row"] == name), key=lambda t: t["data_frac"])
-        at = np.array([t["data_frac"]*demonstrations for t in rows])*1.02**i # so that intervals do not hide one another
+        # so that intervals do not hide one another
+        at = np.array([t["data_frac"]*demonstrations for t in rows])*1.02**i
         mean = np.array([t["average_length"] for t in rows])
-        bounds = np.array([[m if b is None else b for b in t["interval"]] for t, m in zip(rows, mean)]).T
-        axes[0].errorbar(at, mean, np.abs(bounds - mean), fmt="o-", color=f"C{i}", ms=4, lw=1.2, capsize=2, label=name)
+        bounds = np.array([[m if b is None else b for b in t["interval"]]
+                           for t, m in zip(rows, mean)]).T
+        axes[0].errorbar(at, mean, np.abs(bounds - mean), fmt="o-", color=f"C{i}", ms=4, lw=1.2,
+                         capsize=2, label=name)
         each = [[s/max(n, 1) for s, n in t["image_tasks"]] for t in rows]
         axes[1].plot(at, [np.mean(e) for e in each], "o-", color=f"C{i}", ms=4, lw=1.2)
         for x, e in zip(at, each): axes[1].plot([x]*len(e), e, ".", color=f"C{i}", ms=3, alpha=.5)

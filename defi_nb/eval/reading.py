@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.plot import new_axes
@@ -23,27 +24,30 @@ from ..models.policy import CoupledPolicy
 
 # %% ../../nbs/07_eval/05_reading.ipynb #7dada853
 def other_samples(
-    groups, # (N,) anything that names the demonstration of each sample
+    groups, # (N,) name of the demonstration of each sample
     seed:int=0, # of the order of demonstrations, and of the distance
 )->Tensor: # (N,) int64, a permutation without fixed points
-    "For each sample another one, of another demonstration."
+    "Index of another sample for each sample, from another demonstration."
     if (n := len(groups)) < 2:
         raise ValueError(f"{n} samples: an input is taken from another sample, so give at least 2")
     rng, of = np.random.default_rng(seed), group_numbers(groups, n)
-    order, apart = np.argsort(rng.permutation(of.max() + 1)[of], kind="stable"), min(np.bincount(of).max(), n//2)
+    order = np.argsort(rng.permutation(of.max() + 1)[of], kind="stable")
+    apart = min(np.bincount(of).max(), n//2)
     other = np.empty(n, int)
     other[order] = np.roll(order, rng.integers(apart, n - apart + 1))
     return torch.from_numpy(other)
 
 # %% ../../nbs/07_eval/05_reading.ipynb #52be5707
-INPUTS = dict(present="present frame", future="predicted frames", features="present and predicted frames",
-              latents="latent actions", proprio="proprioception", text="instruction") # names -> labels
+INPUTS = dict(present="present frame", future="predicted frames", # names -> labels
+              features="present and predicted frames",
+              latents="latent actions", proprio="proprioception", text="instruction")
 
 def policy_inputs(
     policy:nn.Module, # any policy
 )->tuple: # names in `INPUTS`
-    "The inputs that a policy has."
-    adapter, names = policy.cfg.adapter, ("present",)*hasattr(policy, "patch_up") # its embedding of the present's tokens
+    "Names of the inputs that a policy has."
+    # `patch_up` embeds the tokens of the present frame
+    adapter, names = policy.cfg.adapter, ("present",)*hasattr(policy, "patch_up")
     if isinstance(policy, CoupledPolicy):
         names = ("present", "future", "features") + ("latents",)*(policy.gidm is not None)
     return names + ("proprio",)*(adapter.proprio_dim > 0) + ("text",)
@@ -52,18 +56,22 @@ def policy_inputs(
 def taking_features(
     policy:CoupledPolicy, # also one that trains GFDM
 )->CoupledPolicy: # another one that shares all weights
-    "A policy that batches may bring features to; GFDM gets no gradient."
+    "Policy that takes features from its batches; GFDM gets no gradient."
     other = copy.copy(policy)
-    other.cfg = replace(policy.cfg, train=tuple(part for part in policy.cfg.train if part != "gfdm"))
+    other.cfg = replace(policy.cfg, train=tuple(p for p in policy.cfg.train if p != "gfdm"))
     return other
 
+# %% ../../nbs/07_eval/05_reading.ipynb #fd4d082a
 def _exchanged(policy, batch, name, other):
     "The batch with one input of other samples."
-    if name == "text": return replace(batch, text=[batch.text[i] for i in other.tolist()], latent_action=None)
+    if name == "text":
+        return replace(batch, text=[batch.text[i] for i in other.tolist()], latent_action=None)
     if name == "proprio": return replace(batch, proprio=batch.proprio[other])
     if batch.feature is None:
-        return replace(batch, **{f: x[other] for f in ("video", "latent", "dino") if (x := getattr(batch, f)) is not None})
-    taken = [dict(present=frame == 0, future=frame > 0, features=True)[name] for frame in policy.cfg.frames]
+        images = {f: getattr(batch, f) for f in ("video", "latent", "dino")}
+        return replace(batch, **{f: x[other] for f, x in images.items() if x is not None})
+    taken = [dict(present=frame == 0, future=frame > 0, features=True)[name]
+             for frame in policy.cfg.frames]
     wide = torch.tensor(taken, device=batch.feature.device)[:, None, None]
     return batch.with_feature(torch.where(wide, batch.feature[other], batch.feature))
 
@@ -74,11 +82,14 @@ def exchanged_context(
     other:Tensor|None=None, # (B,) int64 from `other_samples`
 )->Tensor: # (B,M,adapter.dim)
     "The adapter's context with one input of other samples."
-    encoded = policy.encode_batch(_exchanged(policy, batch, name, other) if name not in ("", "latents") else batch)
+    changed = batch if name in ("", "latents") else _exchanged(policy, batch, name, other)
+    encoded = policy.encode_batch(changed)
     context, latent = encoded if isinstance(encoded, tuple) else (encoded, None)
     if name != "latents": return context
-    end = context.shape[1] - (policy.cfg.adapter.proprio_dim > 0) # where the latent actions' tokens end
-    start = end - policy.latent_tokens(latent).shape[1] # codes, latents before the codebook, or both
+    # where the latent actions' tokens end
+    end = context.shape[1] - (policy.cfg.adapter.proprio_dim > 0)
+    # codes, latents before the codebook, or both
+    start = end - policy.latent_tokens(latent).shape[1]
     return torch.cat([context[:, :start], context[other, start:end], context[:, end:]], 1)
 
 # %% ../../nbs/07_eval/05_reading.ipynb #1a78c6a2
@@ -89,10 +100,12 @@ def sample_losses(
     action:Tensor, # (B,K,A) recorded, in [-1, 1]
     seed=0, # of the noise and its levels; a number or several
 )->Tensor: # (B,)
-    "The action loss of each sample."
+    "Action loss of each sample."
     adapter, action = policy.adapter, action.to(context)
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-    sigma = log_logistic(len(action), low=adapter.cfg.sigma_low, high=adapter.cfg.sigma_high, generator=generator)
+    state = np.random.SeedSequence(seed).generate_state(1)[0]
+    generator = torch.Generator().manual_seed(int(state))
+    sigma = log_logistic(len(action), low=adapter.cfg.sigma_low, high=adapter.cfg.sigma_high,
+                         generator=generator)
     sigma, noise = sigma.to(action), torch.randn(action.shape, generator=generator).to(action)
     raw = adapter.loss(context, action, sigma, noise)[1]
     skip, out = (s.view(-1, 1, 1) for s in adapter.edm.scalings(sigma)[:2])
@@ -102,7 +115,7 @@ def sample_losses(
 # %% ../../nbs/07_eval/05_reading.ipynb #ac1402e2
 @dataclass
 class Reads:
-    "The held-out action loss with the right inputs, and with each of them from another sample."
+    "Held-out action loss with the right inputs, and with each of them from another sample."
     right:Interval # loss
     inputs:dict # name in `INPUTS` -> {"loss", "ratio", "difference": `Interval`}
     samples:int # held out
@@ -120,27 +133,50 @@ class Reads:
 
     def verdict(self, name): # of an input, in a few words
         more, difference = self.inputs[name]["ratio"].value - 1, self.inputs[name]["difference"]
-        if difference.side != "above" and not np.isnan(difference.low) or more <= 0: return "no sign that the policy reads it"
-        return "the policy hardly reads it" if more < .1 else "the policy reads it" if more < .5 else "the policy depends on it"
+        if difference.side != "above" and not np.isnan(difference.low) or more <= 0:
+            return "no sign that the policy reads it"
+        if more < .1: return "the policy hardly reads it"
+        return "the policy reads it" if more < .5 else "the policy depends on it"
 
-    def conclusion(self): # sentences
-        more = {n: Interval(*(100*(x - 1) for x in of["ratio"])) for n, of in self.inputs.items()}
-        said = [f"Another sample's {INPUTS[n]}: {x:+.0f} % of action loss, {self.verdict(n)}." for n, x in more.items()]
-        return " ".join(said)
+# %% ../../nbs/07_eval/05_reading.ipynb #5d696b4d
+@patch
+def conclusion(self:Reads)->str:
+    "A sentence for each input."
+    more = {n: Interval(*(100*(x - 1) for x in of["ratio"])) for n, of in self.inputs.items()}
+    return " ".join(f"Another sample's {INPUTS[n]}: {x:+.0f} % of action loss, {self.verdict(n)}."
+                    for n, x in more.items())
 
-    def _repr_markdown_(self):
-        about = f"{self.samples} held-out samples of {self.demonstrations} demonstrations, {self.draws} draws"
-        rows = [["none", self.right, "", "", about]]
-        rows += [[INPUTS[n], of["loss"], of["ratio"], f"{of['difference']:+}", self.verdict(n)] for n, of in self.inputs.items()]
-        header = ["from another sample", "action loss (95 % interval)", "ratio to the right one", "difference", ""]
-        return markdown_table(header, rows) + "\n\n" + self.conclusion()
+@patch
+def _repr_markdown_(self:Reads):
+    about = (f"{self.samples} held-out samples of {self.demonstrations} demonstrations, "
+             f"{self.draws} draws")
+    rows = [["none", self.right, "", "", about]]
+    rows += [[INPUTS[n], of["loss"], of["ratio"], f"{of['difference']:+}", self.verdict(n)]
+             for n, of in self.inputs.items()]
+    header = ["from another sample", "action loss (95 % interval)", "ratio to the right one",
+              "difference", ""]
+    return markdown_table(header, rows) + "\n\n" + self.conclusion()
 
 # %% ../../nbs/07_eval/05_reading.ipynb #11585f04
 def _demonstrations(data):
-    "(N,) the demonstration of each sample, also where samples are wrapped by ones that bring codes."
+    "(N,) demonstration of each sample, also where samples are wrapped by ones with encodings."
     while not hasattr(data, "inside"): data = data.samples
     return np.asarray(data.inside()[0])
 
+def _exchange_losses(policy, batch, names, others, seeds): # name -> (B,) mean over draws
+    "Losses of the samples of a batch with each input exchanged; the name \"\" is none."
+    if isinstance(policy, CoupledPolicy) and batch.feature is None:
+        batch = batch.with_feature(policy.features(batch))
+    losses = {}
+    for name in names:
+        contexts = [exchanged_context(policy, batch, name, other)
+                    for other in (others if name else others[:1])]
+        drawn = [sample_losses(policy, contexts[d % len(contexts)], batch.action, seed)
+                 for d, seed in enumerate(seeds)]
+        losses[name] = torch.stack(drawn).mean(0)
+    return losses
+
+# %% ../../nbs/07_eval/05_reading.ipynb #08a34596
 @torch.no_grad()
 def what_is_read(
     policy:nn.Module, # any policy, in evaluation mode
@@ -151,36 +187,35 @@ def what_is_read(
     seed:int=0, # of them
 )->Reads:
     "Exchange each input of a policy between held-out samples."
-    device, names, of = next(policy.parameters()).device, ("", *policy_inputs(policy)), _demonstrations(data)
+    device, of = next(policy.parameters()).device, _demonstrations(data)
+    names, losses = ("", *policy_inputs(policy)), []
     chosen = np.asarray(evenly_spaced(len(data), samples))
     parts = [chosen[i::n] for n in [-(-len(chosen)//batch_size)] for i in range(n)]
     if isinstance(policy, CoupledPolicy): policy = taking_features(policy)
-    losses = {name: [] for name in names}
     for i, part in enumerate(parts):
-        batch = data[part].to(device)
-        if isinstance(policy, CoupledPolicy) and batch.feature is None: batch = batch.with_feature(policy.features(batch))
-        others = [other_samples(of[part], (seed, d, i)).to(device) for d in range(draws)]
-        for name in names:
-            contexts = [exchanged_context(policy, batch, name, other) for other in (others if name else others[:1])]
-            drawn = [sample_losses(policy, contexts[d % len(contexts)], batch.action, (seed, d, i)) for d in range(draws)]
-            losses[name].append(torch.stack(drawn).mean(0))
-    right, *wrong = (torch.cat(losses[name]).double().cpu().numpy() for name in names)
+        seeds = [(seed, d, i) for d in range(draws)]
+        others = [other_samples(of[part], s).to(device) for s in seeds]
+        losses.append(_exchange_losses(policy, data[part].to(device), names, others, seeds))
+    right, *wrong = (torch.cat([x[n] for x in losses]).double().cpu().numpy() for n in names)
     groups = of[np.concatenate(parts)]
-    measure = lambda x: dict(loss=demo_mean_interval(x, groups=groups), ratio=demo_mean_interval(x, right, groups),
+    measure = lambda x: dict(loss=demo_mean_interval(x, groups=groups),
+                             ratio=demo_mean_interval(x, right, groups),
                              difference=demo_mean_interval(x - right, groups=groups))
     inputs = {name: measure(x) for name, x in zip(names[1:], wrong, strict=True)}
-    return Reads(demo_mean_interval(right, groups=groups), inputs, len(groups), len(np.unique(groups)), draws)
+    return Reads(demo_mean_interval(right, groups=groups), inputs, len(groups),
+                 len(np.unique(groups)), draws)
 
 # %% ../../nbs/07_eval/05_reading.ipynb #3f98d7b4
 def show_reads(
     reads:Reads, # of a policy
     ax=None, # matplotlib axes; new ones if None
 ): # the axes
-    "The action loss with each input of another sample, relative to the right one."
+    "Draw the action loss with each input of another sample, relative to the right one."
     ax = new_axes(5, .8 + .28*len(reads.inputs)) if ax is None else ax
     ratio = np.array([of["ratio"] for of in reads.inputs.values()])
     reach = np.nan_to_num(np.abs(ratio[:, 1:] - ratio[:, :1])).T # none where there is no interval
-    ax.barh([INPUTS[n] for n in reads.inputs], ratio[:, 0] - 1, left=1, xerr=reach, color="C0", ecolor="0.4", height=.6)
+    ax.barh([INPUTS[n] for n in reads.inputs], ratio[:, 0] - 1, left=1, xerr=reach, color="C0",
+            ecolor="0.4", height=.6)
     ax.axvline(1, color="k", lw=.8)
     ax.set(xlabel="action loss with another sample's, relative to the right one")
     ax.invert_yaxis()
@@ -189,9 +224,12 @@ def show_reads(
 # %% ../../nbs/07_eval/05_reading.ipynb #0ab588c0
 def reads_markdown(
     reads:dict, # name of a policy -> `Reads`
-)->str: # markdown
-    "How much more action loss policies have with each input of another sample."
+)->str:
+    "Additional action loss of policies with each input of another sample, as a table."
     names = [n for n in INPUTS if any(n in r.inputs for r in reads.values())]
-    more = lambda r, n: Interval(*(100*(x - 1) for x in r.inputs[n]["ratio"])) if n in r.inputs else Interval(np.nan)
+    def more(r, name):
+        if name not in r.inputs: return Interval(np.nan)
+        return Interval(*(100*(x - 1) for x in r.inputs[name]["ratio"]))
     rows = [[policy, *(f"{more(r, n):+.0f}" for n in names)] for policy, r in reads.items()]
-    return markdown_table(["more action loss, %, with another sample's", *(INPUTS[n] for n in names)], rows)
+    return markdown_table(["more action loss, %, with another sample's",
+                           *(INPUTS[n] for n in names)], rows)

@@ -29,7 +29,7 @@ from ..sim.calvin_tasks import (
 def chain_rates(
     solved, # n counts of tasks solved in a row, each 0..length
     length:int=5, # L, tasks in a chain
-)->np.ndarray: # (L,) share of chains that solved at least 1, 2, .. L
+)->np.ndarray: # (L,) fraction of chains that solved at least 1, 2, .. L
     "Success rates of 1..L tasks in a row."
     solved = np.asarray(solved)
     if solved.size == 0 or solved.min() < 0 or solved.max() > length:
@@ -39,12 +39,14 @@ def chain_rates(
 
 # %% ../../nbs/07_eval/00_results.ipynb #5f081036
 PROTOCOL = {
-    "environment": "simulator or benchmark", "simulator": "its versions, and the commit of CALVIN's",
-    "scene": "of the environment", "renderer": "that draws the pictures",
-    "static_size": "static picture, pixels", "gripper_size": "gripper picture, pixels",
+    "environment": "simulator or benchmark",
+    "simulator": "its versions, and the commit of CALVIN's",
+    "scene": "of the environment", "renderer": "of the images",
+    "static_size": "static image, pixels", "gripper_size": "gripper image, pixels",
     "image_size": "both as the policy sees them, pixels", "sequences": "where the chains come from",
     "digest": "sha256 of the chains and their initial states", "chains": "number of them",
-    "length": "tasks in a chain", "tasks": "that occur in them", "steps": "control steps a task may take",
+    "length": "tasks in a chain", "tasks": "that occur in them",
+    "steps": "control steps a task may take",
     "chunk": "actions predicted at once", "execute": "of them executed before the next prediction",
     "group": "chains in one batch", "seed": "of the policy's noise",
     "precision": "half-width of the interval at which the evaluation stops, tasks"}
@@ -52,25 +54,29 @@ PROTOCOL = {
 def fingerprint(
     protocol:dict, # of a result, JSON types
 )->str: # 16 hex digits of SHA-256
-    "What two results must share before their numbers can be compared."
+    "Digest that two results must share before their numbers can be compared."
     return json_digest(protocol)[:16]
 
+# %% ../../nbs/07_eval/00_results.ipynb #ede623ce
 def protocol_name(
     protocol:dict, # of a result
 )->str: # such as "the first 60 of CALVIN's 1000 chains, 360 steps a task"
-    "How a protocol stands to CALVIN's: its 1000 chains with 360 steps a task."
+    "Short name of a protocol, by its difference to CALVIN's."
     n, steps = protocol["chains"], protocol["steps"]
     official = 1 <= n <= 1000 and sequences_digest(first_sequences(n)) == protocol["digest"]
-    chains = "other chains than CALVIN's 1000" if not official else "CALVIN's 1000 chains" if n == 1000 else f"the first {n} of CALVIN's 1000 chains"
-    told = {360: "", 720: " as in DeFI's release, not CALVIN's 360"}.get(steps, ", not CALVIN's 360")
+    chains = "CALVIN's 1000 chains" if n == 1000 else f"the first {n} of CALVIN's 1000 chains"
+    if not official: chains = "other chains than CALVIN's 1000"
+    notes = {360: "", 720: " as in DeFI's release, not CALVIN's 360"}
+    note = notes.get(steps, ", not CALVIN's 360")
     early = "" if protocol["precision"] is None else f", stopped at ±{protocol['precision']:g}"
-    return f"{chains}, {steps} steps a task{told}{early}"
+    return f"{chains}, {steps} steps a task{note}{early}"
 
+# %% ../../nbs/07_eval/00_results.ipynb #8fcb03dd
 def task_table(
     chains, # n tuples of task names
     solved, # n counts of tasks solved in a row
 )->dict: # task -> {"attempts", "successes"}, sorted by task
-    "How often each task was tried and solved; a chain ends with its first failure."
+    "Attempts and successes of each task; a chain ends with its first failure."
     table = {}
     for chain, count in zip(chains, solved, strict=True):
         for i, task in enumerate(chain[:count + 1]):
@@ -80,29 +86,36 @@ def task_table(
     return dict(sorted(table.items()))
 
 # %% ../../nbs/07_eval/00_results.ipynb #bfdaa998
+def _check_counts(row):
+    "Raise `ValueError` if the counts of a row contradict its rates, protocol or tasks."
+    rates, solved = row["rates"], row["solved"]
+    planned, early = row["protocol"]["chains"], row["protocol"]["precision"] is not None
+    if len(solved) > planned or len(solved) < planned and not early:
+        raise ValueError(f"there are {len(solved)} counts for {planned} chains, and no early stop "
+                         "was requested")
+    if not np.allclose(chain_rates(solved, len(rates)), rates):
+        raise ValueError(f"rates {rates} do not follow from the {len(solved)} counts next to them")
+    tried, done = (sum(t[k] for t in row["tasks"].values()) for k in ("attempts", "successes"))
+    if done != sum(solved) or tried != sum(min(c + 1, len(rates)) for c in solved):
+        raise ValueError(f"the task table has {done} successes in {tried} attempts, "
+                         f"but the chains solved {sum(solved)} tasks")
+
 def _check_row(
-    row:dict, # of a result: "rates", "average_length", "protocol" and, where it was measured here, "solved" and "tasks"
+    row:dict, # "rates", "average_length", "protocol" and, if measured here, "solved" and "tasks"
     tolerance:float=1e-6, # between the average length and the sum of the rates, tasks
 )->dict: # the same row
-    "Raise `ValueError` naming what is wrong if the numbers of a row contradict each other."
-    rates, average, solved = row["rates"], row["average_length"], row.get("solved")
+    "Raise `ValueError` if the numbers of a row contradict each other."
+    rates, average = row["rates"], row["average_length"]
     if any(not 0 <= b <= a for a, b in pairwise([1, *rates])):
-        raise ValueError(f"rates {rates} must lie in [0, 1] and may not rise: a chain that solved two also solved one")
+        raise ValueError(f"rates {rates} must lie in [0, 1] and may not rise: a chain that solved "
+                         "two also solved one")
     if not abs(sum(rates) - average) <= tolerance:
         raise ValueError(f"average length {average} is not the sum of its rates, {sum(rates):.6g}: "
                          "one of them comes from another run")
     if missing := [k for k in PROTOCOL if k not in row["protocol"]]:
-        raise ValueError(f"the protocol lacks {', '.join(missing)}: a number is of use only with its whole protocol")
-    if solved is not None:
-        planned, early = row["protocol"]["chains"], row["protocol"]["precision"] is not None
-        if len(solved) > planned or len(solved) < planned and not early:
-            raise ValueError(f"there are {len(solved)} counts for {planned} chains, and no early stop was asked for")
-        if not np.allclose(chain_rates(solved, len(rates)), rates):
-            raise ValueError(f"rates {rates} do not follow from the {len(solved)} counts beside them")
-        tried, done = (sum(t[k] for t in row["tasks"].values()) for k in ("attempts", "successes"))
-        if done != sum(solved) or tried != sum(min(c + 1, len(rates)) for c in solved):
-            raise ValueError(f"the task table has {done} successes in {tried} attempts, "
-                             f"but the chains solved {sum(solved)} tasks")
+        raise ValueError(f"the protocol lacks {', '.join(missing)}: a number is of use only with "
+                         "its whole protocol")
+    if row.get("solved") is not None: _check_counts(row)
     return row
 
 # %% ../../nbs/07_eval/00_results.ipynb #b2e37f4e
@@ -126,7 +139,7 @@ def read_row(
 # %% ../../nbs/07_eval/00_results.ipynb #8327f1c1
 @dataclass
 class EvalResult:
-    "What came of an evaluation: counts, and the protocol they were counted under."
+    "Result of an evaluation: counts, and the protocol they were counted under."
     policy:str # name of the row
     protocol:dict # the fields of `PROTOCOL`
     solved:list # n counts of tasks solved in a row, in the order of the chains
@@ -134,12 +147,12 @@ class EvalResult:
     checkpoint:str = "" # identity of the weights, empty where there are none
     version:str = __version__ # of this package
     code:str = "" # digest of this package's source
-    versions:dict = field(default_factory=dict) # of what it was measured with: Python, torch, git commit, device
-    machines:list = field(default_factory=list) # that played: dicts of `core.utils.machine_note`, with the number of their `chains`
-    training:dict = field(default_factory=dict) # what trained the weights: commit and source of the package, machine; {} where there are none
+    versions:dict = field(default_factory=dict) # of Python, torch, git commit and device
+    machines:list = field(default_factory=list) # `core.utils.machine_note`s with their `chains`
+    training:dict = field(default_factory=dict) # commit, source, machine that trained the weights
     seconds:float = 0. # spent playing, summed over processes
     notes:dict = field(default_factory=dict) # anything else worth keeping, JSON types
-    closings:list = field(default_factory=list) # a row per attempt that closed the gripper to grasp, see `closing_table`
+    closings:list = field(default_factory=list) # a row a grasp attempt, see `closing_table`
 
     @property
     def rates(self): return chain_rates(self.solved, self.protocol["length"])
@@ -148,30 +161,12 @@ class EvalResult:
     def average_length(self): return float(np.mean(self.solved))
 
     @property
-    def early(self): return self.protocol["precision"] is not None # then only intervals that hold at every moment are honest
+    def early(self): # then only intervals that hold at every moment are honest
+        return self.protocol["precision"] is not None
 
     @property
-    def interval(self):
-        bounds = 0, self.protocol["length"]
-        return tuple(anytime_interval(self.solved, bounds)[-1].tolist()) if self.early else bounded_mean_interval(self.solved, bounds)[1:]
-
-    @property
-    def rate_intervals(self):
-        reached = np.asarray(self.solved)[:, None] >= np.arange(1, self.protocol["length"] + 1)
-        if self.early: return [tuple(anytime_interval(r, (0, 1))[-1].tolist()) for r in reached.T]
-        return [wilson(r.sum(), len(r))[1:] for r in reached.T]
-
-    @property
-    def task_success(self): return float(np.mean([t["successes"]/t["attempts"] for t in self.tasks.values()]))
-
-    def row(self):
-        "Everything as JSON types, with the intervals, checked."
-        counted = {f.name: getattr(self, f.name) for f in fields(self)}
-        return _check_row({**counted, "rates": self.rates.tolist(), "average_length": self.average_length,
-                          "rate_intervals": self.rate_intervals, "average_length_interval": self.interval,
-                          "protocol_name": protocol_name(self.protocol), "fingerprint": fingerprint(self.protocol)})
-
-    def save(self, path): return write_row(self.row(), path) # path of the JSON file
+    def task_success(self):
+        return float(np.mean([t["successes"]/t["attempts"] for t in self.tasks.values()]))
 
     @classmethod
     def load(cls, path): # path of the JSON file
@@ -179,10 +174,39 @@ class EvalResult:
         row = read_row(path)
         return cls(**{f.name: row[f.name] for f in fields(cls) if f.name in row})
 
+# %% ../../nbs/07_eval/00_results.ipynb #1472b9a9
+@patch(as_prop=True)
+def interval(self:EvalResult): # (low, high)
+    "95 % interval of the average length."
+    bounds = 0, self.protocol["length"]
+    if self.early: return tuple(anytime_interval(self.solved, bounds)[-1].tolist())
+    return bounded_mean_interval(self.solved, bounds)[1:]
+
+@patch(as_prop=True)
+def rate_intervals(self:EvalResult): # L times (low, high)
+    "95 % interval of each rate."
+    reached = np.asarray(self.solved)[:, None] >= np.arange(1, self.protocol["length"] + 1)
+    if self.early: return [tuple(anytime_interval(r, (0, 1))[-1].tolist()) for r in reached.T]
+    return [wilson(r.sum(), len(r))[1:] for r in reached.T]
+
+# %% ../../nbs/07_eval/00_results.ipynb #9437f8be
+@patch
+def row(self:EvalResult)->dict: # JSON types
+    "All counts, rates and intervals, checked."
+    counted = {f.name: getattr(self, f.name) for f in fields(self)}
+    return _check_row({**counted, "rates": self.rates.tolist(),
+                       "average_length": self.average_length, "rate_intervals": self.rate_intervals,
+                       "average_length_interval": self.interval,
+                       "protocol_name": protocol_name(self.protocol),
+                       "fingerprint": fingerprint(self.protocol)})
+
+@patch
+def save(self:EvalResult, path): return write_row(self.row(), path) # path of the JSON file
+
 # %% ../../nbs/07_eval/00_results.ipynb #fe460770
 @patch
-def families(self:EvalResult)->dict: # family -> {"attempts", "successes"}; "needs images" and "fixtures" are sums of families
-    "How often the tasks of each family were tried and solved."
+def families(self:EvalResult)->dict: # family -> {"attempts", "successes"}
+    "Attempts and successes by family; \"needs images\" and \"fixtures\" are sums of families."
     table = {name: {"attempts": 0, "successes": 0} for name in ("needs images", "fixtures")}
     for task, counts in self.tasks.items():
         for name in (task_family(task), "needs images" if needs_images(task) else "fixtures"):
@@ -191,7 +215,7 @@ def families(self:EvalResult)->dict: # family -> {"attempts", "successes"}; "nee
     return table
 
 def _success(counts): # {"attempts", "successes"}
-    "A rate in percent with Wilson's interval; without a value where nothing was tried."
+    "Rate in percent with Wilson's interval; without a value where nothing was tried."
     n = counts["attempts"]
     return wilson(counts["successes"], n).scaled(100) if n else Interval(float("nan"))
 
@@ -200,30 +224,34 @@ def closing_table(
     records, # of chains, see `eval.rollout.Chain.record`
     chains, # task names of each
 )->list: # of {"task", "solved", "horizontal", "vertical" and "half_width" in metres}
-    "The first closing of each attempt at a task that grasps a block; empty where the environment can't say."
+    "First closing of each attempt at a grasp; empty where the environment does not report it."
+    both = zip(records, chains, strict=True)
     return [closing | {"task": chain[closing["task"]], "solved": closing["task"] < record["solved"]}
-            for record, chain in zip(records, chains, strict=True) for closing in record.get("closings", ())]
+            for record, chain in both for closing in record.get("closings", ())]
 
+# %% ../../nbs/07_eval/00_results.ipynb #274afb90
 def _median_mm(values): # metres
     return f"{1000*np.median(values):.0f}" if len(values) else ""
 
 def closing_markdown(
     result:EvalResult, # of an evaluation
-)->str: # markdown; empty if no closing is known
+)->str: # empty if no closing is known
     "Distance between the tool and the block at the first closing of each attempt, by family."
     rows, families = [], dict.fromkeys(task_family(c["task"]) for c in result.closings)
     for family in families:
-        found = [c for c in result.closings if task_family(c["task"]) == family]
-        aside, above = (np.array([c[k] for c in found]) for k in ("horizontal", "vertical"))
-        within, ok = aside <= [c["half_width"] for c in found], np.array([c["solved"] for c in found])
-        share = wilson(within.sum(), len(found)).scaled(100)
-        rows.append([family, len(found), *map(_median_mm, (aside, aside[ok], aside[~ok], above)), share])
-    header = ["gripper closes to", "attempts", "median distance, mm", "of those solved", "of those not solved",
-              "median height above, mm", "within half the block's width, %"]
+        closings = [c for c in result.closings if task_family(c["task"]) == family]
+        aside, above, half_width, ok = (np.array([c[k] for c in closings]) for k in
+                                        ("horizontal", "vertical", "half_width", "solved"))
+        within = wilson((aside <= half_width).sum(), len(closings)).scaled(100)
+        medians = map(_median_mm, (aside, aside[ok], aside[~ok], above))
+        rows.append([family, len(closings), *medians, within])
+    header = ["gripper closes to", "attempts", "median distance, mm", "of those solved",
+              "of those not solved", "median height above, mm",
+              "within half the block's width, %"]
     return markdown_table(header, rows) if rows else ""
 
 # %% ../../nbs/07_eval/00_results.ipynb #648b5261
-def _said(value): # a value of the protocol
+def _cell(value): # a value of the protocol
     "A value as it is shown: lists with commas, digests shortened."
     if isinstance(value, (list, tuple)): return ", ".join(map(str, value))
     return str(value)[:12] if len(str(value)) == 64 else str(value)
@@ -231,11 +259,13 @@ def _said(value): # a value of the protocol
 def _machines(results):
     "A sentence on the machines that played; a warning where they are unlike."
     counts = Counter()
-    for m in (m for r in results for m in r.machines): counts["{cpu}, {instructions}, PyTorch {torch}".format(**m)] += m["chains"]
+    for m in (m for r in results for m in r.machines):
+        counts["{cpu}, {instructions}, PyTorch {torch}".format(**m)] += m["chains"]
     if len(counts) < 2: return "".join(f" Played on {kind}." for kind in counts)
     listed = "; ".join(f"{n} chains on {kind}" for kind, n in counts.items())
     return f" **Played on unlike machines, where the same chain may end otherwise**: {listed}."
 
+# %% ../../nbs/07_eval/00_results.ipynb #d51686b3
 @dataclass
 class ResultTable:
     "Results under one another, each number with its 95 % interval."
@@ -245,48 +275,59 @@ class ResultTable:
         "Names of the protocol's fields in which the results differ."
         return [k for k in PROTOCOL if len({json.dumps(r.protocol[k]) for r in self.results}) > 1]
 
+    def _shown(self): # but the number of chains, which has its column anyway
+        return [k for k in self.differing() if k != "chains"]
+
     def _row(self, result):
-        percent = [Interval(r, *ends).scaled(100) for r, ends in zip(result.rates, result.rate_intervals)]
+        percent = [Interval(r, *ends).scaled(100)
+                   for r, ends in zip(result.rates, result.rate_intervals)]
         average = Interval(result.average_length, *result.interval)
         families = (_success(result.families()[name]) for name in ("needs images", "fixtures"))
-        return [result.policy, *percent, f"**{average:.2f}**", f"{100*result.task_success:.0f}", *families,
-                len(result.solved), *(_said(result.protocol[k]) for k in self._shown())]
-
-    def _shown(self): return [k for k in self.differing() if k != "chains"] # which has its column anyway
+        return [result.policy, *percent, f"**{average:.2f}**", f"{100*result.task_success:.0f}",
+                *families, len(result.solved), *(_cell(result.protocol[k]) for k in self._shown())]
 
     def _repr_markdown_(self):
         protocol, differing = self.results[0].protocol, self.differing()
         names = dict.fromkeys(protocol_name(r.protocol) for r in self.results)
         rates = [f"{i} in a row, %" for i in range(1, protocol["length"] + 1)]
-        header = ["policy", *rates, f"average length of {len(rates)}", "mean of tasks, %", "needs images, %", "fixtures, %",
-                  "chains", *self._shown()]
-        shared = "; ".join(f"{k} {_said(protocol[k])}" for k in PROTOCOL if k not in differing)
+        header = ["policy", *rates, f"average length of {len(rates)}", "mean of tasks, %",
+                  "needs images, %", "fixtures, %", "chains", *self._shown()]
+        shared = "; ".join(f"{k} {_cell(protocol[k])}" for k in PROTOCOL if k not in differing)
         table = markdown_table(header, map(self._row, self.results))
-        holds = "95 % intervals in brackets" + ", of a result that stopped early such that hold at every moment"*any(r.early for r in self.results)
-        return f"{table}\n\n{holds}. Protocol: {'; '.join(names)}. {shared}.{_machines(self.results)}"
+        holds = "95 % intervals in brackets"
+        if any(r.early for r in self.results):
+            holds += ", of a result that stopped early such that hold at every moment"
+        about = f"Protocol: {'; '.join(names)}. {shared}.{_machines(self.results)}"
+        return f"{table}\n\n{holds}. {about}"
 
 # %% ../../nbs/07_eval/00_results.ipynb #6a83c8db
 def task_markdown(
     result:EvalResult, # of an evaluation
-)->str: # markdown
-    "Success of each task, with Wilson's interval; a task is only tried when those before it in its chain were solved."
+)->str:
+    "Success of each task, with Wilson's interval."
     rows = [[name, t["attempts"], t["successes"], _success(t)] for name, t in result.tasks.items()]
     return markdown_table(["task", "attempts", "successes", "success, %"], rows)
 
+# %% ../../nbs/07_eval/00_results.ipynb #d8f74d45
 def family_markdown(
     result:EvalResult, # of an evaluation
-)->str: # markdown
-    "Success of each family of tasks, with Wilson's interval, and where the gripper closes if the environment says so."
-    rows = [[f"**{name}**" if " " in name or name == "fixtures" else name, t["attempts"], t["successes"], _success(t)]
+)->str:
+    "Success of each family of tasks, with Wilson's interval, and where the gripper closes."
+    rows = [[f"**{name}**" if " " in name or name == "fixtures" else name, t["attempts"],
+             t["successes"], _success(t)]
             for name, t in result.families().items() if t["attempts"]]
     table = markdown_table(["family", "attempts", "successes", "success, %"], rows)
     return "\n\n".join(filter(None, (table, closing_markdown(result))))
 
 @patch
 def _repr_markdown_(self:EvalResult):
-    trained = ", trained by source {code} (commit {commit})".format(**self.training) if self.training else ""
-    seen = f"{self.policy}, checkpoint {self.checkpoint or 'none'}{trained}, defi_nb {self.version} (source {self.code or 'unknown'}), {self.seconds:.0f} s."
-    return f"{ResultTable([self])._repr_markdown_()} {seen}\n\n{family_markdown(self)}\n\n{task_markdown(self)}"
+    trained = ""
+    if self.training:
+        trained = ", trained by source {code} (commit {commit})".format(**self.training)
+    about = (f"{self.policy}, checkpoint {self.checkpoint or 'none'}{trained}, defi_nb "
+             f"{self.version} (source {self.code or 'unknown'}), {self.seconds:.0f} s.")
+    return (f"{ResultTable([self])._repr_markdown_()} {about}\n\n{family_markdown(self)}\n\n"
+            f"{task_markdown(self)}")
 
 # %% ../../nbs/07_eval/00_results.ipynb #281eb837
 def show_rates(
@@ -300,7 +341,8 @@ def show_rates(
         ends = 100*np.array(r.rate_intervals)
         ax.errorbar(at, rates, np.abs(ends.T - rates), marker="o", capsize=2, lw=1.2,
                     label=f"{r.policy} ({r.average_length:.2f})")
-    ax.set(xlabel="tasks solved in a row", ylabel="chains, %", ylim=(-3, 103), xticks=range(1, len(rates) + 1))
+    ax.set(xlabel="tasks solved in a row", ylabel="chains, %", ylim=(-3, 103),
+           xticks=range(1, len(rates) + 1))
     outer_legend(ax, title="average length", title_fontsize=8)
     return ax
 
@@ -316,9 +358,11 @@ def show_lengths(
     reach = np.abs(np.array([r.interval for r in results]).T - length)
     ax.barh(at, length, color=OKABE_ITO["sky"], height=.62)
     ax.errorbar(length, at, xerr=reach, fmt="none", ecolor="0.25", capsize=3)
-    for i, r in enumerate(results): ax.text(r.interval[1] + .06, i, f"{r.average_length:.2f}", va="center", fontsize=9)
+    for i, r in enumerate(results):
+        ax.text(r.interval[1] + .06, i, f"{r.average_length:.2f}", va="center", fontsize=9)
     most = results[0].protocol["length"]
-    ax.set(yticks=at, yticklabels=[r.policy for r in results], xlim=(0, 1.08*most), xlabel=f"tasks solved in a row, of {most}")
+    ax.set(yticks=at, yticklabels=[r.policy for r in results], xlim=(0, 1.08*most),
+           xlabel=f"tasks solved in a row, of {most}")
     ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)
     return ax
@@ -333,11 +377,13 @@ class Comparison:
     chains:int # that both ran
 
     def __str__(self):
-        found = {"above": "more", "below": "less", "open": "not separable from no difference"}[self.difference.side]
-        return f"{self.first} − {self.second}: {self.difference:+.2f} tasks (95 %, {self.chains} chains, paired): {found}."
+        sides = {"above": "more", "below": "less", "open": "not separable from no difference"}
+        return (f"{self.first} − {self.second}: {self.difference:+.2f} tasks (95 %, {self.chains} "
+                f"chains, paired): {sides[self.difference.side]}.")
 
     def _repr_markdown_(self): return str(self)
 
+# %% ../../nbs/07_eval/00_results.ipynb #a8ee3044
 def compare(
     first:EvalResult, # a result
     second:EvalResult, # another, of the same chains
@@ -345,12 +391,15 @@ def compare(
 )->Comparison: # first minus second
     "Compare two average lengths chain by chain; refuses unequal protocols."
     if unknown := set(varying) - set(PROTOCOL):
-        raise ValueError(f"a protocol has no field {', '.join(sorted(unknown))}; it has {', '.join(PROTOCOL)}")
-    a, b = ({k: v for k, v in json.loads(json.dumps(r.protocol)).items() if k not in varying} for r in (first, second))
+        raise ValueError(f"a protocol has no field {', '.join(sorted(unknown))}; it has "
+                         f"{', '.join(PROTOCOL)}")
+    a, b = ({k: v for k, v in json.loads(json.dumps(r.protocol)).items() if k not in varying}
+            for r in (first, second))
     if unequal := sorted(k for k in a | b if a.get(k) != b.get(k)):
         k = unequal[0]
-        raise ValueError(f"{first.policy} and {second.policy} differ in {', '.join(unequal)} ({k}: {a.get(k)} and "
-                         f"{b.get(k)}): evaluate both by one protocol, or name in `varying` what is meant to differ")
+        raise ValueError(f"{first.policy} and {second.policy} differ in {', '.join(unequal)} "
+                         f"({k}: {a.get(k)} and {b.get(k)}): evaluate both by one protocol, or "
+                         "name in `varying` what is meant to differ")
     n, length = min(len(first.solved), len(second.solved)), first.protocol["length"]
     gap, bounds = np.subtract(first.solved[:n], second.solved[:n]), (-length, length)
     if not (first.early or second.early): difference = bounded_mean_interval(gap, bounds)
@@ -358,16 +407,17 @@ def compare(
     return Comparison(first.policy, second.policy, difference, n)
 
 # %% ../../nbs/07_eval/00_results.ipynb #acbebc9b
-_SIDES = {"above": "more than", "below": "fewer than", "open": "not separable from"} # of a difference's interval
+# of a difference's interval
+_SIDES = {"above": "more than", "below": "fewer than", "open": "not separable from"}
 
 def conclusion(
     result:EvalResult, # what the sentence is about
     comparisons=(), # of `Comparison`, of it with others
 )->str: # a sentence
-    "The average length with its interval, and how it stands to other policies'."
+    "Average length with its interval, and its differences to other policies'."
     low, high = result.interval
-    text = (f"{result.policy} solves {result.average_length:.2f} of {result.protocol['length']} tasks in a row "
-            f"(95 % interval {low:.2f} to {high:.2f}, {len(result.solved)} chains)")
+    text = (f"{result.policy} solves {result.average_length:.2f} of {result.protocol['length']} "
+            f"tasks in a row (95 % interval {low:.2f} to {high:.2f}, {len(result.solved)} chains)")
     stands = [f"{_SIDES[c.difference.side]} {c.second}, {c.difference:+.2f}" for c in comparisons]
     unlike = ", played on unlike machines"*(len(result.machines) > 1)
     return "; ".join([text + unlike, *sorted(stands, key=lambda s: s.startswith("not"))]) + "."

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 
 from ..core.spec import ACTION_DIM, VIEWS, Batch
 from ..sim.calvin_tasks import INSTRUCTIONS, grasped_block, initial_obs, solved
@@ -22,34 +23,37 @@ from ..sim.calvin_tasks import INSTRUCTIONS, grasped_block, initial_obs, solved
 # %% ../../nbs/07_eval/01_rollout.ipynb #e57f1b74
 @dataclass(frozen=True)
 class EvalConfig:
-    "How an evaluation is run."
-    scene:str = "D" # of the environment, or scenes that the chains take in turn, see `sim.layout.scene_names`
-    static_size:int = 64 # pixels of the static camera's picture
+    "Settings of an evaluation."
+    scene:str = "D" # of the environment, or scenes taken in turn, see `sim.layout.scene_names`
+    static_size:int = 64 # pixels of the static camera's image
     gripper_size:int = 64 # pixels of the gripper camera's
     image_size:int = 64 # pixels of both as the policy sees them; resized where they differ
     steps:int = 360 # control steps that a task may take
     chunk:int = 10 # actions that the policy predicts at once
-    execute:int = 5 # of them executed before it looks again
+    execute:int = 5 # of them executed before it replans
     group:int = 10 # chains that share one batch
     seed:int = 0 # of the policy's noise
     sequences:str = "get_sequences(n)" # where the chains come from, in words
-    precision:float|None = None # half-width of the average length's interval that is enough, tasks; None: play all chains
+    precision:float|None = None # half-width of the interval at which to stop, tasks; None: play all
 
     def __post_init__(self):
         if not 1 <= self.execute <= self.chunk:
             raise ValueError(f"execute is {self.execute}: of a chunk of {self.chunk} actions, "
                              f"1 to {self.chunk} can be executed")
         if self.group < 1 or self.steps < 1:
-            raise ValueError(f"group is {self.group} and steps {self.steps}: both must be at least 1")
+            raise ValueError(f"group is {self.group} and steps {self.steps}: both must be at "
+                             "least 1")
         if self.precision is not None and not self.precision > 0:
-            raise ValueError(f"precision is {self.precision}: give a number of tasks above 0, or None for all chains")
+            raise ValueError(f"precision is {self.precision}: give a number of tasks above 0, or "
+                             "None for all chains")
 
     @classmethod
     def tiny(cls, **changes): return cls(**changes)
 
     @classmethod
     def paper(cls, **changes):
-        paper = dict(static_size=200, gripper_size=84, image_size=256, execute=10, sequences="get_sequences(1000)")
+        paper = dict(static_size=200, gripper_size=84, image_size=256, execute=10,
+                     sequences="get_sequences(1000)")
         return cls(**(paper | changes))
 
 # %% ../../nbs/07_eval/01_rollout.ipynb #c337a991
@@ -57,25 +61,27 @@ def _resized(
     video:torch.Tensor, # (B,3,H,W) uint8
     size:int, # pixels
 )->torch.Tensor: # (B,3,size,size) uint8
-    "Pictures at another size; untouched where they have it already."
+    "Images at another size; untouched where they have it already."
     if tuple(video.shape[-2:]) == (size, size): return video
-    return F.interpolate(video.float(), (size, size), mode="bilinear", antialias=True).round().clamp(0, 255).byte()
+    return F.interpolate(video.float(), (size, size), mode="bilinear",
+                         antialias=True).round().clamp(0, 255).byte()
 
 def obs_to_batch(
     obs, # B observations: {"rgb_obs": {"rgb_static": (H,W,3) uint8, ...}, "robot_obs": (15,), ...}
     texts, # B instructions
-    image_size:int, # pixels of the pictures in the batch
+    image_size:int, # pixels of the images in the batch
 )->Batch: # video (B,V,1,3,H,W) uint8, proprio (B,15), text
-    "What a policy sees of environments."
+    "Batch of observations, as a policy reads it."
     views = []
     for view in VIEWS:
-        pictures = [np.ascontiguousarray(o["rgb_obs"][f"rgb_{view}"]) for o in obs]
-        if wrong := [p for p in pictures if p.ndim != 3 or p.shape[2] != 3 or p.dtype != np.uint8]:
+        images = [np.ascontiguousarray(o["rgb_obs"][f"rgb_{view}"]) for o in obs]
+        if wrong := [x for x in images if x.ndim != 3 or x.shape[2] != 3 or x.dtype != np.uint8]:
             raise ValueError(f"rgb_{view} has shape {wrong[0].shape} and type {wrong[0].dtype}; "
-                             "a picture is (H,W,3) uint8")
-        views.append(_resized(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), image_size))
+                             "an image is (H,W,3) uint8")
+        views.append(_resized(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), image_size))
     proprio = torch.from_numpy(np.stack([o["robot_obs"] for o in obs])).float()
-    return Batch(text=list(texts), video=torch.stack(views, 1)[:, :, None].contiguous(), proprio=proprio)
+    return Batch(text=list(texts), video=torch.stack(views, 1)[:, :, None].contiguous(),
+                 proprio=proprio)
 
 # %% ../../nbs/07_eval/01_rollout.ipynb #5cd35fe7
 def chain_noise(
@@ -85,32 +91,34 @@ def chain_noise(
     look:int, # how many chunks were predicted for this task
     chunk:int, # K
 )->torch.Tensor: # (K,A) standard normal
-    "The noise of one prediction, the same wherever and whenever it is drawn."
+    "Noise of one prediction, the same wherever and whenever it is drawn."
     rng = np.random.default_rng((seed, chain, task, look))
     return torch.from_numpy(rng.standard_normal((chunk, ACTION_DIM), np.float32))
 
+# %% ../../nbs/07_eval/01_rollout.ipynb #74b4be37
 def on_device(
     policy, # with `act(batch, noise)`
     device, # a torch device
 ): # the same policy
-    "Bring a policy to a device, with the frozen encoders that it looks through: they are no part of its weights."
+    "Bring a policy and its frozen encoders, which are no part of its weights, to a device."
     if hasattr(policy, "to"): policy.to(device)
     if getattr(policy, "encoders", None) is not None: policy.encoders.to(device)
     return policy
 
+# %% ../../nbs/07_eval/01_rollout.ipynb #df604a5b
 def predict(
     policy, # with `act(batch, noise)`
     batch:Batch, # of B observations
     noise:torch.Tensor, # (B,K,A)
     names=(), # what the B rows are, for the error message
 )->np.ndarray: # (B,K,A) float64 in [-1, 1], gripper +1 or -1
-    "Chunks that an environment can execute."
+    "Chunks of actions that an environment can execute."
     device = next((p.device for p in getattr(policy, "parameters", lambda: ())()), "cpu")
     with torch.inference_mode(): action = policy.act(batch.to(device), noise=noise.to(device))
     action = torch.as_tensor(action).double().cpu().numpy()
     if action.shape != tuple(noise.shape):
         raise ValueError(f"the policy returned actions of shape {action.shape}; "
-                         f"the protocol's chunk asks for {tuple(noise.shape)}")
+                         f"the protocol's chunk needs {tuple(noise.shape)}")
     if not np.isfinite(action).all():
         rows = [names[i] if names else i for i in np.flatnonzero(~np.isfinite(action).all((1, 2)))]
         raise ValueError(f"the policy returned actions that are not finite, in rows {rows}: "
@@ -121,21 +129,23 @@ def predict(
 
 # %% ../../nbs/07_eval/01_rollout.ipynb #32d3b74e
 def playtable_env(
-    config:EvalConfig, # scene and sizes of the pictures
+    config:EvalConfig, # scene and sizes of the images
 ): # a `PlayTable`
-    "The embedded simulator, as an evaluation uses it."
+    "Embedded simulator for an evaluation."
     from defi_nb.sim.render import gl_backend, mujoco
     from defi_nb.sim.layout import scene_names
     from defi_nb.sim.playtable import PlayTable
-    env = PlayTable(scene_names(config.scene)[0], static_size=config.static_size, gripper_size=config.gripper_size)
+    env = PlayTable(scene_names(config.scene)[0], static_size=config.static_size,
+                    gripper_size=config.gripper_size)
     try: backend = gl_backend()
     except RuntimeError: backend = "which can't draw here" # no matter unless an image is read
-    env.renderer, env.versions = f"MuJoCo {mujoco.__version__}, {backend}", {"mujoco": mujoco.__version__}
+    env.renderer = f"MuJoCo {mujoco.__version__}, {backend}"
+    env.versions = {"mujoco": mujoco.__version__}
     return env
 
 # %% ../../nbs/07_eval/01_rollout.ipynb #b1de8873
 class NoOpPolicy:
-    "Stands still with an open gripper."
+    "Policy that stands still with an open gripper."
     def act(
         self,
         batch:Batch, # of B observations
@@ -146,7 +156,7 @@ class NoOpPolicy:
         return action
 
 class RandomPolicy:
-    "Moves at random, uniform in [-1, 1]; the gripper keeps one side for a chunk."
+    "Policy that moves at random, uniform in [-1, 1]; the gripper keeps one side for a chunk."
     def act(
         self,
         batch:Batch, # of B observations
@@ -158,7 +168,7 @@ class RandomPolicy:
 
 # %% ../../nbs/07_eval/01_rollout.ipynb #21416416
 class Chain:
-    "One chain in an environment: where it stands and what it has done."
+    "State and history of one chain in an environment."
     def __init__(
         self,
         index:int, # of the chain in its list
@@ -170,7 +180,8 @@ class Chain:
         robot_obs, scene_obs = initial_obs(state, getattr(self.env, "layout", None))
         self.obs = self.env.reset(robot_obs=robot_obs, scene_obs=scene_obs)
         self.solved, self.failed, self.steps, self.actions = 0, False, [], []
-        self.closings, self.grip = [], self.obs["robot_obs"][-1] # the gripper's last command: +1 open, -1 closed
+        # the gripper's last command: +1 open, -1 closed
+        self.closings, self.grip = [], self.obs["robot_obs"][-1]
         self._begin(env.get_info())
 
     def _begin(self, info):
@@ -187,51 +198,68 @@ class Chain:
     @property
     def text(self): return INSTRUCTIONS[self.task][0]
 
-    def act(self, action): # (7,)
-        "Step the environment, and note what is recorded of it."
-        if self.grip > 0 >= action[-1]: self._note_closing()
-        self.grip = action[-1]
-        self.actions.append(action)
-        return self.env.step(action.copy())
+# %% ../../nbs/07_eval/01_rollout.ipynb #f4fef447
+@patch
+def act(self:Chain, action): # (7,)
+    "Step the environment, and record the action."
+    if self.grip > 0 >= action[-1]: self._note_closing()
+    self.grip = action[-1]
+    self.actions.append(action)
+    return self.env.step(action.copy())
 
-    def _note_closing(self):
-        "How far the tool is from the block that the task grasps, at an attempt's first closing."
-        block = grasped_block(self.task, self.start_info)
-        measure = block and getattr(self.env, "gripper_offset", None) # an environment that can't say has none
-        if not measure or any(c["task"] == self.solved for c in self.closings): return
-        self.closings.append({"task": self.solved, **{k: round(v, 6) for k, v in measure(block).items()}})
+@patch
+def _note_closing(self:Chain):
+    "Record the tool's distance from the block to be grasped, at an attempt's first closing."
+    block = grasped_block(self.task, self.start_info)
+    # an environment that does not measure it has no such method
+    measure = block and getattr(self.env, "gripper_offset", None)
+    if not measure or any(c["task"] == self.solved for c in self.closings): return
+    self.closings.append({"task": self.solved,
+                          **{k: round(v, 6) for k, v in measure(block).items()}})
 
-    def run(
-        self,
-        actions, # (k,A) to execute
-        limit:float, # steps that a task may take
-        on_step:Callable|None=None, # called after each step with (chain, obs, whether it is solved)
-    ):
-        "Execute actions until they are used up or the task is over."
-        for action in actions:
-            self.obs, _, _, info = self.act(action)
-            self.steps[-1] += 1
-            success = solved(self.task, self.start_info, info)
-            self.failed = not success and self.steps[-1] >= limit
-            if on_step: on_step(self, self.obs, success)
-            if success:
-                self.solved += 1
-                return self._begin(info)
-            if self.failed: return
-        self.looks += 1
+@patch
+def run(
+    self:Chain,
+    actions, # (k,A) to execute
+    limit:float, # steps that a task may take
+    on_step:Callable|None=None, # called after each step with (chain, obs, whether it is solved)
+):
+    "Execute actions until they are used up or the task is over."
+    for action in actions:
+        self.obs, _, _, info = self.act(action)
+        self.steps[-1] += 1
+        success = solved(self.task, self.start_info, info)
+        self.failed = not success and self.steps[-1] >= limit
+        if on_step: on_step(self, self.obs, success)
+        if success:
+            self.solved += 1
+            return self._begin(info)
+        if self.failed: return
+    self.looks += 1
 
-    def record(self, keep=False): # keep: with its actions
-        "What is written down of a chain, JSON types."
-        kept = {"closings": self.closings} if self.closings else {}
-        if keep: kept["actions"] = np.stack(self.actions).tolist()
-        return {"chain": self.index, "solved": self.solved, "steps": self.steps, **kept}
+# %% ../../nbs/07_eval/01_rollout.ipynb #d3b9f397
+@patch
+def record(self:Chain,
+    keep:bool=False, # with the actions
+)->dict: # JSON types
+    "Outcome of a chain."
+    kept = {"closings": self.closings} if self.closings else {}
+    if keep: kept["actions"] = np.stack(self.actions).tolist()
+    return {"chain": self.index, "solved": self.solved, "steps": self.steps, **kept}
 
 # %% ../../nbs/07_eval/01_rollout.ipynb #5c4ed8de
+@contextmanager
+def _side_by_side(envs):
+    "A `map` over chains: by threads where all environments are processes of their own."
+    if not all(getattr(env, "remote", False) for env in envs): yield map
+    else:
+        with ThreadPoolExecutor(len(envs)) as pool: yield pool.map
+
 def play_policy(
     policy, # with `act(batch, noise)`
     envs, # at least as many environments as chains
     group, # of (index, sequence)
-    config:EvalConfig, # how it is run
+    config:EvalConfig, # of the evaluation
     on_end:Callable|None=None, # called with each chain that is done
     on_step:Callable|None=None, # see `Chain.run`
 )->list: # of `Chain`, all done
@@ -240,24 +268,19 @@ def play_policy(
         live = chains = list(each(lambda numbered, env: Chain(*numbered, env), group, envs))
         while live:
             batch = obs_to_batch([c.obs for c in live], [c.text for c in live], config.image_size)
-            noise = torch.stack([chain_noise(config.seed, c.index, c.solved, c.looks, config.chunk) for c in live])
+            noise = torch.stack([chain_noise(config.seed, c.index, c.solved, c.looks, config.chunk)
+                                 for c in live])
             chunks = predict(policy, batch, noise, names=[f"chain {c.index}" for c in live])
-            list(each(lambda c, actions: c.run(actions[:config.execute], config.steps, on_step), live, chunks))
+            list(each(lambda c, actions: c.run(actions[:config.execute], config.steps, on_step),
+                      live, chunks))
             for c in live:
                 if c.done and on_end: on_end(c)
             live = [c for c in live if not c.done]
         return chains
 
-@contextmanager
-def _side_by_side(envs):
-    "A `map` over chains: at the same time where their environments are processes of their own, else one after the other."
-    if not all(getattr(env, "remote", False) for env in envs): yield map
-    else:
-        with ThreadPoolExecutor(len(envs)) as pool: yield pool.map
-
 # %% ../../nbs/07_eval/01_rollout.ipynb #b3bd659a
 class _Recorder:
-    "A chain's environment, stepped through the chain, which notes what it records."
+    "A chain's environment, stepped through the chain, which records the actions."
     def __init__(self, chain): self._chain = chain
 
     def __getattr__(self, name): return getattr(self._chain.env, name)
@@ -268,10 +291,10 @@ def play_expert(
     expert, # expert(env).run(task) -> (success, steps)
     envs, # of which the first is used
     group, # of (index, sequence)
-    config:EvalConfig, # how it is run
+    config:EvalConfig, # of the evaluation
     on_end:Callable|None=None, # called with each chain that is done
 )->list: # of `Chain`, all done
-    "Play chains one after the other with a script that looks at the simulator's state."
+    "Play chains one after the other with a script that reads the simulator's state."
     chains = []
     for i, sequence in group:
         chain = Chain(i, sequence, envs[0])

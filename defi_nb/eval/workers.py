@@ -27,59 +27,56 @@ from ..weights.checkpoint import differing_fields
 # %% ../../nbs/07_eval/02_workers.ipynb #5c36da5a
 def read_journal(
     folder, # of an evaluation
-    what:str="chain", # that a row is of: its files are chains*.jsonl
+    what:str="chain", # kind of row: its files are chains*.jsonl
     key:str="chain", # field that numbers the rows
 )->tuple: # (number -> row, of which the first counts; list of events)
-    "What all parts of an evaluation have written."
+    "Rows and events that all parts of an evaluation have written."
     rows, events = {}, []
     for path in sorted(Path(folder).glob(f"{what}s*.jsonl")):
         for i, row in enumerate(read_jsonl(path)[1:], 2):
             if isinstance(row, dict) and "event" in row: events.append(row)
             elif isinstance(row, dict) and key in row: rows.setdefault(row[key], row)
-            else: raise ValueError(f"{path}, line {i} has no {key}: delete that line, and the {what} is played again")
+            else:
+                raise ValueError(f"{path}, line {i} has no {key}: delete that line, and the "
+                                 f"{what} is played again")
     return rows, events
 
+# %% ../../nbs/07_eval/02_workers.ipynb #8babda64
 class Journal:
-    "The finished rows of one evaluation, on disk if it has a folder; `begin` before the first is added."
+    "Finished rows of one evaluation, on disk if it has a folder; `begin` comes before `add`."
     def __init__(
         self,
         folder, # of the jsonl files; None: nothing is written
         header:dict, # what the rows depend on, JSON types
-        what:str="chain", # that a row is of, see `read_journal`
+        what:str="chain", # kind of row, see `read_journal`
         key:str="chain", # field that numbers the rows
         same:tuple=("solved", "steps"), # fields that must come out the same a second time
         shard:tuple=(0, 1), # this part, and the number of parts
         restart:bool=False, # put files of another evaluation aside instead of refusing them
     ):
-        self.folder, self.header, self.rows, self.events = folder and Path(folder), json.loads(json.dumps(header)), {}, []
+        self.folder, self.header = folder and Path(folder), json.loads(json.dumps(header))
+        self.rows, self.events = {}, []
         self.what, self.key, self.same = what, key, same
         if not folder: return
-        self.path = self.folder/(f"{what}s.jsonl" if shard[1] == 1 else f"{what}s.{shard[0]}-of-{shard[1]}.jsonl")
+        part = "" if shard[1] == 1 else f".{shard[0]}-of-{shard[1]}"
+        self.path = self.folder/f"{what}s{part}.jsonl"
         for path in sorted(self.folder.glob(f"{what}s*.jsonl")): self._check(path, restart)
         self.refresh()
 
     def _check(self, path, restart):
-        "Refuse rows of another evaluation, or put them aside; take over what else their header knows."
+        "Refuse rows of another evaluation, or put them aside; take over a header that has more."
         if not (lines := read_jsonl(path)): return
-        if not isinstance(lines[0], dict): raise ValueError(f"{path}, line 1 is no header: put that file aside")
+        if not isinstance(lines[0], dict):
+            raise ValueError(f"{path}, line 1 is no header: put that file aside")
         there = {k: v for k, v in lines[0].items() if k in self.header}
         if there == self.header: self.header = lines[0]
         elif restart: os.replace(path, path.with_name(f"{path.name}.previous"))
-        else: raise ValueError(f"{path} holds {self.what}s of another evaluation ({differing_fields(there, self.header)}): "
-                               "choose another folder, or put that file aside (an evaluation does it with restart=True)")
+        else:
+            raise ValueError(f"{path} holds {self.what}s of another evaluation "
+                             f"({differing_fields(there, self.header)}): choose another folder, or "
+                             "put that file aside (an evaluation does it with restart=True)")
 
-# %% ../../nbs/07_eval/02_workers.ipynb #d8344df0
-@patch
-def begin(self:Journal, **late): # fields of the header that are known only when a worker has started
-    "Write the header, or see that it is that of the rows which are there."
-    header = self.header | json.loads(json.dumps(late))
-    lines = read_jsonl(self.path) if self.folder else []
-    if lines and lines[0] != header:
-        raise ValueError(f"{self.path} holds {self.what}s of another simulator ({differing_fields(lines[0], header)}): "
-                         "go on with that one, or choose another folder")
-    self.header = header
-    if self.folder: write_jsonl(self.path, lines or [header]) # no torn last line
-
+# %% ../../nbs/07_eval/02_workers.ipynb #fcdd879c
 @patch
 def refresh(self:Journal):
     "Read what is on disk, that of other machines included."
@@ -87,13 +84,32 @@ def refresh(self:Journal):
     for number, row in rows.items(): self.rows.setdefault(number, row)
     for event in events: self.events += [event] if event not in self.events else []
 
+# %% ../../nbs/07_eval/02_workers.ipynb #d8344df0
 @patch
-def add(self:Journal, row): # with its number, JSON types; or {"event": what happened}
-    "Keep a finished row, or word of an event."
-    known = self.rows.get(row.get(self.key))
-    changed = known and [f"{k} {row[k]} and not {known[k]}" for k in self.same if row[k] != known[k]]
-    if known and not changed: return
-    if known: row = {"event": f"{self.what} {row[self.key]} was played again, with {', '.join(changed)}"}
+def begin(self:Journal,
+    **late, # fields of the header that are known only when a worker has started
+):
+    "Write the header, or check it against that of the rows on disk."
+    header = self.header | json.loads(json.dumps(late))
+    lines = read_jsonl(self.path) if self.folder else []
+    if lines and lines[0] != header:
+        raise ValueError(f"{self.path} holds {self.what}s of another simulator "
+                         f"({differing_fields(lines[0], header)}): "
+                         "go on with that one, or choose another folder")
+    self.header = header
+    if self.folder: write_jsonl(self.path, lines or [header]) # no torn last line
+
+@patch
+def add(self:Journal,
+    row:dict, # with its number, JSON types; or {"event": text}
+):
+    "Keep a finished row, or an event."
+    before = self.rows.get(row.get(self.key))
+    changed = before and [f"{k} {row[k]} and not {before[k]}"
+                          for k in self.same if row[k] != before[k]]
+    if before and not changed: return
+    if before:
+        row = {"event": f"{self.what} {row[self.key]} was played again, with {', '.join(changed)}"}
     if "event" in row: self.events.append(row)
     else: self.rows[row[self.key]] = row
     if self.folder: append_jsonl(self.path, row)
@@ -101,7 +117,7 @@ def add(self:Journal, row): # with its number, JSON types; or {"event": what hap
 # %% ../../nbs/07_eval/02_workers.ipynb #90ae0767
 @dataclass(eq=False)
 class Worker:
-    "A process that plays jobs, as its parent sees it."
+    "Process that plays jobs, as its parent sees it."
     process:subprocess.Popen # leader of its session
     send:Callable # send(job)
     messages:object # iterator of what it sends
@@ -118,7 +134,7 @@ class Worker:
             for message in self.messages:
                 self.heard = time.monotonic()
                 self.inbox.put((self, message))
-        except OSError: pass # it ended before it had read what it was sent
+        except OSError: pass # it ended before it had read all messages
         finally: self.inbox.put((self, None))
 
     def play(self, job):
@@ -135,15 +151,16 @@ class Worker:
 
 # %% ../../nbs/07_eval/02_workers.ipynb #10b0bdb8
 def start_workers(
-    player:Callable, # player(*args, beat=) -> context manager of (play(job, on_row), what to say of itself); see `core.utils.play_jobs`
-    what:str, # it holds, for the error message where it can't be sent
+    player:Callable, # player(*args, beat=) -> context of (play(job, on_row), about), `play_jobs`
+    what:str, # name of the player, for the error message where it can't be sent
     args:tuple=((),), # of the workers' players, in turn, such as their devices
     log=None, # file for what the processes print; None: as this one does
     **kw, # of `core.utils.start_python`
 )->Callable: # start(inbox, number) -> `Worker`
-    "How a pool starts its workers."
+    "Function that starts a worker of a pool."
     payload = sendable(player, what, "use n_workers=0")
-    def messages(pipe, number): # sent from the reading thread, as a process that does not read would stop the sender
+    # sent from the reading thread, as a process that does not read would stop the sender
+    def messages(pipe, number):
         pipe.send_bytes(payload)
         pipe.send(args[number % len(args)])
         yield from received(pipe)
@@ -157,20 +174,21 @@ def start_workers(
 # %% ../../nbs/07_eval/02_workers.ipynb #61e323a0
 @dataclass(frozen=True)
 class Patience:
-    "How long a worker may be silent, and how often a job is tried."
-    opening:float = 900. # seconds of starting, or of making an environment: shaders are compiled, assets loaded
+    "Limits of a worker's silence and of a job's attempts."
+    opening:float = 900. # seconds of starting or of making an environment, which compiles shaders
     step:float = 180. # seconds of a step of the simulator, or an answer of the policy
     attempts:int = 3 # of a job, or of starting
 
+# %% ../../nbs/07_eval/02_workers.ipynb #c55c01da
 @dataclass
 class Pool:
-    "Watched workers."
+    "Workers, watched."
     start:Callable # start(inbox, number) -> `Worker`
-    name:Callable # name(job) -> what it is called in messages
+    name:Callable # name(job) -> its name in messages
     on_row:Callable # called with a job and a row of it
     on_done:Callable = lambda: False # called after each job; true: it is enough
-    on_ready:Callable = lambda **about: None # called with what a worker says of itself when it has started
-    on_again:Callable = lambda job, why: None # called with a job (None: no job yet) that is played again, and why
+    on_ready:Callable = lambda **about: None # called with a worker's message that it has started
+    on_again:Callable = lambda job, why: None # called with a job (or None) that is played again
     patience:Patience = Patience()
     advice:str = "look at the simulator" # where a job fails too often
 
@@ -178,18 +196,19 @@ class Pool:
         "Play jobs, in their order, until all are done or it is enough."
         self.todo, self.live, self.tries, self.inbox = deque(jobs), [], Counter(), Queue()
         try:
-            for number in range(min(n_workers, len(self.todo))): self.live.append(self.start(self.inbox, number))
+            for number in range(min(n_workers, len(self.todo))):
+                self.live.append(self.start(self.inbox, number))
             while self.todo or any(w.job is not None for w in self.live):
                 if self._next_message(): return
-                if self.inbox.empty(): # all that was sent has been heard
+                if self.inbox.empty(): # all messages have been read
                     for worker in [*self.live]: self._check_silence(worker)
         finally:
             for worker in self.live: worker.kill()
 
 # %% ../../nbs/07_eval/02_workers.ipynb #fd6d2142
 @patch
-def _next_message(self:Pool):
-    "Take in one message, if there is one; whether it is enough."
+def _next_message(self:Pool): # whether it is enough
+    "Handle one message, if there is one."
     try: worker, message = self.inbox.get(timeout=.2)
     except Empty: return False
     if worker not in self.live: return False # the last words of one that was killed
@@ -206,13 +225,14 @@ def _next_message(self:Pool):
         else: self._end(worker)
     return False
 
+# %% ../../nbs/07_eval/02_workers.ipynb #549ec3c3
 @patch
 def _check_silence(self:Pool, worker):
     "Give up a worker that hangs."
     limit = self.patience.opening if worker.stage in ("open", "make") else self.patience.step
-    if time.monotonic() - worker.heard > limit: self._lost(worker, f"nothing was heard for {limit:g} s in stage {worker.stage!r}")
+    if time.monotonic() - worker.heard > limit:
+        self._lost(worker, f"nothing was heard for {limit:g} s in stage {worker.stage!r}")
 
-# %% ../../nbs/07_eval/02_workers.ipynb #549ec3c3
 @patch
 def _end(self:Pool, worker):
     worker.kill()
@@ -220,11 +240,12 @@ def _end(self:Pool, worker):
 
 @patch
 def _lost(self:Pool, worker, error=None, again=True):
-    "Start another worker in the place of one that is no more, unless that was tried often enough or is of no use."
+    "Replace a worker that is gone, unless its job failed too often or can't be saved by a retry."
     self._end(worker)
     if isinstance(error, Exception): raise error
     code = worker.process.returncode
-    why = error or f"its process ended with code {code}" + " (memory ran out, perhaps)"*(code == -signal.SIGKILL)
+    killed = " (memory ran out, perhaps)"*(code == -signal.SIGKILL)
+    why = error or f"its process ended with code {code}{killed}"
     what = self.name(worker.job) if worker.job is not None else "the start of a worker"
     self.tries[what] += 1
     if not again or self.tries[what] >= self.patience.attempts:
@@ -236,5 +257,5 @@ def _lost(self:Pool, worker, error=None, again=True):
 
 # %% ../../nbs/07_eval/02_workers.ipynb #9d47db2d
 def cores()->int: # at least 1
-    "Cores that this process may use."
+    "Number of cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
