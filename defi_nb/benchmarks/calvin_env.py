@@ -31,8 +31,9 @@ from ..sim.layout import layout_of
 from ..sim.scene import DOORS
 
 # %% ../../nbs/12_benchmarks/02_calvin_env.ipynb #01e59c23
-_LED_BUG = ("this calvin_env ({}) forgets at a reset that the LED is lit: turning it off then takes two presses. Published numbers with CALVIN's pinned "
-           "commit 1431a46 have that too; the newest commit doesn't, and results of the two should not be compared")
+_LED_BUG = ("this calvin_env ({}) forgets at a reset that the LED is lit: turning it off then "
+            "takes two presses. Published numbers with CALVIN's pinned commit 1431a46 have that "
+            "too; the newest commit doesn't, and results of the two should not be compared")
 
 class RealCalvin:
     "calvin_env with `PlayTable`'s interface; one in a process."
@@ -40,7 +41,7 @@ class RealCalvin:
     def __init__(
         self,
         scene:str="D", # "A", "B", "C" or "D"
-        static_size:int=200, # pixels of the static camera's square picture
+        static_size:int=200, # pixels of the static camera's square image
         gripper_size:int=84, # pixels of the gripper camera's
         root=None, # of the checkout, see `calvin_root`
         renderer:str|None=None, # "egl" or "tiny"; None: EGL if it can draw
@@ -49,17 +50,21 @@ class RealCalvin:
         if lacking := calvin_missing(root): raise ImportError(lacking)
         import pybullet
         if (RealCalvin._open and RealCalvin._open()) or pybullet.isConnected(0):
-            raise RuntimeError("this process has a PyBullet environment already, and calvin_env stands no other beside it: close it first, or use `EnvProcess`")
+            raise RuntimeError("this process has a PyBullet environment already, and calvin_env "
+                               "allows only one: close it first, or use `EnvProcess`")
         root = calvin_root(root)
         egl, self.renderer = renderer_of(renderer)
         cfg, commit = compose(root, scene, (static_size, gripper_size), egl, seed), commit_of(root)
-        self.scene, self.bullet, self.rng, self._make = scene, pybullet, np.random.default_rng(seed), partial(build_calvin, root, cfg)
+        self.scene, self.bullet, self.rng = scene, pybullet, np.random.default_rng(seed)
+        self._make = partial(build_calvin, root, cfg)
         self._connect()
         RealCalvin._open = weakref.ref(self)
-        self.versions = {"simulator": "calvin_env", "calvin_env": commit, "calvin_env source": source_digest(root),
-                         "pybullet": importlib.metadata.version("pybullet"), "renderer": self.renderer}
+        self.versions = {"simulator": "calvin_env", "calvin_env": commit,
+                         "calvin_env source": source_digest(root),
+                         "pybullet": importlib.metadata.version("pybullet"),
+                         "renderer": self.renderer}
         self.moment, self._shots = 0, {}
-        self._know(cfg)
+        self._read_names(cfg)
         if self._forgets_led(): warnings.warn(_LED_BUG.format(commit[:7]), stacklevel=2)
         self.reset()
 
@@ -68,28 +73,34 @@ class RealCalvin:
 def _connect(self:RealCalvin):
     "Start the simulation."
     self.env, self.loads = self._make(), 0
-    self.cameras, self.env.cameras = {camera.name: camera for camera in self.env.cameras}, [] # so that nothing is drawn unasked
-    if self.env.use_egl: # whose first two pictures lack shadows
+    self.cameras = {camera.name: camera for camera in self.env.cameras}
+    self.env.cameras = [] # so that a step draws nothing
+    if self.env.use_egl: # whose first two images lack shadows
         for camera in 2*[*self.cameras.values()]: camera.render()
 
 @patch
-def _know(self:RealCalvin, cfg):
-    "Learn the names of bodies and links, and the layout."
+def _read_names(self:RealCalvin, cfg):
+    "Read the names of bodies and links, and the layout."
     info, robot = self.env.scene.get_info(), self.env.robot.robot_uid
     table = next(thing for thing in info["fixed_objects"].values() if "links" in thing)
     self._table, self._links = table["uid"], table["links"]
     self._owner = {(table["uid"], link): name for name, link in self._links.items()}
-    self._bodies = {robot: "robot"} | {block["uid"]: name for name, block in info["movable_objects"].items()}
-    joints = [self.bullet.getJointInfo(self._table, i) for i in range(self.bullet.getNumJoints(self._table))]
+    blocks = {block["uid"]: name for name, block in info["movable_objects"].items()}
+    self._bodies = {robot: "robot"} | blocks
+    numbers = range(self.bullet.getNumJoints(self._table))
+    joints = [self.bullet.getJointInfo(self._table, i) for i in numbers]
     self._joints = {joint[1].decode(): i for i, joint in enumerate(joints)}
+    slide_range = round(joints[self._joints[DOORS[0]]][9], 6)
     start = Start() if self.scene == "D" else layout_of(self.scene)
-    self.layout = replace(layout_of(self.scene), blocks=block_order(cfg), slide_range=round(joints[self._joints[DOORS[0]]][9], 6),
+    self.layout = replace(layout_of(self.scene), blocks=block_order(cfg), slide_range=slide_range,
                           table_slots=start.table_slots, cabinet_slots=start.cabinet_slots)
 
+# %% ../../nbs/12_benchmarks/02_calvin_env.ipynb #6dc79644
 @patch
 def _forgets_led(self:RealCalvin):
     "Whether a reset of the button ignores that its light is lit."
-    (button,), led = self.env.scene.buttons, next(light for light in self.env.scene.lights if light.name == "led")
+    (button,) = self.env.scene.buttons
+    led = next(light for light in self.env.scene.lights if light.name == "led")
     led.turn_on()
     button.reset(0)
     forgets = not button.state.value
@@ -111,21 +122,25 @@ def _state(value, size, name):
     "A finite state vector, or an error that names it."
     value = np.array(value, float)
     if value.shape == (size,) and np.isfinite(value).all(): return value
-    raise ValueError(f"{name} of shape {value.shape} with {np.isfinite(value).sum()} finite numbers: CALVIN's has ({size},), all finite")
+    raise ValueError(f"{name} of shape {value.shape} with {np.isfinite(value).sum()} finite "
+                     f"numbers: CALVIN's has ({size},), all finite")
 
 @patch
 def _draw_from(self:RealCalvin, rng):
     "Give scene and blocks a random generator; calvin_env's own `seed` doesn't reach them."
-    for thing in (self.env, self.env.scene, *self.env.scene.movable_objects): thing.np_random = rng
+    scene = self.env.scene
+    for drawn in (self.env, scene, *scene.movable_objects): drawn.np_random = rng
 
+# %% ../../nbs/12_benchmarks/02_calvin_env.ipynb #476ce988
 @patch
 def reset(
     self:RealCalvin,
-    robot_obs=None, # (15,) of which joints, opening and gripper action are restored; None: CALVIN's home posture
-    scene_obs=None, # (24,); None: the blocks at places drawn at random, everything closed and off
+    robot_obs=None, # (15,): joints, opening and gripper action; None: CALVIN's home posture
+    scene_obs=None, # (24,); None: blocks at random places, everything closed and off
 )->dict: # the observation
     "Load the scene anew, in a state."
-    arm, table = robot_obs if robot_obs is None else _state(robot_obs, 15, "robot_obs"), scene_obs
+    arm = robot_obs if robot_obs is None else _state(robot_obs, 15, "robot_obs")
+    table = scene_obs
     if table is not None:
         table = _state(table, 24, "scene_obs")
         table[4:6] = table[4:6] != 0 # calvin_env knows lights that are 0 or 1
@@ -154,8 +169,10 @@ def _as_calvin(self:RealCalvin, action):
     kind, values, grip = parse_action(action)
     if kind == "cartesian_rel": return np.append(values, grip)
     if kind == "cartesian_abs": return values[:3], values[3:], grip
-    if hasattr(self.env.robot, "control_motors"): return {"type": kind, "action": np.append(values, grip)}
-    raise ValueError(f"the calvin_env {self.versions['calvin_env'][:7]} has no {kind} actions: take its newest commit")
+    if hasattr(self.env.robot, "control_motors"):
+        return {"type": kind, "action": np.append(values, grip)}
+    raise ValueError(f"the calvin_env {self.versions['calvin_env'][:7]} has no {kind} actions: "
+                     "take its newest commit")
 
 @patch
 def step(
@@ -167,49 +184,58 @@ def step(
     self._begin()
     return self._observation(state), 0., False, self._named(info)
 
+# %% ../../nbs/12_benchmarks/02_calvin_env.ipynb #71cc56d6
 @patch
-def get_obs(self:RealCalvin)->dict: # rgb_obs, depth_obs: `Pictures`; robot_obs (15,), scene_obs (24,) float64
-    "The observation of this moment, its pictures not yet drawn."
+def get_obs(self:RealCalvin)->dict: # rgb_obs, depth_obs: mappings; robot_obs (15,), scene_obs (24,)
+    "The observation of this moment, its images not yet drawn."
     return self._observation(self.env.get_state_obs())
 
 @patch
 def _observation(self:RealCalvin, state):
-    "calvin_env's states with pictures of this moment."
-    pictures = lambda kind: Pictures(tuple(f"{kind}_{view}" for view in VIEWS), partial(self._draw, self.moment))
-    return {"rgb_obs": pictures("rgb"), "depth_obs": pictures("depth"), "robot_obs": state["robot_obs"], "scene_obs": state["scene_obs"]}
+    "calvin_env's states with images of this moment."
+    draw = partial(self._draw, self.moment)
+    images = {f"{kind}_obs": Pictures(tuple(f"{kind}_{view}" for view in VIEWS), draw)
+              for kind in ("rgb", "depth")}
+    return images | {name: state[name] for name in ("robot_obs", "scene_obs")}
 
 @patch
 def _draw(self:RealCalvin, moment, name):
-    "A picture of the present moment; colours and depth of a camera are drawn together."
+    "An image of the present moment; colours and depth of a camera are drawn together."
     kind, view = name.split("_")
     if moment != self.moment:
-        raise RuntimeError(f"{name} is of a moment that is over: calvin_env draws only the present, so read pictures before the next step or reset")
+        raise RuntimeError(f"{name} is of a moment that is over: calvin_env draws only the "
+                           "present, so read images before the next step or reset")
     if view not in self._shots: self._shots[view] = self.cameras[view].render()
     colours, depth = self._shots[view]
-    return np.ascontiguousarray(colours, np.uint8) if kind == "rgb" else np.ascontiguousarray(depth, np.float32)
+    if kind == "rgb": return np.ascontiguousarray(colours, np.uint8)
+    return np.ascontiguousarray(depth, np.float32)
 
 # %% ../../nbs/12_benchmarks/02_calvin_env.ipynb #6c00bf80
 @patch
 def _touching(self:RealCalvin, contacts):
-    "Names of what a list of contacts leads to."
+    "Names of the bodies and links in a list of contacts."
     return {self._bodies.get(c[2]) or self._owner.get((c[2], c[4]), "floor") for c in contacts}
 
 @patch
 def _named(self:RealCalvin, info):
     "calvin_env's info with names for numbers."
     robot, scene = info["robot_info"], info["scene_info"]
-    block = lambda b: {k: np.array(v) for k, v in b.items() if k.startswith("current")} | {"contacts": self._touching(b["contacts"])}
+    contacts = lambda body: {"contacts": self._touching(body["contacts"])}
+    def block(b):
+        return {k: np.array(v) for k, v in b.items() if k.startswith("current")} | contacts(b)
     vectors = {k: np.array(robot[k]) for k in ("tcp_pos", "tcp_orn", "arm_joint_states")}
-    return {
-        "robot_info": vectors | {k: float(robot[k]) for k in ("gripper_opening_width", "gripper_action")} | {"contacts": self._touching(robot["contacts"])},
-        "scene_info": {"movable_objects": {name: block(b) for name, b in scene["movable_objects"].items()},
-                       **{kind: scene[kind] for kind in ("doors", "buttons", "switches", "lights")}}}
+    numbers = {k: float(robot[k]) for k in ("gripper_opening_width", "gripper_action")}
+    blocks = {name: block(b) for name, b in scene["movable_objects"].items()}
+    others = {kind: scene[kind] for kind in ("doors", "buttons", "switches", "lights")}
+    return {"robot_info": vectors | numbers | contacts(robot),
+            "scene_info": {"movable_objects": blocks, **others}}
 
 @patch
 def get_info(self:RealCalvin)->dict: # {"robot_info": ..., "scene_info": ...}
     "Privileged state for the task rules."
     return self._named(self.env.get_info())
 
+# %% ../../nbs/12_benchmarks/02_calvin_env.ipynb #55f0c9d6
 @patch
 def joint(self:RealCalvin, name): # "base__drawer", ...
     "Position of a joint of the table, metres or radians."
@@ -218,7 +244,8 @@ def joint(self:RealCalvin, name): # "base__drawer", ...
 @patch
 def body_pos(self:RealCalvin, name): # "drawer_link", "block_red", ...
     "World position (3,) of a body's frame."
-    if name in self._links and self._links[name] >= 0: return np.array(self.bullet.getLinkState(self._table, self._links[name])[4])
+    if name in self._links and self._links[name] >= 0:
+        return np.array(self.bullet.getLinkState(self._table, self._links[name])[4])
     uid = next((uid for uid, body in self._bodies.items() if body == name), self._table)
     return np.array(self.bullet.getBasePositionAndOrientation(uid)[0])
 
@@ -230,12 +257,13 @@ def target_pos(self:RealCalvin):
 
 @patch(as_prop=True)
 def target_orn(self:RealCalvin):
-    "Its Euler angles (3,), radians."
+    "The pose's Euler angles (3,) that relative actions add to, radians."
     return np.array(self.env.robot.target_orn)
 
+# %% ../../nbs/12_benchmarks/02_calvin_env.ipynb #fa774d64
 @patch(as_prop=True)
 def gripper_action(self:RealCalvin):
-    "The last one: 1 open, -1 closed."
+    "The last gripper action: 1 open, -1 closed."
     return int(self.env.robot.gripper_action)
 
 # %% ../../nbs/12_benchmarks/02_calvin_env.ipynb #a74a2987
@@ -244,19 +272,20 @@ def rollout_digest(
     robot_obs, # (15,) to reset with
     scene_obs, # (24,)
     steps:int=40, # of `sim.playtable.waving`
-    look:int=0, # pictures are read every so many steps and are part of the digest; 0: never
+    look:int=0, # steps between two reads of the images, which are part of the digest; 0: never
 )->str: # hexadecimal
     "SHA-256 of a rollout's states."
     obs, digest = env.reset(robot_obs, scene_obs), hashlib.sha256()
     for k in range(steps):
-        pictures = [*obs["rgb_obs"].values(), *obs["depth_obs"].values()] if look and k%look == 0 else []
-        for array in (obs["robot_obs"], obs["scene_obs"], *pictures): digest.update(np.ascontiguousarray(array).tobytes())
+        arrays = [obs["robot_obs"], obs["scene_obs"]]
+        if look and k%look == 0: arrays += [*obs["rgb_obs"].values(), *obs["depth_obs"].values()]
+        for array in arrays: digest.update(np.ascontiguousarray(array).tobytes())
         obs = env.step(waving(k))[0]
     return digest.hexdigest()
 
 # %% ../../nbs/12_benchmarks/02_calvin_env.ipynb #89de4f69
 def real_env_here(
-    config, # `eval.rollout.EvalConfig`: scene and sizes of the pictures
+    config, # `eval.rollout.EvalConfig`: scene and sizes of the images
     root=None, # of the checkout, see `calvin_root`
     renderer:str|None=None, # "egl" or "tiny"; None: EGL if it can draw
 )->RealCalvin: # the only one of this process
@@ -264,24 +293,25 @@ def real_env_here(
     return RealCalvin(config.scene, config.static_size, config.gripper_size, root, renderer)
 
 def real_env(
-    config, # `eval.rollout.EvalConfig`: scene and sizes of the pictures
+    config, # `eval.rollout.EvalConfig`: scene and sizes of the images
     root=None, # of the checkout, see `calvin_root`
     renderer:str|None=None, # "egl" or "tiny"; None: EGL if it can draw
     timeout:float=120., # seconds that an answer may take
 )->EnvProcess: # with a `RealCalvin`
     "The real CALVIN in a process of its own, as an evaluation uses it."
     if lacking := calvin_missing(root): raise ImportError(lacking)
-    sizes = types.SimpleNamespace(scene=config.scene, static_size=config.static_size, gripper_size=config.gripper_size)
+    fields = ("scene", "static_size", "gripper_size")
+    sizes = types.SimpleNamespace(**{name: getattr(config, name) for name in fields})
     return EnvProcess(real_env_here, sizes, str(calvin_root(root)), renderer, timeout=timeout)
 
 # %% ../../nbs/12_benchmarks/02_calvin_env.ipynb #39f80a2d
 def _looking_speed(
     env, # with CALVIN's interface
-    look:int=0, # pictures are read every so many steps; 0: never
+    look:int=0, # steps between two reads of the images; 0: never
     steps:int=60, # to measure
     clock=time.perf_counter, # in seconds; `time.process_time` counts what this process computes
 )->float: # steps per second
-    "How fast an environment is for who looks so often."
+    "Speed of an environment whose images are read so often."
     for k in range(-5, steps): # the first are for warming up
         if k == 0: begin = clock()
         obs = env.step(waving(k))[0]
@@ -301,6 +331,7 @@ def looking_speeds(
 def looking_markdown(
     speeds:dict, # from `looking_speeds`
 )->str: # a table
-    "What reading images costs."
-    rows = [[name, f"{rate:.0f}", f"{100*rate/speeds['never']:.0f} %"] for name, rate in speeds.items()]
+    "Table of the cost of reading images."
+    fraction = lambda rate: f"{100*rate/speeds['never']:.0f} %"
+    rows = [[name, f"{rate:.0f}", fraction(rate)] for name, rate in speeds.items()]
     return markdown_table(["images are read", "steps a second", "of the speed without"], rows)

@@ -30,10 +30,13 @@ from ..core.spec import VIEWS
 from ..sim.layout import layout_of
 
 # %% ../../nbs/12_benchmarks/00_calvin_install.ipynb #a5ee49f9
-CLONE = "git clone https://github.com/mees/calvin_env, and give its path as `root` or in the environment variable CALVIN_ENV_ROOT"
-PACKAGES = {"pybullet": "pybullet", "hydra": "hydra-core", "omegaconf": "omegaconf"} # module -> what pip installs
+CLONE = ("git clone https://github.com/mees/calvin_env, and give its path as `root` or in the "
+         "environment variable CALVIN_ENV_ROOT")
+PACKAGES = {"pybullet": "pybullet", "hydra": "hydra-core", "omegaconf": "omegaconf"} # of pip
 
-def _is_root(folder): return all((folder/part).exists() for part in ("calvin_env/envs/play_table_env.py", "conf/scene", "data"))
+def _is_root(folder):
+    parts = ("calvin_env/envs/play_table_env.py", "conf/scene", "data")
+    return all((folder/part).exists() for part in parts)
 
 def _installed_roots():
     "Folders in which Python finds a package calvin_env."
@@ -43,20 +46,24 @@ def _installed_roots():
 def calvin_root(
     root=None, # of the checkout; None: CALVIN_ENV_ROOT, else where calvin_env is installed
 )->Path: # holds calvin_env/, conf/ and data/
-    "The checkout of calvin_env, or an error that says how to get one."
+    "The checkout of calvin_env, or an error with how to get one."
     root = root or os.environ.get("CALVIN_ENV_ROOT")
     given = [Path(root).expanduser().resolve()] if root else _installed_roots()
     for folder in given:
         for candidate in (folder, folder/"calvin_env"):
             if _is_root(candidate): return candidate
-    if root: raise ValueError(f"{root} is not a checkout of calvin_env (calvin_env/envs/play_table_env.py, conf/ and data/ are not all there): {CLONE}")
-    if given: raise ValueError(f"the calvin_env installed in {given[0]} comes without conf/ and data/: {CLONE}")
-    raise ValueError(f"there is no calvin_env: {CLONE}")
+    if root:
+        raise ValueError(f"{root} is not a checkout of calvin_env "
+                         "(calvin_env/envs/play_table_env.py, conf/ and data/ are not all there): "
+                         f"{CLONE}")
+    reason = "there is no calvin_env"
+    if given: reason = f"the calvin_env installed in {given[0]} comes without conf/ and data/"
+    raise ValueError(f"{reason}: {CLONE}")
 
 def calvin_missing(
     root=None, # as for `calvin_root`
 )->str: # empty if nothing is
-    "What the real CALVIN lacks here, and the remedy."
+    "Packages or files that the real CALVIN lacks here, and the remedy."
     lacking = [name for module, name in PACKAGES.items() if not find_spec(module)]
     if lacking: return f'{", ".join(lacking)} not installed: pip install "defi_nb[calvin]"'
     try: calvin_root(root)
@@ -65,9 +72,10 @@ def calvin_missing(
 
 # %% ../../nbs/12_benchmarks/00_calvin_install.ipynb #f0fa0aa2
 def _git_folders(root):
-    "The checkout's own git folder and the one it shares with others; none if there is no repository."
+    "The checkout's own git folder and the one that it shares; none if there is no repository."
     git = root/".git"
-    if git.is_file(): git = (root/git.read_text().removeprefix("gitdir:").strip()).resolve() # a worktree or submodule
+    if git.is_file(): # of a worktree or submodule
+        git = (root/git.read_text().removeprefix("gitdir:").strip()).resolve()
     if not (git/"HEAD").is_file(): return []
     common = git/"commondir"
     return [git, (git/common.read_text().strip()).resolve()] if common.is_file() else [git]
@@ -77,8 +85,9 @@ def _ref(folders, name):
     for folder in folders:
         if (folder/name).is_file(): return (folder/name).read_text().strip()
         packed = folder/"packed-refs"
-        rows = [line.split() for line in packed.read_text().splitlines()] if packed.is_file() else []
-        if found := [row[0] for row in rows if row[1:] == [name]]: return found[0]
+        lines = packed.read_text().splitlines() if packed.is_file() else []
+        rows = [line.split() for line in lines]
+        if commits := [row[0] for row in rows if row[1:] == [name]]: return commits[0]
     return "unknown"
 
 def commit_of(
@@ -87,18 +96,21 @@ def commit_of(
     "The commit of a checkout, without git."
     if folders := _git_folders(root):
         head = (folders[0]/"HEAD").read_text().strip()
-        return _ref(folders, head.removeprefix("ref:").strip()) if head.startswith("ref:") else head
-    try: said = importlib.metadata.distribution("calvin_env").read_text("direct_url.json")
-    except importlib.metadata.PackageNotFoundError: said = None
-    return json.loads(said or "{}").get("vcs_info", {}).get("commit_id", "unknown")
+        if not head.startswith("ref:"): return head
+        return _ref(folders, head.removeprefix("ref:").strip())
+    try: url = importlib.metadata.distribution("calvin_env").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError: url = None
+    return json.loads(url or "{}").get("vcs_info", {}).get("commit_id", "unknown")
 
+# %% ../../nbs/12_benchmarks/00_calvin_install.ipynb #d361e980
 def source_digest(
     root:Path, # of the checkout
 )->str: # 16 hexadecimal digits
-    "What identifies the code and configuration of a checkout."
+    "Digest of the code and configuration of a checkout."
     digest = hashlib.sha256()
-    for path in sorted(p for p in [*root.glob("calvin_env/**/*.py"), *root.glob("conf/**/*.yaml")]):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes().replace(b"\r\n", b"\n") + b"\0")
+    for path in sorted([*root.glob("calvin_env/**/*.py"), *root.glob("conf/**/*.yaml")]):
+        name, content = path.relative_to(root).as_posix().encode(), path.read_bytes()
+        digest.update(name + b"\0" + content.replace(b"\r\n", b"\n") + b"\0")
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/12_benchmarks/00_calvin_install.ipynb #214c9f24
@@ -108,24 +120,30 @@ def _np_random(seed=None):
     return np.random.Generator(np.random.PCG64(sequence)), sequence.entropy
 
 STAND_INS = { # module -> its names
-    "gym": dict(Env=object, Wrapper=object), "gym.utils": {}, "gym.utils.seeding": dict(np_random=_np_random),
-    "cv2": {}, "git": {}, "quaternion": {}, "rich": {}, "rich.traceback": dict(install=lambda **_: None)}
-PARTS = ("envs.play_table_env", "robot.robot", "scene.play_table_scene", "camera.static_camera", "camera.gripper_camera", "utils.utils", "envs.tasks")
+    "gym": dict(Env=object, Wrapper=object), "gym.utils": {},
+    "gym.utils.seeding": dict(np_random=_np_random),
+    "cv2": {}, "git": {}, "quaternion": {}, "rich": {},
+    "rich.traceback": dict(install=lambda **_: None)}
+PARTS = ("envs.play_table_env", "robot.robot", "scene.play_table_scene", "camera.static_camera",
+         "camera.gripper_camera", "utils.utils", "envs.tasks") # imported from calvin_env
 
 @contextmanager
 def _stand_ins():
     "Nearly empty modules in the place of missing ones, until the block ends."
-    made = {name: types.ModuleType(name) for name in STAND_INS if not find_spec(name.partition(".")[0])}
+    missing = [name for name in STAND_INS if not find_spec(name.partition(".")[0])]
+    made = {name: types.ModuleType(name) for name in missing}
     for name, module in made.items():
         module.__path__, (parent, _, child) = [], name.rpartition(".")
         vars(module).update(STAND_INS[name])
         if parent: setattr(made[parent], child, module)
     sys.modules.update(made)
+    # calvin_env installs rich's tracebacks, which would change how errors are shown
     try:
-        with mock.patch("rich.traceback.install", lambda **_: None): yield # which would change how errors are shown
+        with mock.patch("rich.traceback.install", lambda **_: None): yield
     finally:
         for name in made: del sys.modules[name]
 
+# %% ../../nbs/12_benchmarks/00_calvin_install.ipynb #8b69ddde
 def load_calvin(
     root:Path, # of the checkout
 ): # the module calvin_env.envs.play_table_env
@@ -133,8 +151,10 @@ def load_calvin(
     if lacking := calvin_missing(root): raise ImportError(lacking)
     other = getattr(sys.modules.get("calvin_env"), "__file__", None)
     if other and Path(other).resolve().parents[1] != root:
-        raise RuntimeError(f"calvin_env is already imported from {Path(other).parents[1]}: use one checkout in a process (`EnvProcess` has its own)")
-    with _stand_ins(), warnings.catch_warnings(), mock.patch.object(sys, "path", [str(root), *sys.path]):
+        raise RuntimeError(f"calvin_env is already imported from {Path(other).parents[1]}: use one "
+                           "checkout in a process (`EnvProcess` has its own)")
+    path = mock.patch.object(sys, "path", [str(root), *sys.path])
+    with _stand_ins(), warnings.catch_warnings(), path:
         warnings.simplefilter("ignore") # of Hydra's decorators, and of gym
         return [importlib.import_module(f"calvin_env.{part}") for part in PARTS][0]
 
@@ -152,9 +172,12 @@ def compose(
     load = lambda path: OmegaConf.load(root/"conf"/f"{path}.yaml")
     robot = OmegaConf.merge(load("robot/panda"), load("robot/panda_longer_finger"))
     del robot["defaults"]
-    cameras = {view: OmegaConf.merge(load(f"cameras/cameras/{view}"), {"width": size, "height": size}) for view, size in zip(VIEWS, sizes)}
-    cfg = OmegaConf.create({"data_path": str(root/"data"), "use_vr": False, "robot": robot, "cameras": cameras,
-                            "scene": load(f"scene/calvin_scene_{scene}"), "env": load("env/play_table_env")})
+    camera = lambda view, size: OmegaConf.merge(load(f"cameras/cameras/{view}"),
+                                                {"width": size, "height": size})
+    cameras = {view: camera(view, size) for view, size in zip(VIEWS, sizes)}
+    scene, env = load(f"scene/calvin_scene_{scene}"), load("env/play_table_env")
+    cfg = OmegaConf.create({"data_path": str(root/"data"), "use_vr": False, "robot": robot,
+                            "cameras": cameras, "scene": scene, "env": env})
     cfg.env.update(use_egl=egl, show_gui=False, use_scene_info=True, seed=seed)
     return cfg
 
@@ -172,31 +195,35 @@ from importlib.util import find_spec
 import pybullet
 pybullet.connect(pybullet.DIRECT)
 plugin = pybullet.loadPlugin(find_spec("eglRenderer").origin, "_eglRendererPlugin")
-picture = pybullet.getCameraImage(32, 32)[2]
-sys.exit(0 if plugin >= 0 and picture.min() < picture.max() else "EGL draws nothing")
+image = pybullet.getCameraImage(32, 32)[2]
+sys.exit(0 if plugin >= 0 and image.min() < image.max() else "EGL draws nothing")
 """
 
 @lru_cache
 def egl_device(
     timeout:float=60., # seconds
 )->str: # empty if EGL cannot draw here
-    "What EGL draws with, found out in a process of its own."
+    "The device that EGL draws with, by trying it in a process of its own."
     if not find_spec("pybullet"): return ""
-    try: run = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, errors="replace", timeout=timeout)
+    command, text = [sys.executable, "-c", _PROBE], dict(text=True, errors="replace")
+    try: run = subprocess.run(command, capture_output=True, timeout=timeout, **text)
     except subprocess.TimeoutExpired: return ""
-    said = dict(re.findall(r"^GL_(RENDERER|VERSION)=(.*)$", run.stdout, re.M))
-    return ", ".join(part.strip() for part in said.values()) if run.returncode == 0 else ""
+    names = dict(re.findall(r"^GL_(RENDERER|VERSION)=(.*)$", run.stdout, re.M))
+    return ", ".join(name.strip() for name in names.values()) if run.returncode == 0 else ""
 
 def renderer_of(
     renderer:str|None=None, # "egl" or "tiny"; None: EGL if it can draw
 )->tuple: # whether it is EGL, and its description
     "The renderer to be used."
-    if renderer not in (None, "egl", "tiny"): raise ValueError(f"there is no renderer {renderer!r}: choose egl or tiny")
-    device, version = renderer != "tiny" and egl_device(), f"PyBullet {importlib.metadata.version('pybullet')}"
+    if renderer not in (None, "egl", "tiny"):
+        raise ValueError(f"there is no renderer {renderer!r}: choose egl or tiny")
+    device = renderer != "tiny" and egl_device()
+    version = f"PyBullet {importlib.metadata.version('pybullet')}"
     if device: return True, f"EGL, {device}, {version}"
     if renderer != "egl": return False, f"TinyRenderer, {version}"
-    raise RuntimeError("EGL cannot draw here: on Debian install libegl1 libegl-mesa0 libgl1-mesa-dri, or the driver of the graphics card; "
-                       "renderer='tiny' needs neither")
+    raise RuntimeError("EGL cannot draw here: on Debian install libegl1 libegl-mesa0 "
+                       "libgl1-mesa-dri, or the driver of the graphics card; renderer='tiny' "
+                       "needs neither")
 
 # %% ../../nbs/12_benchmarks/00_calvin_install.ipynb #62a22131
 def _quiet(base):
@@ -219,13 +246,15 @@ def build_calvin(
     module = load_calvin(root)
     env = _quiet(module.PlayTableSimEnv)
     wanted = {name: cfg.env[name] for name in cfg.env if not name.startswith("_")}
-    loader = mock.patch.object(pkgutil, "get_loader", getattr(pkgutil, "get_loader", _get_loader), create=True)
-    with mock.patch.object(module, "get_git_commit_hash", lambda *_: commit_of(root)), loader: return env(**wanted)
+    get_loader = getattr(pkgutil, "get_loader", _get_loader)
+    loader = mock.patch.object(pkgutil, "get_loader", get_loader, create=True)
+    commit = mock.patch.object(module, "get_git_commit_hash", lambda *_: commit_of(root))
+    with commit, loader: return env(**wanted)
 
 # %% ../../nbs/12_benchmarks/00_calvin_install.ipynb #80d58428
 def calvin_oracle(
     root=None, # of the checkout, see `calvin_root`
-): # with get_task_info(start_info, info) -> set of task names, of calvin_env's own infos
+): # with get_task_info(start_info, info) -> set of task names, from calvin_env's own infos
     "calvin_env's oracle."
     from omegaconf import OmegaConf
     load_calvin(root := calvin_root(root))

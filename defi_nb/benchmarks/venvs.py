@@ -19,12 +19,16 @@ from pathlib import Path
 from ..core.utils import format_bytes, read_own_json, write_whole
 
 # %% ../../nbs/12_benchmarks/04_venvs.ipynb #38d6aa21
-_WIRE = ("msgpack>=1.0", "websockets>=13") # what `defi_nb.serve.protocol` needs
-PIP_RECIPES = { # environment -> what pip is given
-    "maniskill3": {"first": ("torch==2.13.0",), "then": ("mani-skill==3.0.1", *_WIRE), "constraints": ()},
-    "simplerenv": {"first": ("numpy==1.26.4",), "then": ("-e", "{checkout}/ManiSkill2_real2sim", "-e", "{checkout}", *_WIRE), "constraints": ("sapien==2.2.2",)},
-    "libero": {"first": ("torch==2.13.0",), "then": ("hf-libero==0.1.4", *_WIRE), "constraints": ("torchvision==0.28.0", "robosuite==1.4.0", "mujoco<3.9")}}
-BENCHMARKS = {"simpler": ("maniskill3", "simplerenv"), "libero": ("libero",)} # benchmark -> environments that can play it
+_WIRE = ("msgpack>=1.0", "websockets>=13") # for `defi_nb.serve.protocol`
+_SIMPLER = ("-e", "{checkout}/ManiSkill2_real2sim", "-e", "{checkout}", *_WIRE)
+PIP_RECIPES = { # environment -> requirements for pip
+    "maniskill3": {"first": ("torch==2.13.0",), "then": ("mani-skill==3.0.1", *_WIRE),
+                   "constraints": ()},
+    "simplerenv": {"first": ("numpy==1.26.4",), "then": _SIMPLER,
+                   "constraints": ("sapien==2.2.2",)},
+    "libero": {"first": ("torch==2.13.0",), "then": ("hf-libero==0.1.4", *_WIRE),
+               "constraints": ("torchvision==0.28.0", "robosuite==1.4.0", "mujoco<3.9")}}
+BENCHMARKS = {"simpler": ("maniskill3", "simplerenv"), "libero": ("libero",)} # -> environments
 SETTINGS = "defi_nb.json" # in an environment's folder
 
 def python_of(folder): # of an environment
@@ -34,66 +38,109 @@ def python_of(folder): # of an environment
 def read_settings(
     folder, # of an environment
 )->dict: # {"simulator", "assets", "checkout", "environment": variables of its processes, ...}
-    "What `setup` wrote down of an environment; `FileNotFoundError` with the command that makes it."
+    "Settings of an environment; `FileNotFoundError` with the command that makes it."
     path = Path(folder)/SETTINGS
     if not path.is_file():
-        raise FileNotFoundError(f"there is no simulator in {folder}: make one with `defi-nb bench setup simpler` or `defi-nb bench setup libero`")
+        raise FileNotFoundError(f"there is no simulator in {folder}: make one with "
+                                "`defi-nb bench setup simpler` or `defi-nb bench setup libero`")
     return read_own_json(path, "make the environment again (`defi-nb bench setup`)")
 
+# %% ../../nbs/12_benchmarks/04_venvs.ipynb #5a4300b2
 def _package_alone(folder):
-    "A folder with nothing but a link to this package in it: where it is installed, other packages would come along."
-    link, package = Path(folder).resolve()/"ours"/"defi_nb", Path(str(resources.files("defi_nb"))).resolve()
+    "A folder with only a link to this package: where it is installed, others would come along."
+    link = Path(folder).resolve()/"ours"/"defi_nb"
+    package = Path(str(resources.files("defi_nb"))).resolve()
     if not link.exists() or link.resolve() != package:
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(package)
     return link.parent
 
+_NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "MUJOCO_GL", "PYOPENGL_PLATFORM")
+
 def environment_of(
     folder, # of an environment
 )->dict: # variables for `subprocess`
-    "The variables that a process of this environment starts with; this package can be imported there, and nothing else of ours."
-    ours = {"PYTHONPATH": str(_package_alone(folder)), "PYTHONNOUSERSITE": "1", "PYTHONUNBUFFERED": "1"}
-    return {**{k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "MUJOCO_GL", "PYOPENGL_PLATFORM")},
-            **read_settings(folder).get("environment", {}), **ours}
+    "Variables of a process of this environment, with this package as the only one of ours."
+    inherited = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
+    own = {"PYTHONPATH": str(_package_alone(folder)), "PYTHONNOUSERSITE": "1",
+           "PYTHONUNBUFFERED": "1"}
+    return {**inherited, **read_settings(folder).get("environment", {}), **own}
 
 # %% ../../nbs/12_benchmarks/04_venvs.ipynb #0f00a984
 def _library_variables(
     libraries, # folder into which Debian packages were unpacked, or None
     folder, # of the environment; the driver's file is written there
 )->dict: # variables
-    "What makes a process use drivers from a folder."
+    "Variables with which a process uses drivers from a folder."
     if not libraries: return {}
-    found = sorted(Path(libraries).resolve().glob("usr/lib/*/libvulkan_lvp.so")) + sorted(Path(libraries).resolve().glob("usr/lib/*/libOSMesa.so*"))
-    if not found: raise ValueError(f"{libraries} holds neither libvulkan_lvp.so nor libOSMesa.so below usr/lib: unpack packages into it with `dpkg -x PACKAGE.deb {libraries}`")
-    variables = {"LD_LIBRARY_PATH": str(found[0].parent)}
-    if found[0].name == "libvulkan_lvp.so":
-        driver = {"file_format_version": "1.0.0", "ICD": {"library_path": str(found[0]), "api_version": "1.3.0"}}
-        variables["VK_ICD_FILENAMES"] = str(write_whole(Path(folder).resolve()/"vulkan_driver.json", json.dumps(driver)))
+    root = Path(libraries).resolve()
+    drivers = sorted(root.glob("usr/lib/*/libvulkan_lvp.so"))
+    drivers += sorted(root.glob("usr/lib/*/libOSMesa.so*"))
+    if not drivers:
+        raise ValueError(f"{libraries} holds neither libvulkan_lvp.so nor libOSMesa.so below "
+                         f"usr/lib: unpack packages into it with `dpkg -x PACKAGE.deb {libraries}`")
+    first = drivers[0]
+    variables = {"LD_LIBRARY_PATH": str(first.parent)}
+    if first.name == "libvulkan_lvp.so":
+        icd = {"library_path": str(first), "api_version": "1.3.0"}
+        driver = json.dumps({"file_format_version": "1.0.0", "ICD": icd})
+        path = write_whole(Path(folder).resolve()/"vulkan_driver.json", driver)
+        variables["VK_ICD_FILENAMES"] = str(path)
     return variables
 
 # %% ../../nbs/12_benchmarks/04_venvs.ipynb #edb56dcd
 def _run(command, env=None, log=print):
     "A command to its end; `RuntimeError` with its last lines."
-    log("$ " + " ".join(map(str, command)))
+    text = " ".join(map(str, command))
+    log(f"$ {text}")
     done = subprocess.run([str(c) for c in command], env=env, capture_output=True, text=True)
     if done.returncode:
-        said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-12:])
-        raise RuntimeError(f"`{' '.join(map(str, command))}` ended with code {done.returncode}:\n{said}")
+        output = "\n".join((done.stdout + done.stderr).strip().splitlines()[-12:])
+        raise RuntimeError(f"`{text}` ended with code {done.returncode}:\n{output}")
     return done.stdout
 
 def _commits(checkout): # {"SimplerEnv": ..., "ManiSkill2_real2sim": ...}
-    "What is checked out."
-    of = lambda path: subprocess.run(["git", "-C", str(path), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or "unknown"
-    return {"SimplerEnv": of(checkout), "ManiSkill2_real2sim": of(Path(checkout)/"ManiSkill2_real2sim")}
+    "Commits of a checkout and its submodule."
+    def of(path):
+        command = ["git", "-C", str(path), "rev-parse", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.stdout.strip() or "unknown"
+    return {"SimplerEnv": of(checkout),
+            "ManiSkill2_real2sim": of(Path(checkout)/"ManiSkill2_real2sim")}
 
 def _check_checkout(name, checkout):
+    "Raise `ValueError` unless SimplerEnv, if it is to be installed, has its Python and checkout."
     if name != "simplerenv": return
-    if sys.version_info >= (3, 12): raise ValueError(f"SAPIEN 2.2.2 has no wheel for Python {platform.python_version()}: run setup with Python 3.10 or 3.11")
-    if not checkout or not (Path(checkout)/"simpler_env").is_dir() or not (Path(checkout)/"ManiSkill2_real2sim/mani_skill2_real2sim").is_dir():
-        raise ValueError(f"{checkout} is no checkout of SimplerEnv with its submodule: git clone --recurse-submodules https://github.com/simpler-env/SimplerEnv, "
+    if sys.version_info >= (3, 12):
+        raise ValueError(f"SAPIEN 2.2.2 has no wheel for Python {platform.python_version()}: "
+                         "run setup with Python 3.10 or 3.11")
+    parts = ("simpler_env", "ManiSkill2_real2sim/mani_skill2_real2sim")
+    if not checkout or not all((Path(checkout)/part).is_dir() for part in parts):
+        raise ValueError(f"{checkout} is no checkout of SimplerEnv with its submodule: git clone "
+                         "--recurse-submodules https://github.com/simpler-env/SimplerEnv, "
                          "then --checkout SimplerEnv")
 
+# %% ../../nbs/12_benchmarks/04_venvs.ipynb #1934316b
+def _variables(name, folder, assets, libraries):
+    "Variables of the simulator's processes."
+    own = {}
+    if name == "maniskill3" and assets: own = {"MS_ASSET_DIR": str(Path(assets).resolve())}
+    if name == "libero": own = {"LIBERO_CONFIG_PATH": str(folder/"config")}
+    return {"OMP_NUM_THREADS": "1", **own, **_library_variables(libraries, folder)}
+
+def _install(folder, recipe, checkout, run, log):
+    "Install a recipe into an environment, its first part before the rest."
+    pins = "\n".join((*recipe["first"], *recipe["constraints"])) + "\n"
+    pins = write_whole(folder/"constraints.txt", pins)
+    options = ("--quiet", "--disable-pip-version-check")
+    pip = [python_of(folder), "-m", "pip", "install", *options]
+    run([*pip, *recipe["first"]], log=log)
+    checkout = Path(checkout).resolve() if checkout else ""
+    then = (part.format(checkout=checkout) for part in recipe["then"])
+    run([*pip, "-c", pins, *then], log=log)
+
+# %% ../../nbs/12_benchmarks/04_venvs.ipynb #9ee70084
 def make_environment(
     name:str, # of PIP_RECIPES
     folder, # where it is put; its files stay there
@@ -101,120 +148,177 @@ def make_environment(
     assets=None, # folder of the simulator's assets; None: the simulator's own place
     libraries=None, # folder of unpacked Debian packages that draw, see `_library_variables`
     run=_run, # runs a command, for tests
-    log=print, # told what is done
+    log=print, # called with each command
 )->Path: # the folder
     "Make a simulator's virtual environment, or complete it."
-    if name not in PIP_RECIPES: raise ValueError(f"no environment is called {name!r}: choose {', '.join(PIP_RECIPES)}")
+    if name not in PIP_RECIPES:
+        raise ValueError(f"no environment is called {name!r}: choose {', '.join(PIP_RECIPES)}")
     _check_checkout(name, checkout)
-    if assets and not Path(assets).is_dir(): raise ValueError(f"{assets} is no folder: give that of the assets, or leave --assets out")
-    folder, recipe = Path(folder).resolve(), PIP_RECIPES[name]
+    if assets and not Path(assets).is_dir():
+        raise ValueError(f"{assets} is no folder: give that of the assets, or leave --assets out")
+    folder = Path(folder).resolve()
     if not python_of(folder).exists(): run([sys.executable, "-m", "venv", folder], log=log)
-    pins = write_whole(folder/"constraints.txt", "\n".join((*recipe["first"], *recipe["constraints"])) + "\n")
-    pip = [python_of(folder), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    run([*pip, *recipe["first"]], log=log)
-    run([*pip, "-c", pins, *(part.format(checkout=Path(checkout).resolve() if checkout else "") for part in recipe["then"])], log=log)
-    settings = {"simulator": name, "assets": str(Path(assets).resolve()) if assets else None, "checkout": str(Path(checkout).resolve()) if checkout else None,
-                "commits": _commits(checkout) if checkout else None, "environment": _variables(name, folder, assets, libraries)}
+    _install(folder, PIP_RECIPES[name], checkout, run, log)
+    absolute = lambda path: str(Path(path).resolve()) if path else None
+    settings = {"simulator": name, "assets": absolute(assets), "checkout": absolute(checkout),
+                "commits": _commits(checkout) if checkout else None,
+                "environment": _variables(name, folder, assets, libraries)}
     write_whole(folder/SETTINGS, json.dumps(settings, indent=1))
     return folder
 
-def _variables(name, folder, assets, libraries):
-    "Variables of the simulator's processes."
-    mine = {"maniskill3": {"MS_ASSET_DIR": str(Path(assets).resolve())} if assets else {}, "simplerenv": {}, "libero": {"LIBERO_CONFIG_PATH": str(folder/"config")}}
-    return {"OMP_NUM_THREADS": "1", **mine[name], **_library_variables(libraries, folder)}
-
 # %% ../../nbs/12_benchmarks/04_venvs.ipynb #761816de
+_SERVE = "import defi_nb.benchmarks.worker; print('ok')"
 PROBES = { # environment -> code that prints what it found, and fails where it finds nothing
-    "maniskill3": {"packages": "import json, torch, numpy, sapien, gymnasium, msgpack, websockets; from importlib.metadata import version; print('mani-skill', version('mani-skill'), 'sapien', sapien.__version__, 'torch', torch.__version__, 'numpy', numpy.__version__)",
-                   "drawing": "import sapien; print(' '.join(sapien.render.get_device_summary().split())); sapien.render.RenderSystem('cpu')",
-                   "wire": "import defi_nb.benchmarks.worker; print('ok')"},
-    "simplerenv": {"packages": "import sapien, numpy, msgpack, websockets; assert numpy.__version__ < '2', 'NumPy 2 crashes SAPIEN 2'; import mani_skill2_real2sim.envs; print('sapien', sapien.__version__, 'numpy', numpy.__version__)",
-                   "drawing": "import sapien.core as s; engine = s.Engine(); r = s.SapienRenderer(); engine.set_renderer(r); engine.create_scene(); print('SAPIEN 2 draws')",
-                   "wire": "import defi_nb.benchmarks.worker; print('ok')"},
-    "libero": {"packages": "from importlib.metadata import version; print(*(f'{p} {version(p)}' for p in ('hf-libero', 'robosuite', 'mujoco', 'torch', 'numpy', 'msgpack', 'websockets')))",
-               "drawing": "import os, mujoco; m = mujoco.MjModel.from_xml_string('<mujoco><worldbody><geom size=\".1\"/></worldbody></mujoco>'); d = mujoco.MjData(m); mujoco.mj_forward(m, d); r = mujoco.Renderer(m, 16, 16); r.update_scene(d); print(os.environ['MUJOCO_GL'], 'draws, mean', int(r.render().mean())); os._exit(0)",
-               "wire": "import defi_nb.benchmarks.worker; print('ok')"}}
+    "maniskill3": {
+        "packages": "import json, torch, numpy, sapien, gymnasium, msgpack, websockets; "
+                    "from importlib.metadata import version; "
+                    "print('mani-skill', version('mani-skill'), 'sapien', sapien.__version__, "
+                    "'torch', torch.__version__, 'numpy', numpy.__version__)",
+        "drawing": "import sapien; print(' '.join(sapien.render.get_device_summary().split())); "
+                   "sapien.render.RenderSystem('cpu')",
+        "wire": _SERVE},
+    "simplerenv": {
+        "packages": "import sapien, numpy, msgpack, websockets; "
+                    "assert numpy.__version__ < '2', 'NumPy 2 crashes SAPIEN 2'; "
+                    "import mani_skill2_real2sim.envs; "
+                    "print('sapien', sapien.__version__, 'numpy', numpy.__version__)",
+        "drawing": "import sapien.core as s; engine = s.Engine(); r = s.SapienRenderer(); "
+                   "engine.set_renderer(r); engine.create_scene(); print('SAPIEN 2 draws')",
+        "wire": _SERVE},
+    "libero": {
+        "packages": "from importlib.metadata import version; names = ('hf-libero', 'robosuite', "
+                    "'mujoco', 'torch', 'numpy', 'msgpack', 'websockets'); "
+                    "print(*(f'{p} {version(p)}' for p in names))",
+        "drawing": "import os, mujoco; "
+                   "m = mujoco.MjModel.from_xml_string('<mujoco><worldbody><geom size=\".1\"/>"
+                   "</worldbody></mujoco>'); d = mujoco.MjData(m); mujoco.mj_forward(m, d); "
+                   "r = mujoco.Renderer(m, 16, 16); r.update_scene(d); "
+                   "print(os.environ['MUJOCO_GL'], 'draws, mean', int(r.render().mean())); "
+                   "os._exit(0)",
+        "wire": _SERVE}}
 
-_MESA = ("install Mesa 25 or newer (Debian 12: `apt install -t bookworm-backports mesa-vulkan-drivers libvulkan1`), or, without the right to, "
-        "download those packages with `apt-get download`, unpack each with `dpkg -x PACKAGE.deb FOLDER`, and run setup again with --libraries FOLDER")
-_CHECK_REMEDIES = {
-    "packages": "run `defi-nb bench setup` again; it completes what is there",
-    "drawing": {"maniskill3": _MESA, "simplerenv": _MESA + "; on the CPU SAPIEN 2 also needs VK_KHR_external_semaphore_fd, which lavapipe has from Mesa 26 on; with an older one, a Vulkan layer that drops this extension will do",
-                "libero": "install libosmesa6 or libegl1 (or unpack them into a folder, and run setup again with --libraries FOLDER)"},
-    "wire": "the environment lacks msgpack or websockets: run `defi-nb bench setup` again"}
-
+# %% ../../nbs/12_benchmarks/04_venvs.ipynb #5cc02bf9
 def probe(
     folder, # of an environment
     code:str, # Python that prints one line
     timeout:float=180., # seconds
-    **variables, # of the process, beside the environment's own
+    **variables, # of the process, in addition to the environment's own
 )->tuple: # (whether it succeeded, the last line it printed or the last line of its error)
-    "Try something in a process of an environment; what it breaks is only that process."
-    try: done = subprocess.run([str(python_of(folder)), "-c", code], env=environment_of(folder) | variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
+    "Run code in a process of an environment."
+    command, env = [str(python_of(folder)), "-c", code], environment_of(folder) | variables
+    options = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
+    try: done = subprocess.run(command, env=env, **options)
     except FileNotFoundError: return False, "there is no interpreter"
     except subprocess.TimeoutExpired: return False, f"no answer within {timeout:g} s"
-    said = (done.stderr if done.returncode else done.stdout).strip().splitlines() or [""]
-    return done.returncode == 0, said[-1] if done.returncode >= 0 else f"killed by signal {-done.returncode} {said[-1]}"
-
-def _drawing_libero(folder):
-    "The first of EGL and OSMesa that draws, which is then kept."
-    settings = read_settings(folder)
-    for way in dict.fromkeys([settings["environment"].get("MUJOCO_GL", "egl"), "egl", "osmesa"]):
-        ok, said = probe(folder, PROBES["libero"]["drawing"], MUJOCO_GL=way, PYOPENGL_PLATFORM=way)
-        if not ok: continue
-        settings["environment"] |= {"MUJOCO_GL": way, "PYOPENGL_PLATFORM": way}
-        write_whole(Path(folder)/SETTINGS, json.dumps(settings, indent=1))
-        return True, said
-    return False, said
+    output = (done.stderr if done.returncode else done.stdout).strip().splitlines() or [""]
+    if done.returncode < 0: return False, f"killed by signal {-done.returncode} {output[-1]}"
+    return done.returncode == 0, output[-1]
 
 # %% ../../nbs/12_benchmarks/04_venvs.ipynb #a14faf46
 _BRIDGE = "data/tasks/bridge_v2_real2sim_dataset"
 ASSETS = { # environment -> files of which each stands for a kind
-    "maniskill3": (f"{_BRIDGE}/custom/info_bridge_custom_v0.json", f"{_BRIDGE}/real_inpainting/bridge_real_eval_1.png", f"{_BRIDGE}/stages/bridge_table_1_v1.glb",
-                   f"{_BRIDGE}/stages/bridge_table_1_v2.glb", f"{_BRIDGE}/custom/models/bridge_carrot_generated_modified/collision.obj",
-                   f"{_BRIDGE}/custom/models/eggplant/collision.obj", "data/robots/widowx/wx250s.urdf"),
-    "simplerenv": ("custom/info_pick_custom_v0.json", "real_inpainting/google_coke_can_real_eval_1.png", "hab2_bench_assets/stages/google_pick_coke_can_1_v4.glb",
-                   "hab2_bench_assets/stages/bridge_table_1_v1.glb", "hab2_bench_assets/stages/modern_office_no_roof.glb"),
-    "libero": ("articulated_objects/wooden_cabinet.xml", "scenes/libero_tabletop_base_style.xml", "stable_scanned_objects/akita_black_bowl/visual/akita_black_bowl_vis.msh",
-               "stable_hope_objects/tomato_sauce/textured.obj", "turbosquid_objects/wooden_tray/wooden_tray.xml", "textures/gray_wall.png")}
+    "maniskill3": (
+        f"{_BRIDGE}/custom/info_bridge_custom_v0.json",
+        f"{_BRIDGE}/real_inpainting/bridge_real_eval_1.png",
+        f"{_BRIDGE}/stages/bridge_table_1_v1.glb", f"{_BRIDGE}/stages/bridge_table_1_v2.glb",
+        f"{_BRIDGE}/custom/models/bridge_carrot_generated_modified/collision.obj",
+        f"{_BRIDGE}/custom/models/eggplant/collision.obj", "data/robots/widowx/wx250s.urdf"),
+    "simplerenv": (
+        "custom/info_pick_custom_v0.json", "real_inpainting/google_coke_can_real_eval_1.png",
+        "hab2_bench_assets/stages/google_pick_coke_can_1_v4.glb",
+        "hab2_bench_assets/stages/bridge_table_1_v1.glb",
+        "hab2_bench_assets/stages/modern_office_no_roof.glb"),
+    "libero": (
+        "articulated_objects/wooden_cabinet.xml", "scenes/libero_tabletop_base_style.xml",
+        "stable_scanned_objects/akita_black_bowl/visual/akita_black_bowl_vis.msh",
+        "stable_hope_objects/tomato_sauce/textured.obj",
+        "turbosquid_objects/wooden_tray/wooden_tray.xml", "textures/gray_wall.png")}
 
 def _asset_folder(
     folder, # of an environment
 )->Path|None: # None: it is not known before the environment is made
-    "Where a simulator looks for its assets."
+    "The folder in which a simulator looks for its assets."
     settings = read_settings(folder)
+    name = settings["simulator"]
     if settings.get("assets"): return Path(settings["assets"])
-    if settings["simulator"] == "maniskill3": return Path(os.environ.get("MS_ASSET_DIR", Path.home()/".maniskill"))
-    if settings["simulator"] == "simplerenv": return Path(settings["checkout"])/"ManiSkill2_real2sim/data"
-    return next(iter(Path(folder).glob("lib/python*/site-packages/libero/libero")), Path(folder))/"assets"
+    if name == "maniskill3": return Path(os.environ.get("MS_ASSET_DIR", Path.home()/".maniskill"))
+    if name == "simplerenv": return Path(settings["checkout"])/"ManiSkill2_real2sim/data"
+    packages = Path(folder).glob("lib/python*/site-packages/libero/libero")
+    return next(iter(packages), Path(folder))/"assets"
 
-def _asset_remedy(folder):
-    "What brings a simulator's assets."
-    return {"maniskill3": f"`{python_of(folder)} -m mani_skill.utils.download_asset bridge_v2_real2sim -y` and `... widowx250s -y` (Hugging Face and GitHub), "
-                          "or --assets FOLDER with data/tasks/bridge_v2_real2sim_dataset and data/robots/widowx in it",
-            "simplerenv": "`git submodule update --init --recursive` in the checkout, and see that its large files (data/hab2_bench_assets/stages/*.glb) came along",
-            "libero": "LIBERO downloads them from Hugging Face when a task is first opened; without a network give --assets FOLDER, the libero/libero/assets of a checkout of Lifelong-Robot-Learning/LIBERO"}[read_settings(folder)["simulator"]]
+# %% ../../nbs/12_benchmarks/04_venvs.ipynb #f96a1852
+_MESA = ("install Mesa 25 or newer (Debian 12: `apt install -t bookworm-backports "
+         "mesa-vulkan-drivers libvulkan1`), or, without the right to, download those packages with "
+         "`apt-get download`, unpack each with `dpkg -x PACKAGE.deb FOLDER`, and run setup again "
+         "with --libraries FOLDER")
+_SEMAPHORE = ("; on the CPU SAPIEN 2 also needs VK_KHR_external_semaphore_fd, which lavapipe has "
+              "from Mesa 26 on; with an older one, a Vulkan layer that drops this extension will "
+              "do")
+_CHECK_REMEDIES = {
+    "packages": "run `defi-nb bench setup` again; it completes what is there",
+    "drawing": {"maniskill3": _MESA, "simplerenv": _MESA + _SEMAPHORE,
+                "libero": "install libosmesa6 or libegl1 (or unpack them into a folder, and run "
+                          "setup again with --libraries FOLDER)"},
+    "wire": "the environment lacks msgpack or websockets: run `defi-nb bench setup` again"}
+_ASSET_REMEDIES = {
+    "maniskill3": "`{python} -m mani_skill.utils.download_asset bridge_v2_real2sim -y` and "
+                  "`... widowx250s -y` (Hugging Face and GitHub), or --assets FOLDER with "
+                  "data/tasks/bridge_v2_real2sim_dataset and data/robots/widowx in it",
+    "simplerenv": "`git submodule update --init --recursive` in the checkout, and see that its "
+                  "large files (data/hab2_bench_assets/stages/*.glb) came along",
+    "libero": "LIBERO downloads them from Hugging Face when a task is first opened; without a "
+              "network give --assets FOLDER, the libero/libero/assets of a checkout of "
+              "Lifelong-Robot-Learning/LIBERO"}
+
+def _drawing_libero(folder):
+    "The first of EGL and OSMesa that draws, which is then kept."
+    settings = read_settings(folder)
+    chosen = settings["environment"].get("MUJOCO_GL", "egl")
+    for library in dict.fromkeys([chosen, "egl", "osmesa"]):
+        variables = {"MUJOCO_GL": library, "PYOPENGL_PLATFORM": library}
+        ok, output = probe(folder, PROBES["libero"]["drawing"], **variables)
+        if not ok: continue
+        settings["environment"] |= variables
+        write_whole(Path(folder)/SETTINGS, json.dumps(settings, indent=1))
+        return True, output
+    return False, output
+
+# %% ../../nbs/12_benchmarks/04_venvs.ipynb #96399587
+def _missing_assets(folder):
+    "Where the assets are looked for, and those that are not there."
+    place = _asset_folder(folder)
+    files = ASSETS[read_settings(folder)["simulator"]]
+    missing = [path for path in files if not (place/path).exists()]
+    if missing: return missing, f"{place}: missing {', '.join(missing)}"
+    return missing, f"{place}: all {len(files)} that were looked for"
 
 def check_environment(
     folder, # of an environment
 )->list: # of {"what", "ok", "found", "remedy"}
-    "Look at everything a simulator needs."
+    "Check everything a simulator needs."
     name, findings = read_settings(folder)["simulator"], []
-    def note(what, ok, found, remedy): findings.append({"what": what, "ok": bool(ok), "found": found, "remedy": "" if ok else remedy})
+    def note(what, ok, found, remedy):
+        remedy = "" if ok else remedy
+        findings.append({"what": what, "ok": bool(ok), "found": found, "remedy": remedy})
     for what, code in PROBES[name].items():
-        ok, said = _drawing_libero(folder) if (name, what) == ("libero", "drawing") else probe(folder, code)
-        note(what, ok, said, _CHECK_REMEDIES[what][name] if what == "drawing" else _CHECK_REMEDIES[what])
-    place = _asset_folder(folder)
-    missing = [path for path in ASSETS[name] if not (place/path).exists()]
-    note("assets", not missing, f"{place}: " + (f"missing {', '.join(missing)}" if missing else f"all {len(ASSETS[name])} that were looked for"), _asset_remedy(folder))
+        libero_drawing = (name, what) == ("libero", "drawing")
+        ok, output = _drawing_libero(folder) if libero_drawing else probe(folder, code)
+        remedy = _CHECK_REMEDIES[what]
+        note(what, ok, output, remedy[name] if what == "drawing" else remedy)
+    missing, found = _missing_assets(folder)
+    note("assets", not missing, found, _ASSET_REMEDIES[name].format(python=python_of(folder)))
     free = shutil.disk_usage(folder).free
-    note("room", free > 1e9, f"{format_bytes(free)} free", "simulators compile shaders and unpack models: make a gigabyte of room")
+    note("room", free > 1e9, f"{format_bytes(free)} free",
+         "simulators compile shaders and unpack models: make a gigabyte of room")
     return findings
 
+# %% ../../nbs/12_benchmarks/04_venvs.ipynb #ae9f549e
 def findings_text(
     findings, # of `check_environment`
 )->str: # lines
-    "What was found, and what to do, as lines for a terminal."
+    "Findings and remedies as lines for a terminal."
     lines = []
-    for f in findings: lines += [f"{'ok ' if f['ok'] else 'NO '} {f['what']:9} {f['found']}"] + [f"    -> {f['remedy']}"]*(not f["ok"])
+    for f in findings:
+        lines.append(f"{'ok ' if f['ok'] else 'NO '} {f['what']:9} {f['found']}")
+        if not f["ok"]: lines.append(f"    -> {f['remedy']}")
     return "\n".join(lines)

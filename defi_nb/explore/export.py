@@ -28,7 +28,7 @@ SUFFIXES = (".png", ".svg", ".mp4", ".html") # what a view can be written as
 
 @dataclass(frozen=True)
 class View:
-    "A drawing, and a film where it moves."
+    "A drawing with its title, and a film where it moves."
     title:str # one line
     draw:Callable # () -> an object with `image(kind, dpi)` and `html()`
     frames:Callable|None = None # () -> (T,3,H,W) or (T,H,W,3) uint8, moving
@@ -37,12 +37,14 @@ class View:
     def _repr_png_(self): return self.draw().image()
 
 # %% ../../nbs/10_explore/02_export.ipynb #efe66c1f
-_STYLE = "body{font-family:sans-serif;max-width:1200px;margin:1em auto}h2{font-size:1.1em}svg{max-width:100%}"
+_STYLE = ("body{font-family:sans-serif;max-width:1200px;margin:1em auto}h2{font-size:1.1em}"
+          "svg{max-width:100%}")
 
 def _video_html(view):
     "The frames as a video in a page."
     source = base64.b64encode(encode_mp4(view.frames(), view.hz)).decode()
-    return ('<video controls loop muted playsinline autoplay style="width:min(100%,640px);image-rendering:pixelated" '
+    return ('<video controls loop muted playsinline autoplay '
+            'style="width:min(100%,640px);image-rendering:pixelated" '
             f'src="data:video/mp4;base64,{source}"></video>')
 
 def _view_page(
@@ -50,7 +52,8 @@ def _view_page(
 )->str: # a page that needs nothing else
     "Views as one page of HTML."
     get_plotlyjs = needed("plotly.offline", "lab").get_plotlyjs
-    parts = [f"<h2>{html.escape(v.title)}</h2>\n{v.draw().html()}\n{_video_html(v) if v.frames else ''}" for v in views]
+    film = lambda view: _video_html(view) if view.frames else ""
+    parts = [f"<h2>{html.escape(v.title)}</h2>\n{v.draw().html()}\n{film(v)}" for v in views]
     body, title = "\n".join(parts), html.escape(views[0].title)
     program = f"<script>{get_plotlyjs()}</script>" if "Plotly.newPlot" in body else ""
     return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -59,15 +62,17 @@ def _view_page(
 # %% ../../nbs/10_explore/02_export.ipynb #2091d8eb
 @patch
 def save(self:View,
-    path, # its ending, one of `SUFFIXES`, says as what
+    path, # its ending, one of `SUFFIXES`, selects the form
     dpi:float=200, # dots per inch of a png
 )->Path: # the same path
     "Write a view as an image, a video or a page."
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"can't write a view to {path}: its name must end in {', '.join(SUFFIXES[:-1])} or .html")
+        raise ValueError(f"can't write a view to {path}: its name must end in "
+                         f"{', '.join(SUFFIXES[:-1])} or .html")
     if path.suffix == ".mp4" and self.frames is None:
-        raise ValueError(f"{self.title!r} does not move, so it can't be written to {path}: choose .png, .svg or .html")
+        raise ValueError(f"{self.title!r} does not move, so it can't be written to {path}: "
+                         "choose .png, .svg or .html")
     if path.suffix == ".mp4": content = encode_mp4(self.frames(), self.hz)
     elif path.suffix == ".html": content = _view_page([self]).encode()
     else: content = self.draw().image(path.suffix[1:], dpi)
@@ -80,9 +85,9 @@ def _side_by_side(videos, side=256):
     return np.concatenate([np.stack([resize_square(f, side) for f in v]) for v in videos], 2)
 
 def _video_view(
-    state:ViewState, # whose episode is wanted
+    state:ViewState, # of the episode
 )->View:
-    "The episode."
+    "View of the episode."
     e = state.episode
     return View(f"{e.name}: {e.text}", lambda: paint_video(e.video, CONTROL_HZ),
                 lambda: _side_by_side(e.video.values()))
@@ -90,12 +95,13 @@ def _video_view(
 def _future_view(
     state:ViewState, # the moment
 )->View:
-    "What comes, and what is predicted."
+    "View of the recorded and the predicted frames."
     state = replace(state, heat=False)
     whole = [row for row in state.frames()[0].values() if not isinstance(row[-1], str)]
-    return View(f"after control step {state.t}, {state.view} camera: what was recorded, and what is predicted for "
-                f"{state.query.text!r} in {state.query.steps} steps of the sampler", state.strip_panel,
-                lambda: _side_by_side(whole), CONTROL_HZ/max(1, state.sessions[0].offsets[1]))
+    title = (f"after control step {state.t}, {state.view} camera: what was recorded, and what is "
+             f"predicted for {state.query.text!r} in {state.query.steps} steps of the sampler")
+    hz = CONTROL_HZ/max(1, state.sessions[0].offsets[1])
+    return View(title, state.strip_panel, lambda: _side_by_side(whole), hz)
 
 # %% ../../nbs/10_explore/02_export.ipynb #d965868e
 def _denoising_view(
@@ -103,11 +109,14 @@ def _denoising_view(
     steps:tuple=(1, 2, 5, 10, 20), # of the samplers
 )->View:
     "The predicted frames by the number of the sampler's steps."
-    why = {s.name: s.missing.get("future", f"it has no {state.view} camera") for s in state.sessions
-           if "future" in s.missing or state.view not in s.policy.cfg.views}
-    able = [s for s in state.sessions if s.name not in why]
+    reasons, able = [], []
+    for s in state.sessions:
+        reason = s.missing.get("future", f"it has no {state.view} camera")
+        unable = "future" in s.missing or state.view not in s.policy.cfg.views
+        if unable: reasons.append(f"{s.name} is {reason}")
+        else: able.append(s)
     if not able:
-        raise ValueError("there is no denoising of video to show: " + "; ".join(f"{n} is {w}" for n, w in why.items()))
+        raise ValueError(f"there is no denoising of video to show: {'; '.join(reasons)}")
     def draw():
         columns = default_columns(able[0])
         offsets = [able[0].offsets[c] for c in columns]
@@ -122,20 +131,21 @@ def _heat_film(
     state:ViewState, # the choice; its moment is without meaning
     side:int=256, # of a frame, pixels
 )->np.ndarray: # (N,side,n*side,3) uint8
-    "What the policies attend to, over the whole episode."
+    "Attention of the policies over the whole episode."
     film = []
     for t, frame in enumerate(state.episode.video[state.view]):
         now = replace(state, query=replace(state.query, t=t))
         for s in now.sessions: s.answer(now.query, ("maps",))
         heats = [now.heat_maps(i).get("present") for i in range(len(now.sessions))]
         frame = resize_square(frame, side)
-        film.append(np.concatenate([overlay(frame, h, alpha=COVER) for h in heats if h is not None], 1))
+        laid = [overlay(frame, heat, alpha=COVER) for heat in heats if heat is not None]
+        film.append(np.concatenate(laid, 1))
     return np.stack(film)
 
 def _heatmap_view(
     state:ViewState, # the moment
 )->View:
-    "What the policies attend to: on the frames, or between tokens."
+    "View of the attention of the policies: on the frames, or between tokens."
     state = replace(state, heat=True)
     if state.table_panel() is not None: return View(state.caption(), state.table_panel)
     if not any(state.heat_maps(i) for i in range(len(state.sessions))):
@@ -147,32 +157,34 @@ def _heatmap_view(
 def _codes_view(
     state:ViewState, # the moment, which is marked
 )->View:
-    "The codes over time."
+    "View of the codes over time."
     for s in state.sessions:
         for t in range(len(state.episode)): s.answer(replace(state.query, t=t), ("codes",))
     codes = state.codes()
     if all(isinstance(c, str) for c in codes.values()):
-        raise ValueError("there are no codes to show: " + "; ".join(f"{n} is {c}" for n, c in codes.items()))
-    wide = replace(state, side=max(state.side, 14*min(len(state.episode), 64)//4 - 3)) # room for numbers
+        reasons = "; ".join(f"{name} is {reason}" for name, reason in codes.items())
+        raise ValueError(f"there are no codes to show: {reasons}")
+    room = 14*min(len(state.episode), 64)//4 - 3 # for numbers
+    wide = replace(state, side=max(state.side, room))
     return View(f"codes over time, asked for {state.query.text!r}", wide.codes_panel)
 
 def _motion_view(
     state:ViewState, # the moment
     part:str="path", # the end effector's "path" in space, or its "actions" over time
 )->View:
-    "One half of the motion, recorded and predicted."
+    "View of one half of the motion, recorded and predicted."
     return View(f"{part} from control step {state.t}", lambda: state.motion_panel((part,)))
 
 # %% ../../nbs/10_explore/02_export.ipynb #ca24b566
-STATIC_VIEWS = dict(video=_video_view, future=_future_view, heatmap=_heatmap_view, codes=_codes_view,
-                    actions=partial(_motion_view, part="actions"), path=_motion_view,
-                    denoising=_denoising_view) # name -> what makes it
+STATIC_VIEWS = dict(video=_video_view, future=_future_view, heatmap=_heatmap_view,
+                    codes=_codes_view, actions=partial(_motion_view, part="actions"),
+                    path=_motion_view, denoising=_denoising_view) # name -> function of a state
 
 def static_view(
     state:ViewState, # the moment
     name:str, # one of `STATIC_VIEWS`
 )->View:
-    "A panel as a view; what it needs and is not known is computed."
+    "A panel as a view; parts of the answer that it needs are computed."
     if name not in STATIC_VIEWS:
         raise ValueError(f"no view is called {name!r}: choose one of {', '.join(STATIC_VIEWS)}")
     for s in state.sessions: s.answer(state.query)
@@ -182,7 +194,7 @@ def show_report(
     state:ViewState, # the moment
     names:tuple=tuple(STATIC_VIEWS), # of the views
 )->None:
-    "Show static views below each other; what can't be shown says why."
+    "Show static views below each other, or the reason where there is none."
     from IPython.display import Markdown, display
     for note in state.notes(): display(Markdown(f"**Note**: {note}."))
     for name in names:

@@ -17,14 +17,14 @@ from ..data.robot_dataset import WindowEpisodes
 from .session import Query, Session
 
 # %% ../../nbs/10_explore/05_rrd.ipynb #7531f0c3
-def _recorded(episode, t): # rows of what happened
+def _recorded(episode, t): # rows of the recording
     for view, video in episode.video.items(): yield f"camera/{view}", "image", video[t]
     if episode.action is not None:
         for name, value in zip(WindowEpisodes.labels, episode.action[t]):
             yield f"action/{name}", "number", float(value)
     if episode.robot_obs is not None: yield "robot/end_effector", "point", episode.robot_obs[t, :3]
 
-def _predicted(session, query): # rows of what the policy makes of a moment
+def _predicted(session, query): # rows of the policy's answer
     answer = session.answer(query, ("chunk", "codes", "future"))
     for view, frames in answer.get("future", {}).items():
         yield f"predicted/{view}", "image", frames[-1]
@@ -37,7 +37,7 @@ def log_rows(
     steps:int=1, # denoising steps of the predicted frames
     seed:int=0, # of the noise
 )->Iterator: # of (control step, name, "image", "number", "point" or "path", value)
-    "What a recording shows, in the order of time."
+    "Rows of an episode and of a policy's answers, in the order of time."
     for t in range(len(session.episode)):
         rows = [*_recorded(session.episode, t)]
         if t % every == 0: rows += _predicted(session, Query(t, session.episode.text, seed, steps))
@@ -51,7 +51,7 @@ def write_rrd(
     steps:int=1, # denoising steps of the predicted frames
     seed:int=0, # of the noise
 )->Path: # the file
-    "Write an episode with what a policy makes of it, for `rerun FILE`."
+    "Write an episode with a policy's answers, for `rerun FILE`."
     rr = needed("rerun", "rerun")
     made = dict(image=lambda x: rr.Image(np.ascontiguousarray(x)), number=rr.Scalars,
                 point=lambda x: rr.Points3D([x]), path=lambda x: rr.LineStrips3D([x]))

@@ -25,19 +25,24 @@ class Teleop:
         t:int=0, # row from which to go on
     ):
         if not episode.scene or episode.scene_obs is None:
-            raise ValueError(f"{episode.name} can't be gone on with: it has no state of a scene A to D, from which the "
-                             "embedded simulator could start; choose a window of a recording")
+            raise ValueError(f"{episode.name} can't be gone on with: it has no state of a scene A "
+                             "to D, from which the embedded simulator could start; choose a window "
+                             "of a recording")
         self.source, self.t, self.queries, self.plan = episode, t, 0, []
-        sizes = [episode.video[view].shape[1] for view in VIEWS]
-        self.env = playtable_env(EvalConfig(scene=episode.scene, static_size=sizes[0], gripper_size=sizes[1]))
+        static, gripper = (episode.video[view].shape[1] for view in VIEWS)
+        config = EvalConfig(scene=episode.scene, static_size=static, gripper_size=gripper)
+        self.env = playtable_env(config)
         self.start_info = self._reset(0) and self.env.get_info()
-        self.observations, self.actions, self.by = [self._reset(t)], [], [] # what was done after each, and by whom
+        self.observations = [self._reset(t)]
+        self.actions, self.by = [], [] # the action after each observation, and who steered
         self.solved = self._solved(self.env.get_info())
 
     def _reset(self, t):
-        return self.env.reset(robot_obs=self.source.robot_obs[t], scene_obs=self.source.scene_obs[t])
+        e = self.source
+        return self.env.reset(robot_obs=e.robot_obs[t], scene_obs=e.scene_obs[t])
 
-    def _solved(self, info): return bool(self.source.task) and solved(self.source.task, self.start_info, info)
+    def _solved(self, info):
+        return bool(self.source.task) and solved(self.source.task, self.start_info, info)
 
     @property
     def obs(self): return self.observations[-1]
@@ -45,26 +50,30 @@ class Teleop:
     @property
     def gripper(self): return int(self.env.gripper_action)
 
-    def step(self,
-        action, # (7,) in [-1, 1]
-        by:str="hand", # who steers: "hand" or "policy"
-    ):
-        "Act for one control step."
-        self.plan = self.plan[1:] if by == "policy" else [] # whoever takes over ends the policy's plan
-        action = np.asarray(action, np.float32).clip(-1, 1)
-        action[-1] = 1 if action[-1] > 0 else -1
-        obs, _, _, info = self.env.step(action.astype(float))
-        for kept, x in ((self.observations, obs), (self.actions, action), (self.by, by)): kept.append(x)
-        self.solved = self.solved or self._solved(info)
+# %% ../../nbs/10_explore/03_teleop.ipynb #85ae79b2
+@patch
+def step(self:Teleop,
+    action, # (7,) in [-1, 1]
+    by:str="hand", # who steers: "hand" or "policy"
+):
+    "Act for one control step."
+    self.plan = self.plan[1:] if by == "policy" else [] # a step by hand ends the policy's plan
+    action = np.asarray(action, np.float32).clip(-1, 1)
+    action[-1] = 1 if action[-1] > 0 else -1
+    obs, _, _, info = self.env.step(action.astype(float))
+    self.observations.append(obs)
+    self.actions.append(action)
+    self.by.append(by)
+    self.solved = self.solved or self._solved(info)
 
 # %% ../../nbs/10_explore/03_teleop.ipynb #ce3df30a
 @patch
 def replan(self:Teleop,
     policy, # with `act(batch, noise)`
     text:str, # instruction
-    size:int, # height and width of the images that it is given, pixels
+    size:int, # height and width of the images that it reads, pixels
     chunk:int, # K, actions that it predicts at once
-    execute:int=10, # of them that will be executed
+    execute:int=10, # number of them to be executed
     seed:int=0, # of its noise
 )->np.ndarray: # (K,7) the chunk
     "Query a policy, and keep its plan."
@@ -77,24 +86,24 @@ def replan(self:Teleop,
 def execute(self:Teleop,
     steps:int|None=None, # control steps; None: all
 ):
-    "Do what is planned."
+    "Execute the plan, or its first steps."
     for action in self.plan[:steps]: self.step(action, "policy")
 
 # %% ../../nbs/10_explore/03_teleop.ipynb #28eb5540
 @patch
 def path(self:Teleop)->np.ndarray: # (n+1,3) metres
-    "Where the end effector has been."
+    "Path of the end effector so far."
     return np.stack([obs["robot_obs"][:3] for obs in self.observations])
 
 @patch
 def episode(self:Teleop)->Episode:
-    "What has happened since, as an episode."
-    stack, e = lambda part: np.stack([part(obs) for obs in self.observations]), self.source
-    rest = np.zeros(ACTION_DIM, np.float32)
-    rest[-1] = self.gripper # nothing has been done at the last row yet
-    return Episode({view: stack(lambda obs, view=view: obs["rgb_obs"][f"rgb_{view}"]) for view in VIEWS}, e.text,
-                   f"live, from row {self.t} of {e.name}", np.stack([*self.actions, rest]),
-                   stack(lambda obs: obs["robot_obs"]), stack(lambda obs: obs["scene_obs"]), e.scene, e.task)
+    "The run so far, as an episode."
+    seen, e, rest = self.observations, self.source, np.zeros(ACTION_DIM, np.float32)
+    rest[-1] = self.gripper # no action at the last row yet
+    video = {v: np.stack([obs["rgb_obs"][f"rgb_{v}"] for obs in seen]) for v in VIEWS}
+    robot, scene = (np.stack([obs[f"{name}_obs"] for obs in seen]) for name in ("robot", "scene"))
+    return Episode(video, e.text, f"live, from row {self.t} of {e.name}",
+                   np.stack([*self.actions, rest]), robot, scene, e.scene, e.task)
 
 # %% ../../nbs/10_explore/03_teleop.ipynb #bcdce656
 # key -> (number of the action, direction)
@@ -106,9 +115,10 @@ def key_action(
     gripper:int, # as it is, +1 open, -1 closed
     speed:float=1., # fraction of the greatest move, in (0, 1]
 )->np.ndarray: # (7,)
-    "The action that a key stands for."
+    "Action of a key."
     if key not in (*KEYS, " "):
-        raise ValueError(f"no key is called {key!r}: choose one of {' '.join(KEYS)} or the space bar")
+        raise ValueError(f"no key is called {key!r}: "
+                         f"choose one of {' '.join(KEYS)} or the space bar")
     action = np.zeros(ACTION_DIM, np.float32)
     action[-1] = -gripper if key == " " else gripper
     if key != " ": action[KEYS[key][0]] = KEYS[key][1]*speed
@@ -119,7 +129,8 @@ _KEY_FIELD_JS = """
 function render({ model, el }) {
   const field = document.createElement("input");
   field.type = "text"; field.className = "defi-keys"; field.placeholder = model.get("hint");
-  field.setAttribute("aria-label", model.get("hint")); field.setAttribute("data-lm-suppress-shortcuts", "true");
+  field.setAttribute("aria-label", model.get("hint"));
+  field.setAttribute("data-lm-suppress-shortcuts", "true");
   field.style.cssText = "width:100%;box-sizing:border-box;padding:6px 8px;caret-color:transparent";
   let sent = 0;
   field.addEventListener("keydown", e => {
@@ -138,7 +149,7 @@ export default { render };
 # %% ../../nbs/10_explore/03_teleop.ipynb #4f4d3e96
 @cache
 def _key_field_class():
-    "The widget's class; whoever works without a page never needs anywidget."
+    "The widget's class, made on first use: without a page nothing needs anywidget."
     anywidget, traitlets = needed("anywidget", "lab"), needed("traitlets", "lab")
     class KeyField(anywidget.AnyWidget):
         _esm = _KEY_FIELD_JS

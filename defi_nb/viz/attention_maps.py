@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['on_grid', 'overlay_video', 'overlay', 'show_heat', 'occlusion', 'Maps', 'Matrix', 'frame_names', 'gidm_rollout',
            'read_gidm', 'former_rollout', 'read_former', 'adapter_rollout', 'read_adapter', 'text_words', 'read_words',
-           'read_dino_words', 'read_times']
+           'read_times', 'read_dino_words']
 
 # %% ../../nbs/09_viz/01_attention_maps.ipynb #068508d3
 import math
@@ -23,9 +23,11 @@ from .attention_recorder import Records
 def on_grid(
     x:Tensor, # (...,P) a number for each patch of a square grid, row by row
 )->Tensor: # (...,row,column)
-    "Patches where they lie in the picture."
+    "Patches in their places in the image."
     side = math.isqrt(x.shape[-1])
-    if side*side != x.shape[-1]: raise ValueError(f"{x.shape[-1]} patches are no square grid: encode square pictures, or resize them")
+    if side*side != x.shape[-1]:
+        raise ValueError(f"{x.shape[-1]} patches are no square grid: encode square images, "
+                         "or resize them")
     return x.unflatten(-1, (side, side))
 
 # %% ../../nbs/09_viz/01_attention_maps.ipynb #d783edd5
@@ -34,7 +36,9 @@ def _heat(heat):
     x = torch.as_tensor(heat).detach().float().cpu()
     x = on_grid(x) if x.ndim == 1 else x
     if x.ndim not in (2, 3) or not x.isfinite().all() or (x < 0).any():
-        raise ValueError(f"heat of shape {tuple(x.shape)} from {x.min():.3g} to {x.max():.3g}; a heat map is (row,column) or (row*column,), one for each frame of a video (T,row,column), and at least 0")
+        raise ValueError(f"heat of shape {tuple(x.shape)} from {x.min():.3g} to {x.max():.3g}; "
+                         "a heat map is (row,column) or (row*column,), one for each frame of a "
+                         "video (T,row,column), and at least 0")
     return x.numpy()
 
 _ALPHA = .75 # weight of the brightest colour
@@ -42,147 +46,183 @@ _ALPHA = .75 # weight of the brightest colour
 def _mix(x, light, alpha=_ALPHA): # x (...) heat in [0, 1], light (...) in [0, 255] -> (...,3) uint8
     import matplotlib
     cover = alpha*(.25 + .75*x)[..., None]
-    return ((1 - cover)*light[..., None] + cover*255*matplotlib.colormaps["inferno"](x)[..., :3]).round().astype(np.uint8)
+    colour = 255*matplotlib.colormaps["inferno"](x)[..., :3]
+    return ((1 - cover)*light[..., None] + cover*colour).round().astype(np.uint8)
 
 def overlay_video(
     video, # (T,3,H,W) or (T,H,W,3) uint8
     heat, # (T,row,column) a map for each frame, or (row,column) one for all; >= 0
-    top:float|None = None, # heat of the brightest colour; None is the greatest there is
+    top:float|None = None, # heat of the brightest colour; None is the maximum
     alpha:float = _ALPHA, # weight of the brightest colour, 0 to 1
 )->np.ndarray: # (T,H,W,3) uint8
     "Heat over the frames of a video, on one scale."
     frames, x = to_hwc(video), _heat(heat)
     x = np.broadcast_to(x, (len(frames), *x.shape)) if x.ndim == 2 else x
-    if len(x) != len(frames): raise ValueError(f"{len(x)} heat maps for {len(frames)} frames: give one for each frame, or one (row,column) for all")
+    if len(x) != len(frames):
+        raise ValueError(f"{len(x)} heat maps for {len(frames)} frames: give one for each frame, "
+                         "or one (row,column) for all")
     rows, columns = (np.arange(n)*m//n for n, m in zip(frames.shape[1:3], x.shape[1:]))
     top = float(x.max()) if top is None else top
     light = frames @ np.array([.299, .587, .114]) # BT.601
     return _mix(np.clip(x[:, rows][:, :, columns]/(top or 1), 0, 1), light, alpha)
 
+# %% ../../nbs/09_viz/01_attention_maps.ipynb #453c0168
 def overlay(
     frame, # (3,H,W) or (H,W,3) uint8
     heat, # (row,column) or (row*column,), >= 0
-    top:float|None = None, # heat of the brightest colour; None is the greatest there is
+    top:float|None = None, # heat of the brightest colour; None is the maximum
     **kw, # as for `overlay_video`
 )->np.ndarray: # (H,W,3) uint8
-    "Heat over a picture."
-    if (heat := _heat(heat)).ndim != 2: raise ValueError(f"heat of shape {heat.shape} for one picture: give (row,column)")
+    "Heat over an image."
+    if (heat := _heat(heat)).ndim != 2:
+        raise ValueError(f"heat of shape {heat.shape} for one image: give (row,column)")
     return overlay_video(frame[None], heat, top, **kw)[0]
 
+# %% ../../nbs/09_viz/01_attention_maps.ipynb #84f13e31
+def _heat_axes(n, columns, size, aspect):
+    "Axes for n images of a given height over width."
+    import matplotlib.pyplot as plt
+    rows, columns = -(-n//columns), min(columns, n)
+    figsize = (columns*size + .9, rows*(size*aspect + .4))
+    style = dict(figsize=figsize, dpi=72, layout="constrained", squeeze=False)
+    grid = plt.subplots(rows, columns, **style)[1].ravel()
+    for spare in grid[n:]: spare.set_axis_off()
+    return grid[:n]
+
+def _heat_bar(ax, top, label):
+    "The colour bar of the axes, mixed as the heat is over middle grey."
+    import matplotlib
+    mixed = matplotlib.colors.ListedColormap(_mix(np.linspace(0, 1, 256), np.full(256, 128.))/255)
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, top or 1), mixed)
+    bar = ax[0].figure.colorbar(scale, ax=list(ax), fraction=.06, shrink=.9)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+
+# %% ../../nbs/09_viz/01_attention_maps.ipynb #52564dad
 def show_heat(
     frames, # (3,H,W) or (H,W,3) uint8, or a list of such, or a dict from title to such
     heats, # as many heat maps, (row,column) or (row*column,)
     ax=None, # as many axes to draw into
     top:float|None = None, # heat of the brightest colour; None is the greatest of all maps
-    label:str = "attention, share", # of the colour bar
-    columns:int = 4, # pictures in a row
-    size:float = 1.7, # of a picture, inches
+    label:str = "attention, fraction", # of the colour bar
+    columns:int = 4, # images in a row
+    size:float = 1.7, # of an image, inches
 ):
-    "Heat over pictures side by side, with one colour bar for all. Returns the axes."
-    import matplotlib
-    import matplotlib.pyplot as plt
-    frames = frames if isinstance(frames, dict) else {i: f for i, f in enumerate(frames)} if isinstance(frames, list | tuple) else {"": frames}
+    "Heat over images side by side, with one colour bar for all. Returns the axes."
+    if not isinstance(frames, list | tuple | dict): frames = {"": frames}
+    if not isinstance(frames, dict): frames = dict(enumerate(frames))
     heats = [_heat(h) for h in (heats if isinstance(heats, list | tuple) else [heats])]
-    if len(heats) != len(frames): raise ValueError(f"{len(heats)} heat maps for {len(frames)} pictures: give one for each")
+    if len(heats) != len(frames):
+        raise ValueError(f"{len(heats)} heat maps for {len(frames)} images: give one for each")
     top = max(float(h.max()) for h in heats) if top is None else top
-    if ax is None:
-        rows, columns, (H, W) = -(-len(heats)//columns), min(columns, len(heats)), overlay(next(iter(frames.values())), heats[0]).shape[:2]
-        grid = plt.subplots(rows, columns, figsize=(columns*size + .9, rows*(size*H/W + .4)), dpi=72, layout="constrained", squeeze=False)[1].ravel()
-        for spare in grid[len(heats):]: spare.set_axis_off()
-        ax = grid[:len(heats)]
+    laid = [overlay(frame, heat, top) for frame, heat in zip(frames.values(), heats)]
+    if ax is None: ax = _heat_axes(len(heats), columns, size, laid[0].shape[0]/laid[0].shape[1])
     ax = np.atleast_1d(ax)
-    for panel, (title, frame), heat in zip(ax, frames.items(), heats, strict=True):
-        panel.imshow(overlay(frame, heat, top), interpolation="nearest")
+    for panel, title, image in zip(ax, frames, laid, strict=True):
+        panel.imshow(image, interpolation="nearest")
         panel.set(title=title if isinstance(title, str) else "", xticks=[], yticks=[])
         panel.title.set_fontsize(8)
-    steps = np.linspace(0, 1, 256)
-    mixed = matplotlib.colors.ListedColormap(_mix(steps, np.full(256, 128.))/255)
-    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, top or 1), mixed)
-    bar = ax[0].figure.colorbar(scale, ax=list(ax), fraction=.06, shrink=.9)
-    bar.set_label(label, fontsize=8)
-    bar.ax.tick_params(labelsize=7)
+    _heat_bar(ax, top, label)
     return ax
 
 # %% ../../nbs/09_viz/01_attention_maps.ipynb #f38d7e17
 @torch.no_grad()
 def occlusion(
     score, # function of (n,...,P,D) to (n,) or (n,Q), n of any size
-    features:Tensor, # (1,...,P,D) of one sample; axes between are pictures: frames, views
-    baseline:Tensor|None = None, # broadcastable to `features`, what replaces a patch; None: the mean patch of its picture
+    features:Tensor, # (1,...,P,D) of one sample; axes between are images: frames, views
+    baseline:Tensor|None = None, # like `features`, in place of a patch; None: the image's mean
     batch:int = 64, # hidden patches at a time
-)->Tensor: # (...,row,column), or (Q,...,row,column): how much the score falls; below 0 where it rises
-    "What hiding each patch of each picture does to a score."
-    if len(features) != 1: raise ValueError(f"features of {len(features)} samples: patches are hidden in one at a time")
-    pictures = features.shape[1:-1] # the last of these axes are the patches
+)->Tensor: # (...,row,column) or (Q,...,row,column) fall of the score; below 0 where it rises
+    "The effect on a score of hiding each patch of each image."
+    if len(features) != 1:
+        raise ValueError(f"features of {len(features)} samples: give those of one")
+    axes = features.shape[1:-1] # the last of these axes are the patches
     base = (features.mean(-2, keepdim=True) if baseline is None else baseline).expand_as(features)
-    whole, flat, stand_in, found = score(features), features.flatten(0, -2), base.flatten(0, -2), []
+    whole, flat, stand_in = score(features), features.flatten(0, -2), base.flatten(0, -2)
+    falls = []
     for places in torch.arange(len(flat), device=flat.device).split(batch):
         several = flat.expand(len(places), -1, -1).clone()
         several[torch.arange(len(places)), places] = stand_in[places]
-        found.append(whole - score(several.unflatten(1, pictures)))
-    return on_grid(torch.cat(found).mT.unflatten(-1, pictures) if whole.ndim == 2 else torch.cat(found).unflatten(0, pictures))
+        falls.append(whole - score(several.unflatten(1, axes)))
+    falls = torch.cat(falls)
+    return on_grid(falls.mT.unflatten(-1, axes) if whole.ndim == 2 else falls.unflatten(0, axes))
 
 # %% ../../nbs/09_viz/01_attention_maps.ipynb #e212aece
 def _place(names, which, what):
     "The number of an entry, given by number or by name."
     if isinstance(which, int) and -len(names) <= which < len(names): return which
     if which in names: return names.index(which)
-    raise ValueError(f"no {what} is called {which!r}; there are {', '.join(map(str, names))} (or a number below {len(names)})")
+    raise ValueError(f"no {what} is called {which!r}; there are {', '.join(map(str, names))} "
+                     f"(or a number below {len(names)})")
 
 def _check(kind, weights, axes, rollout, rolled):
-    "Raise `ValueError` unless tensors have the axes that are named, and hold shares or strengths."
-    for tensor, wanted in ((weights, axes), (rollout, rolled)):
+    "Raise `ValueError` unless tensors have the named axes, and hold fractions or strengths."
+    for tensor, names in ((weights, axes), (rollout, rolled)):
         if tensor is None: continue
-        shape = tuple(len(names) if names is not None else size for names, size in zip(wanted.values(), tensor.shape))
-        if tensor.ndim != len(wanted) or tuple(tensor.shape) != shape:
-            raise ValueError(f"{kind} has weights of shape {tuple(tensor.shape)}; they need the axes {', '.join(n if names is None else f'{n} ({len(names)})' for n, names in wanted.items())}")
-        if not (tensor.isfinite().all() and (tensor >= 0).all()): raise ValueError(f"{kind} has weights from {tensor.min():.3g} to {tensor.max():.3g}: they must be finite and at least 0")
+        sizes = {axis: None if n is None else len(n) for axis, n in names.items()}
+        fits = all(n in (None, size) for n, size in zip(sizes.values(), tensor.shape))
+        if tensor.ndim != len(names) or not fits:
+            needed = ", ".join(a if n is None else f"{a} ({n})" for a, n in sizes.items())
+            raise ValueError(f"{kind} has weights of shape {tuple(tensor.shape)}; "
+                             f"they need the axes {needed}")
+        if not (tensor.isfinite().all() and (tensor >= 0).all()):
+            raise ValueError(f"{kind} has weights from {tensor.min():.3g} to {tensor.max():.3g}: "
+                             "they must be finite and at least 0")
 
 def _select(self, layer, head):
     "(query,...) of a layer and a head, or of their mean."
     if layer == "rollout":
-        if self.rollout is None: raise ValueError(f"{self.name} has no rollout; choose 'mean' or one of {', '.join(self.layers)}")
-        if head != "mean": raise ValueError(f"rollout is over the mean of all heads: leave head out (it is {head!r})")
+        if self.rollout is None:
+            layers = ", ".join(self.layers)
+            raise ValueError(f"{self.name} has no rollout; choose 'mean' or one of {layers}")
+        if head != "mean":
+            raise ValueError("rollout is over the mean of all heads: "
+                             f"leave head out (it is {head!r})")
         return self.rollout
-    x = self.weights.mean(0) if layer == "mean" else self.weights[_place(self.layers, layer, "layer")]
+    x = self.weights.mean(0)
+    if layer != "mean": x = self.weights[_place(self.layers, layer, "layer")]
     return x.mean(0) if head == "mean" else x[_place(range(len(x)), head, "head")]
 
+# %% ../../nbs/09_viz/01_attention_maps.ipynb #15707e14
 @dataclass(frozen=True)
 class Maps:
-    "Where something looks, on pictures; of one sample."
+    "Attention of queries to the patches of images, of one sample."
     name:str # "latent action x patch", "word x patch", "video token x patch"
     weights:Tensor # (layer, head, query, frame, view, row, column) float32, >= 0
-    layers:tuple # names of the entries of these axes
-    queries:tuple # "latent action 1", "close"
-    frames:tuple # "present", "+10": control steps ahead
-    views:tuple # "static"
-    rollout:Tensor|None = None # (query, frame, view, row, column), through all layers, where there is such
+    layers:tuple # names of the layers
+    queries:tuple # names of the queries: "latent action 1", "close"
+    frames:tuple # names of the frames: "present", "+10" (control steps ahead)
+    views:tuple # names of the views: "static"
+    rollout:Tensor|None = None # (query, frame, view, row, column) through all layers, where known
 
     def __post_init__(self):
-        axes = dict(query=self.queries, frame=self.frames, view=self.views, row=None, column=None)
-        _check(self.name, self.weights, dict(layer=self.layers, head=None) | axes, self.rollout, axes)
+        rolled = dict(query=self.queries, frame=self.frames, view=self.views, row=None, column=None)
+        axes = dict(layer=self.layers, head=None) | rolled
+        _check(self.name, self.weights, axes, self.rollout, rolled)
 
     def heat(self,
         query, # name or number
         layer="mean", # "mean", "rollout", name or number
         head="mean", # "mean" or number
     )->Tensor: # (frame, view, row, column)
-        "Where one query looks."
+        "Heat maps of one query."
         return _select(self, layer, head)[_place(self.queries, query, "query")]
 
+# %% ../../nbs/09_viz/01_attention_maps.ipynb #9b9dab84
 @dataclass(frozen=True)
 class Matrix:
-    "Which token looks at which; of one sample."
+    "Attention of queries to keys, of one sample."
     name:str # "action step x context token", "frame x frame"
     weights:Tensor # (layer, head, query, key) float32, >= 0
-    layers:tuple # names of the entries of these axes
-    queries:tuple # "step 1"
-    keys:tuple # "goal", "+10 token 3", "latent action 1", "hand"
-    rollout:Tensor|None = None # (query, key), through all layers, where there is such
+    layers:tuple # names of the layers
+    queries:tuple # names of the queries: "step 1"
+    keys:tuple # names of the keys: "goal", "+10 token 3", "latent action 1", "proprio"
+    rollout:Tensor|None = None # (query, key) through all layers, where it is known
 
     def __post_init__(self):
-        axes = dict(query=self.queries, key=self.keys)
-        _check(self.name, self.weights, dict(layer=self.layers, head=None) | axes, self.rollout, axes)
+        rolled = dict(query=self.queries, key=self.keys)
+        axes = dict(layer=self.layers, head=None) | rolled
+        _check(self.name, self.weights, axes, self.rollout, rolled)
 
     def table(self,
         layer="mean", # "mean", "rollout", name or number
@@ -196,33 +236,37 @@ def frame_names(
     frames, # numbers of predicted frames; 0 is the present
     stride:int = 1, # control steps between two of them
 )->tuple: # "present", "+10", ...
-    "What frames are called."
+    "Names of frames."
     return tuple("present" if frame == 0 else f"+{frame*stride}" for frame in frames)
 
 def _records(records, pattern, call):
-    "The records of the modules that fit, of one of their calls."
-    if found := [r for r in records.of(pattern) if r.call == call]: return found
-    raise ValueError(f"{pattern} attended {max(r.call for r in records.of(pattern)) + 1} times, so there is no call {call}: choose an earlier call or step")
+    "The records of one call of the modules that fit."
+    if kept := [r for r in records.of(pattern) if r.call == call]: return kept
+    calls = max(r.call for r in records.of(pattern)) + 1
+    raise ValueError(f"{pattern} attended {calls} times, so there is no call {call}: "
+                     "choose an earlier call or step")
 
 def _calls(records, pattern, batch, call=0):
     "Their weights (B,h,N,M), a list, as shapes may differ between layers."
-    found = _records(records, pattern, call)
-    for r in found:
-        if batch and r.weights.shape[0] != batch: raise ValueError(f"{r.name} attended for {r.weights.shape[0]} rows, expected {batch}: record one sample at a time")
-    return [r.weights for r in found]
+    kept = _records(records, pattern, call)
+    for r in kept:
+        if batch and r.weights.shape[0] != batch:
+            raise ValueError(f"{r.name} attended for {r.weights.shape[0]} rows, expected {batch}: "
+                             "record one sample at a time")
+    return [r.weights for r in kept]
 
-def _numbered(word, n): return tuple(f"{word} {i + 1}" for i in range(n))
+def _numbered(word, n, first=1): return tuple(f"{word} {i + first}" for i in range(n))
 
 # %% ../../nbs/09_viz/01_attention_maps.ipynb #71bf28f3
 def _roll_within(
-    R:Tensor, # (T,n,S) shares of S sources in each token of each frame
+    R:Tensor, # (T,n,S) fractions of S sources in each token of each frame
     A:Tensor, # (T,m,n) attention within frames; m <= n: only the first tokens go on
 )->Tensor: # (T,m,S)
     "Rollout through attention within frames, or within one sequence (T=1)."
     return (R[:, :A.shape[1]] + A @ R)/2
 
 def _roll_across(
-    R:Tensor, # (T,n,S) shares of S sources in each token of each frame
+    R:Tensor, # (T,n,S) fractions of S sources in each token of each frame
     A:Tensor, # (n,T,T) attention across frames, of each token
 )->Tensor: # (T,n,S)
     "Rollout through attention across frames."
@@ -231,9 +275,9 @@ def _roll_across(
 # %% ../../nbs/09_viz/01_attention_maps.ipynb #68fea321
 def gidm_rollout(
     space:list, # of each block: (T,rows,N) attention within frames, heads averaged
-    time:list, # of each block: (tokens,T,T) attention across frames; empty for one sequence of all frames
-)->Tensor: # (rows,T*N) shares of all tokens in the rows of the last frame
-    "Where the queries come from, through all blocks."
+    time:list, # of each block: (tokens,T,T) attention across frames; empty for one sequence
+)->Tensor: # (rows,T*N) fractions of all tokens in the rows of the last frame
+    "Rollout of the queries, through all blocks."
     T, _, N = space[0].shape
     R = torch.eye(T*N).view(T, N, T*N)
     for i, A in enumerate(space):
@@ -241,6 +285,7 @@ def gidm_rollout(
         if time: R = _roll_across(R, time[i])
     return R[-1]
 
+# %% ../../nbs/09_viz/01_attention_maps.ipynb #4e774b2c
 def read_gidm(
     records:Records, # of one sample's `encode`
     cfg, # `GIDMConfig`
@@ -249,30 +294,36 @@ def read_gidm(
     view:str = "static", # name of the view
     prefix:str = "", # of the GIDM's path in the recorded model, with its dot
 )->tuple: # Maps; Matrix of frames, None where frames are not apart
-    "What latent actions look at."
-    if cfg.inverse == "mlp": raise ValueError("this GIDM has inverse='mlp', which has no attention: use `occlusion`, or 'gidm' or 'transformer'")
+    "Attention of the queries of latent actions."
+    if cfg.inverse == "mlp":
+        raise ValueError("this GIDM has inverse='mlp', which has no attention: use `occlusion`, "
+                         "or 'gidm' or 'transformer'")
     Q, P, T, path = cfg.queries, patches, len(frames), f"{prefix}encoder.transformer_blocks.*."
     joint = cfg.inverse == "transformer"
     space = _calls(records, path + "spatial_attn", 1 if joint else T)
     time = [] if joint else _calls(records, path + "temporal_attn", None)
-    seen = T*P if joint else P
-    if space[0].shape[-1] < Q + seen: raise ValueError(f"the record has {space[0].shape[-1]} keys, fewer than {Q} queries and {seen} patches: give the P of the recorded features")
-    to_maps = lambda x: on_grid(x.unflatten(-1, (T, P)) if joint else x)[..., :, None, :, :] # joint: (...,T,1,r,c)
-    weights = [to_maps(w[0, :, :Q, Q:Q + seen]) if joint else to_maps(w[:, :, :Q, Q:Q + P].permute(1, 2, 0, 3)) for w in space]
+    keys = slice(Q, Q + (T*P if joint else P))
+    if space[0].shape[-1] < keys.stop:
+        raise ValueError(f"the record has {space[0].shape[-1]} keys, fewer than {Q} queries and "
+                         f"{keys.stop - Q} patches: give the P of the recorded features")
+    to_maps = lambda x: on_grid(x.unflatten(-1, (T, P)) if joint else x)[..., :, None, :, :]
+    of_patches = lambda w: w[0, :, :Q, keys] if joint else w[:, :, :Q, keys].permute(1, 2, 0, 3)
+    weights = torch.stack([to_maps(of_patches(w)) for w in space])
     R = gidm_rollout([w.mean(1) for w in space], [w.mean(1) for w in time])[:Q]
-    R = R[:, Q:Q + seen] if joint else R.unflatten(1, (T, -1))[:, :, Q:Q + P]
-    layers, queries = tuple(f"block {i}" for i in range(len(space))), _numbered("latent action", Q)
-    maps = Maps("latent action x patch", torch.stack(weights), layers, queries, tuple(frames), (view,), to_maps(R))
+    R = R[:, keys] if joint else R.unflatten(1, (T, -1))[:, :, keys]
+    layers, queries = _numbered("block", len(space), 0), _numbered("latent action", Q)
+    name, frames = "latent action x patch", tuple(frames)
+    maps = Maps(name, weights, layers, queries, frames, (view,), to_maps(R))
     if joint: return maps, None
     table = torch.stack([w[:Q].mean(0) for w in time])
-    return maps, Matrix("frame x frame, GIDM", table, layers, tuple(frames), tuple(frames))
+    return maps, Matrix("frame x frame, GIDM", table, layers, frames, frames)
 
 # %% ../../nbs/09_viz/01_attention_maps.ipynb #71653538
 def former_rollout(
     within:list, # of each layer: (T,Q,V*P+Q) attention to patches and queries, heads averaged
     across:list, # of each layer: (Q,T,T) attention across frames
-)->Tensor: # (T,Q,T,V*P) shares of the patches of all frames in each token
-    "Where video tokens come from, through all layers."
+)->Tensor: # (T,Q,T,V*P) fractions of the patches of all frames in each token
+    "Rollout of video tokens, through all layers."
     T, Q, M = within[0].shape
     P, frame, R = M - Q, torch.arange(T), torch.zeros(T, Q, T, M)
     R[frame, :, frame, P:] = torch.eye(Q) # the queries as they start
@@ -282,31 +333,37 @@ def former_rollout(
         R = _roll_across(((R + seen)/2).flatten(2), C).view_as(R)
     return R[..., :P]
 
+# %% ../../nbs/09_viz/01_attention_maps.ipynb #a97c9b2a
 def read_former(
     records:Records, # of one sample's pass
     frames:tuple, # names of the T frames
     views:tuple, # names of the V views
     prefix:str = "", # of the Video Former's path in the recorded model, with its dot
 )->tuple: # Maps; Matrix of frames; (T,Q,T,V,P) rollout of each token
-    "What video tokens look at."
-    within, across = (_calls(records, f"{prefix}layers.*.{i}", T) for i, T in ((0, len(frames)), (1, None)))
-    T, _, Q, M = within[0].shape
-    if (M - Q) % len(views): raise ValueError(f"{M - Q} patches a frame are not those of {len(views)} views: give the views that the features have")
-    to_maps = lambda x: on_grid(x.unflatten(-1, (len(views), -1)))
-    weights = torch.stack([to_maps(w[..., :M - Q].permute(1, 2, 0, 3)) for w in within])
-    R = former_rollout([w.mean(1) for w in within], [w.mean(1) for w in across]).unflatten(-1, (len(views), -1))
-    layers, queries = tuple(f"layer {i}" for i in range(len(within))), _numbered("token", Q)
-    maps = Maps("video token x patch", weights, layers, queries, tuple(frames), tuple(views), on_grid(R.mean(0)))
+    "Attention of video tokens."
+    frames, views, V = tuple(frames), tuple(views), len(views)
+    within = _calls(records, f"{prefix}layers.*.0", len(frames))
+    across = _calls(records, f"{prefix}layers.*.1", None)
+    _, _, Q, M = within[0].shape
+    if (M - Q) % V:
+        raise ValueError(f"{M - Q} patches a frame are not those of {V} views: "
+                         "give the views that the features have")
+    by_view = lambda x: x.unflatten(-1, (V, -1))
+    weights = [on_grid(by_view(w[..., :M - Q].permute(1, 2, 0, 3))) for w in within]
+    R = by_view(former_rollout([w.mean(1) for w in within], [w.mean(1) for w in across]))
+    layers, queries = _numbered("layer", len(within), 0), _numbered("token", Q)
+    name, rollout = "video token x patch", on_grid(R.mean(0))
+    maps = Maps(name, torch.stack(weights), layers, queries, frames, views, rollout)
     table = torch.stack([w.mean(0) for w in across])
-    return maps, Matrix("frame x frame, Video Former", table, layers, tuple(frames), tuple(frames)), R
+    return maps, Matrix("frame x frame, Video Former", table, layers, frames, frames), R
 
 # %% ../../nbs/09_viz/01_attention_maps.ipynb #8cbbae25
 def adapter_rollout(
     encoder:list, # of each block: (rows,M) attention of context tokens, heads averaged
     own:list, # of each block of the decoder: (K,K) attention of action steps
     cross:list, # of each block of the decoder: (K,M') attention to the first M' context tokens
-)->Tensor: # (K,M) shares of the context tokens in each action step
-    "Where a step's action comes from, through both halves."
+)->Tensor: # (K,M) fractions of the context tokens in each action step
+    "Rollout of action steps, through decoder and context encoder."
     K, M = len(own[0]), encoder[0].shape[1]
     memory = torch.eye(M)[None]
     for A in encoder: memory = _roll_within(memory, A[None])
@@ -316,19 +373,24 @@ def adapter_rollout(
         R = (R + C @ memory[:, :C.shape[1]])/2
     return R[0, :, K:]
 
+# %% ../../nbs/09_viz/01_attention_maps.ipynb #1040bbcc
 def read_adapter(
     records:Records, # of one sample's `sample`
     context:tuple, # names of the M context tokens
     step:int, # of the sampler, 0 is the first
     prefix:str = "", # of the adapter's path in the recorded model, with its dot
 )->Matrix:
-    "What action steps look at, at one step of the sampler."
-    cross, own = (_calls(records, f"{prefix}decoder.blocks.*.{name}", 1, step) for name in ("cross_att", "attn"))
+    "Attention of action steps to context tokens, at one step of the sampler."
+    cross = _calls(records, f"{prefix}decoder.blocks.*.cross_att", 1, step)
+    own = _calls(records, f"{prefix}decoder.blocks.*.attn", 1, step)
     encoder = _calls(records, f"{prefix}encoder.blocks.*.attn", 1)
-    if encoder[0].shape[-1] != len(context): raise ValueError(f"{len(context)} context tokens are named, the adapter was given {encoder[0].shape[-1]}")
+    M = encoder[0].shape[-1]
+    if M != len(context):
+        raise ValueError(f"{len(context)} context tokens are named, the adapter was given {M}")
     R = adapter_rollout(*([w[0].mean(0) for w in part] for part in (encoder, own, cross)))
-    weights = torch.stack([F.pad(w[0], (0, len(context) - w.shape[-1])) for w in cross])
-    return Matrix("action step x context token", weights, tuple(f"block {i}" for i in range(len(cross))), _numbered("step", weights.shape[2]), tuple(context), R)
+    weights = torch.stack([F.pad(w[0], (0, M - w.shape[-1])) for w in cross])
+    layers, queries = _numbered("block", len(cross), 0), _numbered("step", weights.shape[2])
+    return Matrix("action step x context token", weights, layers, queries, tuple(context), R)
 
 # %% ../../nbs/09_viz/01_attention_maps.ipynb #1fb577af
 def text_words(
@@ -338,19 +400,48 @@ def text_words(
 )->tuple: # names; (words,L) 1 where a token belongs to a word
     "The words of an instruction, and which tokens they are made of."
     ids = tokenizer([text], padding="max_length", max_length=tokens, truncation=True)
-    pieces, real = tokenizer.convert_ids_to_tokens(ids["input_ids"][0]), ids["attention_mask"][0]
+    parts, real = tokenizer.convert_ids_to_tokens(ids["input_ids"][0]), ids["attention_mask"][0]
     names, owner, inside = [], [], False
-    for piece, is_real in zip(pieces, real):
-        special = piece in tokenizer.all_special_tokens
+    for part, is_real in zip(parts, real):
+        special = part in tokenizer.all_special_tokens
         if not is_real: name = "(padding)"
         elif special: name = "(start)" if not names else "(end)"
-        else: name = piece.removesuffix("</w>")
+        else: name = part.removesuffix("</w>")
         if inside and not special: names[-1] += name
         elif not (names and name == names[-1] == "(padding)"): names.append(name)
         owner.append(len(names) - 1)
-        inside = not special and is_real and not piece.endswith("</w>")
+        inside = not special and is_real and not part.endswith("</w>")
     return tuple(names), F.one_hot(torch.tensor(owner), len(names)).T.float()
 
+# %% ../../nbs/09_viz/01_attention_maps.ipynb #12ec5821
+def _unet_labels(records, prefix, transformer, attention):
+    "Short names of the blocks of a UNet that attended."
+    short = lambda name: name.removeprefix(f"{prefix}unet.").replace(f".{transformer}.0", "")
+    return tuple(short(r.name).removesuffix(f".{attention}") for r in records)
+
+def _word_fractions(record, cfg, belongs, views, frames):
+    "(h,words,T,V,row,column) of one block: the fraction of each patch's attention on each word."
+    sides = {-(-cfg.latent_size//2**level) for level in range(len(cfg.widths))} # rounded up
+    by_patch = record.weights.transpose(1, 2) # (V*T,n,h,L), or (V,T*n,h,L) where the text is shared
+    rows, n, _, tokens = by_patch.shape
+    known = rows in (views, views*frames) and rows*n in {views*frames*side*side for side in sides}
+    if not known or tokens != belongs.shape[1]:
+        shape = tuple(record.weights.shape)
+        raise ValueError(f"{record.name} attended with the shape {shape}; that is not "
+                         f"{views} views of {frames} frames and {belongs.shape[1]} tokens")
+    by_frame = by_patch.reshape(views, frames, -1, *by_patch.shape[2:]) # (V,T,n,h,L)
+    return on_grid((by_frame @ belongs.T).permute(3, 4, 1, 0, 2))
+
+def _to_finest(maps):
+    "Maps (h,words,T,V,row,column) of one size, with their heads, or with the mean over them."
+    if len({len(m) for m in maps}) > 1: maps = [m.mean(0, keepdim=True) for m in maps]
+    size, fine = max(m.shape[-2:] for m in maps), []
+    for m in maps:
+        larger = F.interpolate(m.flatten(0, 3)[:, None], size=size, mode="nearest-exact")
+        fine.append(larger[:, 0].unflatten(0, m.shape[:4]))
+    return torch.stack(fine)
+
+# %% ../../nbs/09_viz/01_attention_maps.ipynb #a20c69c4
 def read_words(
     records:Records, # of the forward model's pass for V clips, the views of one sample
     cfg, # its `GFDMConfig`
@@ -361,48 +452,49 @@ def read_words(
     call:int = 0, # of the network; later ones are later steps of a sampler
     layers:str = "*", # pattern of the blocks to be used, in what comes after "unet."
 )->Maps:
-    "Which words patches look at."
-    (names, pieces), V, T = words, len(views), cfg.frames
-    sides = {-(-cfg.latent_size//2**level) for level in range(len(cfg.widths))} # halves are rounded up
-    if len(frames) != T: raise ValueError(f"{len(frames)} frames are named; this model has {T}")
+    "Attention of patches to words, in a UNet."
+    names, belongs = words
+    if len(frames) != cfg.frames:
+        raise ValueError(f"{len(frames)} frames are named; this model has {cfg.frames}")
     pattern = f"{prefix}unet.{layers}.transformer_blocks.*.attn2"
-    found, parts = _records(records, pattern, call), []
-    for r in found:
-        by_patch = r.weights.transpose(1, 2) # (V*T,n,h,L), or (V,T*n,h,L) where the text is shared
-        if by_patch.shape[0] not in (V, V*T) or by_patch.shape[0]*by_patch.shape[1] not in {V*T*side*side for side in sides} or by_patch.shape[3] != pieces.shape[1]:
-            raise ValueError(f"{r.name} attended with the shape {tuple(r.weights.shape)}; that is not {V} views of {T} frames and {pieces.shape[1]} tokens")
-        shares = by_patch.reshape(V, T, -1, *by_patch.shape[2:]) @ pieces.T # (V,T,n,h,words)
-        parts.append(on_grid(shares.permute(3, 4, 1, 0, 2))) # (h,words,T,V,row,column)
-    if len({len(p) for p in parts}) > 1: parts = [p.mean(0, keepdim=True) for p in parts]
-    side = max(p.shape[-1] for p in parts)
-    fine = [F.interpolate(p.flatten(0, 3)[:, None], size=(side, side), mode="nearest-exact")[:, 0].unflatten(0, p.shape[:4]) for p in parts]
-    labels = tuple(r.name.removeprefix(f"{prefix}unet.").replace(".transformer_blocks.0", "").removesuffix(".attn2") for r in found)
-    return Maps("word x patch", torch.stack(fine), labels, names, tuple(frames), tuple(views))
+    kept = _records(records, pattern, call)
+    maps = [_word_fractions(r, cfg, belongs, len(views), len(frames)) for r in kept]
+    labels = _unet_labels(kept, prefix, "transformer_blocks", "attn2")
+    return Maps("word x patch", _to_finest(maps), labels, names, tuple(frames), tuple(views))
 
-def read_dino_words(
-    records:Records, # of a `DinoForward`'s pass for V clips, the views of one sample
-    words:tuple, # from `text_words`
-    frames:tuple, # names of the foreseen frames, without the present one
-    views:tuple, # names of the V views
-    prefix:str = "", # of the forward model's path in the recorded model, with its dot
-)->Maps:
-    "Which words patches look at, in a forward model with all tokens in one sequence; the rest of their attention goes to patches."
-    (names, pieces), T = words, len(frames)
-    found = _calls(records, f"{prefix}transformer_blocks.*.spatial_attn", len(views))
-    seen = found[0].shape[-1] - pieces.shape[1] # patches of all foreseen frames
-    if seen <= 0 or seen % T: raise ValueError(f"{found[0].shape[-1]} tokens are not {T} frames of patches and {pieces.shape[1]} text tokens: name the foreseen frames, without the present one")
-    shares = torch.stack([(w[:, :, :seen, seen:] @ pieces.T).unflatten(2, (T, -1)) for w in found]) # (layer,V,h,T,P,words)
-    return Maps("word x patch", on_grid(shares.permute(0, 2, 5, 3, 1, 4)), tuple(f"block {i}" for i in range(len(found))), names, tuple(frames), tuple(views))
-
+# %% ../../nbs/09_viz/01_attention_maps.ipynb #dcc407eb
 def read_times(
     records:Records, # of the forward model's pass for one sample
     frames:tuple, # names of the model's T frames
     prefix:str = "", # of the forward model's path in the recorded model, with its dot
     call:int = 0, # of the network
 )->Matrix:
-    "Which frames a frame of the forward model looks at; the mean over patches and views."
-    found = _records(records, f"{prefix}unet.*.temporal_transformer_blocks.*.attn1", call)
-    tables = [r.weights.mean(0) for r in found]
+    "Attention between the frames of a forward model; the mean over patches and views."
+    kept = _records(records, f"{prefix}unet.*.temporal_transformer_blocks.*.attn1", call)
+    tables = [r.weights.mean(0) for r in kept]
     if len({len(t) for t in tables}) > 1: tables = [t.mean(0, keepdim=True) for t in tables]
-    labels = tuple(r.name.removeprefix(f"{prefix}unet.").replace(".temporal_transformer_blocks.0", "").removesuffix(".attn1") for r in found)
-    return Matrix("frame x frame, forward model", torch.stack(tables), labels, tuple(frames), tuple(frames))
+    labels = _unet_labels(kept, prefix, "temporal_transformer_blocks", "attn1")
+    frames, weights = tuple(frames), torch.stack(tables)
+    return Matrix("frame x frame, forward model", weights, labels, frames, frames)
+
+# %% ../../nbs/09_viz/01_attention_maps.ipynb #5555e735
+def read_dino_words(
+    records:Records, # of a `DinoForward`'s pass for V clips, the views of one sample
+    words:tuple, # from `text_words`
+    frames:tuple, # names of the predicted frames, without the present one
+    views:tuple, # names of the V views
+    prefix:str = "", # of the forward model's path in the recorded model, with its dot
+)->Maps:
+    "Attention of patches to words, in a `DinoForward`."
+    (names, belongs), T = words, len(frames)
+    kept = _calls(records, f"{prefix}transformer_blocks.*.spatial_attn", len(views))
+    tokens = kept[0].shape[-1]
+    patches = tokens - belongs.shape[1] # of all predicted frames
+    if patches <= 0 or patches % T:
+        raise ValueError(f"{tokens} tokens are not {T} frames of patches and {belongs.shape[1]} "
+                         "text tokens: name the predicted frames, without the present one")
+    fractions = torch.stack([w[:, :, :patches, patches:] @ belongs.T for w in kept])
+    fractions = fractions.unflatten(3, (T, -1)) # (layer,V,h,T,P,words)
+    weights = on_grid(fractions.permute(0, 2, 5, 3, 1, 4))
+    layers = _numbered("block", len(kept), 0)
+    return Maps("word x patch", weights, layers, names, tuple(frames), tuple(views))

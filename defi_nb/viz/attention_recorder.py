@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -28,7 +29,7 @@ from ..core.utils import atomic
 def attention_weights(
     q:Tensor, # (...,h,N,d) queries
     k:Tensor, # (...,h or fewer,M,d) keys
-    mask:Tensor|None = None, # broadcastable to (...,h,N,M): bool, True where a key may be seen; or numbers that are added
+    mask:Tensor|None = None, # broadcastable to (...,h,N,M): bool, True = visible; or numbers to add
     is_causal:bool = False, # query i sees keys 0..i only
     scale:float|None = None, # of the logits; None is 1/sqrt(d)
     enable_gqa:bool = False, # groups of heads share their keys
@@ -38,28 +39,40 @@ def attention_weights(
     wide = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         logits = q.to(wide) @ k.to(wide).mT*(q.shape[-1]**-.5 if scale is None else scale)
-    if is_causal: logits = logits.masked_fill(~torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril(), -torch.inf)
-    if mask is not None: logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.to(wide)
-    shares = (logits - logits.amax(-1, keepdim=True).nan_to_num(neginf=0.)).exp() # not `softmax`, which an outer recorder would see
-    return (shares/shares.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)).float()
+    if is_causal:
+        past = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        logits = logits.masked_fill(~past, -torch.inf)
+    if mask is not None and mask.dtype == torch.bool: logits = logits.masked_fill(~mask, -torch.inf)
+    elif mask is not None: logits = logits + mask.to(wide)
+    # written out: an outer recorder would see `softmax`
+    weights = (logits - logits.amax(-1, keepdim=True).nan_to_num(neginf=0.)).exp()
+    return (weights/weights.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)).float()
 
 # %% ../../nbs/09_viz/00_attention_recorder.ipynb #dd859fab
 @dataclass
 class Recorded:
     "One call of attention."
     name:str # path of the module that attended, as in `named_modules()`
-    call:int # 0 for the first time that it attended while the recorder was open, then 1, ...
+    call:int # number of the module's call while the recorder was open, from 0
     weights:Tensor # (B,h,N,M) float32 on the CPU, before any dropout; rows sum to 1
     axes:tuple = ("batch", "head", "query", "key") # of `weights`
-    gradient:Tensor|None = None # dL/dweights of the last backward pass, in the same shape, where it was asked for
+    gradient:Tensor|None = None # dL/dweights of the last backward pass, where requested
 
 @dataclass
 class Activation:
     "One output of a module."
     name:str # path of the module; of outputs with several tensors, with ":" and the place
     call:int # 0 for its first output, then 1, ...
-    value:Tensor # on the CPU, as it was
+    value:Tensor # on the CPU, in its own precision
     axes:tuple # names of its axes
+
+# %% ../../nbs/09_viz/00_attention_recorder.ipynb #7d1c8544
+def _near(pattern, names):
+    "Names that are like a pattern, for a message."
+    names = list(dict.fromkeys(names))
+    close = get_close_matches(pattern, names, 4, .4) or names[:4]
+    more = f" and {len(names) - len(close)} more" if len(names) > len(close) else ""
+    return (", ".join(close) or "none") + more
 
 @dataclass
 class Records:
@@ -67,22 +80,20 @@ class Records:
     attention:list = field(default_factory=list) # of `Recorded`, in the order of the calls
     activations:list = field(default_factory=list) # of `Activation`, likewise
 
-    def __repr__(self): return f"Records({len(self.attention)} of attention, {len(self.activations)} activations, of {len({r.name for r in [*self.attention, *self.activations]})} modules)"
+    def __repr__(self):
+        modules = {record.name for record in [*self.attention, *self.activations]}
+        return (f"Records({len(self.attention)} of attention, {len(self.activations)} activations, "
+                f"of {len(modules)} modules)")
 
     def of(self,
         pattern:str, # as in fnmatch, of names
     )->list: # of `Recorded`, in their order
         "The attention of some modules."
         if found := [r for r in self.attention if fnmatchcase(r.name, pattern)]: return found
-        raise ValueError(f"no record is called {pattern!r}; there is {_near(pattern, [r.name for r in self.attention])}")
+        near = _near(pattern, [r.name for r in self.attention])
+        raise ValueError(f"no record is called {pattern!r}; there is {near}")
 
 # %% ../../nbs/09_viz/00_attention_recorder.ipynb #775686b8
-def _near(pattern, names):
-    "Names that are like a pattern, for a message."
-    names = list(dict.fromkeys(names))
-    close = get_close_matches(pattern, names, 4, .4) or names[:4]
-    return (", ".join(close) or "none") + (f" and {len(names) - len(close)} more" if len(names) > len(close) else "")
-
 def save_records(
     path, # of a safetensors file
     records:Records, # what a recorder has kept
@@ -91,9 +102,11 @@ def save_records(
     tensors, entries = {}, []
     for kind, parts in (("attention", ("weights", "gradient")), ("activations", ("value",))):
         for record in getattr(records, kind):
+            for part in parts:
+                if (value := getattr(record, part)) is None: continue
+                tensors[f"{len(entries)}.{part}"] = value.clone().contiguous()
             entries.append(dict(kind=kind, name=record.name, call=record.call, axes=record.axes))
-            tensors |= {f"{len(entries) - 1}.{part}": value.contiguous() for part in parts if (value := getattr(record, part)) is not None}
-    with atomic(path) as file: file.write(save({n: t.clone() for n, t in tensors.items()}, dict(records=json.dumps(entries))))
+    with atomic(path) as file: file.write(save(tensors, dict(records=json.dumps(entries))))
 
 def load_records(
     path, # of a file from `save_records`
@@ -101,120 +114,158 @@ def load_records(
     "Read records."
     records, kinds = Records(), dict(attention=Recorded, activations=Activation)
     with safe_open(path, "pt") as file:
-        if "records" not in (about := file.metadata() or {}): raise ValueError(f"{path} holds no records: give a file that `save_records` has written")
+        about = file.metadata() or {}
+        if "records" not in about:
+            raise ValueError(f"{path} holds no records: "
+                             "give a file that `save_records` has written")
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     for i, entry in enumerate(json.loads(about["records"])):
         kind, axes = entry.pop("kind"), tuple(entry.pop("axes"))
-        parts = {name.split(".")[1]: value for name, value in tensors.items() if name.split(".")[0] == str(i)}
+        parts = {}
+        for name, value in tensors.items():
+            if name.split(".")[0] == str(i): parts[name.split(".")[1]] = value
         getattr(records, kind).append(kinds[kind](**entry, axes=axes, **parts))
     return records
 
 # %% ../../nbs/09_viz/00_attention_recorder.ipynb #e3850031
 def _four(x): # (...,N,M) with any leading axes -> (B,h,N,M)
-    return x.flatten(0, -4) if x.ndim > 4 else x[(None,)*(3 - x.ndim)][:, None] if x.ndim < 4 else x
+    if x.ndim > 4: return x.flatten(0, -4)
+    return x[(None,)*(3 - x.ndim)][:, None] if x.ndim < 4 else x
 
 class Recorder(TorchFunctionMode):
-    "Sees every call of attention in its thread, and knows which module is running."
+    "A mode that sees every call of attention in its thread, and the module that makes it."
     def __init__(self,
         records:Records, # to be filled
         names:tuple, # patterns of the modules whose attention is kept
         gradients:bool, # whether gradients are kept too
     ):
         super().__init__()
-        self.records, self.names, self.gradients, self.thread = records, names, gradients, get_ident()
-        self.running, self.attended, self.calls, self.handles = [], {}, Counter(), []
+        self.records, self.names, self.gradients = records, names, gradients
+        self.thread, self.calls = get_ident(), Counter()
+        self.running, self.attended, self.handles = [], {}, []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if self.running and func in _READERS: _READERS[func](self, out, *args, **(kwargs or {}))
         return out
 
-    def keep(self,
-        weights, # function that gives (...,h,N,M)
-        output:Tensor, # whose gradient leads to that of the weights
-        lead, # function from the one gradient to the other
-    )->None:
-        "Write down a call of the module that is running, if it was asked for."
-        name = self.running[-1][0]
-        self.attended[name] = None
-        if not any(fnmatchcase(name, pattern) for pattern in self.names): return
-        with torch.no_grad(): record = Recorded(name, self.calls[name], _four(weights().detach()).float().cpu().clone())
-        self.calls[name] += 1
-        self.records.attention.append(record)
-        if not self.gradients or not output.requires_grad: return
-        if lead is None: raise ValueError(f"{name} is PyTorch's nn.MultiheadAttention, whose gradient is not recorded: leave `gradients` out, or leave it out of `names`")
-        def arrived(gradient):
-            with torch.no_grad(): record.gradient = _four(lead(gradient)).float().cpu().reshape(record.weights.shape)
-        self.handles.append(output.register_hook(arrived))
+# %% ../../nbs/09_viz/00_attention_recorder.ipynb #dd909176
+@patch
+def keep(self:Recorder,
+    weights, # function that gives (...,h,N,M)
+    output:Tensor, # whose gradient leads to that of the weights
+    lead, # function from the one gradient to the other; None: unknown
+)->None:
+    "Record a call of the module that is running, if its name is among the requested ones."
+    name = self.running[-1][0]
+    self.attended[name] = None
+    if not any(fnmatchcase(name, pattern) for pattern in self.names): return
+    with torch.no_grad(): values = _four(weights().detach()).float().cpu().clone()
+    record = Recorded(name, self.calls[name], values)
+    self.calls[name] += 1
+    self.records.attention.append(record)
+    if not self.gradients or not output.requires_grad: return
+    if lead is None:
+        raise ValueError(f"{name} is PyTorch's nn.MultiheadAttention, whose gradient is not "
+                         "recorded: leave `gradients` out, or leave it out of `names`")
+    def on_gradient(gradient):
+        with torch.no_grad(): values = _four(lead(gradient)).float().cpu()
+        record.gradient = values.reshape(record.weights.shape)
+    self.handles.append(output.register_hook(on_gradient))
 
 # %% ../../nbs/09_viz/00_attention_recorder.ipynb #bcb1706e
-def _see_fused(recorder, out, query, key, value, attn_mask=None, dropout_p=0., is_causal=False, *, scale=None, enable_gqa=False):
+def _see_fused(recorder, out, query, key, value, attn_mask=None, dropout_p=0., is_causal=False, *,
+               scale=None, enable_gqa=False):
     q, k, v = query.detach(), key.detach(), value.detach()
     shared = v.repeat_interleave(q.shape[-3]//v.shape[-3], -3) if enable_gqa else v
-    recorder.keep(lambda: attention_weights(q, k, attn_mask, is_causal, scale, enable_gqa), out, lambda gradient: gradient.float() @ shared.float().mT)
+    weights = lambda: attention_weights(q, k, attn_mask, is_causal, scale, enable_gqa)
+    recorder.keep(weights, out, lambda gradient: gradient.float() @ shared.float().mT)
 
 def _see_softmax(recorder, out, input, dim=None, *args, **kwargs):
     module = recorder.running[-1][1]
-    if not re.search("att(n|ention)", type(module).__name__, re.IGNORECASE) or out.ndim not in (3, 4) or dim not in (-1, out.ndim - 1): return
-    heads = getattr(module, "heads", 1) if out.ndim == 3 else None # diffusers folds the heads into the batch
+    if not re.search("att(n|ention)", type(module).__name__, re.IGNORECASE): return
+    if out.ndim not in (3, 4) or dim not in (-1, out.ndim - 1): return
+    heads = None
+    if out.ndim == 3: heads = getattr(module, "heads", 1) # diffusers folds them into the batch
     by_head = (lambda x: x.unflatten(0, (-1, heads))) if heads else lambda x: x
     recorder.keep(lambda: by_head(out), out, by_head)
 
 def _see_multihead(recorder, out, *args, **kwargs):
-    asked = kwargs | dict(need_weights=True, average_attn_weights=False, training=False)
+    options = kwargs | dict(need_weights=True, average_attn_weights=False, training=False)
     def weights():
-        with torch.no_grad(): return F.multi_head_attention_forward(*args, **asked)[1]
+        with torch.no_grad(): return F.multi_head_attention_forward(*args, **options)[1]
     recorder.keep(weights, out[0], None)
 
-_READERS = {F.scaled_dot_product_attention: _see_fused, F.softmax: _see_softmax, torch.softmax: _see_softmax, Tensor.softmax: _see_softmax,
-           torch.special.softmax: _see_softmax, F.multi_head_attention_forward: _see_multihead} # function -> how its weights are read
+_SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
+_READERS = {F.scaled_dot_product_attention: _see_fused, **dict.fromkeys(_SOFTMAX, _see_softmax),
+            F.multi_head_attention_forward: _see_multihead} # function -> how its weights are read
 
 # %% ../../nbs/09_viz/00_attention_recorder.ipynb #7237761c
-def _outputs(name, output):
-    "The tensors in a module's output, by name."
-    if isinstance(output, Tensor): return {name: output}
-    items = output.items() if isinstance(output, dict) else enumerate(output) if isinstance(output, tuple | list) else ()
-    return {f"{name}:{place}": value for place, value in items if isinstance(value, Tensor)}
-
 def _check_open(model, names, activations):
     "Raise `ValueError` if a pattern fits none of the modules."
     paths = [path for path, _ in model.named_modules()]
     for pattern in (*names, *activations):
-        if not any(fnmatchcase(path, pattern) for path in paths): raise ValueError(f"no module is called {pattern!r}; there is {_near(pattern, paths)}")
+        if any(fnmatchcase(path, pattern) for path in paths): continue
+        raise ValueError(f"no module is called {pattern!r}; there is {_near(pattern, paths)}")
 
 def _check_closed(recorder, ran, activations):
     "Raise `ValueError` if a pattern fitted no module that attended, or none that ran."
-    for pattern in recorder.names:
-        if not any(fnmatchcase(name, pattern) for name in recorder.attended):
-            raise ValueError(f"no module that fits {pattern!r} attended while the recorder was open; these did: {_near(pattern, recorder.attended)}")
-    for pattern in activations:
-        if not any(fnmatchcase(name, pattern) for name in ran): raise ValueError(f"no module that fits {pattern!r} ran while the recorder was open; these did: {_near(pattern, ran)}")
+    checks = ((recorder.names, recorder.attended, "attended"), (activations, ran, "ran"))
+    for patterns, names, did in checks:
+        for pattern in patterns:
+            if any(fnmatchcase(name, pattern) for name in names): continue
+            raise ValueError(f"no module that fits {pattern!r} {did} while the recorder was open; "
+                             f"these did: {_near(pattern, names)}")
 
-@contextmanager
-def record(
-    model:nn.Module, # whose attention is recorded
-    names:tuple = ("*",), # patterns (fnmatch) of the paths of modules whose attention is kept
-    activations = (), # patterns of modules whose outputs are kept; or a dict from pattern to names of the axes
-    gradients:bool = False, # keep the gradient of the weights too, if a backward pass runs while this is open
-): # yields `Records`, which fill while it is open
-    "Record attention and activations."
-    _check_open(model, names, activations)
-    recorder, ran = Recorder(Records(), tuple(names), gradients), Counter()
+# %% ../../nbs/09_viz/00_attention_recorder.ipynb #4911414b
+def _outputs(name, output):
+    "The tensors in a module's output, by name."
+    if isinstance(output, Tensor): return {name: output}
+    if isinstance(output, dict): items = output.items()
+    else: items = enumerate(output) if isinstance(output, tuple | list) else ()
+    return {f"{name}:{place}": value for place, value in items if isinstance(value, Tensor)}
+
+def _activation(name, call, value, pattern, activations):
+    "One activation, with the axes that are named for its pattern, or numbered ones."
+    axes = tuple(f"axis {i}" for i in range(value.ndim))
+    if isinstance(activations, dict): axes = activations[pattern]
+    if len(axes) != value.ndim:
+        raise ValueError(f"{name} has {value.ndim} axes, {tuple(value.shape)}; "
+                         f"{pattern!r} names {len(axes)}: {axes}")
+    return Activation(name, call, value.detach().cpu().clone(), tuple(axes))
+
+def _add_hooks(model, recorder, ran, activations):
+    "Hooks that keep the stack of running modules, count calls and keep activations."
     mine = lambda: get_ident() == recorder.thread
     def before(path, module):
         if mine(): recorder.running.append((path, module))
     def after(path, module, output):
         if not mine(): return
-        while recorder.running and recorder.running.pop()[1] is not module: pass # modules inside it may have been left by an error
-        if wanted := next((pattern for pattern in activations if fnmatchcase(path, pattern)), None):
-            for name, value in _outputs(path, output).items():
-                axes = activations[wanted] if isinstance(activations, dict) else tuple(f"axis {i}" for i in range(value.ndim))
-                if len(axes) != value.ndim: raise ValueError(f"{name} has {value.ndim} axes, {tuple(value.shape)}; {wanted!r} names {len(axes)}: {axes}")
-                recorder.records.activations.append(Activation(name, ran[path], value.detach().cpu().clone(), tuple(axes)))
+        # an error may have left modules inside this one on the stack
+        while recorder.running and recorder.running.pop()[1] is not module: pass
+        pattern = next((pattern for pattern in activations if fnmatchcase(path, pattern)), None)
+        for name, value in _outputs(path, output).items() if pattern is not None else ():
+            kept = _activation(name, ran[path], value, pattern, activations)
+            recorder.records.activations.append(kept)
         ran[path] += 1
     for path, module in model.named_modules():
-        recorder.handles += [module.register_forward_pre_hook(lambda module, args, path=path: before(path, module)),
-                             module.register_forward_hook(lambda module, args, output, path=path: after(path, module, output), always_call=True)]
+        enter = lambda module, args, path=path: before(path, module)
+        leave = lambda module, args, output, path=path: after(path, module, output)
+        recorder.handles += [module.register_forward_pre_hook(enter),
+                             module.register_forward_hook(leave, always_call=True)]
+
+# %% ../../nbs/09_viz/00_attention_recorder.ipynb #74f11f48
+@contextmanager
+def record(
+    model:nn.Module, # whose attention is recorded
+    names:tuple = ("*",), # patterns (fnmatch) of the modules whose attention is kept
+    activations = (), # patterns of modules whose outputs are kept; or {pattern: axes' names}
+    gradients:bool = False, # keep the weights' gradient too, if a backward pass runs meanwhile
+): # yields `Records`, which fill while it is open
+    "Record attention and activations."
+    _check_open(model, names, activations)
+    recorder, ran = Recorder(Records(), tuple(names), gradients), Counter()
+    _add_hooks(model, recorder, ran, activations)
     try:
         with torch.compiler.set_stance("force_eager"), recorder: yield recorder.records
     finally:

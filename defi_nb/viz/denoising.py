@@ -31,22 +31,31 @@ from ..sim.playtable import restore, snapshot
 def check_draws(
     gfdm, # a forward model, or None
 )->GFDM: # the same
-    "Raise `ValueError` unless this model can draw video."
-    if gfdm is None: raise ValueError("there is no forward model, so nothing is foreseen: give a CoupledPolicy's `gfdm`, or a GFDM")
+    "Raise `ValueError` unless this model can predict frames."
+    if gfdm is None:
+        raise ValueError("there is no forward model, so nothing is predicted: "
+                         "give a CoupledPolicy's `gfdm`, or a GFDM")
     if not isinstance(gfdm, GFDM):
-        raise ValueError(f"a {type(gfdm).__name__} foresees features and draws no pictures, in no steps: compare its features (`cosine_distance` in eval.video_metrics), or give a GFDM")
+        raise ValueError(f"a {type(gfdm).__name__} predicts features, not frames, and not in "
+                         "steps: compare its features (`cosine_distance` in eval.video_metrics), "
+                         "or give a GFDM")
     if isinstance(gfdm.unet.conv_out, Absent):
-        raise ValueError("of this GFDM only the part that gives features was loaded: open the checkpoint with load_model, not load_to_act or for_features")
+        raise ValueError("of this GFDM only the part that gives features was loaded: open the "
+                         "checkpoint with load_model, not load_to_act or for_features")
     return gfdm
 
+# %% ../../nbs/09_viz/05_denoising.ipynb #828bf7c8
 def future_noise(
     gfdm:GFDM, # for the shape
     between:tuple=(), # axes in front, along which the noise is the same
     seed:int|None=None, # of the draw; None: the noise that features are extracted with
 )->Tensor: # (*between,T,C,h,w) standard normal
     "One noise for everything that is compared."
-    drawn = gfdm.noise if seed is None else torch.randn(gfdm.noise.shape, generator=torch.Generator().manual_seed(seed)).to(gfdm.noise)
-    return drawn.expand(*between, *drawn.shape)
+    noise = gfdm.noise
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(gfdm.noise.shape, generator=generator).to(gfdm.noise)
+    return noise.expand(*between, *noise.shape)
 
 # %% ../../nbs/09_viz/05_denoising.ipynb #8e41463e
 @torch.no_grad()
@@ -55,10 +64,10 @@ def sample_schedules(
     latent:Tensor, # (B,...,C,h,w) latents of present frames, not scaled
     text:list, # B instructions
     steps:tuple=(1, 2, 5, 10, 20), # of each schedule
-    noise:Tensor|None=None, # (B,...,T,C,h,w) standard normal, for all schedules; None: from `future_noise`
+    noise:Tensor|None=None, # (B,...,T,C,h,w) standard normal; None: from `future_noise`
     guidance=1., # as for `GFDM.sample`
 )->dict: # steps -> (B,...,T,C,h,w) latents, not scaled
-    "Futures drawn by schedules of several lengths, each run to its end."
+    "Futures sampled by schedules of several lengths, each run to its end."
     noise = future_noise(check_draws(gfdm), latent.shape[:-3]) if noise is None else noise
     return {n: gfdm.sample(latent, text, n, noise, guidance=guidance) for n in steps}
 
@@ -68,21 +77,26 @@ def _sample_estimates(
     latent:Tensor, # (B,...,C,h,w) latents of present frames, not scaled
     text:list, # B instructions
     steps:int=20, # of the schedule, S
-    at:tuple|None=None, # steps that are wanted, from 1; None: all
+    at:tuple|None=None, # steps that are kept, from 1; None: all
     noise:Tensor|None=None, # (B,...,T,C,h,w) standard normal; None: from `future_noise`
 )->dict: # step -> (B,...,T,C,h,w) latents, not scaled; the last step's is the sample
-    "What the network believes at steps of one schedule."
-    wanted, seen = set(at or range(1, steps + 1)), {}
-    if not wanted <= set(range(1, steps + 1)): raise ValueError(f"steps {at} of a schedule of {steps}: choose 1 to {steps}, or a longer schedule")
+    "Denoised estimates at steps of one schedule."
+    wanted, kept = set(at or range(1, steps + 1)), {}
+    if not wanted <= set(range(1, steps + 1)):
+        raise ValueError(f"steps {at} of a schedule of {steps}: choose 1 to {steps}, "
+                         "or a longer schedule")
     noise = future_noise(check_draws(gfdm), latent.shape[:-3]) if noise is None else noise
-    keep = lambda i, sigma, x, denoised: seen.update({i + 1: denoised}) if i + 1 in wanted else None
+    def keep(i, sigma, x, denoised):
+        if i + 1 in wanted: kept[i + 1] = denoised/gfdm.cfg.scaling_factor
     gfdm.sample(latent, text, steps, noise, keep)
-    return {k: (x/gfdm.cfg.scaling_factor).unflatten(0, latent.shape[:-3]) for k, x in seen.items()}
+    return {k: x.unflatten(0, latent.shape[:-3]) for k, x in kept.items()}
 
 # %% ../../nbs/09_viz/05_denoising.ipynb #f82f5c8a
 def _decoded(vae, latents):
-    "Pictures of latents, once it is sure that there is something to draw with."
-    if vae is None: raise ValueError("there is no VAE to decode with: give `policy.encoders.vae` of a policy from load_model, or encoders.load_vae")
+    "Frames of latents, if there is a decoder."
+    if vae is None:
+        raise ValueError("there is no VAE to decode with: give `policy.encoders.vae` of a policy "
+                         "from load_model, or encoders.load_vae")
     return vae.decode(latents).cpu()
 
 def future_steps(
@@ -91,11 +105,12 @@ def future_steps(
     latent:Tensor, # (V,C,h,w) latents of one present frame, not scaled
     text:str, # instruction
     steps:tuple=(1, 2, 5, 10, 20), # of each schedule
-    noise:Tensor|None=None, # (V,T,C,h,w) standard normal, for all schedules; None: from `future_noise`
+    noise:Tensor|None=None, # (V,T,C,h,w) standard normal, for all schedules; None: `future_noise`
 )->dict: # steps -> (V,T,3,H,W) uint8
-    "Futures of one moment drawn by schedules of several lengths, as pictures."
-    drawn = sample_schedules(gfdm, latent[None], [text], steps, None if noise is None else noise[None])
-    return {n: _decoded(vae, x[0]) for n, x in drawn.items()}
+    "Frames of one moment's future, sampled by schedules of several lengths."
+    noise = None if noise is None else noise[None]
+    sampled = sample_schedules(gfdm, latent[None], [text], steps, noise)
+    return {n: _decoded(vae, x[0]) for n, x in sampled.items()}
 
 def estimate_steps(
     gfdm:GFDM, # whole, see `check_draws`
@@ -105,12 +120,13 @@ def estimate_steps(
     at:tuple=(1, 2, 5, 10, 20), # steps that are decoded, from 1
     steps:int=20, # of the schedule
 )->dict: # step -> (V,T,3,H,W) uint8
-    "What is believed about one moment's future at some steps of one schedule, as pictures."
-    believed = _sample_estimates(gfdm, latent[None], [text], steps, at)
-    return {k: _decoded(vae, x[0]) for k, x in believed.items()}
+    "Frames of one moment's future, as estimated at some steps of one schedule."
+    estimates = _sample_estimates(gfdm, latent[None], [text], steps, at)
+    return {k: _decoded(vae, x[0]) for k, x in estimates.items()}
 
+# %% ../../nbs/09_viz/05_denoising.ipynb #c86d116f
 def draw_pictures(
-    draw, # draw(gfdm, latent, text, noise=noise) -> dict of latents, such as `partial(sample_schedules, steps=(1, 10))`
+    draw, # (gfdm, latent, text, noise=noise) -> dict of latents: `partial(sample_schedules, ...)`
     gfdm:GFDM, # whole
     vae, # `models.encoders.VAE` with its decoder
     latent:Tensor, # (N,V,C,h,w) latents of present frames, not scaled
@@ -118,12 +134,13 @@ def draw_pictures(
     noise:Tensor, # (N,V,T,C,h,w) standard normal
     at_once:int=32, # clips
 )->dict: # step -> (N,V,T,3,H,W) uint8
-    "The same for many clips, some at a time."
-    found = {}
+    "Sampled frames of many clips, some at a time."
+    frames = {}
     for i in range(0, len(text), at_once):
         part = slice(i, i + at_once)
-        for k, x in draw(gfdm, latent[part], text[part], noise=noise[part]).items(): found.setdefault(k, []).append(_decoded(vae, x))
-    return {k: torch.cat(parts) for k, parts in found.items()}
+        latents = draw(gfdm, latent[part], text[part], noise=noise[part])
+        for k, x in latents.items(): frames.setdefault(k, []).append(_decoded(vae, x))
+    return {k: torch.cat(parts) for k, parts in frames.items()}
 
 # %% ../../nbs/09_viz/05_denoising.ipynb #abb36976
 def frame_scores(
@@ -131,10 +148,25 @@ def frame_scores(
     true:Tensor, # (T,3,H,W) uint8
     dino=None, # `models.encoders.Dino` for the feature distance; None: without it
 )->dict: # name -> (T)
-    "What stands under the frames of a strip."
+    "Measures of each frame of a video against the true one."
     scores = dict(psnr=psnr(video, true).clamp(max=50), ssim=ssim(video, true))
     return scores if dino is None else scores | dict(feature=feature_distance(video, true, dino))
 
+# %% ../../nbs/09_viz/05_denoising.ipynb #bb009eb4
+def _strip_axes(rows, T, times, size, height=1.32, room=.6):
+    "(rows,T) axes of frames, with their times as titles."
+    import matplotlib.pyplot as plt
+    figsize, style = (size*T + room, size*height*rows), dict(layout="constrained", squeeze=False)
+    axes = plt.subplots(rows, T, figsize=figsize, dpi=72, **style)[1]
+    for ax in axes.ravel(): ax.set(xticks=[], yticks=[])
+    for t, ax in enumerate(axes[0]):
+        title = "present" if t == 0 else str(t) if times is None else f"{times[t]:.2f} s"
+        ax.set_title(title, fontsize=8)
+    return axes
+
+def _steps_label(n): return f"{n} {'step' if n == 1 else 'steps'}"
+
+# %% ../../nbs/09_viz/05_denoising.ipynb #16efe182
 def show_future_steps(
     futures:dict, # steps -> (V,T,3,H,W) uint8, from `future_steps` or `estimate_steps`
     true:Tensor|None=None, # (V,T,3,H,W) uint8, what happened
@@ -145,27 +177,27 @@ def show_future_steps(
     size:float=1.1, # of a frame, inches
 ): # (rows,T) axes
     "Strips of a predicted video after several numbers of steps, under the true one."
-    import matplotlib.pyplot as plt
-    rows = ({} if true is None else {"true": true[view]}) | {n: x[view] for n, x in futures.items()}
-    T = len(next(iter(rows.values())))
-    axes = plt.subplots(len(rows), T, figsize=(size*T + .6, size*1.32*len(rows)), dpi=72, layout="constrained", squeeze=False)[1]
+    rows = {} if true is None else {"true": true[view]}
+    rows |= {n: x[view] for n, x in futures.items()}
+    axes = _strip_axes(len(rows), len(next(iter(rows.values()))), times, size)
     for line, (n, video) in zip(axes, rows.items()):
-        under = {} if true is None or n == "true" else frame_scores(video, true[view], dino)
+        predicted = true is not None and n != "true"
+        scores = frame_scores(video, true[view], dino).values() if predicted else ()
         for t, (ax, frame) in enumerate(zip(line, to_hwc(video))):
             ax.imshow(frame, interpolation="nearest")
-            ax.set(xticks=[], yticks=[], xlabel="  ".join(f"{float(v[t]):.{d}f}" for d, v in zip((1, 2, 3), under.values())) if t else "")
-            ax.xaxis.label.set_fontsize(7)
             ax.spines[:].set_visible(False)
-        name = n if n == "true" else f"{n} {'step' if n == 1 else 'steps'}" if word == "steps" else f"{word} {n}"
+            numbers = [f"{float(values[t]):.{d}f}" for d, values in zip((1, 2, 3), scores)]
+            ax.set_xlabel("  ".join(numbers) if t else "", fontsize=7)
+        name = n if n == "true" else _steps_label(n) if word == "steps" else f"{word} {n}"
         line[0].set_ylabel(name, fontsize=8)
-    for t, ax in enumerate(axes[0]): ax.set_title("present" if t == 0 else str(t) if times is None else f"{times[t]:.2f} s", fontsize=8)
-    if true is not None: axes[-1, 0].set_xlabel("PSNR dB  SSIM" + "  feature"*(dino is not None), fontsize=6)
+    if true is not None:
+        axes[-1, 0].set_xlabel("PSNR dB  SSIM" + "  feature"*(dino is not None), fontsize=6)
     return axes
 
 # %% ../../nbs/09_viz/05_denoising.ipynb #1cca2dcf
 @dataclass
 class MotionSteps:
-    "How much of the motion is there at each step of a sampler."
+    "Motion in the estimates at each step of a sampler."
     steps:tuple # S, from 1; the last is the final prediction
     energy:np.ndarray # (S,N) motion energy of each clip
     true_energy:np.ndarray # (N,) of what happened
@@ -173,36 +205,47 @@ class MotionSteps:
     with_true:np.ndarray # (S,N) agreement with what happened
     groups:np.ndarray # (N,) demonstration of each clip
 
-    def curves(self):
-        "Name -> S times (estimate, low, high)."
+    def curves(self)->dict: # name -> S times (estimate, low, high)
+        "Fractions of the energy and agreements at each step, with intervals."
         ratio = lambda over: [demo_mean_interval(e, over, self.groups) for e in self.energy]
         mean = lambda rows: [demo_mean_interval(r, groups=self.groups) for r in rows]
-        return {"energy kept, of the final prediction's": ratio(self.energy[-1]), "energy kept, of the true future's": ratio(self.true_energy),
-                "agreement with the final prediction": mean(self.with_final), "agreement with the true future": mean(self.with_true)}
+        return {"energy kept, of the final prediction's": ratio(self.energy[-1]),
+                "energy kept, of the true future's": ratio(self.true_energy),
+                "agreement with the final prediction": mean(self.with_final),
+                "agreement with the true future": mean(self.with_true)}
 
 def _motion_steps(
-    believed:dict, # step -> (N,T,3,H,W) uint8 of one view; the last is the final prediction
+    estimates:dict, # step -> (N,T,3,H,W) uint8 of one view; the last is the final prediction
     true:Tensor, # (N,T,3,H,W) uint8
     groups=None, # (N,) demonstration of each clip; None: each clip its own
 )->MotionSteps:
-    "Measure the motion in what is believed at each step."
-    if tuple(next(iter(believed.values())).shape) != tuple(true.shape): raise ValueError(f"the true clips have shape {tuple(true.shape)}, the believed ones {tuple(next(iter(believed.values())).shape)}: give both for one view")
-    final, arrays = list(believed.values())[-1], lambda f: np.stack([f(v).double().numpy() for v in believed.values()])
-    return MotionSteps(tuple(believed), arrays(motion_energy), motion_energy(true).double().numpy(), arrays(lambda v: motion_agreement(v, final)),
-                       arrays(lambda v: motion_agreement(v, true)), group_numbers(groups, len(true)))
+    "Measure the motion in the estimates at each step."
+    videos = list(estimates.values())
+    if videos[0].shape != true.shape:
+        raise ValueError(f"the true clips have shape {tuple(true.shape)}, the predicted ones "
+                         f"{tuple(videos[0].shape)}: give both for one view")
+    arrays = lambda f: np.stack([f(video).double().numpy() for video in videos])
+    agreement = lambda other: arrays(lambda video: motion_agreement(video, other))
+    energies = arrays(motion_energy), motion_energy(true).double().numpy()
+    return MotionSteps(tuple(estimates), *energies, agreement(videos[-1]), agreement(true),
+                       group_numbers(groups, len(true)))
 
+# %% ../../nbs/09_viz/05_denoising.ipynb #321c37b1
 def show_motion_steps(
-    found:MotionSteps, # from `_motion_steps`
+    found:MotionSteps, # of one camera, as from `motion_over_steps`
     axes=None, # two axes to draw into
 ): # the two axes
-    "Motion energy kept and agreement over the steps, with 95 % intervals."
+    "Fraction of the motion energy and agreement over the steps, with 95 % intervals."
     axes = new_axes(8, 2.5, columns=2) if axes is None else axes
     for i, (name, curve) in enumerate(found.curves().items()):
-        (mid, low, high), x = np.array(curve).T, np.arange(len(curve))
-        line = axes[i//2].errorbar(x + .06*(i%2) - .03, mid, [mid - low, high - mid], marker="os"[i%2], ms=4, ls=("-", "--")[i%2], lw=1.2, capsize=2, label=name.split("of ")[-1].split("with ")[-1])
-        line[0].set_color(("C0", "C1")[i%2])
-    for ax, label in zip(axes, ("motion energy, share of", "motion agreement with")):
-        ax.set(xlabel=f"step of the sampler, of {found.steps[-1]}", ylabel=label, ylim=(min(0, ax.get_ylim()[0]), max(1.05, ax.get_ylim()[1])))
+        (mid, low, high), x = np.array(curve).T, np.arange(len(curve)) + .06*(i % 2) - .03
+        colour, marker, style = (("C0", "o", "-"), ("C1", "s", "--"))[i % 2]
+        axes[i//2].errorbar(x, mid, [mid - low, high - mid], color=colour, marker=marker, ls=style,
+                            ms=4, lw=1.2, capsize=2, label=name.split("of ")[-1].split("with ")[-1])
+    for ax, label in zip(axes, ("motion energy, fraction of", "motion agreement with")):
+        low, high = ax.get_ylim()
+        ax.set(xlabel=f"step of the sampler, of {found.steps[-1]}", ylabel=label,
+               ylim=(min(0, low), max(1.05, high)))
         ax.set_xticks(range(len(found.steps)), found.steps)
         ax.axhline(1, color="grey", lw=.8, ls=":")
         ax.legend(fontsize=7)
@@ -219,18 +262,20 @@ def many_futures(
     seed:int=0, # of the draws
 )->dict: # steps -> (N,V,T,3,H,W) uint8
     "Several futures of one moment, one for each noise, which all cameras share."
-    noise = torch.randn(draws, 1, *check_draws(gfdm).noise.shape, generator=torch.Generator().manual_seed(seed)).to(gfdm.noise)
-    rows = latent.expand(draws, *latent.shape)
-    drawn = sample_schedules(gfdm, rows, [text]*draws, steps, noise.expand(-1, len(latent), *noise.shape[2:]))
-    return {n: _decoded(vae, x) for n, x in drawn.items()}
+    shape, generator = check_draws(gfdm).noise.shape, torch.Generator().manual_seed(seed)
+    noise = torch.randn(draws, 1, *shape, generator=generator).to(gfdm.noise)
+    noise, rows = noise.expand(-1, len(latent), *shape), latent.expand(draws, *latent.shape)
+    sampled = sample_schedules(gfdm, rows, [text]*draws, steps, noise)
+    return {n: _decoded(vae, x) for n, x in sampled.items()}
 
 def _spread_map(
     videos:Tensor, # (N,...,T,3,H,W) uint8, one for each noise
-)->Tensor: # (...,T,H,W) standard deviation over draws, of pictures in [0, 1]
-    "Where futures drawn with different noise differ."
+)->Tensor: # (...,T,H,W) standard deviation over draws, of values in [0, 1]
+    "Standard deviation of futures over the noise, pixel by pixel."
     if len(videos) < 2: raise ValueError(f"{len(videos)} draw has no spread: draw at least two")
     return (videos.float()/255).var(0).mean(-3).sqrt()
 
+# %% ../../nbs/09_viz/05_denoising.ipynb #f4034924
 def show_spread(
     futures:dict, # steps -> (N,V,T,3,H,W) uint8, from `many_futures`
     view:int=0, # which camera is shown
@@ -238,32 +283,36 @@ def show_spread(
     size:float=1.1, # of a frame, inches
 ): # (rows,T) axes
     "Maps of the spread over noises, brighter where the futures differ more."
-    import matplotlib.pyplot as plt
     maps = {n: _spread_map(v)[view] for n, v in futures.items()}
-    most = max(float(m.max()) for m in maps.values()) or 1.
-    T = len(next(iter(maps.values())))
-    axes = plt.subplots(len(maps), T, figsize=(size*T + 1, size*1.2*len(maps)), dpi=72, layout="constrained", squeeze=False)[1]
+    top = max(float(m.max()) for m in maps.values()) or 1.
+    axes = _strip_axes(len(maps), len(next(iter(maps.values()))), times, size, 1.2, 1)
     for line, (n, m) in zip(axes, maps.items()):
         for t, ax in enumerate(line):
-            shown = ax.imshow(m[t], vmin=0, vmax=most, cmap="magma", interpolation="nearest")
-            ax.set(xticks=[], yticks=[])
-            ax.set_title("present" if t == 0 else str(t) if times is None else f"{times[t]:.2f} s", fontsize=8)
-        line[0].set_ylabel(f"{n} {'step' if n == 1 else 'steps'}\n{float(m[1:].square().mean().sqrt()):.3f} rms", fontsize=8)
-    axes[0, 0].figure.colorbar(shown, ax=axes, label="spread over draws (0 to 1)", shrink=.9).ax.tick_params(labelsize=7)
+            shown = ax.imshow(m[t], vmin=0, vmax=top, cmap="magma", interpolation="nearest")
+        rms = float(m[1:].square().mean().sqrt())
+        line[0].set_ylabel(f"{_steps_label(n)}\n{rms:.3f} rms", fontsize=8)
+    label = "spread over draws (0 to 1)"
+    bar = axes[0, 0].figure.colorbar(shown, ax=axes, label=label, shrink=.9)
+    bar.ax.tick_params(labelsize=7)
     return axes
 
 # %% ../../nbs/09_viz/05_denoising.ipynb #4b626192
 class _Wordless:
     "A text encoder for which all texts are zeros."
     def __init__(self, clip): self.clip, self.dim = clip, clip.dim
-    def __call__(self, texts): return replace(found := self.clip(texts), hidden=torch.zeros_like(found.hidden))
+
+    def __call__(self, texts):
+        encoded = self.clip(texts)
+        return replace(encoded, hidden=torch.zeros_like(encoded.hidden))
 
 def without_text(
     gfdm:GFDM, # with its text encoder
 )->GFDM: # another one that shares all weights
-    "A forward model that is told nothing."
+    "A forward model that gets no instruction."
     other = copy.copy(check_draws(gfdm))
-    if gfdm.clip is None: raise ValueError("this GFDM was built without a text encoder, so it is told nothing as it is")
+    if gfdm.clip is None:
+        raise ValueError("this GFDM was built without a text encoder, "
+                         "so it has no instruction as it is")
     other.clip = _Wordless(gfdm.clip)
     return other
 
@@ -273,14 +322,20 @@ def chunk_steps(
     policy, # with `encode_batch(batch)` and an `adapter`: `CoupledPolicy`, `PlainPolicy`
     batch:Batch, # one sample, as `policy.act` takes it
     noise:Tensor, # (N,K,A) standard normal
-)->Tensor: # (N,S,K,A) denoised actions at every step, not clamped; the last is what `act` returns before it clamps
-    "The chunk that a policy believes in at each step of its sampler, for several draws of noise."
-    if len(batch) != 1: raise ValueError(f"the batch has {len(batch)} samples: give one, and as many noises as you like")
-    if (adapter := getattr(policy, "adapter", None)) is None: raise ValueError(f"a {type(policy).__name__} has no `adapter` that denoises actions in steps: give a CoupledPolicy or a PlainPolicy")
-    if tuple(noise.shape[1:]) != (shape := (adapter.cfg.chunk, adapter.cfg.action_dim)): raise ValueError(f"noise has shape {tuple(noise.shape)}; this policy takes (N,{shape[0]},{shape[1]})")
+)->Tensor: # (N,S,K,A) denoised actions at every step, not clamped as `act` clamps the last
+    "Denoised chunks of actions at each step of a policy's sampler, for several draws of noise."
+    if len(batch) != 1:
+        raise ValueError(f"the batch has {len(batch)} samples: give one, and any number of noises")
+    if (adapter := getattr(policy, "adapter", None)) is None:
+        raise ValueError(f"a {type(policy).__name__} has no `adapter` that denoises actions in "
+                         "steps: give a CoupledPolicy or a PlainPolicy")
+    K, A = adapter.cfg.chunk, adapter.cfg.action_dim
+    if noise.shape[1:] != (K, A):
+        raise ValueError(f"noise has shape {tuple(noise.shape)}; this policy takes (N,{K},{A})")
     encoded, steps = policy.encode_batch(batch), []
     context = encoded[0] if isinstance(encoded, tuple) else encoded
-    adapter.sample(context.expand(len(noise), -1, -1), noise.to(context), callback=lambda i, sigma, x, denoised: steps.append(denoised))
+    keep = lambda i, sigma, x, denoised: steps.append(denoised)
+    adapter.sample(context.expand(len(noise), -1, -1), noise.to(context), callback=keep)
     return torch.stack(steps, 1).cpu()
 
 # %% ../../nbs/09_viz/05_denoising.ipynb #21296b3b
@@ -288,10 +343,12 @@ def hand_path(
     action, # (...,K,7) relative actions, in CALVIN's units
     robot_obs, # (15,) CALVIN's, where the chunk begins: metres, radians
 )->Tensor: # (...,K+1,3) metres, in the world's frame
-    "Where the hand would go if it followed a chunk of actions exactly."
+    "Path of the end effector if it followed a chunk of actions exactly."
     action, start = torch.as_tensor(action).float(), torch.as_tensor(robot_obs).float().flatten()
     if action.shape[-1] != ACTION_DIM or start.shape != (15,):
-        raise ValueError(f"actions of shape {tuple(action.shape)} and a robot_obs of shape {tuple(start.shape)}: give (...,K,{ACTION_DIM}) in CALVIN's units and (15,)")
+        shapes = tuple(action.shape), tuple(start.shape)
+        raise ValueError(f"actions of shape {shapes[0]} and a robot_obs of shape {shapes[1]}: "
+                         f"give (...,K,{ACTION_DIM}) in CALVIN's units and (15,)")
     moves = action[..., :3].clamp(-1, 1)*POSITION_UNIT
     return start[:3] + torch.cat([torch.zeros_like(moves[..., :1, :]), moves.cumsum(-2)], -2)
 
@@ -299,7 +356,7 @@ def _executed_path(
     env, # `PlayTable`, at the moment at which the chunk begins; it is put back afterwards
     action, # (K,7) relative actions
 )->Tensor: # (K+1,3) metres
-    "Where the simulator's hand really goes."
+    "Path of the simulator's end effector when it executes a chunk."
     saved, tool = snapshot(env), [env.robot_obs()[:3]]
     for a in np.asarray(action, float): tool.append(env.step(a)[0]["robot_obs"][:3])
     restore(env, saved)
@@ -310,42 +367,33 @@ def _fan_steps(
     total:int, # S, steps of the sampler
     most:int=4, # to pick
 )->tuple: # of steps, from 1
-    "Steps that show how a chunk settles: the first, the last, and some between, more of them early."
+    "Steps that show how a chunk settles: the first, the last, and some between, mostly early ones."
     return tuple(sorted({int(k) for k in np.geomspace(1, total, min(most, total)).round()}))
 
 def _shades(n): # n colours from light to dark that survive grey printing and colour blindness
     import matplotlib.pyplot as plt
-    return plt.get_cmap("viridis_r")(np.linspace(.15, .95, n)) if n > 1 else plt.get_cmap("viridis_r")([.95])
+    colours = plt.get_cmap("viridis_r")
+    return colours(np.linspace(.15, .95, n)) if n > 1 else colours([.95])
 
 def _fan_cube(
-    paths:Tensor, # (N,S,K+1,3) metres, which begin where the hand stands
+    paths:Tensor, # (N,S,K+1,3) metres, which begin where the end effector is
     true:Tensor|None=None, # (K+1,3) metres
-)->tuple: # centre (3,) and half-width, cm from where the hand stands
+)->tuple: # centre (3,) and half-width, cm from where the end effector is
     "The smallest cube around all paths, with some room."
-    points = 100*(paths.flatten(0, -2) if true is None else torch.cat([paths.flatten(0, -2), true]))
+    points = paths.flatten(0, -2)
+    points = 100*(points if true is None else torch.cat([points, true]))
     low, high = points.amin(0), points.amax(0)
-    return ((low + high)/2 - 100*paths[0, 0, 0]).tolist(), max(.5, .55*float((high - low).max()))
+    centre = (low + high)/2 - 100*paths[0, 0, 0]
+    return centre.tolist(), max(.5, .55*float((high - low).max()))
 
-def show_fan(
-    paths:Tensor, # (N,S,K+1,3) metres, from `hand_path` of `chunk_steps`
-    steps:tuple|None=None, # which are drawn, from 1; None: `_fan_steps`
-    true:Tensor|None=None, # (K+1,3) metres, what was done
-    ax=None, # 3D axes to draw into
-    cube:tuple|None=None, # its centre (3,) and half its width, cm from the hand, that are shown; None: what these paths need
-): # the axes
-    "Paths of the hand at several steps of the sampler, in space, with shadows of the last on the floor; centimetres from where it stands."
+# %% ../../nbs/09_viz/05_denoising.ipynb #eb410f80
+def _fan_axes():
     import matplotlib.pyplot as plt
-    steps = _fan_steps(paths.shape[1]) if steps is None else steps
-    if ax is None: ax = plt.figure(figsize=(4.6, 3.8), dpi=72, layout="constrained").add_subplot(projection="3d")
-    moved = 100*(paths - paths[:1, :1, :1]).detach().cpu().numpy()
-    centre, half = _fan_cube(paths[:, [k - 1 for k in steps]], true) if cube is None else cube
-    lines = [(f"step {k}", colour, "-", .9 + .8*(k == steps[-1]), moved[:, k - 1]) for k, colour in zip(steps, _shades(len(steps)))]
-    if true is not None: lines.append(("done in the demonstration", "C3", "--", 2, (100*(true - true[:1])).numpy()[None]))
-    for name, colour, style, width, drawn in lines:
-        for n, (x, y, z) in enumerate(drawn.transpose(0, 2, 1)):
-            ax.plot(x, y, z, color=colour, ls=style, lw=width, alpha=.8, label=name if n == 0 else None)
-            if width > 1: ax.plot(x, y, 0*z + centre[2] - half, color=colour, ls=style, lw=.8, alpha=.3) # the shadow on the floor
-    ax.scatter(0, 0, 0, color="k", s=14)
+    figure = plt.figure(figsize=(4.6, 3.8), dpi=72, layout="constrained")
+    return figure.add_subplot(projection="3d")
+
+def _fan_box(ax, centre, half):
+    "A cube of axes, in cm, with small labels."
     for axis, middle in zip("xyz", centre):
         getattr(ax, f"set_{axis}lim")(middle - half, middle + half)
         getattr(ax, f"set_{axis}label")(f"{axis}, cm", fontsize=8, labelpad=-4)
@@ -353,23 +401,54 @@ def show_fan(
     ax.tick_params(labelsize=7, pad=-2)
     ax.set_box_aspect((1, 1, 1), zoom=.9)
     ax.legend(fontsize=7, loc="upper left")
+
+# %% ../../nbs/09_viz/05_denoising.ipynb #42e925a6
+def show_fan(
+    paths:Tensor, # (N,S,K+1,3) metres, from `hand_path` of `chunk_steps`
+    steps:tuple|None=None, # which are drawn, from 1; None: `_fan_steps`
+    true:Tensor|None=None, # (K+1,3) metres, what was done
+    ax=None, # 3D axes to draw into
+    cube:tuple|None=None, # centre (3,) and half-width, cm; None: around these paths
+): # the axes
+    "Paths of the end effector at several steps of the sampler, in cm from where it is."
+    steps = _fan_steps(paths.shape[1]) if steps is None else steps
+    if ax is None: ax = _fan_axes()
+    moved = 100*(paths - paths[:1, :1, :1]).detach().cpu().numpy()
+    centre, half = _fan_cube(paths[:, [k - 1 for k in steps]], true) if cube is None else cube
+    lines = [(f"step {k}", colour, "-", .9 + .8*(k == steps[-1]), moved[:, k - 1])
+             for k, colour in zip(steps, _shades(len(steps)))]
+    if true is not None:
+        recorded = (100*(true - true[:1])).numpy()[None]
+        lines.append(("done in the demonstration", "C3", "--", 2, recorded))
+    for name, colour, style, width, drawn in lines:
+        for n, (x, y, z) in enumerate(drawn.transpose(0, 2, 1)):
+            label, floor = name if n == 0 else None, 0*z + centre[2] - half
+            ax.plot(x, y, z, color=colour, ls=style, lw=width, alpha=.8, label=label)
+            if width > 1: ax.plot(x, y, floor, color=colour, ls=style, lw=.8, alpha=.3) # shadow
+    ax.scatter(0, 0, 0, color="k", s=14)
+    _fan_box(ax, centre, half)
     return ax
 
+# %% ../../nbs/09_viz/05_denoising.ipynb #3ed1b341
 def show_fan_dimensions(
     chunks:Tensor, # (N,S,K,7) from `chunk_steps`; `_fan_steps` of the S are drawn
     true:Tensor|None=None, # (K,7) what was done
     axes=None, # seven axes to draw into
 ): # the seven axes
-    "Each number of an action over the chunk, at several steps of the sampler, in CALVIN's units."
+    "Numbers of an action over the chunk, at several steps of the sampler, in CALVIN's units."
     import matplotlib.pyplot as plt
-    steps = _fan_steps(chunks.shape[1])
-    if axes is None: axes = plt.subplots(2, 4, figsize=(9.5, 3.6), dpi=72, layout="constrained", sharex=True)[1].ravel()
-    names, time = (*ARM_DIMS, "gripper"), np.arange(1, chunks.shape[2] + 1)/CONTROL_HZ
-    for i, (name, ax) in enumerate(zip(names, axes)):
+    steps, time = _fan_steps(chunks.shape[1]), np.arange(1, chunks.shape[2] + 1)/CONTROL_HZ
+    if axes is None:
+        style = dict(figsize=(9.5, 3.6), dpi=72, layout="constrained", sharex=True)
+        axes = plt.subplots(2, 4, **style)[1].ravel()
+    for i, (name, ax) in enumerate(zip((*ARM_DIMS, "gripper"), axes)):
         for k, colour in zip(steps, _shades(len(steps))):
+            width = .9 + .8*(k == steps[-1])
             for n, values in enumerate(chunks[:, k - 1, :, i].cpu().numpy()):
-                ax.plot(time, values, color=colour, alpha=.75, lw=.9 + .8*(k == steps[-1]), label=f"step {k}" if n == 0 else None)
-        if true is not None: ax.plot(time, true[:, i], color="C3", ls="--", lw=2, label="done in the\ndemonstration")
+                label = f"step {k}" if n == 0 else None
+                ax.plot(time, values, color=colour, alpha=.75, lw=width, label=label)
+        if true is not None:
+            ax.plot(time, true[:, i], color="C3", ls="--", lw=2, label="done in the\ndemonstration")
         for edge in (-1, 1): ax.axhline(edge, color="grey", lw=.7, ls=":")
         ax.set_title(name, fontsize=8)
         ax.tick_params(labelsize=7)
@@ -385,18 +464,21 @@ def show_fan_dimensions(
 def futures_film(
     futures:dict, # steps -> (V,T,3,H,W) uint8
     true:Tensor|None=None, # (V,T,3,H,W) uint8
-    side:int=128, # of a picture, pixels
+    side:int=128, # of an image, pixels
 )->list: # T frames (h,w,3) uint8
     "Predicted videos side by side, one row a camera."
-    columns = ({} if true is None else {"true": true}) | {f"{n} step{'s'*(n != 1)}": x for n, x in futures.items()}
-    V, T = next(iter(columns.values())).shape[:2]
+    columns = {} if true is None else {"true": true}
+    columns |= {_steps_label(n): x for n, x in futures.items()}
+    (V, T), inner = next(iter(columns.values())).shape[:2], (side - 2, side - 2)
     frames = []
     for t in range(T):
         frame = Image.new("RGB", (side*len(columns), side*V + 20), (28, 28, 28))
-        draw = ImageDraw.Draw(frame)
+        draw, font = ImageDraw.Draw(frame), ImageFont.load_default(12)
         for c, (name, video) in enumerate(columns.items()):
-            draw.text(((c + .5)*side, 10), name, fill="white", anchor="mm", font=ImageFont.load_default(12))
-            for v in range(V): frame.paste(Image.fromarray(to_hwc(video[v])[t]).resize((side - 2, side - 2), Image.Resampling.NEAREST), (c*side + 1, 20 + v*side + 1))
+            draw.text(((c + .5)*side, 10), name, fill="white", anchor="mm", font=font)
+            for v in range(V):
+                image = Image.fromarray(to_hwc(video[v])[t]).resize(inner, Image.Resampling.NEAREST)
+                frame.paste(image, (c*side + 1, 20 + v*side + 1))
         frames.append(np.asarray(frame))
     return frames
 
@@ -418,7 +500,7 @@ def fan_film(
 def predicts_frames(
     policy, # any
 )->bool:
-    "Whether a policy predicts frames that can be drawn, step by step."
+    "Whether a policy predicts frames, which can be shown step by step."
     return isinstance(getattr(policy, "gfdm", None), GFDM)
 
 @dataclass
@@ -430,9 +512,15 @@ class Moment:
     estimates:dict # step of the one schedule -> (V,T,3,H,W)
     several:dict # shortest and longest schedule -> (N,V,T,3,H,W), of N noises
 
-    def spreads(self, views): # {steps: {view: standard deviation over the noises, in [0, 255]}}
-        return {str(n): {view: _spread_map(x)[v, 1:].square().mean().sqrt() for v, view in enumerate(views)} for n, x in self.several.items()}
+    def spreads(self,
+        views, # names of the cameras
+    )->dict: # steps -> view -> standard deviation over the noises, of values in [0, 1]
+        "Spread of the futures as one number a camera."
+        rms = lambda x: x[1:].square().mean().sqrt()
+        return {str(n): {view: rms(_spread_map(x)[v]) for v, view in enumerate(views)}
+                for n, x in self.several.items()}
 
+# %% ../../nbs/09_viz/05_denoising.ipynb #f37da546
 def denoise_moment(
     model:GFDM, # the forward model
     encoders, # `models.encoders.Encoders`
@@ -443,10 +531,11 @@ def denoise_moment(
     seed:int, # of these
 )->Moment:
     "Predict the future of one moment in several ways."
-    given = model, encoders.vae, encoders.vae.encode(sample.video[0, :, 0]), sample.text[0]
-    followed = tuple(n for n in schedules if n <= schedule)
-    return Moment(sample.video[0], sample.text[0], future_steps(*given, schedules), estimate_steps(*given, followed, schedule),
-                  many_futures(*given, (schedules[0], schedules[-1]), noises, seed))
+    latent, text = encoders.vae.encode(sample.video[0, :, 0]), sample.text[0]
+    arguments, ends = (model, encoders.vae, latent, text), (schedules[0], schedules[-1])
+    estimates = estimate_steps(*arguments, tuple(n for n in schedules if n <= schedule), schedule)
+    several = many_futures(*arguments, ends, noises, seed)
+    return Moment(sample.video[0], text, future_steps(*arguments, schedules), estimates, several)
 
 def moment_figures(
     moment:Moment, # from `denoise_moment`
@@ -455,11 +544,13 @@ def moment_figures(
     times:tuple, # seconds of the frames
     schedule:int, # steps of the one schedule
 )->dict: # (kind, view) -> figure
-    "The strips of one moment, a figure for each kind and camera."
+    "Strips of one moment, a figure for each kind and camera."
     figures = {}
     for v, view in enumerate(views):
-        axes = dict(schedules=show_future_steps(moment.whole, moment.true, dino, v, times), spread=show_spread(moment.several, v, times),
-                    estimates=show_future_steps(moment.estimates, moment.true, dino, v, times, word=f"of {schedule}, step"))
+        true, word = moment.true, f"of {schedule}, step"
+        axes = dict(schedules=show_future_steps(moment.whole, true, dino, v, times),
+                    spread=show_spread(moment.several, v, times),
+                    estimates=show_future_steps(moment.estimates, true, dino, v, times, word=word))
         for name, ax in axes.items():
             ax[0, 0].figure.suptitle(f"{moment.text} ({view})", fontsize=9)
             figures[name, view] = ax[0, 0].figure
@@ -474,44 +565,57 @@ def motion_over_steps(
     schedule:int, # steps
     generator:torch.Generator, # of the noise
 )->list: # of `MotionSteps`, one for each camera
-    "What each step of one schedule knows of the motion."
+    "Motion in the estimates at each step of one schedule, over many clips."
     at = tuple(sorted({k for k in (1, 2, 5, 8, 10, 12, 14, 16, 18, schedule) if k <= schedule}))
     latents = encoders.vae.encode(batch.video[:, :, 0])
     noise = torch.randn(*latents.shape[:2], *model.noise.shape, generator=generator)
-    drawn = draw_pictures(partial(_sample_estimates, steps=schedule, at=at), model, encoders.vae, latents, batch.text, noise)
-    return [_motion_steps({k: x[:, v] for k, x in drawn.items()}, batch.video[:, v], groups) for v in range(latents.shape[1])]
+    draw = partial(_sample_estimates, steps=schedule, at=at)
+    drawn = draw_pictures(draw, model, encoders.vae, latents, batch.text, noise)
+    of_view = lambda v: {k: x[:, v] for k, x in drawn.items()}
+    return [_motion_steps(of_view(v), batch.video[:, v], groups) for v in range(latents.shape[1])]
 
+# %% ../../nbs/09_viz/05_denoising.ipynb #6f7b35a6
 @dataclass
 class Fan:
-    "Chunks of actions over many noises at one moment, and the paths of the end effector that they ask for."
+    "Chunks of actions over many noises at one moment, and the paths that they command."
     text:str # the instruction
     chunks:Tensor # (N,S,K,A) at each step of the sampler
     paths:Tensor # (N,S,K+1,3), m
     demo:Tensor # (K+1,3), the demonstration's
     recorded:Tensor # (K,A), likewise
-    gap_mm:Tensor|None = None # (K+1,) mean distance of asked and executed paths; None: not executed
+    gap_mm:Tensor|None = None # (K+1,) mean distance of executed paths; None: not executed
 
-    def numbers(self): # for the record
+    def numbers(self)->dict:
+        "Spread and distance from the demonstration at each step, for the record."
         ends, off = self.paths[:, :, -1], self.paths[:, :, -1] - self.demo[-1]
+        spread = 100*ends.std(0).square().sum(-1).sqrt()
         executed = {} if self.gap_mm is None else dict(asked_minus_executed_mm=self.gap_mm)
-        return dict(text=self.text, spread_cm=100*ends.std(0).square().sum(-1).sqrt(), off_demonstration_cm=100*off.norm(dim=-1).mean(0)) | executed
+        return dict(text=self.text, spread_cm=spread,
+                    off_demonstration_cm=100*off.norm(dim=-1).mean(0)) | executed
 
     def __str__(self):
         n = self.numbers()
-        spread, off = n["spread_cm"], n["off_demonstration_cm"]
-        executed = "" if self.gap_mm is None else f"; asked and executed paths end {self.gap_mm[-1]:.1f} mm apart"
-        return (f"{self.text}: ends of the paths spread by {spread[0]:.1f} cm at step 1 and {spread[-1]:.1f} cm at the last; "
-                f"off the demonstration's by {off[0]:.1f} and {off[-1]:.1f} cm{executed}")
+        spread, off, executed = n["spread_cm"], n["off_demonstration_cm"], ""
+        if self.gap_mm is not None:
+            executed = f"; commanded and executed paths end {self.gap_mm[-1]:.1f} mm apart"
+        return (f"{self.text}: ends of the paths spread by {spread[0]:.1f} cm at step 1 and "
+                f"{spread[-1]:.1f} cm at the last; off the demonstration's by {off[0]:.1f} and "
+                f"{off[-1]:.1f} cm{executed}")
 
+# %% ../../nbs/09_viz/05_denoising.ipynb #daf459e1
 def action_fan(
     policy, # with a sampler of actions
     sample:Batch, # one, with `action` and `proprio`
     noises:int, # chunks
     generator:torch.Generator, # of the noise
-    env=None, # `sim.playtable.PlayTable` at that moment, in which the last chunks are executed too; None: they are not
+    env=None, # `PlayTable` at that moment, to execute the last step's chunks in; None: without
 )->Fan:
     "Chunks of actions from many noises at one moment."
-    chunks = chunk_steps(policy, sample, torch.randn(noises, *sample.action.shape[1:], generator=generator))
-    asked = hand_path(chunks, sample.proprio[0])
-    gap = None if env is None else 1000*torch.stack([(hand_path(c, env.robot_obs()) - _executed_path(env, c)).norm(dim=-1) for c in chunks[:, -1]]).mean(0)
-    return Fan(sample.text[0], chunks, asked, hand_path(sample.action[0], sample.proprio[0]), sample.action[0], gap)
+    noise = torch.randn(noises, *sample.action.shape[1:], generator=generator)
+    chunks, gap = chunk_steps(policy, sample, noise), None
+    if env is not None:
+        off = [hand_path(c, env.robot_obs()) - _executed_path(env, c) for c in chunks[:, -1]]
+        gap = 1000*torch.stack(off).norm(dim=-1).mean(0)
+    proprio, recorded = sample.proprio[0], sample.action[0]
+    paths, demo = hand_path(chunks, proprio), hand_path(recorded, proprio)
+    return Fan(sample.text[0], chunks, paths, demo, recorded, gap)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from scipy.stats import rankdata
 from torch import Tensor
 
@@ -24,7 +25,10 @@ def _heat_order(
 )->Tensor: # (P,) int64, positions in the flattened map, hottest first
     "Patches in falling order of heat."
     heat = torch.as_tensor(heat).detach().double().flatten()
-    if not heat.isfinite().all(): raise ValueError(f"a heat map with {int((~heat.isfinite()).sum())} of {len(heat)} values that are not finite: nothing can be ordered by it")
+    if not heat.isfinite().all():
+        bad = int((~heat.isfinite()).sum())
+        raise ValueError(f"a heat map with {bad} of {len(heat)} values that are not finite: "
+                         "nothing can be ordered by it")
     shuffled = torch.randperm(len(heat), generator=torch.Generator().manual_seed(seed))
     return shuffled[heat[shuffled].argsort(descending=True, stable=True)]
 
@@ -33,64 +37,78 @@ def _masked(features, baseline, order, shape, insert):
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order))
     replaced = rank < torch.arange(len(order) + 1)[:, None] # (P+1,P)
-    replaced = (replaced ^ insert).reshape(-1, *[1]*(features.ndim - 1 - len(shape)), *shape, 1).to(features.device)
+    leading = [1]*(features.ndim - 1 - len(shape))
+    replaced = (replaced ^ insert).reshape(-1, *leading, *shape, 1).to(features.device)
     return torch.where(replaced, baseline.to(features), features)
 
+# %% ../../nbs/09_viz/03_faithfulness.ipynb #8762cb48
 @torch.no_grad()
 def removal_curves(
     score, # (B,...,D) features -> (B,)
     features:Tensor, # (...,D) of one sample
-    heat:Tensor, # the last axes of features before D: a map of (P,) is applied to both frames of (2,P,D), one of (2,P) to each
+    heat:Tensor, # the last axes of features before D: of (2,P,D), (P,) for both frames, or (2,P)
     baseline:Tensor, # what replaces a patch, to be broadcast to features
     seed:int=0, # of the order of equal heats
     batch:int=256, # inputs scored at once
 )->dict: # "deletion" and "insertion": (P+1,) float64 arrays, after 0 to P patches
-    "How a score falls and rises with the hottest patches."
+    "A score's fall and rise with the hottest patches."
     shape = tuple(heat.shape)
-    if shape != tuple(features.shape[-1 - len(shape):-1]): raise ValueError(f"a heat map of shape {shape} for features of shape {tuple(features.shape)}: its axes must be their last before the width")
+    if shape != tuple(features.shape[-1 - len(shape):-1]):
+        raise ValueError(f"a heat map of shape {shape} for features of shape "
+                         f"{tuple(features.shape)}: its axes must be their last before the width")
     order = _heat_order(heat, seed)
-    both = torch.cat([_masked(features, baseline, order, shape, insert) for insert in (False, True)])
-    values = torch.cat([score(part) for part in both.split(batch)]).double().cpu().numpy()
-    if values.shape != (len(both),): raise ValueError(f"the score gave {values.shape} for {len(both)} inputs: it must give one number each")
+    both = [_masked(features, baseline, order, shape, insert) for insert in (False, True)]
+    parts = torch.cat(both).split(batch)
+    values = torch.cat([score(part) for part in parts]).double().cpu().numpy()
+    if values.shape != (2*len(both[0]),):
+        raise ValueError(f"the score gave {values.shape} for {2*len(both[0])} inputs: "
+                         "it must give one number each")
     return dict(zip(("deletion", "insertion"), np.split(values, 2), strict=True))
 
+# %% ../../nbs/09_viz/03_faithfulness.ipynb #27766cf9
 def area(
     curve, # (...,P+1) after 0 to P patches
 )->np.ndarray: # (...) float; of a score in 0..1, in 0..1
-    "Area under a curve, where the share of patches runs from 0 to 1."
+    "Area under a curve, where the fraction of patches runs from 0 to 1."
     curve = np.asarray(curve, float)
     return (curve[..., 1:] + curve[..., :-1]).mean(-1)/2
 
 # %% ../../nbs/09_viz/03_faithfulness.ipynb #e9d99634
 def centre_map(
     *shape, # rows and columns of patches, or (...,rows,columns)
-    spread:float=.25, # standard deviation of the Gaussian, as a share of the picture's side
+    spread:float=.25, # standard deviation of the Gaussian, as a fraction of the image's side
 )->Tensor: # of this shape, largest in the middle
     "A centre prior."
     rows, columns = (((torch.arange(n) + .5)/n - .5)/spread for n in shape[-2:])
     return torch.exp(-(rows[:, None]**2 + columns**2)/2).expand(*shape).clone()
 
+# %% ../../nbs/09_viz/03_faithfulness.ipynb #d2ab36a7
 @dataclass(frozen=True)
 class Faithfulness:
-    "What stands beside a map: its curves, and those of its rivals at the same patches."
+    "The curves of a map, and those of its rivals at the same patches."
     curves:dict # "deletion" and "insertion" -> (P+1,) of the map
     random:dict # likewise, (R,P+1) of random orders
     centre:dict # likewise, (P+1,) of the centre prior
 
     def areas(self)->dict: # of JSON's types
-        "Areas of the map, of the centre prior and of random orders: their mean, and between which 95 % of them lie."
+        "Areas of the map, of the centre prior and of random orders: their mean and 95 % range."
         def of(kind):
             random = area(self.random[kind])
-            return dict(map=float(area(self.curves[kind])), random=float(random.mean()), low=float(np.quantile(random, .025)),
-                        high=float(np.quantile(random, .975)), centre=float(area(self.centre[kind])))
+            low, high = np.quantile(random, (.025, .975))
+            return dict(map=float(area(self.curves[kind])), random=float(random.mean()),
+                        low=float(low), high=float(high), centre=float(area(self.centre[kind])))
         return {kind: of(kind) for kind in self.curves}
 
     def __str__(self):
-        said = [f"{kind} {a['map']:.3f}, random {Interval(a['random'], a['low'], a['high']):.3f}, centre {a['centre']:.3f}" for kind, a in self.areas().items()]
-        return f"This map: {'; '.join(said)}. Deletion is better low, insertion high."
+        parts = []
+        for kind, a in self.areas().items():
+            random = Interval(a["random"], a["low"], a["high"])
+            parts.append(f"{kind} {a['map']:.3f}, random {random:.3f}, centre {a['centre']:.3f}")
+        return f"This map: {'; '.join(parts)}. Deletion is better low, insertion high."
 
     def _repr_markdown_(self): return str(self)
 
+# %% ../../nbs/09_viz/03_faithfulness.ipynb #6f070dad
 def measure_map(
     score, # (B,...,D) features -> (B,)
     features:Tensor, # (...,D) of one sample
@@ -100,14 +118,17 @@ def measure_map(
     seed:int=0, # of random orders, and of equal heats
     centre:Tensor|None=None, # another prior, of the map's shape; None: `centre_map`
 )->Faithfulness:
-    "A map's deletion and insertion curves beside its rivals'."
-    if heat.ndim < 2 and centre is None: raise ValueError(f"a heat map of shape {tuple(heat.shape)} does not say where its middle is: give it rows and columns, or a centre prior")
+    "Deletion and insertion curves of a map and of its rivals."
+    if heat.ndim < 2 and centre is None:
+        raise ValueError(f"a heat map of shape {tuple(heat.shape)} does not say where its middle "
+                         "is: give it rows and columns, or a centre prior")
     centre = centre_map(*heat.shape) if centre is None else centre
-    if heat.ndim > 1 and heat.shape != tuple(features.shape[-1 - heat.ndim:-1]): # features have their patches in one axis
-        heat, centre = heat.flatten(-2), centre.flatten(-2)
+    if heat.ndim > 1 and heat.shape != tuple(features.shape[-1 - heat.ndim:-1]):
+        heat, centre = heat.flatten(-2), centre.flatten(-2) # as the features' patches are
     of = lambda heat, seed: removal_curves(score, features, heat, baseline, seed)
     random = [of(torch.zeros(heat.shape), seed + 1 + r) for r in range(draws)]
-    return Faithfulness(of(heat, seed), {kind: np.stack([r[kind] for r in random]) for kind in random[0]}, of(centre, seed))
+    of_random = {kind: np.stack([r[kind] for r in random]) for kind in random[0]}
+    return Faithfulness(of(heat, seed), of_random, of(centre, seed))
 
 # %% ../../nbs/09_viz/03_faithfulness.ipynb #4939abd3
 def show_faithfulness(
@@ -115,15 +136,18 @@ def show_faithfulness(
     ax=None, # two axes to draw into
     label:str="this map", # in the legend
 ):
-    "Deletion and insertion curves over those of random orders (all but 5 % of them in grey) and of the centre prior. Returns the two axes."
+    "Deletion and insertion curves of a map and of its rivals. Returns the two axes."
     axes = new_axes(6.4, 2.4, columns=2) if ax is None else ax
     for panel, (kind, curve) in zip(axes, curves.curves.items(), strict=True):
-        share, (low, high) = np.linspace(0, 100, len(curve)), np.quantile(curves.random[kind], (.025, .975), axis=0)
-        panel.fill_between(share, low, high, color=".8", label="random orders")
-        panel.plot(share, curves.random[kind].mean(0), color=".5", lw=1)
-        panel.plot(share, curves.centre[kind], "--", color=OKABE_ITO["blue"], label="centre prior")
-        panel.plot(share, curve, color=OKABE_ITO["vermilion"], label=label)
-        panel.set(xlabel=f"patches {'deleted' if kind == 'deletion' else 'inserted'}, %", ylabel="score", title=f"{kind}: area {area(curve):.2f}")
+        random, percent = curves.random[kind], np.linspace(0, 100, len(curve))
+        low, high = np.quantile(random, (.025, .975), axis=0) # all but 5 % of them
+        panel.fill_between(percent, low, high, color=".8", label="random orders")
+        panel.plot(percent, random.mean(0), color=".5", lw=1)
+        blue, vermilion = OKABE_ITO["blue"], OKABE_ITO["vermilion"]
+        panel.plot(percent, curves.centre[kind], "--", color=blue, label="centre prior")
+        panel.plot(percent, curve, color=vermilion, label=label)
+        panel.set(ylabel="score", title=f"{kind}: area {area(curve):.2f}",
+                  xlabel=f"patches {'deleted' if kind == 'deletion' else 'inserted'}, %")
     axes[1].legend(fontsize=7, loc="lower right") # an insertion curve ends at the top
     return axes
 
@@ -133,30 +157,47 @@ def kept_score(
     features:Tensor, # (...,D) of one sample
     baseline:Tensor, # to be broadcast to features
 ): # (B,...,D) features -> (B,)
-    "A score: the share of a model's output that is kept, 1 for these features and 0 for the baseline."
-    with torch.no_grad(): whole, blank = model(torch.stack([features, baseline.to(features).expand_as(features)])).flatten(1).double()
+    "A score: fraction of a model's output that is kept, 1 for the features, 0 for the baseline."
+    blank = baseline.to(features).expand_as(features)
+    with torch.no_grad(): whole, blank = model(torch.stack([features, blank])).flatten(1).double()
     size = (whole - blank).square().sum()
-    if not size > 0: raise ValueError("the model says the same of the features and of the baseline, so nothing can be kept or lost: choose another sample or baseline")
-    return lambda inputs: (1 - (model(inputs).flatten(1).double() - whole).square().sum(1)/size).clamp(min=0)
+    if not size > 0:
+        raise ValueError("the model gives the same for the features and for the baseline, so "
+                         "nothing can be kept or lost: choose another sample or baseline")
+    distance = lambda inputs: (model(inputs).flatten(1).double() - whole).square().sum(1)
+    return lambda inputs: (1 - distance(inputs)/size).clamp(min=0)
 
 # %% ../../nbs/09_viz/03_faithfulness.ipynb #336a1546
-OVERLAP_MEASURES = dict(heat="share of heat in the mask", auroc="AUROC", pointing="pointing game") # key of `overlap` -> what it is
+OVERLAP_MEASURES = dict(heat="fraction of heat in the mask", auroc="AUROC",
+                        pointing="pointing game") # key of `overlap` -> its name
+
+def _checked_overlap(heat, fraction):
+    "Both as flat float arrays, after a check."
+    h, m = (np.asarray(torch.as_tensor(x).detach().cpu(), float).ravel() for x in (heat, fraction))
+    if h.shape != m.shape:
+        raise ValueError(f"{h.size} heats and {m.size} fractions: both must be of the same patches")
+    if not np.isfinite(h).all() or h.min() < 0 or not h.sum() > 0:
+        raise ValueError(f"heats from {h.min():g} to {h.max():g}: a heat map is finite, "
+                         "at least 0, and somewhere above it")
+    if m.min() < 0 or m.max() > 1 + 1e-9:
+        raise ValueError(f"fractions from {m.min():g} to {m.max():g}: they lie in 0..1")
+    if not 0 < m.mean() < 1:
+        covered = "nothing" if m.mean() == 0 else "everything"
+        raise ValueError(f"the mask covers {covered}, so no map lies better or worse on it: "
+                         "leave such frames out, and say how many")
+    return h, m
 
 def overlap(
     heat, # (P,) or (rows,columns), >= 0
-    share, # as many: which share of each patch the mask covers, 0..1, as `sim.segmentation.patch_share` gives it
+    share, # as many, 0..1: fraction of each patch in the mask, as from `segmentation.patch_share`
 )->dict: # "heat", "auroc", "pointing" and "area", each 0..1
-    "How a heat map lies on a mask."
-    h, m = (np.asarray(torch.as_tensor(x).detach().cpu(), float).ravel() for x in (heat, share))
-    if h.shape != m.shape: raise ValueError(f"{h.size} heats and {m.size} shares: both must be of the same patches")
-    if not np.isfinite(h).all() or h.min() < 0 or not h.sum() > 0: raise ValueError(f"heats from {h.min():g} to {h.max():g}: a heat map is finite, at least 0, and somewhere above it")
-    if m.min() < 0 or m.max() > 1 + 1e-9: raise ValueError(f"shares from {m.min():g} to {m.max():g}: they lie in 0..1")
-    area, ranks = m.mean(), rankdata(h)
-    if not 0 < area < 1: raise ValueError(f"the mask covers {'nothing' if area == 0 else 'everything'}, so no map lies better or worse on it: leave such frames out, and say how many")
-    inside, outside = m.sum(), (1 - m).sum()
-    below = ((h[:, None] > h) + .5*(h[:, None] == h))@(1 - m) # pixels outside that are less hot, in patches
+    "Measures of a heat map against a mask."
+    h, m = _checked_overlap(heat, share)
+    inside, outside, ranks = m.sum(), (1 - m).sum(), rankdata(h)
+    below = ((h[:, None] > h) + .5*(h[:, None] == h))@(1 - m) # pixels outside that are less hot
     hottest = ranks == ranks.max()
-    return dict(heat=float(h@m/h.sum()), auroc=float(m@below/inside/outside), pointing=float(m[hottest].mean()), area=float(area))
+    return dict(heat=float(h@m/h.sum()), auroc=float(m@below/inside/outside),
+                pointing=float(m[hottest].mean()), area=float(m.mean()))
 
 # %% ../../nbs/09_viz/03_faithfulness.ipynb #290b7b51
 @dataclass(frozen=True, repr=False)
@@ -164,61 +205,89 @@ class MapStudy:
     "A measure of several maps and of their rivals."
     measure:str # what is measured, such as "AUROC on the moving arm"
     values:dict # map -> (N,)
-    rivals:dict # rival -> (N,) or a number, the same for all maps; or map -> (N,), a rival of each that is named
+    rivals:dict # rival -> (N,) or a number, the same for all maps; or map -> (N,), one a map
     clusters:np.ndarray # (N,) which demonstration each sample is of
     better:str = "high" # or "low", where a smaller value is better
 
-    def rival(self, name, of): # values of a rival of a map
-        found = self.rivals[name]
-        return found[of] if isinstance(found, dict) else found
+    def rival(self,
+        name:str, # of a rival
+        of:str, # name of a map
+    ): # (N,) or a number
+        "Values of a rival of a map."
+        values = self.rivals[name]
+        return values[of] if isinstance(values, dict) else values
 
     def intervals(self)->dict: # map -> rival -> `Interval`
         "Each map minus each of its rivals."
-        has = lambda m: [r for r, v in self.rivals.items() if not isinstance(v, dict) or m in v]
-        if len(np.unique(self.clusters)) < 2: raise ValueError(f"all {len(self.clusters)} samples are of one demonstration: an interval over demonstrations needs at least two")
-        return {m: {r: demo_mean_interval(np.subtract(v, self.rival(r, m)), groups=self.clusters) for r in has(m)} for m, v in self.values.items()}
-
-    def markdown(self)->str:
-        "A table: a row a map, a column a rival."
-        cells = lambda m, row: [f"{np.mean(self.rival(r, m)):.3f}: {row[r]:+}" if r in row else "" for r in self.rivals]
-        rows = [[m, f"{np.mean(self.values[m]):.3f}", *cells(m, row)] for m, row in self.intervals().items()]
-        return markdown_table(["map", f"{self.measure} ({self.better} is better)", *(f"{r}: difference (95 %)" for r in self.rivals)], rows)
-
-    def conclusion(self)->str:
-        "Which maps beat all their rivals, and which do not, and why not."
-        wanted = "above" if self.better == "high" else "below"
-        said = {"above": "worse than", "below": "worse than", "open": "not separable from"} | {wanted: "better than"}
-        wins, fails = [], []
-        for m, row in self.intervals().items():
-            verdicts = {r: said[p.side] for r, p in row.items()}
-            short = ", ".join(f"{v} {', '.join(r for r in verdicts if verdicts[r] == v)}" for v in dict.fromkeys(verdicts.values()))
-            won = set(verdicts.values()) == {"better than"}
-            (wins if won else fails).append(m if won and len(row) == len(self.rivals) else f"{m} ({short})")
-        n, g = len(self.clusters), len(np.unique(self.clusters))
-        return (f"By {self.measure}, on {n} samples of {g} demonstrations, better than {', '.join(self.rivals)}: {'; '.join(wins) or 'none of the maps'}. "
-                f"Not shown to be so: {'; '.join(fails) or 'none'}.")
-
-    def metrics(self)->dict: # of JSON's types
-        "For `write_metrics`."
-        return {m: dict(value=float(np.mean(self.values[m])), **{r: dict(value=float(np.mean(self.rival(r, m))), difference=p.value, low=p.low, high=p.high) for r, p in row.items()})
-                for m, row in self.intervals().items()}
+        if len(np.unique(self.clusters)) < 2:
+            raise ValueError(f"all {len(self.clusters)} samples are of one demonstration: "
+                             "an interval over demonstrations needs at least two")
+        def of(m):
+            own = [r for r, v in self.rivals.items() if not isinstance(v, dict) or m in v]
+            gaps = {r: np.subtract(self.values[m], self.rival(r, m)) for r in own}
+            return {r: demo_mean_interval(gap, groups=self.clusters) for r, gap in gaps.items()}
+        return {m: of(m) for m in self.values}
 
     def __repr__(self): return self.conclusion()
 
     def _repr_markdown_(self): return f"{self.markdown()}\n\n{self.conclusion()}"
 
+# %% ../../nbs/09_viz/03_faithfulness.ipynb #2a222534
+@patch
+def markdown(self:MapStudy)->str:
+    "A table: a row a map, a column a rival."
+    def cell(m, r, row): return f"{np.mean(self.rival(r, m)):.3f}: {row[r]:+}" if r in row else ""
+    rows = [[m, f"{np.mean(self.values[m]):.3f}", *(cell(m, r, row) for r in self.rivals)]
+            for m, row in self.intervals().items()]
+    rivals = [f"{r}: difference (95 %)" for r in self.rivals]
+    return markdown_table(["map", f"{self.measure} ({self.better} is better)", *rivals], rows)
+
+@patch
+def conclusion(self:MapStudy)->str:
+    "A sentence: the maps that beat all their rivals; and the others, with the reason."
+    wanted = "above" if self.better == "high" else "below"
+    words = {"above": "worse than", "below": "worse than", "open": "not separable from"}
+    words[wanted] = "better than"
+    wins, fails = [], []
+    for m, row in self.intervals().items():
+        verdicts, parts = {r: words[p.side] for r, p in row.items()}, []
+        for verdict in dict.fromkeys(verdicts.values()):
+            parts.append(f"{verdict} {', '.join(r for r in verdicts if verdicts[r] == verdict)}")
+        won = set(verdicts.values()) == {"better than"}
+        full = won and len(row) == len(self.rivals)
+        (wins if won else fails).append(m if full else f"{m} ({', '.join(parts)})")
+    n, g = len(self.clusters), len(np.unique(self.clusters))
+    return (f"By {self.measure}, on {n} samples of {g} demonstrations, better than "
+            f"{', '.join(self.rivals)}: {'; '.join(wins) or 'none of the maps'}. "
+            f"Not shown to be so: {'; '.join(fails) or 'none'}.")
+
+# %% ../../nbs/09_viz/03_faithfulness.ipynb #06180033
+@patch
+def metrics(self:MapStudy)->dict: # of JSON's types
+    "For `write_metrics`."
+    def of(m, row):
+        mean = lambda x: float(np.mean(x))
+        rivals = {r: dict(value=mean(self.rival(r, m)), difference=p.value, low=p.low, high=p.high)
+                  for r, p in row.items()}
+        return dict(value=mean(self.values[m]), **rivals)
+    return {m: of(m, row) for m, row in self.intervals().items()}
+
 # %% ../../nbs/09_viz/03_faithfulness.ipynb #eb812246
 def overlap_rows(
     maps:dict, # name -> (N,P) heat maps
-    shares, # (N,P) share of each patch that a mask covers
+    shares, # (N,P) fraction of each patch that a mask covers
     centre, # (P,) prior
 )->dict: # measure of `overlap` -> name -> (N,); "centre prior" and "chance" are names too
-    "How maps lie on masks, sample by sample."
-    found = {name: [overlap(h, m) for h, m in zip(heats, shares, strict=True)] for name, heats in (maps | {"centre prior": [centre]*len(shares)}).items()}
-    of = lambda key: {name: np.array([f[key] for f in rows]) for name, rows in found.items()}
+    "Measures of maps against masks, sample by sample."
+    maps = maps | {"centre prior": [centre]*len(shares)}
+    of_maps = {name: [overlap(h, m) for h, m in zip(heats, shares, strict=True)]
+               for name, heats in maps.items()}
+    of = lambda key: {name: np.array([row[key] for row in rows]) for name, rows in of_maps.items()}
     area = of("area")["centre prior"]
-    return {key: of(key) | {"chance": np.full(len(area), .5) if key == "auroc" else area} for key in OVERLAP_MEASURES}
+    chance = lambda key: {"chance": np.full(len(area), .5) if key == "auroc" else area}
+    return {key: of(key) | chance(key) for key in OVERLAP_MEASURES}
 
+# %% ../../nbs/09_viz/03_faithfulness.ipynb #a1cd6976
 def removal_rows(
     score, # (B,...,D) features -> (B,), of one sample
     features:Tensor, # (...,D)
@@ -229,7 +298,10 @@ def removal_rows(
     seed:int=0, # of them
 )->dict: # "deletion" and "insertion" -> name -> area; "centre prior" and "chance" are names too
     "Areas under the curves of one sample's maps."
-    curves = {name: removal_curves(score, features, heat, baseline, seed) for name, heat in (maps | {"centre prior": centre}).items()}
-    random = [removal_curves(score, features, torch.zeros(centre.shape), baseline, seed + 1 + r) for r in range(draws)]
-    return {kind: {name: float(area(c[kind])) for name, c in curves.items()} | {"chance": float(np.mean([area(r[kind]) for r in random]))}
-            for kind in ("deletion", "insertion")}
+    of = lambda heat, seed: removal_curves(score, features, heat, baseline, seed)
+    curves = {name: of(heat, seed) for name, heat in (maps | {"centre prior": centre}).items()}
+    random = [of(torch.zeros(centre.shape), seed + 1 + r) for r in range(draws)]
+    def areas(kind):
+        chance = float(np.mean([area(r[kind]) for r in random]))
+        return {name: float(area(c[kind])) for name, c in curves.items()} | {"chance": chance}
+    return {kind: areas(kind) for kind in ("deletion", "insertion")}
