@@ -14,25 +14,28 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, W
 from websockets.sync.client import connect
 
 # %% ../../nbs/11_serve/00_protocol.ipynb #a2919160
-MAX_BYTES = 32*2**20 # of a message; two pictures of 1080p are 12 MiB
-_MAX_DEPTH, _MAX_LENGTH, _MAX_ITEMS = 16, 4096, 2**16 # nesting; entries of a list or mapping; lists, mappings and entries of a message
-KINDS, _MAX_DIMS = "biuf", 8 # an array's numbers: bool, integers, floats; its axes
+MAX_BYTES = 32*2**20 # of a message; two images of 1080p are 12 MiB
+KINDS = "biuf" # an array's numbers: bool, integers, floats
+_MAX_DIMS, _MAX_DEPTH = 8, 16 # axes of an array; nesting of a message
+_MAX_LENGTH, _MAX_ITEMS = 4096, 2**16 # entries of a list or mapping; of a message, with its lists
 
 def _dtype(name):
     "A type of numbers by its name on the wire."
     try: dtype = np.dtype(name) if isinstance(name, str) and len(name) < 8 else None
     except (TypeError, ValueError): dtype = None
     if dtype is None or dtype.kind not in KINDS or dtype.itemsize > 8:
-        raise ValueError(f"an array has the type {name!r:.40}; send bool, integers or floats of at most 8 bytes")
+        raise ValueError(f"an array has the type {name!r:.40}; "
+                         "send bool, integers or floats of at most 8 bytes")
     return dtype
 
 def _to_wire(x):
     "What msgpack does not know: arrays and NumPy's numbers."
     if not isinstance(x, (np.ndarray, np.generic)):
-        raise ValueError(f"a message can't hold a {type(x).__module__}.{type(x).__name__}: give numbers, text, lists, dicts or NumPy arrays")
-    _dtype(x.dtype.str)
-    if isinstance(x, np.generic): return {b"__npgeneric__": True, b"data": x.item(), b"dtype": x.dtype.str}
-    return {b"__ndarray__": True, b"data": x.tobytes(), b"dtype": x.dtype.str, b"shape": list(x.shape)}
+        raise ValueError(f"a message can't hold a {type(x).__module__}.{type(x).__name__}: "
+                         "give numbers, text, lists, dicts or NumPy arrays")
+    name = _dtype(x.dtype.str).str
+    if isinstance(x, np.generic): return {b"__npgeneric__": True, b"data": x.item(), b"dtype": name}
+    return {b"__ndarray__": True, b"data": x.tobytes(), b"dtype": name, b"shape": list(x.shape)}
 
 def pack(
     message, # numbers, text, bytes, lists, dicts and NumPy arrays of numbers
@@ -41,65 +44,147 @@ def pack(
     return msgpack.packb(message, default=_to_wire)
 
 # %% ../../nbs/11_serve/00_protocol.ipynb #db37d706
-def _array(found):
+def _array(entry):
     "An array, if it is what it says."
-    dtype, shape, data = _dtype(found.get(b"dtype")), found.get(b"shape"), found.get(b"data")
-    if not isinstance(shape, list) or len(shape) > _MAX_DIMS or any(type(n) is not int or not 0 <= n < 2**31 for n in shape):
-        raise ValueError(f"an array has the shape {shape!r:.60}; send a list of at most {_MAX_DIMS} lengths")
-    if not isinstance(data, bytes) or len(data) != math.prod(shape)*dtype.itemsize:
+    dtype, shape, data = _dtype(entry.get(b"dtype")), entry.get(b"shape"), entry.get(b"data")
+    is_length = lambda n: type(n) is int and 0 <= n < 2**31
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMS or not all(map(is_length, shape)):
+        raise ValueError(f"an array has the shape {shape!r:.60}; "
+                         f"send a list of at most {_MAX_DIMS} lengths")
+    takes = math.prod(shape)*dtype.itemsize
+    if not isinstance(data, bytes) or len(data) != takes:
         size = f"{len(data)} bytes" if isinstance(data, bytes) else f"a {type(data).__name__}"
-        raise ValueError(f"an array of shape {shape} and type {dtype} has {size} of data; it takes {math.prod(shape)*dtype.itemsize}")
+        raise ValueError(f"an array of shape {shape} and type {dtype} has {size} of data; "
+                         f"it takes {takes}")
     return np.ndarray(shape, dtype, data).copy() # writable, and the message can be freed
 
-def _number(found):
+def _number(entry):
     "A number of NumPy's."
-    dtype, value = _dtype(found.get(b"dtype")), found.get(b"data")
-    right = type(value) in dict(b=(bool,), i=(int,), u=(int,), f=(int, float))[dtype.kind]
-    if not right or dtype.kind in "iu" and not np.iinfo(dtype).min <= value <= np.iinfo(dtype).max:
-        raise ValueError(f"{value!r:.40} is no {dtype}; send a number that fits its type")
+    dtype, value = _dtype(entry.get(b"dtype")), entry.get(b"data")
+    fits = type(value) in dict(b=(bool,), i=(int,), u=(int,), f=(int, float))[dtype.kind]
+    if fits and dtype.kind in "iu": fits = np.iinfo(dtype).min <= value <= np.iinfo(dtype).max
+    if not fits: raise ValueError(f"{value!r:.40} is no {dtype}; send a number that fits its type")
     return dtype.type(value)
 
+# %% ../../nbs/11_serve/00_protocol.ipynb #fefdc1f7
 class _Reader:
-    "The hooks of one message's decoding, and how much they have seen."
+    "The hooks of one message's decoding, and how many entries they have counted."
     def __init__(self): self.items = 0
 
     def count(self, x):
         self.items += 1 + len(x)
-        if self.items > _MAX_ITEMS: raise ValueError(f"the message has more than {_MAX_ITEMS} entries in lists and mappings; send arrays")
+        if self.items > _MAX_ITEMS:
+            raise ValueError(f"the message has more than {_MAX_ITEMS} entries in lists and "
+                             "mappings; send arrays")
         return x
 
     def mapping(self, x):
         self.count(x)
         return _array(x) if b"__ndarray__" in x else _number(x) if b"__npgeneric__" in x else x
 
+def _entries(x): return x.values() if isinstance(x, dict) else x if isinstance(x, list) else ()
+
 def _check_depth(x):
-    "Level by level, so that no depth can exhaust the stack."
+    "The message, if it is not nested too deep."
     level = [x]
     for _ in range(_MAX_DEPTH + 1):
-        level = [v for c in level for v in (c.values() if isinstance(c, dict) else c if isinstance(c, list) else ())]
+        level = [v for c in level for v in _entries(c)]
         if not level: return x
     raise ValueError(f"the message is nested more than {_MAX_DEPTH} deep; send a flat dictionary")
 
-def _no_extension(code, data): raise ValueError(f"the message holds an extension of msgpack (type {code}); send plain types")
+def _no_extension(code, data):
+    raise ValueError(f"the message holds an extension of msgpack (type {code}); send plain types")
 
+# %% ../../nbs/11_serve/00_protocol.ipynb #4090e171
 def unpack(
     data:bytes, # openpi's msgpack
-    max_bytes:int=MAX_BYTES, # that are looked at
+    max_bytes:int=MAX_BYTES, # that a message may have
 ): # what was packed; arrays are writable copies
     "A message from bytes; raise `ValueError` if it is none, or too large in any way."
-    if not isinstance(data, (bytes, bytearray)): raise ValueError(f"a message is binary, not {type(data).__name__}: send msgpack")
-    if len(data) > max_bytes: raise ValueError(f"the message has {len(data)} bytes, more than {max_bytes}: send smaller pictures")
+    if not isinstance(data, (bytes, bytearray)):
+        raise ValueError(f"a message is binary, not {type(data).__name__}: send msgpack")
+    if len(data) > max_bytes:
+        raise ValueError(f"the message has {len(data)} bytes, more than {max_bytes}: "
+                         "send smaller images")
     reader = _Reader()
-    limits = dict(max_array_len=_MAX_LENGTH, max_map_len=_MAX_LENGTH, max_str_len=2**16, max_bin_len=max_bytes, max_ext_len=2**8)
-    try: return _check_depth(msgpack.unpackb(data, object_hook=reader.mapping, list_hook=reader.count, ext_hook=_no_extension, **limits))
+    limits = dict(max_array_len=_MAX_LENGTH, max_map_len=_MAX_LENGTH, max_str_len=2**16,
+                  max_bin_len=max_bytes, max_ext_len=2**8)
+    hooks = dict(object_hook=reader.mapping, list_hook=reader.count, ext_hook=_no_extension)
+    try: return _check_depth(msgpack.unpackb(data, **hooks, **limits))
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as e:
         raise ValueError(f"not a message: {str(e) or 'nested too deep'}") from None
 
 # %% ../../nbs/11_serve/00_protocol.ipynb #7809e5cb
 class ServerError(RuntimeError):
-    "What a server answered instead of actions."
+    "A server's answer where it has no actions."
 
-class Client:
+class _Connection:
+    "One websocket to a server, whose failures are errors in words."
+    def _open(self):
+        options = dict(compression=None, proxy=None, max_size=self.max_bytes, close_timeout=1,
+                       additional_headers=self._headers, open_timeout=self.timeout)
+        # the form that all versions of websockets since 15 agree on
+        try: self._connection = connect(self.url, **options).__enter__()
+        except InvalidStatus as e: raise self._refused(e.response) from None
+        except (OSError, TimeoutError, InvalidURI, WebSocketException) as e:
+            raise ConnectionError(
+                f"no policy server answers at {self.url} ({e or type(e).__name__}): start one with "
+                "`defi-nb serve`, or give another address") from None
+
+    def close(self):
+        "End the connection; `infer` would open it again."
+        connection, self._connection = self._connection, None
+        if connection: connection.close()
+
+    def _refused(self, response):
+        text = (response.body or b"").decode(errors="replace").strip()[:200]
+        error = PermissionError if response.status_code in (401, 403) else ConnectionError
+        return error(f"the server at {self.url} refused the connection "
+                     f"({response.status_code}): {text}")
+
+    def _lost(self, why):
+        self.close()
+        return ConnectionError(f"the server at {self.url} {why}")
+
+# %% ../../nbs/11_serve/00_protocol.ipynb #fb5ddee9
+class _Messages(_Connection):
+    "Messages over a connection."
+    def _receive(self):
+        "The next message, which must come in time."
+        try: data = self._connection.recv(self.timeout)
+        except TimeoutError:
+            self.close() # or the answer would be taken for that of the next request
+            raise TimeoutError(f"the server at {self.url} did not answer within {self.timeout:g} "
+                               "s: give the client a longer timeout, or look at the "
+                               "server") from None
+        except (ConnectionClosed, OSError) as e:
+            why = f"closed the connection before it answered: {e or type(e).__name__}"
+            raise self._lost(why) from None
+        if isinstance(data, str): raise ServerError(data)
+        try: return unpack(data, self.max_bytes)
+        except ValueError as e: raise self._lost(f"sent what is {e}") from None
+
+    def _read_metadata(self):
+        "What the server is; an error if it has become another since the last connection."
+        new, old = self._receive(), self.metadata
+        if not isinstance(new, dict):
+            raise self._lost(f"sent {type(new).__name__} for its metadata, not a dictionary")
+        if old not in (None, new):
+            changed = sorted(str(k) for k in {*new, *old} if new.get(k) != old.get(k))
+            raise self._lost(f"was started again with another policy ({', '.join(changed)} "
+                             "changed): make a new client, and check that its actions are meant "
+                             "for this robot")
+        self.metadata = new
+
+    def connect(self):
+        "Open the connection, if it is not open, and read `metadata`."
+        if self._connection: return self
+        self._open()
+        self._read_metadata()
+        return self
+
+# %% ../../nbs/11_serve/00_protocol.ipynb #bd722c5f
+class Client(_Messages):
     "A connection to a policy server that speaks openpi's protocol."
     def __init__(self,
         url:str="ws://127.0.0.1:8000", # of the server
@@ -107,59 +192,23 @@ class Client:
         timeout:float=30., # seconds that connecting or an answer may take
         max_bytes:int=MAX_BYTES, # of an answer
     ):
-        if not url.startswith(("ws://", "wss://")): raise ValueError(f"{url!r} is no address of a policy server: it looks like ws://127.0.0.1:8000")
-        self.url, self.timeout, self.max_bytes, self._connection, self.metadata = url, timeout, max_bytes, None, None
+        if not url.startswith(("ws://", "wss://")):
+            raise ValueError(f"{url!r} is no address of a policy server: "
+                             "it looks like ws://127.0.0.1:8000")
+        self.url, self.timeout, self.max_bytes = url, timeout, max_bytes
+        self._connection = self.metadata = None
         self._headers = {"Authorization": f"Api-Key {key}"} if key else None
         self.connect()
 
-    def __repr__(self): return f"Client({self.metadata}, {'connected' if self._connection else 'not connected'})"
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
-
-    def close(self):
-        "End the connection; `infer` would open it again."
-        connection, self._connection = self._connection, None
-        if connection: connection.close()
-
-    def connect(self):
-        "Open the connection, if it is not open, and read `metadata`."
-        if self._connection: return self
-        options = dict(compression=None, proxy=None, max_size=self.max_bytes, additional_headers=self._headers, open_timeout=self.timeout, close_timeout=1)
-        try: self._connection = connect(self.url, **options).__enter__() # the form that all versions since 15 agree on
-        except InvalidStatus as e: raise self._refused(e.response) from None
-        except (OSError, TimeoutError, InvalidURI, WebSocketException) as e:
-            raise ConnectionError(f"no policy server answers at {self.url} ({e or type(e).__name__}): start one with `defi-nb serve`, or give another address") from None
-        metadata = self._receive()
-        if not isinstance(metadata, dict): raise self._lost(f"sent {type(metadata).__name__} for its metadata, not a dictionary")
-        if self.metadata not in (None, metadata):
-            changed = sorted(str(k) for k in {*metadata, *self.metadata} if metadata.get(k) != self.metadata.get(k))
-            raise self._lost(f"was started again with another policy ({', '.join(changed)} changed): make a new client, and check that its actions are meant for this robot")
-        self.metadata = metadata
-        return self
-
-    def _refused(self, response):
-        said = (response.body or b"").decode(errors="replace").strip()[:200]
-        return (PermissionError if response.status_code in (401, 403) else ConnectionError)(f"the server at {self.url} refused the connection ({response.status_code}): {said}")
-
-    def _lost(self, why):
-        self.close()
-        return ConnectionError(f"the server at {self.url} {why}")
-
-    def _receive(self):
-        "The next message, which must come in time."
-        try: data = self._connection.recv(self.timeout)
-        except TimeoutError:
-            self.close() # or the answer would be taken for that of the next request
-            raise TimeoutError(f"the server at {self.url} did not answer within {self.timeout:g} s: give the client a longer timeout, or look at the server") from None
-        except (ConnectionClosed, OSError) as e: raise self._lost(f"closed the connection before it answered: {e or type(e).__name__}") from None
-        if isinstance(data, str): raise ServerError(data)
-        try: return unpack(data, self.max_bytes)
-        except ValueError as e: raise self._lost(f"sent what is {e}") from None
+    def __repr__(self):
+        return f"Client({self.metadata}, {'' if self._connection else 'not '}connected)"
 
     def infer(self,
-        obs:dict, # of names -> pictures (H,W,3) uint8, states, text; see the server's `metadata`
+        obs:dict, # of names -> images (H,W,3) uint8, states, text; see the server's `metadata`
     )->dict: # "actions" (H,A) float32, "server_timing"
-        "The server's answer; raises `ServerError` where it can't answer, `ConnectionError` or `TimeoutError` where it is gone."
+        "The server's answer; `ServerError` if it has none, `ConnectionError`, `TimeoutError`."
         data = pack(obs)
         for attempt in range(2):
             self.connect()

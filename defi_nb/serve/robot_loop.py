@@ -15,8 +15,8 @@ import numpy as np
 
 # %% ../../nbs/11_serve/02_robot_loop.ipynb #ee1ab17f
 class Clock:
-    "The computer's time."
-    def now(self): return time.perf_counter() # seconds
+    "The computer's time, in seconds."
+    def now(self): return time.perf_counter()
     def wait(self, until): time.sleep(max(0., until - self.now()))
 
 @contextmanager
@@ -24,7 +24,17 @@ def in_background(
     infer, # infer(obs) -> {"actions": (H,A)}, such as `Client.infer`
 ): # yields ask(obs) -> future of the actions
     "Requests that are computed in a thread, one after the other."
-    with ThreadPoolExecutor(1, "ask") as pool: yield lambda obs: pool.submit(lambda: infer(obs)["actions"])
+    def actions_of(obs): return infer(obs)["actions"]
+    with ThreadPoolExecutor(1, "ask") as pool: yield lambda obs: pool.submit(actions_of, obs)
+
+# %% ../../nbs/11_serve/02_robot_loop.ipynb #24c83051
+@dataclass
+class _Later:
+    clock:object # with `now()`
+    due:float # seconds
+    actions:np.ndarray
+    def done(self): return self.clock.now() >= self.due
+    def result(self): return self.actions
 
 @dataclass
 class MadeUpClock:
@@ -39,65 +49,62 @@ class MadeUpClock:
         seconds, # seconds(i) that the answer to request i takes
     ): # ask(obs) -> future of the actions
         "Requests that are answered so much later on this clock."
-        asked = []
+        due = []
         def ask(obs):
-            asked.append(self.time + seconds(len(asked)))
-            return _Later(self, asked[-1], infer(obs)["actions"])
+            due.append(self.time + seconds(len(due)))
+            return _Later(self, due[-1], infer(obs)["actions"])
         return ask
-
-@dataclass
-class _Later:
-    clock:MadeUpClock
-    due:float
-    actions:np.ndarray
-    def done(self): return self.clock.now() >= self.due
-    def result(self): return self.actions
 
 # %% ../../nbs/11_serve/02_robot_loop.ipynb #3a244d90
 def hold_pose(
     last, # (A,) action sent last; None: there was none
 ): # (A,), or None: nothing is sent
-    "Holding, where actions are changes and the last number is the gripper's."
+    "The action that holds, where actions are changes and the last number is the gripper's."
     return None if last is None else np.append(np.zeros_like(last[:-1]), last[-1:])
 
 def hold_target(
     last, # (A,) action sent last; None: there was none
 ): # (A,), or None: nothing is sent
-    "Holding, where actions are targets."
+    "The action that holds, where actions are targets."
     return last
 
 # %% ../../nbs/11_serve/02_robot_loop.ipynb #7c82e941
 @dataclass
 class Driven:
-    "What happened: a row for each step and each request, times in seconds from the start."
+    "The record of a drive."
     hz:float # steps a second
-    steps:list = field(default_factory=list) # {"time", "request": whose chunk, -1 when holding; "index": in the chunk}
-    requests:list = field(default_factory=list) # {"asked", "arrived", "first": step that its first action is for, "used": index it was entered at, None: too late}
+    steps:list = field(default_factory=list) # {"time", "request", "index"}
+    requests:list = field(default_factory=list) # {"asked", "arrived", "first", "used"}
 
     def __repr__(self):
-        held, stale = sum(s["request"] < 0 for s in self.steps), sum(r.get("used") or 0 for r in self.requests)
-        return f"{len(self.steps)} steps at {self.hz:g} Hz, {len(self.requests)} requests; {held} steps held, {stale} stale actions dropped"
+        held = sum(s["request"] < 0 for s in self.steps)
+        stale = sum(r.get("used") or 0 for r in self.requests)
+        return (f"{len(self.steps)} steps at {self.hz:g} Hz, {len(self.requests)} requests; "
+                f"{held} steps held, {stale} stale actions dropped")
 
+# %% ../../nbs/11_serve/02_robot_loop.ipynb #f2a7844f
 class _Chunks:
-    "Which action is due."
+    "The chunk that is executed."
     def __init__(self): self.actions, self.first, self.request = (), 0, -1
 
     def take(self, actions, first, request, t):
-        "Let a chunk take over at step t; the index at which it is entered, None if all of it is stale."
+        "Let a chunk take over at step t; the index of entry, None if all of it is stale."
         if not 0 <= t - first < len(actions): return None
         self.actions, self.first, self.request = actions, first, request
         return t - first
 
     def due(self, t):
+        "The action of step t, its request and its index."
         i = t - self.first
         return (self.actions[i], self.request, i) if i < len(self.actions) else (None, -1, None)
 
+# %% ../../nbs/11_serve/02_robot_loop.ipynb #0787e958
 class _Asking:
     "One request at a time."
     def __init__(self, ask, look, clock, patience, requests):
-        self.ask, self.look, self.clock, self.patience, self.requests = ask, look, clock, patience, requests
-        self.future, self.start = None, clock.now()
-        self.heard = self.start
+        self.ask, self.look, self.clock, self.patience = ask, look, clock, patience
+        self.requests, self.future = requests, None
+        self.start = self.last_answer = clock.now()
 
     def send(self, first):
         obs = self.look()
@@ -105,47 +112,53 @@ class _Asking:
         self.future = self.ask(obs)
 
     def receive(self, chunks, t):
-        "Hand on an answer that has come; `True` if one has, or an error."
+        "Pass on an answer that has come; whether one has, or an error."
         if not self.future.done(): return False
         request, future, self.future = self.requests[-1], self.future, None
         request["arrived"] = self.clock.now() - self.start
         try: actions = np.asarray(future.result())
         except (ConnectionError, TimeoutError):
-            if self.clock.now() - self.heard > self.patience: raise
+            if self.clock.now() - self.last_answer > self.patience: raise
             return True
-        if actions.ndim != 2 or not np.isfinite(actions).all(): raise ValueError(f"an answer has actions of shape {actions.shape}, {np.isfinite(actions).sum()} of them finite; a chunk is (H,A), all finite")
-        self.heard, request["used"] = self.clock.now(), chunks.take(actions, request["first"], len(self.requests) - 1, t)
+        if actions.ndim != 2 or not np.isfinite(actions).all():
+            raise ValueError(f"an answer has actions of shape {actions.shape}, "
+                             f"{np.isfinite(actions).sum()} of them finite; a chunk is (H,A), "
+                             "all finite")
+        self.last_answer = self.clock.now()
+        request["used"] = chunks.take(actions, request["first"], len(self.requests) - 1, t)
         return True
 
 # %% ../../nbs/11_serve/02_robot_loop.ipynb #5a3efb65
 def drive(
     ask, # ask(obs) -> future of actions (H,A); see `in_background`
-    look, # look() -> an observation, with the pictures of now
+    look, # look() -> an observation, with the images of now
     act, # act(action): sends an action (A,) to the robot, and returns at once
     steps:int, # of control
     hz:float, # steps a second
-    every:int, # steps after which the robot looks again, if the last answer has come
+    every:int, # steps after which the policy is queried again, if the last answer has come
     hold=hold_pose, # hold(last action) -> what is sent while no action is due
-    patience:float=5., # seconds without a server until its error is raised; the robot holds, and asks again
+    patience:float=5., # seconds without a server until its error is raised; the robot holds
     clock=None, # None: the computer's
-)->Driven: # what happened
+)->Driven:
     "Execute chunks while the next one is computed."
-    clock, chunks, done, last, looked = clock or Clock(), _Chunks(), Driven(hz), None, 0
+    clock, chunks, done, last, queried = clock or Clock(), _Chunks(), Driven(hz), None, 0
     asking = _Asking(ask, look, clock, patience, done.requests)
     try:
         asking.send(0)
         begin = clock.now()
         for t in range(steps):
             clock.wait(begin + t/hz)
-            if clock.now() > begin + (t + 1)/hz: begin = clock.now() - t/hz # more than a step late: those after it move
+            late = clock.now() > begin + (t + 1)/hz # by more than a step: those after it move
+            if late: begin = clock.now() - t/hz
             if asking.future: asking.receive(chunks, t)
             action, request, index = chunks.due(t)
-            if (action := hold(last) if action is None else action) is not None: act(action)
+            if action is None: action = hold(last)
+            if action is not None: act(action)
             last = action
             done.steps.append(dict(time=clock.now() - asking.start, request=request, index=index))
-            if not asking.future and (t + 1 >= looked + every or "used" not in done.requests[-1]):
-                asking.send(looked := t + 1)
-    except BaseException: # whatever ends it, Ctrl-C too: the robot does not go on with its last action
+            if not asking.future and (t + 1 >= queried + every or "used" not in done.requests[-1]):
+                asking.send(queried := t + 1)
+    except BaseException:
         if (action := hold(last)) is not None: act(action)
         raise
     return done
@@ -156,16 +169,18 @@ def show_driven(
     ax=None, # matplotlib axes; new ones if None
     seconds:tuple=(0, 3), # what is shown
 ): # the axes
-    "Above, when the policy computes; below, whose actions are executed, grey where the robot holds."
+    "Plot when the policy computes and whose actions are executed, grey where the robot holds."
     if ax is None:
         from matplotlib import pyplot as plt
         ax = plt.subplots(figsize=(8, 1.9), dpi=80, layout="constrained")[1]
     for i, r in enumerate(done.requests):
-        end = r.get("arrived", done.steps[-1]["time"])
+        end, stale = r.get("arrived", done.steps[-1]["time"]), r.get("used")
         ax.barh(1, end - r["asked"], left=r["asked"], height=.6, color=f"C{i % 10}")
-        if (stale := r.get("used")) is None and "arrived" in r: ax.text(end, 1.35, "too late", fontsize=7, ha="right", clip_on=True)
-        elif stale: ax.text(end, 1.35, f"{stale} stale", fontsize=7, ha="right", clip_on=True)
+        text = f"{stale} stale" if stale else "too late" if stale is None and "arrived" in r else ""
+        if text: ax.text(end, 1.35, text, fontsize=7, ha="right", clip_on=True)
     for s in done.steps:
-        ax.barh(0, .9/done.hz, left=s["time"], height=.6, color="lightgrey" if s["request"] < 0 else f"C{s['request'] % 10}")
-    ax.set(xlim=seconds, ylim=(-.5, 1.8), yticks=[0, 1], yticklabels=["robot", "policy"], xlabel="time, s")
+        color = "lightgrey" if s["request"] < 0 else f"C{s['request'] % 10}"
+        ax.barh(0, .9/done.hz, left=s["time"], height=.6, color=color)
+    ax.set(xlim=seconds, ylim=(-.5, 1.8), yticks=[0, 1], yticklabels=["robot", "policy"],
+           xlabel="time, s")
     return ax

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Contract', 'contract_of', 'Request', 'read_request', 'answer', 'PolicyError', 'PolicyServer', 'serving', 'read_key',
-           'load_served', 'main', 'round_trips', 'throughput', 'bench_observation', 'show_throughput',
-           'throughput_cells']
+           'load_served', 'main', 'round_trips', 'throughput', 'bench_observation', 'throughput_cells',
+           'show_throughput']
 
 # %% ../../nbs/11_serve/01_server.ipynb #6418fc71
 import asyncio
@@ -41,9 +41,10 @@ from ..weights.load import checkpoint_digest, load_to_act
 from ..weights.zoo import zoo_folder
 
 # %% ../../nbs/11_serve/01_server.ipynb #f9946935
-_NAMES = dict(static="observation/image", gripper="observation/wrist_image", state="observation/state", prompt="prompt") # of an observation on the wire
-_CALVIN = dict(action_space="cartesian_rel", action_labels=("x", "y", "z", "roll", "pitch", "yaw", "gripper"), low=(-1.,)*7, high=(1.,)*7,
-               units=(f"{POSITION_UNIT} m",)*3 + (f"{ROTATION_UNIT} rad",)*3 + ("1 opens, -1 closes",))
+_NAMES = dict(static="observation/image", gripper="observation/wrist_image",
+              state="observation/state", prompt="prompt") # of an observation on the wire
+_LABELS = "x", "y", "z", "roll", "pitch", "yaw", "gripper" # of CALVIN's actions
+_UNITS = (*(f"{POSITION_UNIT} m",)*3, *(f"{ROTATION_UNIT} rad",)*3, "1 opens, -1 closes")
 
 @dataclass(frozen=True)
 class Contract:
@@ -51,110 +52,169 @@ class Contract:
     policy:str # its name
     horizon:int = 10 # actions of an answer, H
     views:tuple = VIEWS[:1] # cameras that a request must bring
-    image_size:int = 64 # pixels, to which pictures are stretched
-    state:int = 0 # numbers of CALVIN's robot_obs that a request must bring; 0: it is not looked at
-    control_hz:float|None = float(CONTROL_HZ) # actions a second; None: the checkpoint does not say
-    action_space:str = _CALVIN["action_space"] # in a word
-    action_labels:tuple = _CALVIN["action_labels"] # A names
-    units:tuple = _CALVIN["units"] # of 1 of each number; (): the labels say it
-    low:tuple = _CALVIN["low"] # least that each number is
-    high:tuple = _CALVIN["high"] # most
+    image_size:int = 64 # pixels, to which images are stretched
+    state:int = 0 # numbers of CALVIN's robot_obs that a request must bring; 0: none is read
+    control_hz:float|None = float(CONTROL_HZ) # actions a second; None: not in the checkpoint
+    action_space:str = "cartesian_rel" # in a word
+    action_labels:tuple = _LABELS # A names
+    units:tuple = _UNITS # of 1 of each number; (): the labels say it
+    low:tuple = (-1.,)*7 # least that each number is
+    high:tuple = (1.,)*7 # most
     checkpoint:str = "" # digest of the weights; empty: none
-    names:dict = field(default_factory=lambda: dict(_NAMES)) # camera, "state", "prompt" -> its key in a request
-    prompt:str|None = None # instruction of a request that brings none; None: it must bring one
+    names:dict = field(default_factory=_NAMES.copy) # camera, "state", "prompt" -> key in a request
+    prompt:str|None = None # instruction of a request without one; None: it must bring one
 
-    def metadata(self): # JSON types
-        "The server's first message."
-        state = {"name": self.names["state"], "size": self.state, "is": "CALVIN's robot_obs"} if self.state else None
-        return dict(server="defi_nb", version=__version__, policy=self.policy, checkpoint=self.checkpoint, horizon=self.horizon, control_hz=self.control_hz,
-                    action_space=self.action_space, action_labels=list(self.action_labels), action_units=list(self.units),
-                    action_low=list(self.low), action_high=list(self.high), cameras={v: self.names[v] for v in self.views}, image_size=self.image_size,
-                    image="(H,W,3) uint8 RGB of any size", state=state, prompt=self.names["prompt"], default_prompt=self.prompt,
-                    optional={"reset": "true: a new episode begins", "noise_key": "integers that the noise depends on, in place of (seed, episode, 0, request)"})
+# %% ../../nbs/11_serve/01_server.ipynb #4de3fd45
+_OPTIONAL = {"reset": "true: a new episode begins",
+             "noise_key": "integers that the noise depends on, in place of "
+                          "(seed, episode, 0, request)"}
+
+@patch
+def metadata(self:Contract): # JSON types
+    "The server's first message."
+    state = {"name": self.names["state"], "size": self.state, "is": "CALVIN's robot_obs"}
+    return dict(
+        server="defi_nb", version=__version__, policy=self.policy, checkpoint=self.checkpoint,
+        horizon=self.horizon, control_hz=self.control_hz, action_space=self.action_space,
+        action_labels=list(self.action_labels), action_units=list(self.units),
+        action_low=list(self.low), action_high=list(self.high),
+        cameras={v: self.names[v] for v in self.views}, image_size=self.image_size,
+        image="(H,W,3) uint8 RGB of any size", state=state if self.state else None,
+        prompt=self.names["prompt"], default_prompt=self.prompt, optional=_OPTIONAL)
 
 # %% ../../nbs/11_serve/01_server.ipynb #6350bd7c
+def _own_actions(scale):
+    "The contract's fields for a robot's own actions."
+    low, high = np.minimum(scale.low, scale.high), np.maximum(scale.low, scale.high)
+    return dict(action_space="the robot's own", action_labels=tuple(scale.labels), units=(),
+                low=tuple(low.tolist()), high=tuple(high.tolist()), control_hz=None)
+
 def contract_of(
     policy, # with `act(batch, noise)`
     **changes, # fields of the `Contract` to set otherwise
 )->Contract:
     "What a policy of this package takes and gives; of any other, what `changes` say."
-    cfg, scale, found = getattr(policy, "cfg", None), getattr(policy, "action_scale", None), dict(policy=type(policy).__name__)
-    if spec := getattr(cfg, "spec", None): found |= dict(horizon=spec.chunk, image_size=spec.image_size, views=tuple(getattr(cfg, "views", VIEWS)))
+    cfg, scale = getattr(policy, "cfg", None), getattr(policy, "action_scale", None)
+    given = dict(policy=type(policy).__name__)
+    if spec := getattr(cfg, "spec", None):
+        given |= dict(horizon=spec.chunk, image_size=spec.image_size,
+                      views=tuple(getattr(cfg, "views", VIEWS)))
     if adapter := getattr(cfg, "adapter", None):
-        found |= dict(state=15*bool(adapter.proprio_dim))
-        if scale is None and adapter.action_dim != ACTION_DIM: raise ValueError(f"the policy's actions have {adapter.action_dim} numbers and no scale that names them: save the checkpoint with its action_scale")
-    if scale is not None:
-        low, high = np.minimum(scale.low, scale.high).tolist(), np.maximum(scale.low, scale.high).tolist()
-        found |= dict(action_space="the robot's own", action_labels=tuple(scale.labels), units=(), low=tuple(low), high=tuple(high), control_hz=None)
-    return Contract(**found | changes)
+        given |= dict(state=15*bool(adapter.proprio_dim))
+        if scale is None and adapter.action_dim != ACTION_DIM:
+            raise ValueError(f"the policy's actions have {adapter.action_dim} numbers and no scale "
+                             "that names them: save the checkpoint with its action_scale")
+    if scale is not None: given |= _own_actions(scale)
+    return Contract(**given | changes)
 
 # %% ../../nbs/11_serve/01_server.ipynb #aebaff5e
+_MAX_SIDE, _MAX_TEXT = 4096, 2000 # pixels of an image; letters of an instruction
+
 @dataclass
 class Request:
     "A checked observation."
     pictures:dict # camera -> (H,W,3) uint8
-    state:np.ndarray|None # (15,) float32, where the policy is told it
+    state:np.ndarray|None # (15,) float32, where the policy reads it
     text:str # instruction
     reset:bool # whether an episode begins with it
     noise_key:tuple|None # integers, if it brings its own
 
-_MAX_SIDE, _MAX_TEXT = 4096, 2000 # pixels of a picture; letters of an instruction
-
-def _picture(x, name):
+def _checked_image(x, name):
     if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.ndim != 3 or x.shape[2] != 3:
-        what = f"shape {x.shape} and type {x.dtype}" if isinstance(x, np.ndarray) else f"type {type(x).__name__}"
-        raise ValueError(f"{name!r} has {what}; a picture is (H,W,3) uint8, RGB")
-    if not 1 <= min(x.shape[:2]) <= max(x.shape[:2]) <= _MAX_SIDE: raise ValueError(f"{name!r} has {x.shape[0]} x {x.shape[1]} pixels; 1 to {_MAX_SIDE} a side are taken")
+        is_array = isinstance(x, np.ndarray)
+        what = f"shape {x.shape} and type {x.dtype}" if is_array else f"type {type(x).__name__}"
+        raise ValueError(f"{name!r} has {what}; an image is (H,W,3) uint8, RGB")
+    if not 1 <= min(x.shape[:2]) <= max(x.shape[:2]) <= _MAX_SIDE:
+        raise ValueError(f"{name!r} has {x.shape[0]} x {x.shape[1]} pixels; "
+                         f"1 to {_MAX_SIDE} a side are taken")
     return x
 
-def _vector(x, name, size):
-    with np.errstate(over="ignore"): # what is too large for a float32 is infinite, and refused
+def _checked_vector(x, name, size):
+    with np.errstate(over="ignore"): # too large for a float32 is infinite, and refused
         try: x = np.asarray(x, np.float32) if not isinstance(x, (str, bytes, dict)) else None
         except (TypeError, ValueError): x = None
-    if x is None or x.shape != (size,): raise ValueError(f"{name!r} has {'no numbers' if x is None else f'shape {x.shape}'}; this policy takes ({size},) floats")
-    if not np.isfinite(x).all(): raise ValueError(f"{name!r} holds NaN or infinity, at {np.flatnonzero(~np.isfinite(x)).tolist()}")
+    if x is None or x.shape != (size,):
+        raise ValueError(f"{name!r} has {'no numbers' if x is None else f'shape {x.shape}'}; "
+                         f"this policy takes ({size},) floats")
+    if not np.isfinite(x).all():
+        at = np.flatnonzero(~np.isfinite(x)).tolist()
+        raise ValueError(f"{name!r} holds NaN or infinity, at {at}")
     return x
 
-def _noise_key(x):
+# %% ../../nbs/11_serve/01_server.ipynb #e63f58bf
+def _checked_key(x):
     x = x.tolist() if isinstance(x, np.ndarray) else x
-    if not isinstance(x, list) or not 1 <= len(x) <= 8 or any(type(n) is not int or not 0 <= n < 2**63 for n in x):
+    is_key = lambda n: type(n) is int and 0 <= n < 2**63
+    if not isinstance(x, list) or not 1 <= len(x) <= 8 or not all(map(is_key, x)):
         raise ValueError(f"'noise_key' is {x!r:.60}; give 1 to 8 integers of at least 0")
     return tuple(x)
+
+def _checked_text(x, name):
+    if not isinstance(x, str) or not x.strip() or len(x) > _MAX_TEXT:
+        raise ValueError(f"{name!r} is {x!r:.40}; give a text of 1 to {_MAX_TEXT} letters")
+    return x
 
 def read_request(
     message, # as `serve.protocol.unpack` gives it
     contract:Contract, # of the policy
 )->Request:
     "What the policy needs of a message; raise `ValueError` naming the key and the remedy."
-    if not isinstance(message, dict): raise ValueError(f"a request is a dictionary, not {type(message).__name__}")
-    names = contract.names
-    needed = [names[v] for v in contract.views] + [names["state"]]*bool(contract.state) + [names["prompt"]]*(contract.prompt is None)
+    if not isinstance(message, dict):
+        raise ValueError(f"a request is a dictionary, not {type(message).__name__}")
+    names, state, get = contract.names, contract.names["state"], message.get
+    needed = [names[v] for v in contract.views] + [state]*bool(contract.state)
+    needed += [names["prompt"]]*(contract.prompt is None)
     if missing := [n for n in needed if n not in message]:
-        raise ValueError(f"the request has no {', '.join(map(repr, missing))}; this policy takes {', '.join(map(repr, needed))}")
-    text = message.get(names["prompt"], contract.prompt)
-    if not isinstance(text, str) or not text.strip() or len(text) > _MAX_TEXT: raise ValueError(f"{names['prompt']!r} is {text!r:.40}; give a text of 1 to {_MAX_TEXT} letters")
-    return Request({v: _picture(message[names[v]], names[v]) for v in contract.views}, _vector(message[names["state"]], names["state"], contract.state) if contract.state else None,
-                   text, bool(message.get("reset") is True or isinstance(message.get("reset"), np.bool_) and message["reset"]),
-                   _noise_key(message["noise_key"]) if message.get("noise_key") is not None else None)
+        raise ValueError(f"the request has no {', '.join(map(repr, missing))}; "
+                         f"this policy takes {', '.join(map(repr, needed))}")
+    text = _checked_text(get(names["prompt"], contract.prompt), names["prompt"])
+    images = {v: _checked_image(message[names[v]], names[v]) for v in contract.views}
+    numbers = _checked_vector(message[state], state, contract.state) if contract.state else None
+    resets = get("reset") is True or isinstance(get("reset"), np.bool_) and get("reset")
+    key = _checked_key(get("noise_key")) if get("noise_key") is not None else None
+    return Request(images, numbers, text, bool(resets), key)
 
 # %% ../../nbs/11_serve/01_server.ipynb #366fd7cc
 def _request_noise(
     key:tuple, # integers of at least 0
     shape:tuple, # (H,A)
 )->torch.Tensor: # (H,A) standard normal
-    "The noise of one answer; of (seed, chain, task, look), that of `eval.rollout.chain_noise`."
+    "The noise of one answer; of (seed, chain, task, query), that of `eval.rollout.chain_noise`."
     return torch.from_numpy(np.random.default_rng(key).standard_normal(shape, np.float32))
 
 def _requests_to_batch(
     requests, # B of `Request`
     contract:Contract, # of the policy
 )->Batch: # video (B,V,1,3,S,S) uint8, proprio (B,15), text
-    "What the policy sees of requests; cameras that it does not need are black, or left out at the end."
-    black, views = np.zeros((contract.image_size, contract.image_size, 3), np.uint8), 1 + max((VIEWS.index(v) for v in contract.views), default=0)
-    seen = [{"rgb_obs": {f"rgb_{v}": r.pictures.get(v, black) for v in VIEWS}, "robot_obs": np.zeros(15) if r.state is None else r.state} for r in requests]
-    rows = [obs_to_batch([obs], [r.text], contract.image_size) for obs, r in zip(seen, requests)] # one by one: their pictures may differ in size
+    "Requests as a batch; cameras that the policy does not need are black, or left out at the end."
+    size = contract.image_size
+    black = np.zeros((size, size, 3), np.uint8)
+    views = 1 + max((VIEWS.index(v) for v in contract.views), default=0)
+    rows = []
+    for r in requests: # one by one: their images may differ in size
+        images = {f"rgb_{v}": r.pictures.get(v, black) for v in VIEWS}
+        obs = {"rgb_obs": images, "robot_obs": np.zeros(15) if r.state is None else r.state}
+        rows.append(obs_to_batch([obs], [r.text], size))
     proprio = torch.cat([row.proprio for row in rows]) if contract.state else None
-    return Batch(text=[r.text for r in requests], video=torch.cat([row.video[:, :views] for row in rows]), proprio=proprio)
+    return Batch(text=[r.text for r in requests], proprio=proprio,
+                 video=torch.cat([row.video[:, :views] for row in rows]))
+
+# %% ../../nbs/11_serve/01_server.ipynb #ad3c4c1b
+def _scaled(policy, scale, batch, noise):
+    "A policy's actions in its robot's units."
+    device = next((p.device for p in getattr(policy, "parameters", lambda: ())()), "cpu")
+    with torch.inference_mode():
+        action = policy.act(batch.to(device), noise=noise.to(device))
+        action = torch.as_tensor(action).float().cpu().numpy()
+    if action.shape != tuple(noise.shape) or not np.isfinite(action).all():
+        raise ValueError(f"the policy returned actions of shape {action.shape}, "
+                         f"{np.isfinite(action).sum()} of them finite; the contract asks for "
+                         f"{tuple(noise.shape)}")
+    action = scale.undo(action.clip(-1, 1))
+    if not np.isfinite(action).all():
+        raise ValueError("the policy's action_scale makes actions of them that are not finite: "
+                         "train it again from data whose actions are")
+    return action
 
 def answer(
     policy, # with `act(batch, noise)`
@@ -163,20 +223,15 @@ def answer(
     keys, # B keys of noise
 )->np.ndarray: # (B,H,A) float32, in the units of the contract
     "Actions for requests, in one batch."
-    noise = torch.stack([_request_noise(k, (contract.horizon, len(contract.action_labels))) for k in keys])
+    shape = contract.horizon, len(contract.action_labels)
+    noise = torch.stack([_request_noise(k, shape) for k in keys])
     batch, scale = _requests_to_batch(requests, contract), getattr(policy, "action_scale", None)
-    if scale is None: return predict(policy, batch, noise).astype(np.float32)
-    device = next((p.device for p in getattr(policy, "parameters", lambda: ())()), "cpu")
-    with torch.inference_mode(): action = torch.as_tensor(policy.act(batch.to(device), noise=noise.to(device))).float().cpu().numpy()
-    if action.shape != tuple(noise.shape) or not np.isfinite(action).all():
-        raise ValueError(f"the policy returned actions of shape {action.shape}, {np.isfinite(action).sum()} of them finite; the contract asks for {tuple(noise.shape)}")
-    action = scale.undo(action.clip(-1, 1))
-    if not np.isfinite(action).all(): raise ValueError("the policy's action_scale makes actions of them that are not finite: train it again from data whose actions are")
-    return action
+    if scale is not None: return _scaled(policy, scale, batch, noise)
+    return predict(policy, batch, noise).astype(np.float32)
 
 # %% ../../nbs/11_serve/01_server.ipynb #9654b679
 class PolicyError(RuntimeError):
-    "The policy failed; what a client is told of it."
+    "The policy failed; the message is for the client."
 
 @dataclass
 class PolicyServer:
@@ -188,144 +243,202 @@ class PolicyServer:
     batch:int = 16 # most requests that are computed at once
     window:float = .002 # seconds that a request waits for others to join its batch
     clients:int = 64 # most connections
-    patience:float = 30. # seconds that a client may leave an answer unread, before it is dropped
-    max_bytes:int = MAX_BYTES//2 # of a request; two pictures of 1080p are 12 MiB
-    log:object = lambda *said: None # called with what happens, in words
+    patience:float = 30. # seconds that an answer may stay unread, before its client is dropped
+    max_bytes:int = MAX_BYTES//2 # of a request; two images of 1080p are 12 MiB
+    log:object = lambda line: None # called with what happens, in words
     batches:dict = field(default_factory=dict) # rows of a batch -> how often it was computed
 
     def __post_init__(self):
         self.contract = self.contract or contract_of(self.policy)
-        if self.key is not None and not (self.key.isascii() and self.key.isprintable() and self.key.strip() == self.key != ""): raise ValueError("the key must be printable ASCII without spaces around it, and not empty")
-        if min(self.batch, self.clients) < 1 or min(self.window, self.patience) < 0: raise ValueError(f"batch is {self.batch}, clients {self.clients}, window {self.window}, patience {self.patience}: at least 1, 1, 0 and 0")
+        key = self.key or ""
+        printable = key.isascii() and key.isprintable() and key.strip() == key != ""
+        if self.key is not None and not printable:
+            raise ValueError("the key must be printable ASCII without spaces around it, "
+                             "and not empty")
+        if min(self.batch, self.clients) < 1 or min(self.window, self.patience) < 0:
+            raise ValueError(f"batch is {self.batch}, clients {self.clients}, window "
+                             f"{self.window}, patience {self.patience}: at least 1, 1, 0 and 0")
         self.open, self.busy, self.stopping, self.number = 0, 0, False, 0
         if hasattr(self.policy, "eval"): self.policy.eval()
 
-@patch
-def _admit(self:PolicyServer, connection, request):
-    "Answer what asks for no websocket, and refuse who may not have one."
-    if request.path == "/healthz": return connection.respond(200, "OK\n")
-    given = request.headers.get_all("Authorization")
-    if self.key is not None and not (len(given) == 1 and hmac.compare_digest(given[0].encode(), f"Api-Key {self.key}".encode())):
-        return connection.respond(401, f"{'wrong key' if given else 'a key is needed'}: send the header `Authorization: Api-Key ...` with this server's key\n")
-    if self.stopping or self.open >= self.clients: return connection.respond(503, "the server is stopping\n" if self.stopping else f"{self.open} clients are connected already: try later\n")
+# %% ../../nbs/11_serve/01_server.ipynb #301756ab
+def _has_key(given, key): # values of the header "Authorization"
+    return len(given) == 1 and hmac.compare_digest(given[0].encode(), f"Api-Key {key}".encode())
 
 @patch
-def _answers(self:PolicyServer, waiting): # of (request, key, future); a list of (H,A) arrays or exceptions, in this thread
+def _admit(self:PolicyServer, connection, request):
+    "Answer requests that want no websocket, and refuse those that may not have one."
+    if request.path == "/healthz": return connection.respond(200, "OK\n")
+    given = request.headers.get_all("Authorization")
+    if self.key is not None and not _has_key(given, self.key):
+        why = "wrong key" if given else "a key is needed"
+        return connection.respond(401, f"{why}: send the header `Authorization: Api-Key ...` "
+                                       "with this server's key\n")
+    if self.stopping: return connection.respond(503, "the server is stopping\n")
+    if self.open >= self.clients:
+        return connection.respond(503, f"{self.open} clients are connected already: try later\n")
+
+@patch
+def _answers(self:PolicyServer, waiting): # of (request, key, future); in the thread that computes
+    "A list of (H,A) arrays or exceptions."
     self.batches[len(waiting)] = self.batches.get(len(waiting), 0) + 1
-    try: return list(answer(self.policy, self.contract, [w[0] for w in waiting], [w[1] for w in waiting]))
+    requests, keys, _ = zip(*waiting)
+    try: return list(answer(self.policy, self.contract, requests, keys))
     except Exception as e: # whatever a policy may raise: the server goes on
         if len(waiting) > 1: return [a for w in waiting for a in self._answers([w])]
         self.log("the policy failed:\n" + traceback.format_exc())
-        return [PolicyError(f"the policy failed on this request: {type(e).__name__}: {(str(e).splitlines() or [''])[0]:.300}")]
+        first = (str(e).splitlines() or [""])[0]
+        return [PolicyError("the policy failed on this request: "
+                            f"{type(e).__name__}: {first:.300}")]
 
+# %% ../../nbs/11_serve/01_server.ipynb #96cd6852
 @patch
 async def _work(self:PolicyServer, thread):
-    "Take requests that wait, compute, hand out."
+    "Take requests that wait, compute, pass the answers on."
+    loop = asyncio.get_running_loop()
     while True:
         waiting = [await self.queue.get()]
         with suppress(TimeoutError):
             async with asyncio.timeout(self.window):
-                while len(waiting) < min(self.batch, self.open): waiting.append(await self.queue.get())
+                while len(waiting) < min(self.batch, self.open):
+                    waiting.append(await self.queue.get())
         begin = time.perf_counter()
-        found = await asyncio.get_running_loop().run_in_executor(thread, self._answers, waiting)
+        answers = await loop.run_in_executor(thread, self._answers, waiting)
         timing = {"infer_ms": 1000*(time.perf_counter() - begin), "batch": len(waiting)}
-        for (_, _, future), x in zip(waiting, found):
-            if not future.done(): future.set_exception(x) if isinstance(x, Exception) else future.set_result((x, timing))
+        for (_, _, future), x in zip(waiting, answers):
+            if future.done(): continue
+            if isinstance(x, Exception): future.set_exception(x)
+            else: future.set_result((x, timing))
 
 # %% ../../nbs/11_serve/01_server.ipynb #8a0c178b
 @patch
-async def _reply(self:PolicyServer, data, place): # place: episode, requests in it; the answer's bytes, or what is wrong
+async def _reply(self:PolicyServer, data, place): # place: episode, requests in it
+    "The answer's bytes, or the text of what is wrong."
     begin = time.perf_counter()
     try:
-        if isinstance(data, str): raise ValueError("a request is a binary message of msgpack, and this is text")
+        if isinstance(data, str):
+            raise ValueError("a request is a binary message of msgpack, and this is text")
         request = read_request(unpack(data, self.max_bytes), self.contract)
         if request.reset and place[1]: place[:] = place[0] + 1, 0
-        key, future = request.noise_key or (self.seed, place[0], 0, place[1]), asyncio.get_running_loop().create_future()
+        key = request.noise_key or (self.seed, place[0], 0, place[1])
+        future = asyncio.get_running_loop().create_future()
         place[1] += 1
         self.queue.put_nowait((request, key, future)) # as many as there are connections at most
         actions, timing = await future
-        return pack({"actions": actions, "server_timing": timing | {"total_ms": 1000*(time.perf_counter() - begin)}})
+        total = {"total_ms": 1000*(time.perf_counter() - begin)}
+        return pack({"actions": actions, "server_timing": timing | total})
     except (ValueError, PolicyError) as e: return str(e)
-
-_UNREAD, _SHUTDOWN = 2**20, 3. # bytes that wait for a client to read them; seconds that a stopping server waits for that
-
-def _abort_unread(server): # connections whose clients do not read
-    for connection in list(server.connections):
-        if connection.transport.get_write_buffer_size(): connection.transport.abort()
-
-class _Bounded(ServerConnection):
-    "A connection that ends when its client sends pings, which are answered at once, and does not read."
-    unread = 0 # bytes of answers to pings since all was read
-
-    def data_received(self, data):
-        before = self.transport.get_write_buffer_size()
-        super().data_received(data)
-        self.unread = self.transport.get_write_buffer_size() - before + (self.unread if before else 0)
-        if self.unread > _UNREAD: self.transport.abort()
-
-def _complain(log, every=10.): # of an event loop; what it says of each lack of file descriptors would fill a disk
-    last = -every
-    def handle(loop, context):
-        nonlocal last
-        if not isinstance(error := context.get("exception"), OSError): return loop.default_exception_handler(context)
-        if time.monotonic() - last < every: return
-        log(f"{context['message']}: {one_line(error)}")
-        last = time.monotonic()
-    return handle
 
 @patch
 async def _talk(self:PolicyServer, connection):
     "One client, from its first request to its last."
-    self.open, self.number, place, answered = self.open + 1, self.number + 1, [0, 0], 0
+    self.open, self.number, answered = self.open + 1, self.number + 1, 0
     name = f"client {self.number}"
     self.log(f"{name}: connected")
     try:
         with suppress(ConnectionClosed):
             await connection.send(pack(self.contract.metadata()))
-            async for data in connection:
-                self.busy += 1
-                try:
-                    reply = await self._reply(data, place)
-                    async with asyncio.timeout(self.patience): await connection.send(reply)
-                except TimeoutError:
-                    self.log(f"{name}: dropped, because it did not read its answer for {self.patience:g} s")
-                    connection.transport.abort()
-                    break
-                finally: self.busy -= 1
-                answered += 1
-                if self.stopping: break
+            async for _ in self._served(connection, name): answered += 1
     finally:
         self.open -= 1
-        self.log(f"{name}: gone after {answered} answers, {connection.close_code} {connection.close_reason or ''}".rstrip())
+        why = f"{connection.close_code} {connection.close_reason or ''}"
+        self.log(f"{name}: gone after {answered} answers, {why}".rstrip())
+
+# %% ../../nbs/11_serve/01_server.ipynb #97b37228
+@patch
+async def _served(self:PolicyServer, connection, name): # yields after each answer
+    "Answer a client's requests."
+    place = [0, 0]
+    async for data in connection:
+        self.busy += 1
+        try:
+            reply = await self._reply(data, place)
+            async with asyncio.timeout(self.patience): await connection.send(reply)
+        except TimeoutError:
+            self.log(f"{name}: dropped, because it did not read its answer for "
+                     f"{self.patience:g} s")
+            connection.transport.abort()
+            return
+        finally: self.busy -= 1
+        yield
+        if self.stopping: return
+
+# %% ../../nbs/11_serve/01_server.ipynb #29c69f9e
+_UNREAD, _SHUTDOWN = 2**20, 3. # bytes that may wait for a client; seconds that a stop waits
+
+def _abort_unread(server):
+    "End the connections whose clients do not read."
+    for connection in list(server.connections):
+        if connection.transport.get_write_buffer_size(): connection.transport.abort()
+
+class _Bounded(ServerConnection):
+    "A connection that ends when its client sends pings and does not read the answers."
+    unread = 0 # bytes of answers to pings since all was read
+
+    def data_received(self, data):
+        before = self.transport.get_write_buffer_size()
+        super().data_received(data)
+        new = self.transport.get_write_buffer_size() - before
+        self.unread = new + (self.unread if before else 0)
+        if self.unread > _UNREAD: self.transport.abort()
+
+def _complain(log, every=10.): # seconds
+    "A handler of an event loop's errors that logs those of the system, not too often."
+    last = -every
+    def handle(loop, context):
+        nonlocal last
+        error = context.get("exception")
+        if not isinstance(error, OSError): return loop.default_exception_handler(context)
+        if time.monotonic() - last < every: return
+        log(f"{context['message']}: {one_line(error)}")
+        last = time.monotonic()
+    return handle
 
 # %% ../../nbs/11_serve/01_server.ipynb #d3d834b2
+@patch
+def _listen(self:PolicyServer, host, port):
+    "The websocket server."
+    quiet = logging.getLogger("defi_nb.serve.server.websockets")
+    quiet.setLevel(logging.CRITICAL)
+    return serve(self._talk, host, port, process_request=self._admit, create_connection=_Bounded,
+                 origins=[None], compression=None, max_size=self.max_bytes, max_queue=2,
+                 open_timeout=10, close_timeout=2, server_header=None, logger=quiet)
+
+@patch
+async def _finish(self:PolicyServer, server, work):
+    "Answer what is being computed, and close."
+    self.stopping = True
+    until = time.monotonic() + _SHUTDOWN
+    while self.busy and not work.done():
+        await asyncio.sleep(.01)
+        if time.monotonic() > until: _abort_unread(server)
+    _abort_unread(server)
+    server.close(reason="the server was stopped")
+
+def _url(server):
+    host, port = server.sockets[0].getsockname()[:2]
+    return f"ws://{f'[{host}]' if ':' in host else host}:{port}"
+
+# %% ../../nbs/11_serve/01_server.ipynb #585b2932
 @patch
 async def run(self:PolicyServer,
     host:str="127.0.0.1", # address to listen at
     port:int=8000, # 0: any that is free
-    started=lambda url, stop: None, # called when clients may connect, with the address and a function that ends the server
+    started=lambda url, stop: None, # called when clients may connect; `stop()` ends the server
 ):
     "Serve until `stop` is called; what is being computed then is still answered."
-    quiet = logging.getLogger("defi_nb.serve.server.websockets")
-    quiet.setLevel(logging.CRITICAL) # what strangers send to a port is no error of ours
-    stop, loop, self.queue, self.stopping = asyncio.Event(), asyncio.get_running_loop(), asyncio.Queue(), False
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    self.queue, self.stopping = asyncio.Queue(), False
     loop.set_exception_handler(_complain(self.log))
     with ThreadPoolExecutor(1, "policy") as thread:
         work = loop.create_task(self._work(thread))
         try:
-            async with serve(self._talk, host, port, process_request=self._admit, create_connection=_Bounded, origins=[None], compression=None, max_size=self.max_bytes, max_queue=2, open_timeout=10,
-                             close_timeout=2, server_header=None, logger=quiet) as server:
-                bound = server.sockets[0].getsockname()
-                started(f"ws://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}", lambda: loop.call_soon_threadsafe(stop.set))
-                await asyncio.wait([ending := loop.create_task(stop.wait()), work], return_when=asyncio.FIRST_COMPLETED)
+            async with self._listen(host, port) as server:
+                started(_url(server), lambda: loop.call_soon_threadsafe(stop.set))
+                ending = loop.create_task(stop.wait())
+                await asyncio.wait([ending, work], return_when=asyncio.FIRST_COMPLETED)
                 ending.cancel()
-                self.stopping = True
-                until = time.monotonic() + _SHUTDOWN
-                while self.busy and not work.done():
-                    await asyncio.sleep(.01)
-                    if time.monotonic() > until: _abort_unread(server)
-                _abort_unread(server)
-                server.close(reason="the server was stopped")
+                await self._finish(server, work)
             if work.done(): work.result()
         finally: work.cancel()
 
@@ -336,16 +449,16 @@ def serving(
     host:str="127.0.0.1", # address to listen at
     port:int=0, # 0: any that is free
 ): # its address, ws://...
-    "A server that runs while the block does."
-    said = queue.Queue()
+    "Run a server inside the `with`."
+    results = queue.Queue() # (address, stop), or an exception
     def target():
-        try: asyncio.run(server.run(host, port, lambda *found: said.put(found)))
-        except Exception as e: said.put(e)
+        try: asyncio.run(server.run(host, port, lambda *started: results.put(started)))
+        except Exception as e: results.put(e)
     thread = threading.Thread(target=target, name="server", daemon=True)
     thread.start()
-    found = said.get()
-    if isinstance(found, Exception): raise found
-    url, stop = found
+    result = results.get()
+    if isinstance(result, Exception): raise result
+    url, stop = result
     try: yield url
     finally:
         stop()
@@ -353,13 +466,15 @@ def serving(
 
 # %% ../../nbs/11_serve/01_server.ipynb #e44aeaf9
 def read_key(
-    path:str="", # of a file whose first line is the key; empty: the environment variable DEFI_NB_KEY
+    path:str="", # of a file with the key in its first line; empty: the variable DEFI_NB_KEY
 )->str|None: # None: there is none
     "The key that clients must send, from where other users of the machine can't see it."
     if not path: return os.environ.get("DEFI_NB_KEY") or None
     try: lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as e: raise ValueError(f"{path} can't be read as a key: {e}") from None
-    if not lines or not lines[0].strip(): raise ValueError(f"{path} holds no key: write one into its first line")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} can't be read as a key: {e}") from None
+    if not lines or not lines[0].strip():
+        raise ValueError(f"{path} holds no key: write one into its first line")
     return lines[0].strip()
 
 def _check_host(
@@ -369,7 +484,11 @@ def _check_host(
     "Raise `ValueError` if others than this machine could reach a server without a key."
     try: local = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError: local = False
-    if not local and not key: raise ValueError(f"at {host or 'every address'} other machines can reach the server, and it has no key: put one into the environment variable DEFI_NB_KEY or into a file (--key-file), or stay at 127.0.0.1 and use an SSH tunnel")
+    if not local and not key:
+        raise ValueError(
+            f"at {host or 'every address'} other machines can reach the server, and it has no key: "
+            "put one into the environment variable DEFI_NB_KEY or into a file (--key-file), or "
+            "stay at 127.0.0.1 and use an SSH tunnel")
     return host
 
 # %% ../../nbs/11_serve/01_server.ipynb #b8684f19
@@ -390,45 +509,81 @@ def load_served(
                          f"({(str(e).splitlines() or [''])[0]}): choose cpu, or cuda or mps where "
                          f"there is one") from None
 
+# %% ../../nbs/11_serve/01_server.ipynb #0924d2cc
 def _name(given): # "static=observation/exterior_image_1_left"
     camera, _, key = given.partition("=")
-    if camera not in _NAMES or not key: raise ValueError(f"--name {given!r}: give {', '.join(_NAMES)} and its key, such as static=observation/exterior_image_1_left")
+    if camera not in _NAMES or not key:
+        raise ValueError(f"--name {given!r}: give {', '.join(_NAMES)} and its key, "
+                         "such as static=observation/exterior_image_1_left")
     return camera, key
 
+_EPILOG = ("Ctrl-C ends it when what is being computed is answered; pressed again, at once. "
+           "GET /healthz answers OK.")
+_OPTIONS = { # of the command: name -> arguments of `add_argument`
+    "--host": dict(default="127.0.0.1", help=(
+        "address to listen at; one that other machines can reach is refused without a key "
+        "(default: %(default)s, this machine only)")),
+    "--port": dict(type=int, default=8000, help="0: any that is free (default: %(default)s)"),
+    "--key-file": dict(default="", metavar="FILE", help=(
+        "its first line is the key that clients must send; without it, the environment variable "
+        "DEFI_NB_KEY, if it is set")),
+    "--device": dict(default="auto", help=(
+        "cpu, cuda, cuda:1, mps, ... (default: a GPU where there is one, else cpu)")),
+    "--name": dict(action="append", default=[], metavar="WHAT=KEY", help=(
+        "what a request calls static, gripper, state or prompt, such as "
+        "static=observation/exterior_image_1_left; may be repeated")),
+    "--prompt": dict(default=None, help="instruction of requests that bring none"),
+    "--hz": dict(type=float, default=None, help=(
+        "actions a second, sent to clients, where the checkpoint does not say it"))}
+
+# %% ../../nbs/11_serve/01_server.ipynb #8d4c5cea
+_LIMITS = { # of the command: name -> arguments of `add_argument`
+    "--seed": dict(type=int, default=0, help="of the policy's noise"),
+    "--batch": dict(type=int, default=16, help=(
+        "most requests computed at once; 1: answers do not depend on other clients even in the "
+        "last digit (default: %(default)s)")),
+    "--window": dict(type=float, default=2., metavar="MS", help=(
+        "milliseconds that a request waits for those of other clients (default: %(default)s)")),
+    "--clients": dict(type=int, default=64, help="most connections (default: %(default)s)"),
+    "--max-mb": dict(type=float, default=PolicyServer.max_bytes/2**20, metavar="MIB", help=(
+        "most MiB of a request (default: %(default)g)"))}
+
 def _parser():
-    parser = ArgumentParser(prog="defi-nb serve", description="Answer robots and simulators with a policy's actions, over openpi's websocket protocol.",
-                            epilog="Ctrl-C ends it when what is being computed is answered; pressed again, at once. GET /healthz answers OK.")
-    parser.add_argument("policy", help="folder of a policy's checkpoint; or shipped, the tiny one of the package; or noop or random, to try the wire without one")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; one that other machines can reach is refused without a key (default: %(default)s, this machine only)")
-    parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: %(default)s)")
-    parser.add_argument("--key-file", default="", metavar="FILE", help="its first line is the key that clients must send; without it, the environment variable DEFI_NB_KEY, if it is set")
-    parser.add_argument("--device", default="auto",
-                        help="cpu, cuda, cuda:1, mps, ... (default: a GPU where there is one, "
-                             "else cpu)")
-    parser.add_argument("--name", action="append", default=[], metavar="WHAT=KEY", help="what a request calls static, gripper, state or prompt, such as static=observation/exterior_image_1_left; may be repeated")
-    parser.add_argument("--prompt", default=None, help="instruction of requests that bring none")
-    parser.add_argument("--hz", type=float, default=None, help="actions a second, told to clients, where the checkpoint does not say it")
-    parser.add_argument("--seed", type=int, default=0, help="of the policy's noise")
-    parser.add_argument("--batch", type=int, default=16, help="most requests computed at once; 1: answers do not depend on other clients even in the last digit (default: %(default)s)")
-    parser.add_argument("--window", type=float, default=2., metavar="MS", help="milliseconds that a request waits for those of other clients (default: %(default)s)")
-    parser.add_argument("--clients", type=int, default=64, help="most connections (default: %(default)s)")
-    parser.add_argument("--max-mb", type=float, default=PolicyServer.max_bytes/2**20, metavar="MIB", help="most MiB of a request (default: %(default)g)")
+    parser = ArgumentParser(prog="defi-nb serve", epilog=_EPILOG, description=(
+        "Answer robots and simulators with a policy's actions, over openpi's websocket protocol."))
+    parser.add_argument("policy", help=(
+        "folder of a policy's checkpoint; or shipped, the tiny one of the package; or noop or "
+        "random, to try the wire without one"))
+    for name, options in (_OPTIONS | _LIMITS).items(): parser.add_argument(name, **options)
     return parser
 
 # %% ../../nbs/11_serve/01_server.ipynb #39075864
-def _say(said): # a line, if anyone is left who reads; a server goes on when its terminal or log is gone
-    with suppress(OSError, ValueError): print(said, flush=True)
+def _say(line): # if anyone is left who reads; a server goes on when its terminal or log is gone
+    with suppress(OSError, ValueError): print(line, flush=True)
 
-def _server(args): # what the command line asks for
-    if not 0 <= args.port < 2**16 or not 0 < args.max_mb <= 1024 or args.seed < 0: raise ValueError(f"port is {args.port}, max-mb {args.max_mb:g}, seed {args.seed}: give a port below 65536, a limit of at most 1024 MiB, a seed of at least 0")
+def _server(args):
+    "The server that a command line asks for."
+    if not 0 <= args.port < 2**16 or not 0 < args.max_mb <= 1024 or args.seed < 0:
+        raise ValueError(f"port is {args.port}, max-mb {args.max_mb:g}, seed {args.seed}: give a "
+                         "port below 65536, a limit of at most 1024 MiB, a seed of at least 0")
     key = read_key(args.key_file)
     _check_host(args.host, key)
-    names = _NAMES | dict(map(_name, args.name))
+    changes = dict(names=_NAMES | dict(map(_name, args.name)), prompt=args.prompt)
+    if args.hz is not None: changes["control_hz"] = args.hz
     policy, digest = load_served(args.policy, args.device)
-    changes = dict(checkpoint=digest, names=names, prompt=args.prompt) | ({} if args.hz is None else dict(control_hz=args.hz))
-    limits = dict(batch=args.batch, window=args.window/1000, clients=args.clients, max_bytes=int(args.max_mb*2**20))
-    return PolicyServer(policy, contract_of(policy, **changes), key, args.seed, **limits, log=_say)
+    contract = contract_of(policy, checkpoint=digest, **changes)
+    limits = dict(batch=args.batch, window=args.window/1000, clients=args.clients,
+                  max_bytes=int(args.max_mb*2**20))
+    return PolicyServer(policy, contract, key, args.seed, **limits, log=_say)
 
+def _announcement(server, url):
+    c, inputs = server.contract, [server.contract.names[v] for v in server.contract.views]
+    inputs += [c.names["state"]]*bool(c.state) + [c.names["prompt"]]
+    return (f"{' '.join(filter(None, (c.policy, c.checkpoint)))} at {url}: {c.horizon} actions "
+            f"({', '.join(c.action_labels)}) for {', '.join(inputs)}; "
+            f"{'with' if server.key else 'without'} key; Ctrl-C ends it")
+
+# %% ../../nbs/11_serve/01_server.ipynb #7f57103f
 async def _until_stopped(server, host, port):
     "Serve until Ctrl-C or SIGTERM; a second one ends the process at once."
     loop = asyncio.get_running_loop()
@@ -438,12 +593,13 @@ async def _until_stopped(server, host, port):
             stop()
             _say("stopping")
         with suppress(NotImplementedError): # Windows has KeyboardInterrupt instead
-            for number in (signal.SIGINT, signal.SIGTERM): loop.add_signal_handler(number, first, number)
-        c = server.contract
-        _say(f"{c.policy}{f' {c.checkpoint}' if c.checkpoint else ''} at {url}: {c.horizon} actions ({', '.join(c.action_labels)}) for {', '.join(c.names[v] for v in c.views)}"
-              f"{', ' + c.names['state'] if c.state else ''}, {c.names['prompt']}; {'with' if server.key else 'without'} key; Ctrl-C ends it")
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, first, number)
+        _say(_announcement(server, url))
     try: await server.run(host, port, started)
-    except OSError as e: raise ValueError(f"can't listen at {host}:{port} ({e.strerror or e}): choose another --host or --port") from None
+    except OSError as e:
+        raise ValueError(f"can't listen at {host}:{port} ({e.strerror or e}): "
+                         "choose another --host or --port") from None
 
 def main(
     argv:list|None=None, # arguments; None takes the command line's
@@ -473,6 +629,7 @@ def round_trips(
             times.append(1000*(time.perf_counter() - begin))
     return np.array(times[warm:])
 
+# %% ../../nbs/11_serve/01_server.ipynb #9a6cba24
 def throughput(
     server:PolicyServer, # to run
     obs:dict, # that all clients send
@@ -494,30 +651,36 @@ def throughput(
         rate = (sum(counts) - before)/(time.perf_counter() - begin)
         end.set()
         for future in asking: future.result()
-    return dict(clients=clients, batch=server.batch, answers=rate, rows=sum(n*k for n, k in server.batches.items())/sum(server.batches.values()))
+    rows = sum(n*k for n, k in server.batches.items())/sum(server.batches.values())
+    return dict(clients=clients, batch=server.batch, answers=rate, rows=rows)
 
 # %% ../../nbs/11_serve/01_server.ipynb #1df2f15b
 def bench_observation(
     side:int, # pixels of the images
 )->dict: # as a robot sends it
     "An observation with two random images."
-    images = {name: np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8) for name in ("observation/image", "observation/wrist_image")}
+    images = {}
+    for name in ("observation/image", "observation/wrist_image"):
+        images[name] = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
     return images | {"observation/state": np.zeros(15), "prompt": "open the drawer"}
-
-def show_throughput(
-    rows:dict, # name -> list of rows of `throughput`, by number of clients
-): # matplotlib axes
-    "Answers a second over the number of clients."
-    from matplotlib import pyplot as plt
-    ax = plt.subplots(figsize=(4, 2.6), layout="constrained")[1]
-    for name, found in rows.items(): ax.plot([r["clients"] for r in found], [r["answers"] for r in found], "o-", label=name)
-    ax.set(xlabel="clients", ylabel="answers a second", ylim=(0, None))
-    ax.legend()
-    return ax
 
 def throughput_cells(
     one_by_one:list, # rows of `throughput`
     batched:list, # rows of the same numbers of clients
 )->list: # of rows of text, for a table
     "Answers a second one by one and batched."
-    return [[a["clients"], f"{a['answers']:.1f}", f"{b['answers']:.1f}", f"{b['rows']:.1f}", f"{b['answers']/a['answers']:.2f}"] for a, b in zip(one_by_one, batched)]
+    return [[a["clients"], f"{a['answers']:.1f}", f"{b['answers']:.1f}", f"{b['rows']:.1f}",
+             f"{b['answers']/a['answers']:.2f}"] for a, b in zip(one_by_one, batched)]
+
+# %% ../../nbs/11_serve/01_server.ipynb #addaec10
+def show_throughput(
+    rows:dict, # name -> list of rows of `throughput`, by number of clients
+): # matplotlib axes
+    "Plot answers a second over the number of clients."
+    from matplotlib import pyplot as plt
+    ax = plt.subplots(figsize=(4, 2.6), layout="constrained")[1]
+    for name, of in rows.items():
+        ax.plot([r["clients"] for r in of], [r["answers"] for r in of], "o-", label=name)
+    ax.set(xlabel="clients", ylabel="answers a second", ylim=(0, None))
+    ax.legend()
+    return ax

@@ -22,97 +22,143 @@ def _harness_request(
     obs:dict, # "images": {name: (H,W,3) uint8}, "task_description", maybe "states" (8,)
     contract:Contract, # of the policy
 ): # a `serve.server.Request`
-    "The harness's observation as the policy's; raise `ValueError` where it has not what the policy needs."
+    "The harness's observation as the policy's; raise `ValueError` where it lacks what is needed."
     images, names = obs.get("images") or {}, contract.names
     wrist = [n for n in images if "wrist" in n.lower() or "gripper" in n.lower()]
-    found = dict(static=[n for n in images if n not in wrist], gripper=wrist)
-    message = {names[v]: np.asarray(images[found[v][0]]) for v in contract.views if found[v]}
+    cameras = dict(static=[n for n in images if n not in wrist], gripper=wrist)
+    message = {names[v]: np.asarray(images[cameras[v][0]]) for v in contract.views if cameras[v]}
     if contract.state:
-        if "rgb_static" not in images or "states" not in obs: raise ValueError(f"this policy is told CALVIN's state, and the benchmark sends pictures {list(images)}{'' if 'states' in obs else ' and no states'}: use its CALVIN, with send_state, or a policy with proprio_dim=0")
+        if "rgb_static" not in images or "states" not in obs:
+            no_states = "" if "states" in obs else " and no states"
+            raise ValueError(
+                f"this policy reads CALVIN's state, and the benchmark sends images {list(images)}"
+                f"{no_states}: use its CALVIN, with send_state, or a policy with proprio_dim=0")
         state = np.asarray(obs["states"], np.float32)
         message[names["state"]] = np.concatenate([state[:7], np.zeros(7, np.float32), state[7:]])
     if "task_description" in obs: message[names["prompt"]] = obs["task_description"]
     return read_request(message, contract)
 
+# %% ../../nbs/11_serve/03_vla_eval.ipynb #62c0f254
 def harness_actions(
     actions:np.ndarray, # (H,A) in the contract's units
     contract:Contract, # of the policy
-)->np.ndarray: # (H,A) float32: metres and radians, where the policy's are CALVIN's; else the same
-    "Actions as the harness's benchmarks take them."
-    unit = [POSITION_UNIT]*3 + [ROTATION_UNIT]*3 + [1] if contract.action_space == "cartesian_rel" else 1
+)->np.ndarray: # (H,A) float32: metres and radians, where the policy's are CALVIN's
+    "Actions as the harness's benchmarks take them; a robot's own stay as they are."
+    relative = contract.action_space == "cartesian_rel"
+    unit = [POSITION_UNIT]*3 + [ROTATION_UNIT]*3 + [1] if relative else 1
     return (actions*np.array(unit)).astype(np.float32)
 
 def task_number(
-    config:dict, # what the harness says of an episode when it starts
+    config:dict, # of an episode, when the harness starts it
 )->int: # 32 bits
     "A number that stands for the task, whichever shard plays it."
-    return int.from_bytes(hashlib.sha256(json.dumps(config.get("task") or {}, sort_keys=True, default=str).encode()).digest()[:4], "big")
+    task = json.dumps(config.get("task") or {}, sort_keys=True, default=str)
+    return int.from_bytes(hashlib.sha256(task.encode()).digest()[:4], "big")
 
 # %% ../../nbs/11_serve/03_vla_eval.ipynb #1019c97e
+class _ServedPolicy:
+    "A policy and, of each session, the task, the subtask and the query."
+    def __init__(self, policy, device, execute, seed):
+        named = isinstance(policy, str)
+        self.policy, digest = load_served(policy, device) if named else (policy, "")
+        self.contract = contract_of(self.policy, checkpoint=digest)
+        self.seed, self.places = seed, {}
+        if not 1 <= execute <= (most := self.contract.horizon):
+            raise ValueError(f"execute is {execute}: of a chunk of {most} actions, "
+                             f"1 to {most} can be executed")
+
+    def begin(self, session, config): self.places[session] = [task_number(config), 0, 0]
+
+    def next_subtask(self, session):
+        task, subtask, _ = self.places[session]
+        self.places[session] = [task, subtask + 1, 0]
+
+    def predict(self, obs_batch, sessions):
+        places = [self.places.setdefault(session, [0, 0, 0]) for session in sessions]
+        requests = [_harness_request(obs, self.contract) for obs in obs_batch]
+        keys = [(self.seed, *place) for place in places]
+        actions = answer(self.policy, self.contract, requests, keys)
+        for place in places: place[2] += 1
+        return [{"actions": harness_actions(a, self.contract)} for a in actions]
+
+# %% ../../nbs/11_serve/03_vla_eval.ipynb #78f20e3c
 @lru_cache
 def _model_server_class():
     "The class; needs vla-eval."
     try:
         from vla_eval import specs
         from vla_eval.model_servers.predict import PredictModelServer
-    except ImportError as e: raise ImportError(f"vla-eval is not installed ({e}): pip install vla-eval") from None
+    except ImportError as e:
+        raise ImportError(f"vla-eval is not installed ({e}): pip install vla-eval") from None
 
     class DefiModelServer(PredictModelServer):
         "A policy of this package for vla-eval."
         def __init__(self, policy:str, device:str="auto", execute:int=10, seed:int=0, batch:int=16):
-            loaded, digest = load_served(policy, device) if isinstance(policy, str) else (policy, "")
-            self.policy, self.contract, self.seed, self.places = loaded, contract_of(loaded, checkpoint=digest), seed, {}
-            if not 1 <= execute <= self.contract.horizon: raise ValueError(f"execute is {execute}: of a chunk of {self.contract.horizon} actions, 1 to {self.contract.horizon} can be executed")
+            self._served_policy = _ServedPolicy(policy, device, execute, seed)
+            self.policy, self.contract = self._served_policy.policy, self._served_policy.contract
             super().__init__(chunk_size=execute, max_batch_size=batch, max_wait_time=.002)
 
         async def on_episode_start(self, config, ctx):
-            self.places[ctx.session_id] = [task_number(config), 0, 0] # task, subtask, look
+            self._served_policy.begin(ctx.session_id, config)
             await super().on_episode_start(config, ctx)
 
         async def on_observation(self, obs, ctx):
             if obs.get("episode_restart"):
-                task, subtask, _ = self.places[ctx.session_id]
-                self.places[ctx.session_id] = [task, subtask + 1, 0]
+                self._served_policy.next_subtask(ctx.session_id)
                 self._chunk_buffers.pop(ctx.session_id, None)
             await super().on_observation(obs, ctx)
 
         def predict_batch(self, obs_batch, ctx_batch):
-            places = [self.places.setdefault(ctx.session_id, [0, 0, 0]) for ctx in ctx_batch]
-            requests = [_harness_request(obs, self.contract) for obs in obs_batch]
-            actions = answer(self.policy, self.contract, requests, [(self.seed, *place) for place in places])
-            for place in places: place[2] += 1
-            return [{"actions": harness_actions(a, self.contract)} for a in actions]
+            return self._served_policy.predict(obs_batch, [ctx.session_id for ctx in ctx_batch])
 
-        def get_observation_params(self):
-            return {k: True for k, needed in dict(send_wrist_image="gripper" in self.contract.views, send_state=self.contract.state).items() if needed}
-
-        def get_action_spec(self):
-            if self.contract.action_space != "cartesian_rel": return {"actions": specs.RAW}
-            return {"position": specs.POSITION_DELTA, "rotation": specs.ROTATION_EULER, "gripper": specs.GRIPPER_CLOSE_NEG}
-
-        def get_observation_spec(self):
-            return {"language": specs.LANGUAGE} | ({"state": specs.STATE_EEF_POS_EULER_GRIP} if self.contract.state else {})
+        def get_observation_params(self): return _wanted(self.contract)
+        def get_action_spec(self): return _action_spec(self.contract, specs)
+        def get_observation_spec(self): return _observation_spec(self.contract, specs)
 
     return DefiModelServer
 
+# %% ../../nbs/11_serve/03_vla_eval.ipynb #4965730a
+def _wanted(contract): # what the harness sends only where it is asked for
+    wanted = dict(send_wrist_image="gripper" in contract.views, send_state=contract.state)
+    return {k: True for k, needed in wanted.items() if needed}
+
+def _action_spec(contract, specs): # `specs` is vla-eval's module
+    if contract.action_space != "cartesian_rel": return {"actions": specs.RAW}
+    return {"position": specs.POSITION_DELTA, "rotation": specs.ROTATION_EULER,
+            "gripper": specs.GRIPPER_CLOSE_NEG}
+
+def _observation_spec(contract, specs):
+    state = {"state": specs.STATE_EEF_POS_EULER_GRIP} if contract.state else {}
+    return {"language": specs.LANGUAGE} | state
+
 # %% ../../nbs/11_serve/03_vla_eval.ipynb #7d393c3d
+def _parser():
+    parser = ArgumentParser(prog="defi-nb vla-eval", description=(
+        "Answer the vla-eval harness with a policy's actions, on this machine only."))
+    add = parser.add_argument
+    add("policy", help="folder of a policy's checkpoint; or noop or random")
+    add("--port", type=int, default=8000)
+    add("--device", default="auto", help=(
+        "cpu, cuda, mps, ... (default: a GPU where there is one, else cpu)"))
+    add("--execute", type=int, default=10, help=(
+        "actions of a chunk that are executed before the policy is queried again "
+        "(default: %(default)s)"))
+    add("--seed", type=int, default=0, help="of the policy's noise")
+    add("--batch", type=int, default=16, help=(
+        "most observations computed at once (default: %(default)s)"))
+    return parser
+
 def main(
     argv:list|None=None, # arguments; None takes the command line's
 )->int: # exit status
     "Serve a policy to the vla-eval harness."
-    parser = ArgumentParser(prog="defi-nb vla-eval", description="Answer the vla-eval harness with a policy's actions, on this machine only.")
-    parser.add_argument("policy", help="folder of a policy's checkpoint; or noop or random")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--device", default="auto",
-                        help="cpu, cuda, mps, ... (default: a GPU where there is one, else cpu)")
-    parser.add_argument("--execute", type=int, default=10, help="actions of a chunk that are executed before the policy looks again (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the policy's noise")
-    parser.add_argument("--batch", type=int, default=16, help="most observations computed at once (default: %(default)s)")
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     try:
-        server = _model_server_class()(args.policy, args.device, args.execute, args.seed, args.batch)
+        make = _model_server_class()
+        server = make(args.policy, args.device, args.execute, args.seed, args.batch)
         from vla_eval.model_servers.serve import serve
-        print(f"{server.contract.policy} {server.contract.checkpoint} for vla-eval at ws://127.0.0.1:{args.port}; Ctrl-C ends it", flush=True)
+        print(f"{server.contract.policy} {server.contract.checkpoint} for vla-eval at "
+              f"ws://127.0.0.1:{args.port}; Ctrl-C ends it", flush=True)
         serve(server, "127.0.0.1", args.port)
     except (ValueError, FileNotFoundError, ImportError, OSError) as error:
         print(f"defi-nb: {error}", file=sys.stderr)

@@ -14,6 +14,7 @@ from functools import wraps
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.spec import ACTION_DIM, Batch
@@ -30,8 +31,12 @@ def _steps_left(
     batch:Batch, # with `left`
     steps:int, # that a sample must have left
 )->Tensor: # (B,) bool
-    "Which samples are whole."
-    if batch.left is None: raise ValueError("the batch does not say how many steps its demonstrations have `left`, so padded chunks could not be left out: read it with a chunk from a `WindowDataset` or `RobotSamples`")
+    "The samples whose demonstration has enough steps left."
+    if batch.left is None:
+        raise ValueError(
+            "the batch does not say how many steps its demonstrations have `left`, so padded "
+            "chunks could not be left out: read it with a chunk from a `WindowDataset` "
+            "or `RobotSamples`")
     return batch.left >= steps
 
 def _gripper_before(
@@ -39,39 +44,47 @@ def _gripper_before(
 )->Tensor: # (B,) -1 or 1
     "The gripper's command that held when the chunk began."
     if batch.proprio is None or batch.proprio.shape[1] != 15:
-        raise ValueError(f"gripper is 'shift', which needs the command before the chunk, the last of the 15 numbers of CALVIN's robot_obs; the batch has {'no `proprio`' if batch.proprio is None else f'{batch.proprio.shape[1]} others'}: read it with the pictures, or choose gripper='keep'")
+        has = "no `proprio`" if batch.proprio is None else f"{batch.proprio.shape[1]} others"
+        raise ValueError(
+            "gripper is 'shift', which needs the command before the chunk, the last of the 15 "
+            f"numbers of CALVIN's robot_obs; the batch has {has}: read it with the images, "
+            "or choose gripper='keep'")
     return batch.proprio[:, 14]
 
 def _future_of(
     batch:Batch, # frames 0 and k as `video`, `latent` or `dino`
     chunk:int, # k
 )->Batch: # its present is the future
-    "What will be seen when the chunk is done."
-    given = {n: x for n in ("video", "latent", "dino") if (x := getattr(batch, n)) is not None}
-    if not given or {x.shape[2] for x in given.values()} != {2}:
-        raise ValueError(f"there is no future picture: the batch has {', '.join(f'{n} of {x.shape[2]} frames' for n, x in given.items()) or 'no pictures'}; sample frames 0 and {chunk} of each window (offsets=(0, {chunk}))")
-    return replace(batch, feature=None, **{n: x[:, :, 1:] for n, x in given.items()})
+    "The observation when the chunk is done."
+    names = [n for n in ("video", "latent", "dino") if getattr(batch, n) is not None]
+    frames = {n: getattr(batch, n) for n in names}
+    if {x.shape[2] for x in frames.values()} != {2}:
+        has = ", ".join(f"{n} of {x.shape[2]} frames" for n, x in frames.items()) or "no images"
+        raise ValueError(f"there is no future image: the batch has {has}; sample frames 0 and "
+                         f"{chunk} of each window (offsets=(0, {chunk}))")
+    return replace(batch, feature=None, **{n: x[:, :, 1:] for n, x in frames.items()})
 
 # %% ../../nbs/06_train/04_auxiliary.ipynb #4ad03ca5
 @contextmanager
-def _listening(
+def _outputs_of(
     module:nn.Module, # of a policy
 ): # yields a list
-    "While this is open, what the module returns is put into the list."
-    seen = []
-    hook = module.register_forward_hook(lambda module, args, output: seen.append(output))
-    try: yield seen
+    "A list of what the module returns inside the `with`."
+    outputs = []
+    hook = module.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try: yield outputs
     finally: hook.remove()
 
 def encoder_pair(
-    policy:DirectPolicy, # whose encoder is to learn
+    policy:DirectPolicy, # whose encoder is to be trained
     batch:Batch, # with `action`, `text`, `left` and `video` (B,V,2,3,H,W)
-)->tuple: # the policy's loss and logs; present and future (V,B,P,C); (B,) bool, which of them are real
+)->tuple: # policy's loss and logs; present and future (V,B,P,C); (B,) bool, which are real
     "The tokens of a direct policy's encoder."
     k, V, batch = policy.cfg.spec.chunk, len(policy.cfg.views), policy.augmented(batch)
     later, valid = _future_of(batch, k), _steps_left(batch, k)
-    with policy.vision.recorded() as seen: own, logs = policy.action_loss(batch)
-    return own, logs, seen[0].unflatten(0, (-1, V)).transpose(0, 1), policy.see(later.video[:, :, 0]).transpose(0, 1), valid
+    with policy.vision.recorded() as passes: own, logs = policy.action_loss(batch)
+    present = passes[0].unflatten(0, (-1, V)).transpose(0, 1)
+    return own, logs, present, policy.see(later.video[:, :, 0]).transpose(0, 1), valid
 
 # %% ../../nbs/06_train/04_auxiliary.ipynb #8f66bb22
 def pair_features(
@@ -80,77 +93,111 @@ def pair_features(
 )->Tensor: # (B,V,T+1,P,D), a `feature` for `real_pair`
     "GFDM's features of the frames that the policy reads, then of the future's first frame."
     later = policy.features(_future_of(batch, policy.cfg.spec.chunk))
-    return torch.cat([policy.features(replace(batch, feature=None)), later[:, :, policy.cfg.frames.index(0), None]], 2)
+    first = later[:, :, policy.cfg.frames.index(0), None]
+    return torch.cat([policy.features(replace(batch, feature=None)), first], 2)
 
-def real_pair(
-    policy:CoupledPolicy, # whose projection is to learn
-    batch:Batch, # with `action`, `text`, `left` and frames 0 and k of what GFDM reads; or `feature` from `pair_features`
-)->tuple: # the policy's loss and logs; present and future (1,B,P,C); (B,) bool, which of them are real
-    "The coupled policy's projection of what GFDM makes of the present, and of the picture k steps later."
+def _present_and_later(policy, batch): # -> batch of the policy's loss; (B,P,D) features later
+    "Split what a real pair needs, from features of a cache or computed now."
     cfg, T = policy.cfg, len(policy.cfg.frames)
-    if 0 not in cfg.frames or cfg.spec.gidm_frames[0] != 0: raise ValueError(f"the policy reads frames {cfg.frames} and GIDM {cfg.spec.gidm_frames}: a real pair needs frame 0 as the first of both")
-    valid, view = _steps_left(batch, cfg.spec.chunk), cfg.views.index(cfg.gidm.views[0])
-    if batch.feature is None: present, later = batch, policy.features(_future_of(batch, cfg.spec.chunk))[:, view, cfg.frames.index(0)]
-    elif batch.feature.shape[2] == T + 1: present, later = replace(batch, feature=batch.feature[:, :, :T]), batch.feature[:, view, T]
-    else: raise ValueError(f"`feature` has {batch.feature.shape[2]} frames; a real pair takes the policy's {T} and one of the future: compute it with `pair_features`")
-    with _listening(policy.project) as seen: own, logs = policy.loss(present)
-    return own, logs, seen[0][None, :, 0], policy.project(later.to(seen[0]))[None], valid
+    view = cfg.views.index(cfg.gidm.views[0])
+    if batch.feature is None:
+        later = policy.features(_future_of(batch, cfg.spec.chunk))
+        return batch, later[:, view, cfg.frames.index(0)]
+    if batch.feature.shape[2] != T + 1:
+        raise ValueError(
+            f"`feature` has {batch.feature.shape[2]} frames; a real pair takes the policy's {T} "
+            "and one of the future: compute it with `pair_features`")
+    return replace(batch, feature=batch.feature[:, :, :T]), batch.feature[:, view, T]
 
+# %% ../../nbs/06_train/04_auxiliary.ipynb #91149e67
+def real_pair(
+    policy:CoupledPolicy, # whose projection is to be trained
+    batch:Batch, # with `action`, `text`, `left`; frames 0 and k, or `feature` of `pair_features`
+)->tuple: # policy's loss and logs; present and future (1,B,P,C); (B,) bool, which are real
+    "The coupled policy's projection of GFDM's features of the present, and of k steps later."
+    cfg = policy.cfg
+    if 0 not in cfg.frames or cfg.spec.gidm_frames[0] != 0:
+        raise ValueError(f"the policy reads frames {cfg.frames} and GIDM {cfg.spec.gidm_frames}: "
+                         "a real pair needs frame 0 as the first of both")
+    valid, (present, later) = _steps_left(batch, cfg.spec.chunk), _present_and_later(policy, batch)
+    with _outputs_of(policy.project) as outputs: own, logs = policy.loss(present)
+    now = outputs[0]
+    return own, logs, now[None, :, 0], policy.project(later.to(now))[None], valid
+
+# %% ../../nbs/06_train/04_auxiliary.ipynb #23d5e4ec
 def imagined_pair(
-    policy:CoupledPolicy, # whose projection is to learn
+    policy:CoupledPolicy, # whose projection is to be trained
     batch:Batch, # with `left` and what the policy's own loss takes
-)->tuple: # the policy's loss and logs; present and foreseen (1,B,P,C); (B,) bool, whose chunks are whole
-    "The coupled policy's projection of the present, and of what GFDM foresees k steps later."
+)->tuple: # policy's loss and logs; present and predicted (1,B,P,C); (B,) bool, whole chunks
+    "The coupled policy's projection of the present, and of GFDM's prediction k steps later."
     spec = policy.cfg.spec
     if spec.gidm_frames[0] != 0 or spec.gidm_frames[1]*spec.frame_stride != spec.chunk:
-        raise ValueError(f"GIDM reads frames {spec.gidm_frames}, {spec.frame_stride} steps apart, and the chunk is {spec.chunk} steps: an imagined pair is frame 0 and the frame that the chunk leads to")
+        raise ValueError(
+            f"GIDM reads frames {spec.gidm_frames}, {spec.frame_stride} steps apart, and the chunk "
+            f"is {spec.chunk} steps: an imagined pair is frame 0 and the frame that the chunk "
+            "leads to")
     valid = _steps_left(batch, spec.chunk - 1)
-    with _listening(policy.project) as seen: own, logs = policy.loss(batch)
-    return own, logs, seen[0][None, :, 0], seen[0][None, :, 1], valid
+    with _outputs_of(policy.project) as outputs: own, logs = policy.loss(batch)
+    return own, logs, outputs[0][None, :, 0], outputs[0][None, :, 1], valid
 
 # %% ../../nbs/06_train/04_auxiliary.ipynb #f1235a9d
+_FROZEN = ("what `{}` reads from the {} is frozen, so an auxiliary loss could teach it nothing: "
+           "train it (projection_frozen=False of a `CoupledPolicy`), or leave the auxiliary loss "
+           "out")
+
 class InverseBeside(nn.Module):
-    "Inverse dynamics beside a policy's own loss, for `fit(..., beside=...)`."
+    "Inverse dynamics next to a policy's own loss, for `fit(..., beside=...)`."
     def __init__(self,
         cfg:InverseDynamicsConfig, # sizes and weights; `fit_inverse` makes them a policy's
         pair, # `encoder_pair`, `real_pair` or `imagined_pair`, or a control
-        rest:Tensor|None=None, # (A-1,) see `train.inverse_dynamics.rest_action`; None: no motion is 0, as in CALVIN
-        undo=time_reverse, # see `train.inverse_dynamics.reverse_batch`; another one for a control
+        rest:Tensor|None=None, # (A-1,) see `rest_action`; None: no motion is 0, as in CALVIN
+        undo=time_reverse, # see `reverse_batch`; another one for a control
     ):
         super().__init__()
-        self.cfg, self.pair, self.rest, self.undo, self.head = cfg, pair, rest, undo, make_heads(cfg)
+        self.cfg, self.pair, self.rest, self.undo = cfg, pair, rest, undo
+        self.head = make_heads(cfg)
 
     def identity(self): # -> dict of JSON values
         "What the result of a training depends on."
-        return dict(asdict(self.cfg), pair=self.pair.__name__, undo=self.undo.__name__, rest=None if self.rest is None else self.rest.tolist())
+        rest = None if self.rest is None else self.rest.tolist()
+        names = dict(pair=self.pair.__name__, undo=self.undo.__name__)
+        return dict(asdict(self.cfg), **names, rest=rest)
 
     def loss(self,
         policy:nn.Module, # a `DirectPolicy` or `CoupledPolicy`
         batch:Batch, # see the pair's function
     )->tuple: # scalar loss; dict of logs, of the policy and of this
-        "The policy's loss, and inverse dynamics with its weight."
+        "The policy's loss plus the weighted inverse-dynamics loss."
         own, logs, now, later, valid = self.pair(policy, batch)
         if torch.is_grad_enabled() and not now.requires_grad:
-            raise ValueError(f"what `{self.pair.__name__}` reads from the {type(policy).__name__} is frozen, so an auxiliary loss could teach it nothing: train it (projection_frozen=False of a `CoupledPolicy`), or leave the auxiliary loss out")
-        before = _gripper_before(batch).to(now.device) if self.cfg.gripper == "shift" else None
-        extra, parts = pair_loss(self.head, now, later, batch.action.to(now.device), valid, None, self.rest, self.undo, before)
-        return own + self.cfg.weight*extra, logs | parts | dict(inverse=extra.detach(), policy_loss=own.detach())
+            raise ValueError(_FROZEN.format(self.pair.__name__, type(policy).__name__))
+        shifts = self.cfg.gripper == "shift"
+        before = _gripper_before(batch).to(now.device) if shifts else None
+        extra, parts = pair_loss(self.head, now, later, batch.action.to(now.device), valid, None,
+                                 self.rest, self.undo, before)
+        logs = logs | parts | dict(inverse=extra.detach(), policy_loss=own.detach())
+        return own + self.cfg.weight*extra, logs
 
+# %% ../../nbs/06_train/04_auxiliary.ipynb #f157d1f3
 def fit_inverse(
     cfg:InverseDynamicsConfig, # weights, and the width of the head
     policy:nn.Module, # a `DirectPolicy`, or a `CoupledPolicy` with its GFDM
 )->InverseDynamicsConfig:
-    "The same, with the sizes of a policy."
+    "The configuration with the sizes of a policy."
     if isinstance(policy, DirectPolicy): tokens, dim = policy.token_shape
-    elif policy.gfdm is None: raise ValueError("this policy was built without a GFDM, so the number of its tokens is not known: set tokens, dim, chunk and action_dim of the InverseDynamicsConfig")
+    elif policy.gfdm is None:
+        raise ValueError(
+            "this policy was built without a GFDM, so the number of its tokens is not known: set "
+            "tokens, dim, chunk and action_dim of the InverseDynamicsConfig")
     else: tokens, dim = policy.gfdm.feature_shape()[1], policy.cfg.gidm.in_dim
-    return replace(cfg, tokens=tokens, dim=dim, chunk=policy.cfg.spec.chunk, action_dim=policy.cfg.adapter.action_dim)
+    return replace(cfg, tokens=tokens, dim=dim, chunk=policy.cfg.spec.chunk,
+                   action_dim=policy.cfg.adapter.action_dim)
 
 # %% ../../nbs/06_train/04_auxiliary.ipynb #f31c1a86
 def shuffled_future(
-    pair, # one of the above
+    pair, # `encoder_pair`, `real_pair` or `imagined_pair`
 ): # a function like it
-    "The same with the future of the next sample of the batch."
+    "A pair with the future of the next sample of the batch."
     @wraps(pair)
     def shuffled(policy, batch):
         own, logs, now, later, valid = pair(policy, batch)
@@ -160,76 +207,100 @@ def shuffled_future(
 
 def order_only(
     action:Tensor, # (...,k,A)
-    rest:Tensor|None=None, # not looked at
+    rest:Tensor|None=None, # not used
     before:Tensor|None=None, # of the gripper, see `time_reverse`
 )->Tensor: # (...,k,A)
     "A chunk in reverse order, its motion not negated: the wrong way back."
-    return torch.cat([action.flip(-2)[..., :-1], time_reverse(action, rest, before)[..., -1:]], -1)
+    gripper = time_reverse(action, rest, before)[..., -1:]
+    return torch.cat([action.flip(-2)[..., :-1], gripper], -1)
 
 # %% ../../nbs/06_train/04_auxiliary.ipynb #3f829b7e
 _PAIRS = dict(encoder=encoder_pair, real=real_pair, imagined=imagined_pair) # by their short names
 CONTROLS = "shuffled_future", "order_only"
+_FIXED = "tokens", "dim", "chunk", "action_dim" # fields that are the policy's own
+
+def _pairs_of(policy):
+    "The names of the pairs that a policy can be trained with."
+    if isinstance(policy, DirectPolicy): return ("encoder",)
+    if isinstance(policy, CoupledPolicy): return "real", "imagined"
+    raise ValueError(f"a {type(policy).__name__} has neither a vision encoder nor a projection "
+                     "that learns: inverse dynamics goes with a direct or a coupled policy")
 
 def inverse_beside(
     policy:nn.Module, # a `DirectPolicy`, or a `CoupledPolicy` with its GFDM
-    wanted:dict, # fields of `InverseDynamicsConfig`; "pair", a name in `_PAIRS`; "control", a name in `CONTROLS`
-    rest:Tensor|None=None, # (A-1,) see `train.inverse_dynamics.rest_action`; None: no motion is 0, as in CALVIN
+    wanted:dict, # fields of `InverseDynamicsConfig`; "pair" and "control", see above
+    rest:Tensor|None=None, # (A-1,) see `rest_action`; None: no motion is 0, as in CALVIN
 )->InverseBeside:
-    "Inverse dynamics beside a policy, as a run asks for it."
-    if isinstance(policy, CoupledPolicy): check_gidm(policy) # its projection is what learns
-    given, fixed = dict(wanted), ("tokens", "dim", "chunk", "action_dim") # the policy's own
-    fits = ("encoder",) if isinstance(policy, DirectPolicy) else ("real", "imagined") if isinstance(policy, CoupledPolicy) else ()
-    if not fits: raise ValueError(f"a {type(policy).__name__} has neither a vision encoder nor a projection that learns: inverse dynamics goes with a direct or a coupled policy")
-    pair, control = given.pop("pair", fits[0]), given.pop("control", "")
-    known = [f.name for f in fields(InverseDynamicsConfig) if f.name not in fixed]
-    if unknown := sorted(given.keys() - {*known}): raise ValueError(f"inverse dynamics has no option {unknown[0]!r}; it takes pair, control, {', '.join(known)}")
-    if pair not in fits: raise ValueError(f"pair is {pair!r}; of a {type(policy).__name__} it is {' or '.join(fits)}")
-    if control not in ("", *CONTROLS): raise ValueError(f"control is {control!r}; it is {' or '.join(CONTROLS)}, or left out")
-    function = shuffled_future(_PAIRS[pair]) if control == "shuffled_future" else _PAIRS[pair]
-    return InverseBeside(fit_inverse(InverseDynamicsConfig(**given), policy), function, rest, order_only if control == "order_only" else time_reverse)
+    "The inverse dynamics that a run parameter asks for."
+    if isinstance(policy, CoupledPolicy): check_gidm(policy) # its projection is trained
+    given, pairs = dict(wanted), _pairs_of(policy)
+    pair, control = given.pop("pair", pairs[0]), given.pop("control", "")
+    names = [f.name for f in fields(InverseDynamicsConfig) if f.name not in _FIXED]
+    if unknown := sorted(given.keys() - {*names}):
+        raise ValueError(f"inverse dynamics has no option {unknown[0]!r}; it takes pair, control, "
+                         f"{', '.join(names)}")
+    if pair not in pairs:
+        of = type(policy).__name__
+        raise ValueError(f"pair is {pair!r}; of a {of} it is {' or '.join(pairs)}")
+    if control not in ("", *CONTROLS):
+        raise ValueError(f"control is {control!r}; it is {' or '.join(CONTROLS)}, or left out")
+    function, undo = _PAIRS[pair], order_only if control == "order_only" else time_reverse
+    if control == "shuffled_future": function = shuffled_future(function)
+    return InverseBeside(fit_inverse(InverseDynamicsConfig(**given), policy), function, rest, undo)
 
 # %% ../../nbs/06_train/04_auxiliary.ipynb #8706d550
+_LATENT_CHOICES = dict(reversed_text=("drop", "keep"), reads=("emb", "z_q"))
+
 @dataclass(frozen=True)
 class LatentAuxiliaryConfig:
-    "What a GIDM learns beside its own loss."
-    p_reverse:float = .5 # probability that a pair is played backwards, 0..1
+    "Weights and sizes of a GIDM's auxiliary losses."
+    p_reverse:float = .5 # probability that a pair is reversed in time, 0..1
     reversed_text:str = "drop" # the instruction of a reversed pair: "drop", or "keep"
-    antisymmetry:float = 0. # weight of the penalty on latents whose opposite is not that of the way back
+    antisymmetry:float = 0. # weight of the penalty on latents not opposite to the way back's
     label_weight:float = 0. # of the loss of the known actions
-    reads:str = "emb" # the latent from which they are read: "emb", before the codebook, or "z_q", after it
-    chunk:int = 10 # k, actions between the two pictures
+    reads:str = "emb" # latent that the head reads: "emb", before quantisation, or "z_q", after it
+    chunk:int = 10 # k, actions between the two frames
     hidden:int = 64 # width of the head
     gripper_weight:float = .01 # lambda_g, of the gripper's part
     action_dim:int = ACTION_DIM # numbers of an action, the gripper the last
 
     def __post_init__(self):
-        for name, known in dict(reversed_text=("drop", "keep"), reads=("emb", "z_q")).items():
-            if (v := getattr(self, name)) not in known: raise ValueError(f"{name} is {v!r}; choose one of {known}")
-        if not 0 <= self.p_reverse <= 1: raise ValueError(f"p_reverse is {self.p_reverse}; it is a probability, from 0 to 1")
+        for name, choices in _LATENT_CHOICES.items():
+            if (v := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} is {v!r}; choose one of {choices}")
+        if not 0 <= self.p_reverse <= 1:
+            raise ValueError(f"p_reverse is {self.p_reverse}; it is a probability, from 0 to 1")
         for name in ("antisymmetry", "label_weight"):
-            if not getattr(self, name) >= 0: raise ValueError(f"{name} is {getattr(self, name)}; it is a weight, 0 or more")
+            if not (v := getattr(self, name)) >= 0:
+                raise ValueError(f"{name} is {v}; it is a weight, 0 or more")
 
 # %% ../../nbs/06_train/04_auxiliary.ipynb #497284af
-def _play_backwards(
+def _reverse_pairs(
     batch:Batch, # with `dino` (B,V,2,P,D)
     reverse:Tensor, # (B,) bool, which samples
     text:str="drop", # their instruction: "drop", or "keep"
-    rest:Tensor|None=None, # (A-1,) what no motion is, see `train.inverse_dynamics.rest_action`; None: 0
-)->Batch: # with their frames exchanged, their actions undone and their instruction empty; what is not read from frames, as `proprio`, stays
-    "The same batch, some of its samples backwards."
+    rest:Tensor|None=None, # (A-1,) what no motion is, see `rest_action`; None: 0
+)->Batch: # with their frames exchanged, their actions undone and their instruction empty
+    "The same batch, some of its samples reversed in time."
     if batch.dino is None or batch.dino.shape[2] != 2:
-        raise ValueError(f"a pair is played backwards by its two frames of `dino`, and the batch has {'none' if batch.dino is None else batch.dino.shape[2]}: give the dataset two offsets and `dino`")
-    at = lambda x: reverse.to(x.device).view(-1, *[1]*(x.ndim - 1))
-    action = batch.action if batch.action is None else torch.where(at(batch.action), time_reverse(batch.action, rest), batch.action)
-    said = ["" if r and text == "drop" else t for t, r in zip(batch.text, reverse.tolist(), strict=True)]
-    return replace(batch, dino=torch.where(at(batch.dino), batch.dino.flip(2), batch.dino), text=said, action=action)
+        has = "none" if batch.dino is None else batch.dino.shape[2]
+        raise ValueError("a pair is reversed in time by its two frames of `dino`, and the batch "
+                         f"has {has}: give the dataset two offsets and `dino`")
+    def exchanged(x, back):
+        r = reverse.to(x.device).view(-1, *[1]*(x.ndim - 1))
+        return torch.where(r, back, x)
+    action = batch.action
+    if action is not None: action = exchanged(action, time_reverse(action, rest))
+    drops = [r and text == "drop" for r in reverse.tolist()]
+    texts = ["" if drop else t for t, drop in zip(batch.text, drops, strict=True)]
+    return replace(batch, dino=exchanged(batch.dino, batch.dino.flip(2)), text=texts, action=action)
 
 # %% ../../nbs/06_train/04_auxiliary.ipynb #da14f72f
-def _before_book(
+def _unquantised(
     model:GIDM, # any
     batch:Batch, # with `dino` (B,V,2,P,D) and `text`
-)->Tensor: # (V*B,Q,C) latents that are not yet quantised: all of a camera, then of the next, as in GIDM's own loss
-    "Encode pairs without a look into the codebook."
+)->Tensor: # (V*B,Q,C): all of a camera, then of the next, as in GIDM's own loss
+    "The latents of pairs before quantisation."
     return model.embed(*model.transitions(batch))
 
 # %% ../../nbs/06_train/04_auxiliary.ipynb #2b7a8067
@@ -247,12 +318,18 @@ class FewLabels:
     "A recording's samples, of which only some demonstrations have actions; the others' are NaN."
     def __init__(self,
         data:WindowDataset, # with a chunk
-        labels:float, # share of each task's demonstrations whose actions are known, in (0, 1]
+        labels:float, # fraction of each task's demonstrations whose actions are known, in (0, 1]
         seed:int=0, # of the choice
     ):
         if not isinstance(data, WindowDataset) or not data.chunk:
-            raise ValueError(f"labels is {labels}, and the data is {'without actions (chunk is 0)' if isinstance(data, WindowDataset) else f'a {type(data).__name__}'}: demonstrations are chosen from a recording in CALVIN's format, read with a chunk")
-        if not 0 < labels <= 1: raise ValueError(f"labels is {labels}; it is the share of the demonstrations whose actions are known, above 0 and up to 1")
+            of = ("without actions (chunk is 0)" if isinstance(data, WindowDataset)
+                  else f"a {type(data).__name__}")
+            raise ValueError(
+                f"labels is {labels}, and the data is {of}: demonstrations are chosen from a "
+                "recording in CALVIN's format, read with a chunk")
+        if not 0 < labels <= 1:
+            raise ValueError(f"labels is {labels}; it is the fraction of the demonstrations whose "
+                             "actions are known, above 0 and up to 1")
         self.data, keep = data, set(take_fraction(data.windows, labels, seed))
         self.known = np.array([w in keep for w in data.windows])
 
@@ -260,80 +337,108 @@ class FewLabels:
 
     def __getitem__(self, indices): # int, slice, list, integer array or tensor
         batch, data = self.data[indices], self.data
-        rows = np.atleast_1d(data.index[indices if isinstance(indices, slice) else np.asarray(indices)])
-        unknown = torch.from_numpy(~self.known[data.anchors[rows, 0]])
+        rows = indices if isinstance(indices, slice) else np.asarray(indices)
+        windows = data.anchors[np.atleast_1d(data.index[rows]), 0]
+        unknown = torch.from_numpy(~self.known[windows])
         return replace(batch, action=batch.action.masked_fill(unknown[:, None, None], torch.nan))
 
+# %% ../../nbs/06_train/04_auxiliary.ipynb #0e5b7230
 def _known_actions(
     batch:Batch, # with `action` (B,k,A), NaN where it is not known
     cfg:LatentAuxiliaryConfig, # chunk and numbers of an action
 )->Tensor: # (B,) bool
-    "Which samples have an action to learn from."
-    if batch.action is None: raise ValueError(f"label_weight is {cfg.label_weight}, and the batch has no `action`: read it with a chunk of {cfg.chunk}, actions that are not known as NaN (`FewLabels`)")
+    "The samples whose action is known and whole."
+    if batch.action is None:
+        raise ValueError(
+            f"label_weight is {cfg.label_weight}, and the batch has no `action`: read it with a "
+            f"chunk of {cfg.chunk}, actions that are not known as NaN (`FewLabels`)")
     if batch.action.shape[1:] != (cfg.chunk, cfg.action_dim):
-        raise ValueError(f"actions have shape {tuple(batch.action.shape)}; this head takes (B,{cfg.chunk},{cfg.action_dim}): the chunk is what lies between the two pictures")
+        raise ValueError(
+            f"actions have shape {tuple(batch.action.shape)}; this head takes "
+            f"(B,{cfg.chunk},{cfg.action_dim}): the chunk is what lies between the two frames")
     known = batch.action.isfinite().all(-1).all(-1)
     return known if batch.left is None else known & (batch.left >= cfg.chunk).to(known.device)
 
 # %% ../../nbs/06_train/04_auxiliary.ipynb #07b7e0c5
 class LatentActionHead(nn.Module):
-    "A latent action to the actions between its two pictures."
+    "A latent action to the actions between its two frames."
     def __init__(self,
         gidm:GIDMConfig, # of the inverse model
         cfg:LatentAuxiliaryConfig, # sizes
     ):
         super().__init__()
-        self.act = nn.Sequential(nn.Linear(gidm.queries*gidm.code_dim, cfg.hidden), nn.GELU(), nn.Linear(cfg.hidden, cfg.chunk*cfg.action_dim))
+        latent, actions = gidm.queries*gidm.code_dim, cfg.chunk*cfg.action_dim
+        self.act = nn.Sequential(nn.Linear(latent, cfg.hidden), nn.GELU(),
+                                 nn.Linear(cfg.hidden, actions))
         self.shape = cfg.chunk, cfg.action_dim
 
     def forward(self,
         latent:Tensor, # (B,Q,C)
     )->Tensor: # (B,k,A) motion as it is, the gripper as a logit
+        "The actions of a latent action."
         return self.act(latent.flatten(1)).unflatten(1, self.shape)
 
 # %% ../../nbs/06_train/04_auxiliary.ipynb #ce03f8b3
 class LatentBeside(nn.Module):
-    "Time reversal, antisymmetry and a few labels beside GIDM's own loss, for `fit(..., beside=...)`."
+    "Time reversal, antisymmetry and a few labels next to GIDM's loss, for `fit(..., beside=...)`."
     def __init__(self,
-        cfg:LatentAuxiliaryConfig, # what, and how much of it
+        cfg:LatentAuxiliaryConfig, # weights and sizes
         gidm:GIDMConfig, # of the inverse model
-        rest:Tensor|None=None, # (A-1,) see `train.inverse_dynamics.rest_action`; None: no motion is 0, as in CALVIN
+        rest:Tensor|None=None, # (A-1,) see `rest_action`; None: no motion is 0, as in CALVIN
     ):
         super().__init__()
         if gidm.codebook_follows and cfg.label_weight and cfg.reads == "z_q":
-            raise ValueError("reads is 'z_q', and this GIDM's codebook follows: codes would pass no gradient to the latents; read 'emb'")
-        self.cfg, self.rest, self.head = cfg, rest, LatentActionHead(gidm, cfg) if cfg.label_weight else None
+            raise ValueError("reads is 'z_q', and this GIDM's codebook follows: codes would pass "
+                             "no gradient to the latents; read 'emb'")
+        self.cfg, self.rest = cfg, rest
+        self.head = LatentActionHead(gidm, cfg) if cfg.label_weight else None
 
     def identity(self): # -> dict of JSON values
         "What the result of a training depends on."
         return dict(asdict(self.cfg), rest=None if self.rest is None else self.rest.tolist())
 
-    def loss(self,
-        model:GIDM, # to be trained
-        batch:Batch, # with `dino` (B,V,2,P,D) and `text`; with `label_weight`, also `action` (B,k,A), NaN where it is not known
-    )->tuple: # scalar loss; dict of logs, of GIDM and of this
-        "GIDM's loss of pairs of which some are played backwards, and what is put beside it."
-        cfg, seen = self.cfg, []
-        reverse = draw_reversed(len(batch), cfg.p_reverse) if model.training and cfg.p_reverse else torch.zeros(len(batch), dtype=torch.bool)
-        played = _play_backwards(batch, reverse, cfg.reversed_text, self.rest)
-        keep = lambda module, args, out: seen.append(getattr(out, "z_q", out))
-        with model.to_codebook.register_forward_hook(keep), model.vq.register_forward_hook(keep): total, logs = model.loss(played)
-        emb, z_q = seen
-        if torch.is_grad_enabled() and not emb.requires_grad: raise ValueError("this GIDM's encoder is frozen, so nothing beside its loss could teach it: train it, or leave `beside` out")
-        logs = logs | dict(gidm=total.detach(), reversed=reverse.float().mean().to(emb.device))
-        if cfg.antisymmetry:
-            opposite = _antisymmetry_penalty(emb, _before_book(model, replace(played, dino=played.dino.flip(2))))
-            total, logs = total + cfg.antisymmetry*opposite, logs | dict(antisymmetry=opposite.detach())
-        if cfg.label_weight:
-            inverse, parts = self.labelled(emb if cfg.reads == "emb" else z_q, played)
-            total, logs = total + cfg.label_weight*inverse, logs | parts
-        return total, logs
-
     def labelled(self,
         latent:Tensor, # (V*B,Q,C)
-        batch:Batch, # as it was played
+        batch:Batch, # as GIDM read it
     )->tuple: # scalar, not yet weighted; logs, 0 where no sample is labelled
         "The inverse-dynamics loss of the samples whose actions are known."
         valid, views = _known_actions(batch, self.cfg).to(latent.device), len(latent)//len(batch)
-        loss, parts = inverse_dynamics_loss(self.head(latent), batch.action.to(latent.device).repeat(views, 1, 1), self.cfg.gripper_weight, valid.repeat(views))
-        return loss, {f"inverse_{k}": v for k, v in parts.items()} | dict(inverse=loss.detach(), labelled=valid.float().mean())
+        action = batch.action.to(latent.device).repeat(views, 1, 1)
+        loss, parts = inverse_dynamics_loss(self.head(latent), action, self.cfg.gripper_weight,
+                                            valid.repeat(views))
+        logs = {f"inverse_{k}": v for k, v in parts.items()}
+        return loss, logs | dict(inverse=loss.detach(), labelled=valid.float().mean())
+
+# %% ../../nbs/06_train/04_auxiliary.ipynb #4e01c640
+def _loss_and_latents(model, batch): # GIDM -> its loss, its logs, (V*B,Q,C) before and after the VQ
+    "GIDM's own loss, and the latents that it computed for it."
+    outputs = []
+    keep = lambda module, args, out: outputs.append(getattr(out, "z_q", out))
+    before, after = (m.register_forward_hook(keep) for m in (model.to_codebook, model.vq))
+    with before, after: total, logs = model.loss(batch)
+    emb, z_q = outputs
+    if torch.is_grad_enabled() and not emb.requires_grad:
+        raise ValueError("this GIDM's encoder is frozen, so no auxiliary loss could train it: "
+                         "train it, or leave `beside` out")
+    return total, logs, emb, z_q
+
+@patch
+def loss(self:LatentBeside,
+    model:GIDM, # to be trained
+    batch:Batch, # with `dino` (B,V,2,P,D), `text`, and, for labels, `action` (B,k,A) or NaN
+)->tuple: # scalar loss; dict of logs, of GIDM and of this
+    "GIDM's loss of pairs of which some are reversed in time, and the auxiliary losses."
+    cfg, reverse = self.cfg, torch.zeros(len(batch), dtype=torch.bool)
+    if model.training and cfg.p_reverse: reverse = draw_reversed(len(batch), cfg.p_reverse)
+    fed = _reverse_pairs(batch, reverse, cfg.reversed_text, self.rest)
+    total, logs, emb, z_q = _loss_and_latents(model, fed)
+    logs = logs | dict(gidm=total.detach(), reversed=reverse.float().mean().to(emb.device))
+    if cfg.antisymmetry:
+        opposite = _unquantised(model, replace(fed, dino=fed.dino.flip(2)))
+        penalty = _antisymmetry_penalty(emb, opposite)
+        total = total + cfg.antisymmetry*penalty
+        logs["antisymmetry"] = penalty.detach()
+    if cfg.label_weight:
+        inverse, parts = self.labelled(emb if cfg.reads == "emb" else z_q, fed)
+        total, logs = total + cfg.label_weight*inverse, logs | parts
+    return total, logs

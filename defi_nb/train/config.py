@@ -13,109 +13,139 @@ from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 # %% ../../nbs/06_train/00_config.ipynb #f3de071d
 def best_device()->torch.device: # "cuda", "mps" or "cpu"
-    "The device that a run takes by itself."
-    found = dict(cuda=torch.cuda.is_available, mps=torch.backends.mps.is_available)
-    return torch.device(next((name for name, there in found.items() if there()), "cpu"))
+    "The fastest device of this machine."
+    available = dict(cuda=torch.cuda.is_available, mps=torch.backends.mps.is_available)
+    return torch.device(next((name for name, there in available.items() if there()), "cpu"))
 
 # %% ../../nbs/06_train/00_config.ipynb #4c29dcd5
 _CONSTANT = dict(warmup=0, schedule="constant", log_every=100, save_every=1000)
-_TABLE_10 = dict(_CONSTANT, batch_size=32, lr=1e-4, betas=(.9, .999), weight_decay=.01)
+_RELEASE = dict(_CONSTANT, lr=1e-4, betas=(.9, .999), weight_decay=.01)
+_TABLE_10 = dict(_RELEASE, batch_size=32)
+_TINY = dict(lr=2e-3, weight_decay=.01)
 
 RECIPES = { # preset -> stage -> fields of `TrainConfig`
-    "tiny": dict(gfdm=dict(steps=1000, batch_size=8, lr=2e-3, weight_decay=.01, ema_decay=.995),
-                 gidm=dict(steps=900, batch_size=64, lr=2e-3, weight_decay=.01),
-                 aligned=dict(steps=500, batch_size=32, lr=2e-3, weight_decay=.01, ema_decay=.99, lr_scale=dict(gidm=.5)),
-                 policy=dict(steps=2000, batch_size=32, lr=2e-3, weight_decay=.01, ema_decay=.995)),
-    "paper": dict(gfdm=dict(_CONSTANT, steps=100_000, batch_size=48, lr=5e-6, betas=(.9, .999), weight_decay=0.),
-                  gidm=dict(_CONSTANT, steps=100_000, batch_size=512, lr=1e-4, betas=(.9, .999), weight_decay=.01, grad_clip=.1),
-                  aligned=dict(_CONSTANT, steps=10_000, batch_size=224, lr=1e-4, betas=(.9, .999), weight_decay=.01),
-                  policy=dict(_CONSTANT, steps=37_300, batch_size=224, lr=1e-4, betas=(.9, .9), weight_decay=.05, grad_clip=0.)),
-    "printed": {stage: _TABLE_10 | dict(epochs=epochs, grad_clip=clip) for stage, epochs, clip in
-                (("gfdm", 20, 1.), ("gidm", 20, .1), ("aligned", 1, 1.), ("policy", 12, 0.))}}
+    "tiny": dict(
+        gfdm=dict(_TINY, steps=1000, batch_size=8, ema_decay=.995),
+        gidm=dict(_TINY, steps=900, batch_size=64),
+        aligned=dict(_TINY, steps=500, batch_size=32, ema_decay=.99, lr_scale=dict(gidm=.5)),
+        policy=dict(_TINY, steps=2000, batch_size=32, ema_decay=.995)),
+    "paper": dict(
+        gfdm=dict(_RELEASE, steps=100_000, batch_size=48, lr=5e-6, weight_decay=0.),
+        gidm=dict(_RELEASE, steps=100_000, batch_size=512, grad_clip=.1),
+        aligned=dict(_RELEASE, steps=10_000, batch_size=224),
+        policy=dict(_RELEASE, steps=37_300, batch_size=224, betas=(.9, .9), weight_decay=.05,
+                    grad_clip=0.)),
+    "printed": dict(
+        gfdm=dict(_TABLE_10, epochs=20, grad_clip=1.),
+        gidm=dict(_TABLE_10, epochs=20, grad_clip=.1),
+        aligned=dict(_TABLE_10, epochs=1, grad_clip=1.),
+        policy=dict(_TABLE_10, epochs=12, grad_clip=0.))}
 
+# %% ../../nbs/06_train/00_config.ipynb #12f11bd5
 _PRECISIONS, _TRACKERS = ("auto", "bf16", "fp16", "float32"), ("tensorboard", "wandb", "trackio")
+_CHOICES = dict(schedule=("cosine", "constant"), precision=_PRECISIONS,
+                device=("auto", "cpu", "cuda", "mps"))
 
+def _check(cfg):
+    "Refuse the numbers of a run that make no sense."
+    for name,known in _CHOICES.items():
+        if (v := getattr(cfg, name)) not in known:
+            raise ValueError(f"{name} is {v!r}; it is one of {known}")
+    for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
+        if (v := getattr(cfg, name)) < 1: raise ValueError(f"{name} is {v}; it is at least 1")
+    if cfg.schedule == "cosine" and cfg.warmup + cfg.hold > max(cfg.steps, cfg.warmup):
+        raise ValueError(f"warmup {cfg.warmup} and hold {cfg.hold} are more than the {cfg.steps} "
+                         "steps: shorten the hold or train longer")
+    if unknown := {*cfg.trackers_} - {*_TRACKERS}:
+        raise ValueError(f"no tracker {sorted(unknown)[0]!r}; there are {', '.join(_TRACKERS)}")
+    for part, scale in cfg.lr_scale.items():
+        if not scale > 0:
+            raise ValueError(f"lr_scale of {part} is {scale}; it is above 0 "
+                             "(what is not to be trained is left out of `train`)")
+    if not 0 <= cfg.ema_decay < 1:
+        raise ValueError(f"ema_decay is {cfg.ema_decay}; it is at least 0 and below 1")
+
+# %% ../../nbs/06_train/00_config.ipynb #947cbd03
 @dataclass(frozen=True)
 class TrainConfig:
     "How a model is trained."
     steps:int = 1000 # optimiser steps
     epochs:float = 0. # passes over the data, or a mixture's largest dataset; 0: `steps` counts
     batch_size:int = 32 # samples of a step, over all processes
-    accumulate:int = 1 # parts in which a process computes its samples of a step, one after the other; more take less memory
+    accumulate:int = 1 # parts of a process's samples of a step; more parts take less memory
     lr:float = 2e-3 # highest learning rate
     betas:tuple = (.9, .95) # AdamW's decay rates of the two moments
     weight_decay:float = .05 # AdamW's, on matrices and kernels only
-    lr_start:float = 0. # learning rate before the first step, as a share of `lr`
+    lr_start:float = 0. # learning rate before the first step, as a fraction of `lr`
     warmup:int = 50 # steps of linear warm-up
     hold:int = 0 # steps at `lr` between warm-up and cosine
     schedule:str = "cosine" # after them: "cosine" down to `lr_end`, or "constant"
-    lr_end:float = .05 # last learning rate of the cosine, as a share of `lr`
-    lr_scale:dict = field(default_factory=dict) # part of the model, as its parameters' names begin -> its learning rate as a multiple of `lr`, above 0
+    lr_end:float = .05 # last learning rate of the cosine, as a fraction of `lr`
+    lr_scale:dict = field(default_factory=dict) # beginning of parameter names -> multiple of `lr`
     grad_clip:float = 1. # largest norm of the gradient; 0: not clipped
-    ema_decay:float = 0. # of the averaged weights; 0: no averaging
+    ema_decay:float = 0. # of the averaged weights, in [0, 1); 0: no averaging
     seed:int = 0 # of sample order and noise; 0 or more
-    precision:str = "auto" # "float32"; "bf16" or "fp16", by autocast; or "auto": bf16 on a GPU that has it
+    precision:str = "auto" # "float32", "bf16", "fp16" (autocast), or "auto": bf16 on a GPU with it
     device:str = "auto" # "cpu", "cuda", "mps" (a Mac's GPU), or "auto": a GPU if there is one
-    sharded:bool = False # weights, gradients and optimiser state divided between the processes (FSDP), not copied to each (DDP)
-    recompute:bool = False # activations inside blocks computed again for the gradient, not kept: less memory, about a third more time
+    sharded:bool = False # weights, gradients, moments divided between processes (FSDP, not DDP)
+    recompute:bool = False # activations of blocks computed twice, not kept: a third more time
     compile:bool = False # blocks through torch.compile
     num_threads:int = 0 # torch threads while training; 0: leave as it is
     num_workers:int = 0 # loader processes; 0: batches are made in this one
     log_every:int = 20 # steps of one log line
     save_every:int = 200 # steps between checkpoints
     keep:int = 1 # checkpoints to keep, the last ones
-    trackers:str = "" # who is told besides metrics.jsonl, separated by commas: tensorboard, wandb, trackio
+    trackers:str = "" # besides metrics.jsonl, with commas between: tensorboard, wandb, trackio
     val_every:int = 0 # steps between validations; 0: only at the end
     val_batches:int = 8 # batches of a validation, at most
 
-    def __post_init__(self):
-        for name,known in dict(schedule=("cosine", "constant"), precision=_PRECISIONS,
-                               device=("auto", "cpu", "cuda", "mps")).items():
-            if (v := getattr(self, name)) not in known: raise ValueError(f"{name} is {v!r}; it is one of {known}")
-        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
-            if getattr(self, name) < 1: raise ValueError(f"{name} is {getattr(self, name)}; it is at least 1")
-        if self.schedule == "cosine" and self.warmup + self.hold > max(self.steps, self.warmup):
-            raise ValueError(f"warmup {self.warmup} and hold {self.hold} are more than the {self.steps} steps: shorten the hold or train longer")
-        if unknown := {*self.trackers_} - {*_TRACKERS}: raise ValueError(f"no tracker {sorted(unknown)[0]!r}; there are {', '.join(_TRACKERS)}")
-        for part, scale in self.lr_scale.items():
-            if not scale > 0: raise ValueError(f"lr_scale of {part} is {scale}; it is above 0 (what is not to be trained is left out of `train`)")
-        if not 0 <= self.ema_decay < 1: raise ValueError(f"ema_decay is {self.ema_decay}; it is at least 0 and below 1")
+    def __post_init__(self): _check(self)
 
-    @classmethod
-    def preset(cls,
-        name, # "tiny", "paper" or "printed"
-        stage, # "gfdm", "gidm", "aligned" or "policy"
-        more=None, # dict of further fields, taken as they are
-        **changes, # fields, of which those that are 0 are left out
-    )->"TrainConfig":
-        "How a preset's stage is trained."
-        if name not in RECIPES: raise ValueError(f"preset is {name!r}; it is one of {', '.join(RECIPES)}")
-        if stage not in RECIPES[name]: raise ValueError(f"stage is {stage!r}; it is one of {', '.join(RECIPES[name])}")
-        if unknown := set(more or {}) - {f.name for f in fields(cls)}:
-            raise ValueError(f"a run has no number {sorted(unknown)[0]!r}; it has {', '.join(f.name for f in fields(cls))}")
-        given = {k: v for k,v in changes.items() if v != 0} | (more or {})
-        if "steps" in given: given = dict(epochs=0.) | given
-        return cls(**RECIPES[name][stage] | given)
+# %% ../../nbs/06_train/00_config.ipynb #b9356ec9
+@patch(as_prop=True)
+def trackers_(self:TrainConfig)->tuple: # of names
+    "The names of the trackers."
+    return tuple(t.strip() for t in self.trackers.split(",") if t.strip())
 
-    def over(self,
-        data, # a dataset
-    )->"TrainConfig": # the same, with the steps that its epochs take
-        "Count the steps."
-        if not self.epochs: return self
-        steps = math.ceil(self.epochs*getattr(data, "epoch", len(data))/self.batch_size)
-        return replace(self, steps=steps, epochs=0.)
+@patch(as_prop=True)
+def device_(self:TrainConfig)->torch.device: # where there are several GPUs, this process's
+    "The device that the model is trained on."
+    return best_device() if self.device == "auto" else torch.device(self.device)
 
-    @property
-    def trackers_(self): # names, a tuple
-        return tuple(t.strip() for t in self.trackers.split(",") if t.strip())
+# %% ../../nbs/06_train/00_config.ipynb #5ab9393e
+@patch(cls_method=True)
+def preset(cls:TrainConfig,
+    name, # "tiny", "paper" or "printed"
+    stage, # "gfdm", "gidm", "aligned" or "policy"
+    more=None, # dict of further fields, taken as they are
+    **changes, # fields, of which those that are 0 are left out
+)->TrainConfig:
+    "A preset's numbers for one stage."
+    if name not in RECIPES:
+        raise ValueError(f"preset is {name!r}; it is one of {', '.join(RECIPES)}")
+    if stage not in RECIPES[name]:
+        raise ValueError(f"stage is {stage!r}; it is one of {', '.join(RECIPES[name])}")
+    names = [f.name for f in fields(cls)]
+    if unknown := set(more or {}) - {*names}:
+        raise ValueError(f"a run has no number {sorted(unknown)[0]!r}; it has {', '.join(names)}")
+    given = {k: v for k,v in changes.items() if v != 0} | (more or {})
+    if "steps" in given: given = dict(epochs=0.) | given
+    return cls(**RECIPES[name][stage] | given)
 
-    @property
-    def device_(self): # a `torch.device`; where there are several GPUs, this process's
-        return best_device() if self.device == "auto" else torch.device(self.device)
+# %% ../../nbs/06_train/00_config.ipynb #54f25afc
+@patch
+def over(self:TrainConfig,
+    data, # a dataset
+)->TrainConfig: # the same, with the steps that its epochs take
+    "The configuration with epochs converted to steps."
+    if not self.epochs: return self
+    steps = math.ceil(self.epochs*getattr(data, "epoch", len(data))/self.batch_size)
+    return replace(self, steps=steps, epochs=0.)
 
 # %% ../../nbs/06_train/00_config.ipynb #cb63fe19
 def lr_at(
@@ -136,42 +166,58 @@ def trainable(
     "The parameters that training changes."
     return {n: p for n,p in model.named_parameters() if p.requires_grad}
 
+# %% ../../nbs/06_train/00_config.ipynb #8d9b9898
 def _lr_scales(model, wanted): # {part: scale} -> parameter name -> scale, 1 where no part has it
     "The learning rate of each trainable parameter as a multiple of the run's."
     inside = lambda name, part: f"{name}.".startswith(f"{part}.")
     names = list(trainable(model))
     if unknown := [part for part in wanted if not any(inside(name, part) for name in names)]:
-        raise ValueError(f"lr_scale names {unknown[0]!r}, and no trained parameter of this {type(model).__name__} begins so; "
-                         f"its trained parts are {', '.join(dict.fromkeys(name.partition('.')[0] for name in names))}")
-    return {name: wanted.get(max((part for part in wanted if inside(name, part)), key=len, default=None), 1.) for name in names}
+        parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
+        raise ValueError(f"lr_scale names {unknown[0]!r}, and no trained parameter of this "
+                         f"{type(model).__name__} begins so; its trained parts are {parts}")
+    def scale(name):
+        parts = (part for part in wanted if inside(name, part))
+        return wanted.get(max(parts, key=len, default=None), 1.)
+    return {name: scale(name) for name in names}
 
+# %% ../../nbs/06_train/00_config.ipynb #71a1da58
 def make_optimizer(
     model:nn.Module, # its trainable parameters
     cfg:TrainConfig, # lr, betas, weight decay
-    beside:nn.Module|None=None, # something trained with it, in groups of its own
+    beside:nn.Module|None=None, # auxiliary module trained with it, in groups of its own
 )->torch.optim.AdamW: # two groups of each, and of each learning rate: decayed, not decayed
     "AdamW without decay of biases and norms."
-    params, scales = list(trainable(model).values()), list(_lr_scales(model, cfg.lr_scale).values())
-    if not params: raise ValueError(f"{type(model).__name__} has no trainable parameters: all have requires_grad=False")
-    fused, others = params[0].device.type in ("cpu", "cuda"), [] if beside is None else list(trainable(beside).values())
-    parts = [(scale, [p for p, own in zip(params, scales) if own == scale]) for scale in dict.fromkeys(scales)] + [(1., others)]
-    groups = [dict(params=[p for p in some if (p.ndim > 1) == kernels], weight_decay=cfg.weight_decay if kernels else 0., lr=cfg.lr*scale, scale=scale)
-              for scale, some in parts for kernels in (True, False)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, fused=fused)
+    params = list(trainable(model).values())
+    scales = list(_lr_scales(model, cfg.lr_scale).values())
+    if not params:
+        raise ValueError(f"{type(model).__name__} has no trainable parameters: "
+                         "all have requires_grad=False")
+    parts = [(scale, [p for p, own in zip(params, scales) if own == scale])
+             for scale in dict.fromkeys(scales)]
+    parts.append((1., [] if beside is None else list(trainable(beside).values())))
+    groups = []
+    for scale, some in parts:
+        for kernels, decay in ((True, cfg.weight_decay), (False, 0.)):
+            group = [p for p in some if (p.ndim > 1) == kernels]
+            if not group: continue
+            groups.append(dict(params=group, weight_decay=decay, lr=cfg.lr*scale, scale=scale))
+    fused = params[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=fused)
 
 # %% ../../nbs/06_train/00_config.ipynb #8fe4b481
 class EMA:
-    "An exponential moving average of a model's trainable parameters; without effect if the decay is 0."
+    "Exponential moving average of a model's trainable parameters; no effect if the decay is 0."
     def __init__(self,
         model:nn.Module, # whose trainable parameters to follow
         decay:float, # d, in [0, 1)
     ):
-        self.decay, self.params = decay, list(trainable(model).values()) if decay else []
+        self.decay = decay
+        self.params = list(trainable(model).values()) if decay else []
         self.mean = [p.detach().clone() for p in self.params]
 
     @torch.no_grad()
     def update(self, step:int): # optimiser steps done
-        "Take in the parameters after a step."
+        "Move the average towards the parameters after a step."
         d = min(self.decay, (1 + step)/(10 + step))
         if self.mean: torch._foreach_lerp_(self.mean, self.params, 1 - d)
 
@@ -184,7 +230,7 @@ class EMA:
 
     @contextmanager
     def averaged(self):
-        "The model has the averaged weights inside the `with`."
+        "Give the model the averaged weights inside the `with`."
         self.swap()
         try: yield
         finally: self.swap()
@@ -203,10 +249,11 @@ class StepSampler:
         parts:int=1, # that this rank's indices of a step are divided into
     ):
         if batch_size < ranks*parts:
-            raise ValueError(f"batch_size {batch_size} is less than one sample for each of {ranks} processes in {parts} parts: "
-                             "take larger batches, or fewer processes or parts (accumulate)")
-        self.n, self.batch_size, self.steps, self.seed, self.start, self.orders = n, batch_size, steps, seed, start, {}
-        self.rank, self.ranks, self.parts = rank, ranks, parts
+            raise ValueError(f"batch_size {batch_size} is less than one sample for each of {ranks} "
+                             f"processes in {parts} parts: take larger batches, or fewer processes "
+                             "or parts (accumulate)")
+        self.n, self.batch_size, self.steps, self.seed = n, batch_size, steps, seed
+        self.start, self.rank, self.ranks, self.parts, self.orders = start, rank, ranks, parts, {}
 
     def __len__(self): return (self.steps - self.start)*self.parts
 
@@ -217,17 +264,25 @@ class StepSampler:
         "This rank's parts of some indices, a list of arrays."
         return np.array_split(np.array_split(indices, self.ranks)[self.rank], self.parts)
 
-    def at(self, step:int): # 0 is the first
-        "(batch_size,) indices of a step."
-        epoch, place = np.divmod(np.arange(step*self.batch_size, (step + 1)*self.batch_size), self.n)
-        return np.array([self.order(e)[p] for e,p in zip(epoch, place)])
+# %% ../../nbs/06_train/00_config.ipynb #2a067f5c
+@patch
+def at(self:StepSampler,
+    step:int, # 0 is the first
+)->np.ndarray: # (batch_size,)
+    "The indices of a step."
+    first = step*self.batch_size
+    epoch, place = np.divmod(np.arange(first, first + self.batch_size), self.n)
+    return np.array([self.order(e)[p] for e,p in zip(epoch, place)])
 
-    def order(self, epoch:int): # 0 is the first
-        "(n,) permutation of an epoch; the last few are kept."
-        if epoch not in self.orders:
-            if len(self.orders) > 1: self.orders.pop(min(self.orders))
-            self.orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.n)
-        return self.orders[epoch]
+@patch
+def order(self:StepSampler,
+    epoch:int, # 0 is the first
+)->np.ndarray: # (n,)
+    "The permutation of an epoch; the last two are kept."
+    if epoch not in self.orders:
+        if len(self.orders) > 1: self.orders.pop(min(self.orders))
+        self.orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.n)
+    return self.orders[epoch]
 
 # %% ../../nbs/06_train/00_config.ipynb #2d2e6193
 def step_seed(
@@ -243,7 +298,7 @@ def step_seed(
 def borrowed_torch(
     num_threads:int=0, # torch threads inside; 0: as they are
 ):
-    "Leave torch's generators and threads as they were found."
+    "Restore torch's generators and threads at the end of the `with`."
     threads = torch.get_num_threads()
     if num_threads: torch.set_num_threads(num_threads)
     try:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['blocks', 'recomputed', 'compiled', 'whole', 'like', 'LossStep', 'resolve_precision', 'meet_peers', 'make_accelerator',
-           'Engine', 'shard', 'MemoryNeed', 'memory_needed', 'remedies', 'memory_hint']
+           'shard', 'Engine', 'MemoryNeed', 'memory_needed', 'remedies', 'memory_hint']
 
 # %% ../../nbs/06_train/01_engine.ipynb #d7272f88
 import math
@@ -25,6 +25,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import patch_environment
+from fastcore.basics import patch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -40,20 +41,21 @@ def blocks(
     model:nn.Module, # any
 )->list: # of modules
     "The outermost elements of a network's `ModuleList`s that are trained and have no buffers."
-    found = []
+    outermost = []
     for child in model.children():
-        inside = child if isinstance(model, nn.ModuleList) and not isinstance(child, nn.ModuleList) else None
-        if inside is None: found += blocks(child)
-        elif any(p.requires_grad for p in inside.parameters()) and not any(True for _ in inside.buffers()): found.append(inside)
-    return found
+        element = isinstance(model, nn.ModuleList) and not isinstance(child, nn.ModuleList)
+        if not element: outermost += blocks(child)
+        elif any(p.requires_grad for p in child.parameters()) and not list(child.buffers()):
+            outermost.append(child)
+    return outermost
 
 # %% ../../nbs/06_train/01_engine.ipynb #c711eab3
 @contextmanager
 def recomputed(
     modules:list, # of modules
 ):
-    "Inside the `with`, these modules compute their activations again for the gradient instead of keeping them."
-    before = [vars(m).get("forward") for m in modules] # not None where one is open around this one
+    "Let modules compute their activations again for the gradient, inside the `with`."
+    before = [vars(m).get("forward") for m in modules] # not None where another is open
     for m in modules: m.forward = partial(checkpoint, m.forward, use_reentrant=False)
     try: yield
     finally:
@@ -67,7 +69,7 @@ def compiled(
     modules:list, # of modules
     backend:str="inductor", # of `torch.compile`
 ):
-    "Inside the `with`, these modules run compiled; their names and parameters stay as they are."
+    "Compile modules in place, for the length of the `with`."
     for m in modules: m.compile(backend=backend)
     try: yield
     finally:
@@ -76,8 +78,8 @@ def compiled(
 # %% ../../nbs/06_train/01_engine.ipynb #e04aa3e1
 def whole(
     tree, # nested dicts and lists with tensors in it, sharded or not
-    keep:bool=True, # whether this process wants them
-): # the same tree; sharded tensors become whole ones on the CPU, or None where they are not kept
+    keep:bool=True, # whether this process wants the sharded ones
+): # the same tree; sharded tensors become whole ones on the CPU, or None where not kept
     "Put sharded tensors together; every process has to call this."
     if isinstance(tree, DTensor):
         full = tree.full_tensor()
@@ -99,59 +101,82 @@ class LossStep(nn.Module):
     "A model whose call is its loss, which is what data parallelism wraps."
     def __init__(self,
         model:nn.Module, # with `loss(batch)`
-        beside:nn.Module|None=None, # with `loss(model, batch)`: the model's own loss and what is added to it
+        beside:nn.Module|None=None, # auxiliary module with `loss(model, batch)`
     ):
         super().__init__()
         self.model, self.beside = model, beside
 
-    def loss(self, batch): return self.model.loss(batch) if self.beside is None else self.beside.loss(self.model, batch)
+    def loss(self, batch):
+        "The model's loss, or the auxiliary module's, which contains it."
+        if self.beside is None: return self.model.loss(batch)
+        return self.beside.loss(self.model, batch)
 
     def forward(self, batch): return self.loss(batch)
 
+# %% ../../nbs/06_train/01_engine.ipynb #f2928241
 def resolve_precision(
     cfg:TrainConfig, # precision and device
 )->str: # accelerate's name: "no", "bf16" or "fp16"
-    "The precision that a run has: `accelerate launch --mixed_precision`'s where the config says auto."
+    "The precision that a run is computed in."
     cuda = cfg.device_.type == "cuda"
-    if cfg.precision == "fp16" and not cuda: raise ValueError("precision is 'fp16', which needs a GPU: choose bf16, float32 or auto")
+    if cfg.precision == "fp16" and not cuda:
+        raise ValueError("precision is 'fp16', which needs a GPU: choose bf16, float32 or auto")
     if cfg.precision != "auto": return dict(float32="no").get(cfg.precision, cfg.precision)
-    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    return told if told in ("bf16", "fp16") and cuda else "bf16" if cuda and torch.cuda.is_bf16_supported() else "no"
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched in ("bf16", "fp16") and cuda: return launched
+    return "bf16" if cuda and torch.cuda.is_bf16_supported() else "no"
 
 # %% ../../nbs/06_train/01_engine.ipynb #eaad0b41
 _PEERS = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 
-def _met(address, rank, world, seconds): # a store of torch's, or `TimeoutError`; every rank has to call this
-    until = time.monotonic() + seconds
-    while rank: # only the first opens the port, and torch's own attempts are noisy
-        try: socket.create_connection(address, 5).close()
+def _wait_for_port(address, until): # torch's own attempts are noisy
+    while True:
+        try: return socket.create_connection(address, 5).close()
         except OSError:
             if time.monotonic() > until: raise
             time.sleep(.2)
-        else: break
+
+def _connect(address, rank, world, seconds): # every rank has to call this
+    "A store of torch's with all ranks in it; `TimeoutError` names who is missing."
+    until = time.monotonic() + seconds
+    if rank: _wait_for_port(address, until) # the first rank opens it
     store = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))[0]
     store.set(f"defi_nb/{rank}", "here")
     while missing := [str(r) for r in range(world) if not store.check([f"defi_nb/{r}"])]:
-        if time.monotonic() > until: raise TimeoutError(f"without rank {', '.join(missing[:8])}")
+        if time.monotonic() > until:
+            raise TimeoutError(f"without rank {', '.join(missing[:8])}")
         time.sleep(.05)
     return store
 
+def _connect_all(given, seconds): # the variables of `_PEERS`, all of them
+    "The store of a run of several processes."
+    rank, world, host, port = (given[n] for n in _PEERS)
+    if not (rank + world).isdecimal() or int(rank) >= int(world):
+        raise ValueError(f"RANK={rank} of WORLD_SIZE={world}: the first counts from 0 and is below "
+                         "the second; correct them, or unset both")
+    print(f"rank {rank} of {world} (RANK, WORLD_SIZE) meets the others at {host}:{port} "
+          "(MASTER_ADDR, MASTER_PORT)", flush=True)
+    try: return _connect((host, int(port)), int(rank), int(world), seconds)
+    except (RuntimeError, TimeoutError, OSError, ValueError) as e:
+        raise RuntimeError(
+            f"the {world} processes of WORLD_SIZE={world} did not meet at MASTER_ADDR={host}, "
+            f"MASTER_PORT={port} within {seconds:g} s ({one_line(e, 200)}): start the others, "
+            f"correct the address, or unset WORLD_SIZE and RANK (here {rank}) for a run of one "
+            "process") from None
+
+# %% ../../nbs/06_train/01_engine.ipynb #23019987
 def meet_peers(
     seconds:float=120., # to wait
-): # a store of torch's, to be kept until the processes are connected; None where there are no peers
+): # a store of torch's, kept until the processes are connected; None where there are no peers
     "Wait for the other processes that the environment names."
-    if dist.is_initialized() or not (given := {n: os.environ[n] for n in (*_PEERS, "LOCAL_RANK") if n in os.environ}): return
+    given = {n: os.environ[n] for n in (*_PEERS, "LOCAL_RANK") if n in os.environ}
+    if dist.is_initialized() or not given: return
     if lacking := [n for n in _PEERS if not given.get(n)]:
         for n in given: os.environ.pop(n)
-        print(f"{', '.join(given)}: set aside, because {', '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not set; this is a run of one process", flush=True)
-    elif given["WORLD_SIZE"] != "1":
-        rank, world, host, port = (given[n] for n in _PEERS)
-        if not (rank + world).isdecimal() or int(rank) >= int(world): raise ValueError(f"RANK={rank} of WORLD_SIZE={world}: the first counts from 0 and is below the second; correct them, or unset both")
-        print(f"rank {rank} of {world} (RANK, WORLD_SIZE) meets the others at {host}:{port} (MASTER_ADDR, MASTER_PORT)", flush=True)
-        try: return _met((host, int(port)), int(rank), int(world), seconds)
-        except (RuntimeError, TimeoutError, OSError, ValueError) as e:
-            raise RuntimeError(f"the {world} processes of WORLD_SIZE={world} did not meet at MASTER_ADDR={host}, MASTER_PORT={port} within {seconds:g} s ({one_line(e, 200)}): "
-                               f"start the others, correct the address, or unset WORLD_SIZE and RANK (here {rank}) for a run of one process") from None
+        are = "is" if len(lacking) == 1 else "are"
+        print(f"{', '.join(given)}: set aside, because {', '.join(lacking)} {are} not set; "
+              "this is a run of one process", flush=True)
+    elif given["WORLD_SIZE"] != "1": return _connect_all(given, seconds)
 
 # %% ../../nbs/06_train/01_engine.ipynb #127a137c
 def make_accelerator(
@@ -160,86 +185,112 @@ def make_accelerator(
 )->Accelerator: # connected with the run's other processes
     "Hugging Face's Accelerator for a run."
     for t in cfg.trackers_:
-        if find_spec(t) is None: raise ValueError(f"trackers names {t}, which is not installed: pip install {t}, or pip install 'defi_nb[trackers]' for all of them")
+        if find_spec(t) is None:
+            raise ValueError(f"trackers names {t}, which is not installed: pip install {t}, "
+                             "or pip install 'defi_nb[trackers]' for all of them")
     AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
-    ours = dict(ACCELERATE_GRADIENT_ACCUMULATION_STEPS="1", ACCELERATE_DYNAMO_BACKEND="no") # done here, not there
-    ours |= {f"ACCELERATE_USE_{other}": "false" for other in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "SAGEMAKER")}
+    ours = dict(ACCELERATE_GRADIENT_ACCUMULATION_STEPS="1", ACCELERATE_DYNAMO_BACKEND="no")
+    others = "FSDP", "DEEPSPEED", "MEGATRON_LM", "SAGEMAKER"
+    ours |= {f"ACCELERATE_USE_{other}": "false" for other in others}
+    folder = None if out is None else str(Path(out)/"trackers")
     with patch_environment(**ours):
         _peers = meet_peers() # held until they are connected
-        return Accelerator(mixed_precision=resolve_precision(cfg), cpu=cfg.device_.type == "cpu", log_with=[*cfg.trackers_] or None,
-                           project_dir=None if out is None else str(Path(out)/"trackers"))
+        return Accelerator(mixed_precision=resolve_precision(cfg), project_dir=folder,
+                           cpu=cfg.device_.type == "cpu", log_with=[*cfg.trackers_] or None)
+
+# %% ../../nbs/06_train/01_engine.ipynb #bbd60574
+def shard(
+    step:nn.Module, # around a model
+)->nn.Module: # the same, its parameters divided between the processes
+    "Fully sharded data parallelism, block by block."
+    if any(getattr(m, "restart_below", 0) > 0 for m in step.modules()):
+        raise ValueError("sharded is True, and this model has a codebook that restarts dead codes, "
+                         "which a sharded one cannot: leave sharded out (the model fits on one "
+                         "device), or set restart_below=0")
+    device = next(step.parameters()).device.type
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    for b in blocks(step): fully_shard(b, mesh=mesh)
+    return fully_shard(step, mesh=mesh)
 
 # %% ../../nbs/06_train/01_engine.ipynb #c1b77f08
+_UNDIVIDED = ("sharded is True, and a {} is trained with the model, which cannot be divided: leave "
+              "sharded out (each process has the whole model), or train without it")
+
 class Engine:
     "A model, its optimiser and its averaged weights, on this process and its peers."
     def __init__(self,
         model:nn.Module, # with `loss(batch) -> (scalar, dict of logs)`
         cfg:TrainConfig, # all numbers
         accelerator:Accelerator|None=None, # of the run; None: a new one
-        beside:nn.Module|None=None, # trained with the model and no part of it, with `loss(model, batch)`
+        beside:nn.Module|None=None, # auxiliary, no part of the model, with `loss(model, batch)`
     ):
         self.given, self.cfg, self.accelerator = model, cfg, accelerator or make_accelerator(cfg)
-        self.device, self.rank, self.ranks = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
-        self.main, self.sharded = self.rank == 0, cfg.sharded and self.ranks > 1
+        self.device, self.rank = self.accelerator.device, self.accelerator.process_index
+        self.ranks, self.main = self.accelerator.num_processes, self.rank == 0
+        self.sharded = cfg.sharded and self.ranks > 1
         self.model = deepcopy(model) if self.sharded else model
         self.model.to(self.device)
         self.beside = None if beside is None else beside.to(self.device)
-        if self.sharded and beside is not None: raise ValueError(f"sharded is True, and a {type(beside).__name__} is trained beside the model, which cannot be divided: leave sharded out (each process has the whole model), or train without it")
+        if self.sharded and beside is not None:
+            raise ValueError(_UNDIVIDED.format(type(beside).__name__))
         self.undo = ExitStack()
         if cfg.recompute: self.undo.enter_context(recomputed(blocks(self.model)))
         if cfg.compile: self.undo.enter_context(compiled(blocks(self.model)))
         step = LossStep(self.model, self.beside)
         self.step = shard(step) if self.sharded else self.accelerator.prepare_model(step)
-        self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(self.model, cfg, self.beside))
-        self.params = list(trainable(self.model).values()) + ([] if beside is None else list(trainable(self.beside).values()))
+        optimizer = make_optimizer(self.model, cfg, self.beside)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self.params = [p for m in (self.model, self.beside) if m is not None
+                       for p in trainable(m).values()]
         self.ema = EMA(self.model, cfg.ema_decay)
 
-    def loss(self, batch): # on any device -> (scalar, dict of logs)
-        "The model's loss in the run's precision."
-        with self.accelerator.autocast(): return self.step(batch.to(self.device))
+# %% ../../nbs/06_train/01_engine.ipynb #2b091907
+@patch
+def loss(self:Engine, batch): # on any device -> (scalar, dict of logs)
+    "The model's loss in the run's precision."
+    with self.accelerator.autocast(): return self.step(batch.to(self.device))
 
-    def backward(self,
-        loss, # scalar, the mean over this part's samples
-        share:float, # the part's samples as a share of the step's
-        last:bool=True, # whether this process has no further part of the step
-    ):
-        "Add to the gradient of the mean over all the step's samples."
-        if self.sharded: self.step.set_requires_gradient_sync(last)
-        self.accelerator.backward(loss*(share*self.ranks)) # the ranks' gradients are averaged
+@patch
+def backward(self:Engine,
+    loss, # scalar, the mean over this part's samples
+    share:float, # the part's samples as a fraction of the step's
+    last:bool=True, # whether this process has no further part of the step
+):
+    "Add to the gradient of the mean over all the step's samples."
+    if self.sharded: self.step.set_requires_gradient_sync(last)
+    self.accelerator.backward(loss*(share*self.ranks)) # the ranks' gradients are averaged
 
-    def waiting(self, last): # a context manager
-        "Gradients stay on this process until the last part of a step."
-        return nullcontext() if last or self.sharded else self.accelerator.no_sync(self.step)
+# %% ../../nbs/06_train/01_engine.ipynb #e4c0bd46
+@patch
+def waiting(self:Engine, last:bool): # a context manager
+    "Keep gradients on this process until the last part of a step."
+    return nullcontext() if last or self.sharded else self.accelerator.no_sync(self.step)
 
-    def clip(self, norm:float): # the largest norm; infinity: only measured
-        "The gradient's norm, before it is made no longer than this."
-        return whole(self.accelerator.clip_grad_norm_(self.params, norm))
+@patch
+def clip(self:Engine, norm:float): # the largest norm; infinity: only measured
+    "The gradient's norm, before it is clipped to the given one."
+    return whole(self.accelerator.clip_grad_norm_(self.params, norm))
 
-    def total(self, numbers): # (n,) list of floats or scalars
-        "The sums over all processes."
-        if not numbers: return []
-        here = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in numbers])
-        return self.accelerator.reduce(here, "sum").tolist()
+# %% ../../nbs/06_train/01_engine.ipynb #e4eb0dcd
+@patch
+def total(self:Engine, numbers): # (n,) list of floats or scalars
+    "The sums over all processes."
+    if not numbers: return []
+    tensors = [torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in numbers]
+    return self.accelerator.reduce(torch.stack(tensors), "sum").tolist()
 
-    def any(self, flag:bool): return self.ranks > 1 and self.total([float(flag)])[0] > 0 or flag
+@patch
+def any(self:Engine, flag:bool):
+    "Whether a flag is set on some process."
+    return self.ranks > 1 and self.total([float(flag)])[0] > 0 or flag
 
-    def close(self):
-        "Leave the given model with the trained weights, whole and as it was wrapped before."
-        self.undo.close()
-        if self.sharded: self.given.load_state_dict(whole(self.model.state_dict()))
-        for tracker in self.accelerator.trackers: tracker.finish()
-
-def shard(
-    step:nn.Module, # around a model
-)->nn.Module: # the same, its parameters divided between the processes
-    "Fully sharded data parallelism, block by block."
-    if any(getattr(m, "restart_below", 0) > 0 for m in step.modules()):
-        raise ValueError("sharded is True, and this model has a codebook that restarts dead codes, which a sharded one cannot: "
-                         "leave sharded out (the model fits on one device), or set restart_below=0")
-    device = next(step.parameters()).device.type
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
-    for b in blocks(step): fully_shard(b, mesh=mesh)
-    return fully_shard(step, mesh=mesh)
+# %% ../../nbs/06_train/01_engine.ipynb #63fae34c
+@patch
+def close(self:Engine):
+    "Leave the given model with the trained weights, whole and as it was wrapped before."
+    self.undo.close()
+    if self.sharded: self.given.load_state_dict(whole(self.model.state_dict()))
+    for tracker in self.accelerator.trackers: tracker.finish()
 
 # %% ../../nbs/06_train/01_engine.ipynb #2807f202
 def _saved_bytes(
@@ -247,16 +298,19 @@ def _saved_bytes(
     batch, # on the model's device
     autocast=nullcontext, # gives a context manager, of the run's precision
 )->int: # bytes, of tensors that are not parameters
-    "What torch keeps for the gradient of one loss."
+    "The bytes that torch keeps for the gradient of one loss."
     of_model = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept = {}
     def keep(t):
-        if isinstance(t, torch.Tensor) and (s := t.untyped_storage()).data_ptr() not in of_model: kept[s.data_ptr()] = s.nbytes()
+        if isinstance(t, torch.Tensor):
+            s = t.untyped_storage()
+            if s.data_ptr() not in of_model: kept[s.data_ptr()] = s.nbytes()
         return t
     was_training = model.training
     model.eval() # in training mode a codebook would restart its codes
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
     try:
-        with torch.random.fork_rng(), autocast(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): loss, _ = model.loss(batch)
+        with torch.random.fork_rng(), autocast(), hooks: loss, _ = model.loss(batch)
     finally: model.train(was_training)
     return sum(kept.values())
 
@@ -266,17 +320,19 @@ def _free_bytes(
 )->float: # bytes
     "Memory that is free on a device; on a CPU within the limit of a container or a SLURM job."
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     import psutil
     free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
-    try: free = min(free, int((group/"memory.max").read_text()) - int((group/"memory.current").read_text()))
+    limit, used = group/"memory.max", group/"memory.current"
+    try: free = min(free, int(limit.read_text()) - int(used.read_text()))
     except (OSError, ValueError): pass # no limit, or another system
     return float(free)
 
 # %% ../../nbs/06_train/01_engine.ipynb #cfb3c404
 @dataclass(frozen=True)
 class MemoryNeed:
-    "What training takes on one device beyond the weights, bytes."
+    "Bytes that training takes on one device beyond the weights."
     gradients:float
     moments:float # AdamW's two
     average:float # of the weights; 0: none is kept
@@ -288,9 +344,12 @@ class MemoryNeed:
     def total(self): return self.gradients + self.moments + self.average + self.activations
 
     def __str__(self):
-        parts = ", ".join(f"{name} {format_bytes(getattr(self, name))}" for name in ("gradients", "moments", "average", "activations"))
-        return f"training needs about {format_bytes(self.total)} ({parts}, with {self.samples} samples at once), {format_bytes(self.free)} are free"
+        names = "gradients", "moments", "average", "activations"
+        parts = ", ".join(f"{name} {format_bytes(getattr(self, name))}" for name in names)
+        return (f"training needs about {format_bytes(self.total)} ({parts}, with {self.samples} "
+                f"samples at once), {format_bytes(self.free)} are free")
 
+# %% ../../nbs/06_train/01_engine.ipynb #d81b0392
 def memory_needed(
     model:nn.Module, # on its device
     data, # a dataset: `data[indices] -> Batch`
@@ -298,17 +357,22 @@ def memory_needed(
     ranks:int=1, # processes
     autocast=nullcontext, # gives a context manager, of the run's precision
 )->MemoryNeed: # on each device
-    "Estimate what a run takes, from two looks at its data."
-    device, samples = next(model.parameters()).device, math.ceil(cfg.batch_size/ranks/cfg.accumulate)
+    "Estimate the memory that a run takes, from the activations of one and of two samples."
+    device = next(model.parameters()).device
+    samples = math.ceil(cfg.batch_size/ranks/cfg.accumulate)
     trained = sum(p.nbytes for p in trainable(model).values())/(ranks if cfg.sharded else 1)
-    look = [min(n, len(data)) for n in (1, 2)]
+    sizes = [min(n, len(data)) for n in (1, 2)]
     with recomputed(blocks(model) if cfg.recompute else []):
-        one, two = (_saved_bytes(model, data[np.arange(n)].to(device), autocast) for n in look)
-    return MemoryNeed(trained, 2*trained, trained*(cfg.ema_decay > 0), one + (two - one)*(samples - 1), samples, _free_bytes(device))
+        one, two = (_saved_bytes(model, data[np.arange(n)].to(device), autocast) for n in sizes)
+    average, activations = trained*(cfg.ema_decay > 0), one + (two - one)*(samples - 1)
+    return MemoryNeed(trained, 2*trained, average, activations, samples, _free_bytes(device))
 
 # %% ../../nbs/06_train/01_engine.ipynb #8d6db445
-_REMEDIES = ("compute a step's samples in more parts (accumulate={more}: the same gradient), compute activations again (recompute=True), "
-            "use bf16 on a GPU (precision='bf16'), divide the model between several GPUs (sharded=True), or take a smaller batch_size than {batch_size}")
+_REMEDIES = (
+    "compute a step's samples in more parts (accumulate={more}: the same gradient), "
+    "compute activations again (recompute=True), use bf16 on a GPU (precision='bf16'), "
+    "divide the model between several GPUs (sharded=True), "
+    "or take a smaller batch_size than {batch_size}")
 
 def remedies(
     cfg:TrainConfig, # of the run
@@ -316,14 +380,17 @@ def remedies(
     "What to change when memory is short."
     return _REMEDIES.format(more=2*cfg.accumulate, batch_size=cfg.batch_size)
 
+# %% ../../nbs/06_train/01_engine.ipynb #e93569eb
 @contextmanager
 def memory_hint(
     cfg:TrainConfig, # of the run
     need:MemoryNeed|None, # the estimate
 ):
-    "Turn what torch says when memory runs out into what to do."
+    "Raise torch's error, when memory runs out, with the estimate and the remedies."
     try: yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
-        if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and "memory" not in str(e).lower(): raise
+        certain = isinstance(e, (torch.OutOfMemoryError, MemoryError))
+        if not certain and "memory" not in str(e).lower(): raise
         first = str(e).strip().splitlines() or [type(e).__name__]
-        raise RuntimeError(f"out of memory ({first[0]}); {need or 'no estimate was made'}: {remedies(cfg)}") from None
+        raise RuntimeError(f"out of memory ({first[0]}); {need or 'no estimate was made'}: "
+                           f"{remedies(cfg)}") from None

@@ -18,6 +18,7 @@ import threading
 import time
 import warnings
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from multiprocessing import queues
 from pathlib import Path
 from statistics import median
@@ -28,7 +29,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..core.utils import (
-    format_bytes, locked, machine_note, one_line, process_note, progress_bar, read_jsonl, write_jsonl, write_whole)
+    format_bytes, locked, machine_note, one_line, process_note, progress_bar, read_jsonl,
+    write_jsonl, write_whole)
 from ..data.mixtures import Mixture, count_draws
 from ..models.vq import restart_logs
 from .config import (
@@ -41,18 +43,19 @@ from ..weights.checkpoint import (
 
 # %% ../../nbs/06_train/02_fit.ipynb #c2df223d
 class Meter:
-    "Running means of logs, each weighed by its share of a step's samples."
+    "Running means of logs, each weighed by its fraction of a step's samples."
     def __init__(self, sums:dict|None=None): # name -> [sum, weight]
         self.sums = {k: list(v) for k,v in (sums or {}).items()}
 
     def add(self,
         logs:dict, # name -> float or 0-d tensor
-        share:float=1., # of a step's samples
+        share:float=1., # fraction of a step's samples
     ):
-        "Take in a step or a part of it; tensors stay where they are, because reading one makes a GPU wait."
+        "Add the logs of a step or of a part of it."
         for k,v in logs.items():
             total, n = self.sums.get(k, (0., 0))
-            self.sums[k] = [total + share*(v.detach().float() if isinstance(v, torch.Tensor) else v), n + share]
+            value = v.detach().float() if isinstance(v, torch.Tensor) else v
+            self.sums[k] = [total + share*value, n + share]
 
     def state(self,
         engine:Engine|None=None, # whose processes' sums to add up; None: of this one alone
@@ -62,8 +65,11 @@ class Meter:
         flat = engine.total(flat) if engine and engine.ranks > 1 else [float(x) for x in flat]
         return {k: flat[2*i:2*i + 2] for i,k in enumerate(sorted(self.sums))}
 
-    def means(self, engine:Engine|None=None): return {k: total/n for k,(total,n) in self.state(engine).items()}
+    def means(self, engine:Engine|None=None): # as for `state` -> dict of name -> float
+        "The means as plain numbers."
+        return {k: total/n for k,(total,n) in self.state(engine).items()}
 
+# %% ../../nbs/06_train/02_fit.ipynb #55094cbe
 @torch.no_grad()
 def evaluate(
     engine:Engine, # around a model
@@ -72,7 +78,8 @@ def evaluate(
     "Mean loss over the first batches of a fixed order."
     sums, cfg, was_training = Meter(), engine.cfg, engine.model.training
     batches = min(cfg.val_batches, -(-len(data)//cfg.batch_size))
-    sampler = StepSampler(len(data), cfg.batch_size, batches, cfg.seed, 0, engine.rank, engine.ranks)
+    sampler = StepSampler(len(data), cfg.batch_size, batches, cfg.seed, rank=engine.rank,
+                          ranks=engine.ranks)
     engine.model.eval()
     with borrowed_torch(cfg.num_threads):
         for i,indices in enumerate(sampler):
@@ -83,32 +90,30 @@ def evaluate(
     return {f"val_{k}": v for k,v in sums.means(engine).items()}
 
 # %% ../../nbs/06_train/02_fit.ipynb #b64887fc
-CLOCK = "seconds", "samples_per_second", "data_wait", "memory_gb" # of a row: what differs each time a run is made
-
 def read_metrics(
     folder, # of a checkpoint
     until:int|None=None, # last step to read; None: all
 )->list: # of dicts, one a line
-    "The record of a run; an unfinished last line is left out, and, with a warning, what is damaged."
-    return [r for r in read_jsonl(Path(folder)/"metrics.jsonl", ("step",), skip=True) if until is None or r["step"] <= until]
-
-def _append_metrics(
-    folder, # of a checkpoint
-    row:dict, # of plain numbers
-):
-    "Add a line to the record."
-    with open(Path(folder)/"metrics.jsonl", "a") as f: f.write(json.dumps(row) + "\n")
+    "The record of a run, without an unfinished last line and, with a warning, damaged ones."
+    rows = read_jsonl(Path(folder)/"metrics.jsonl", ("step",), skip=True)
+    return [r for r in rows if until is None or r["step"] <= until]
 
 def write_metrics(
     folder, # of a checkpoint
     rows:list, # of dicts
 ):
-    "Write the record anew, at once."
+    "Replace the record, at once."
     write_jsonl(Path(folder)/"metrics.jsonl", rows)
 
+def _append_metrics(folder, row): # a checkpoint's; a dict of plain numbers
+    "Add a line to the record."
+    with open(Path(folder)/"metrics.jsonl", "a") as f: f.write(json.dumps(row) + "\n")
+
 # %% ../../nbs/06_train/02_fit.ipynb #5c615fd5
+CLOCK = "seconds", "samples_per_second", "data_wait", "memory_gb" # what differs each time
+
 class Pace:
-    "Counts samples and the time that steps wait for them."
+    "Counts of samples and of the time that steps wait for them."
     def __init__(self, before:float=0.): # seconds of work in earlier processes
         self.before, self.began = before, time.perf_counter()
         self.restart()
@@ -126,12 +131,14 @@ class Pace:
         return batch
 
     def row(self, engine:Engine): # of the run -> dict of the names in `CLOCK`
-        "What this stretch was like, over all processes."
-        now = time.perf_counter()
-        spent, cuda = max(now - self.mark, 1e-9), engine.device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated(engine.device) if cuda else psutil.Process().memory_info().rss
+        "Time and memory of this stretch, over all processes."
+        now, cuda = time.perf_counter(), engine.device.type == "cuda"
+        spent = max(now - self.mark, 1e-9)
+        memory = (torch.cuda.max_memory_allocated(engine.device) if cuda
+                  else psutil.Process().memory_info().rss)
         samples, waited = engine.total([self.samples, self.waited])
-        return dict(seconds=self.before + now - self.began, samples_per_second=samples/spent, data_wait=waited/engine.ranks/spent, memory_gb=memory/1e9)
+        return dict(seconds=self.before + now - self.began, samples_per_second=samples/spent,
+                    data_wait=waited/engine.ranks/spent, memory_gb=memory/1e9)
 
 # %% ../../nbs/06_train/02_fit.ipynb #6ff5196b
 def _begins(
@@ -144,90 +151,117 @@ def _begins(
 
 def _code_warnings(
     history:list, # of rows
-    rows:int=10, # logs in a row that must show it, where nothing is known of a pretraining: one from scratch begins with few codes
+    rows:int=10, # logs in a row that must show it, where no pretraining is known
 )->list: # of texts
-    "What begins to be wrong with the codes and the latents before them."
+    "What begins to be wrong with the codes and the latents before quantisation."
     coded = [r for r in history if {"joint_perplexity", "latent_spread"} <= r.keys()]
     if not coded or coded[-1] is not history[-1]: return []
-    first, last, found = coded[0], coded[-1], []
-    before = [r["latent_spread"]/r["latent_spread_ratio"] for r in coded if r.get("latent_spread_ratio")][:1] # pretraining's
-    spread, rows = max([first["latent_spread"], *before]), 1 if before else rows
-    if _begins([r["joint_perplexity"] < max(2, first["joint_perplexity"]/4) for r in coded], rows):
-        found.append(f"the codes have collapsed: {last['joint_perplexity']:.2f} effective code tuples "
-                     f"({first['joint_perplexity']:.2f} in the first log)")
-    if _begins([r["latent_spread"] < .1*spread for r in coded], rows):
-        of = "pretraining's" if before and spread == before[0] else "the first log's"
-        found.append(f"the latents have shrunk: their spread before quantisation is {last['latent_spread']:.2g}, "
-                     f"{last['latent_spread']/spread:.1%} of {of}")
-    if found: found[-1] += "; lower the learning rate or the weight of the quantiser's loss, or keep a pretrained GIDM frozen"
-    return found
-
+    messages = []
+    tuples, spreads = [r["joint_perplexity"] for r in coded], [r["latent_spread"] for r in coded]
+    pretraining = [r["latent_spread"]/r["latent_spread_ratio"] for r in coded
+                   if r.get("latent_spread_ratio")][:1]
+    spread, rows = max([spreads[0], *pretraining]), 1 if pretraining else rows
+    if _begins([t < max(2, tuples[0]/4) for t in tuples], rows):
+        messages.append(f"the codes have collapsed: {tuples[-1]:.2f} effective code tuples "
+                        f"({tuples[0]:.2f} in the first log)")
+    if _begins([s < .1*spread for s in spreads], rows):
+        of = "pretraining's" if pretraining and spread == pretraining[0] else "the first log's"
+        messages.append("the latents have shrunk: their spread before quantisation is "
+                        f"{spreads[-1]:.2g}, {spreads[-1]/spread:.1%} of {of}")
+    if messages:
+        messages[-1] += ("; lower the learning rate or the weight of the quantiser's loss, "
+                         "or keep a pretrained GIDM frozen")
+    return messages
 
 # %% ../../nbs/06_train/02_fit.ipynb #5b79e16e
+def _norm_jumped(norms, jump): # of the logs so far, against their median
+    "Whether the last gradient norm is the first one that jumped."
+    return (len(norms) > 5 and norms[-1] > jump*median(norms[:-1])
+            and norms[-2] <= jump*median(norms[:-2]))
+
 def _early_warning(
     history:list, # of rows
     rows:int=3, # logs in a row that must show it
     jump:float=20., # times the gradient norm's median so far
-)->str: # "" where there is nothing new to say
-    "What the last log gives reason to look at."
-    said, low = _code_warnings(history), [r["perplexity"] < 1.5 for r in history if "perplexity" in r]
-    if _begins(low, rows):
-        said.append(f"the codebook has collapsed: {history[-1]['perplexity']:.2f} effective codes; lower the commitment or the learning rate, "
-                    "restart dead codes (restart_below), or try another quantiser (fsq has no codebook to collapse)")
+)->str: # "" where nothing new is wrong
+    "The warnings that begin with the last log."
+    messages = _code_warnings(history)
+    if _begins([r["perplexity"] < 1.5 for r in history if "perplexity" in r], rows):
+        messages.append(f"the codebook has collapsed: {history[-1]['perplexity']:.2f} effective "
+                        "codes; lower the commitment or the learning rate, restart dead codes "
+                        "(restart_below), or try another quantiser (fsq has no codebook to "
+                        "collapse)")
     norms = [r["grad_norm"] for r in history if "grad_norm" in r]
-    if len(norms) > 5 and norms[-1] > jump*median(norms[:-1]) and norms[-2] <= jump*median(norms[:-2]):
-        said.append(f"the gradient's norm is {norms[-1]:.3g}, {norms[-1]/median(norms[:-1]):.0f} times what it usually is: "
-                    "look at the data of these steps; if it goes on, lower lr or grad_clip")
-    return "; ".join(said)
+    if _norm_jumped(norms, jump):
+        times = norms[-1]/median(norms[:-1])
+        messages.append(f"the gradient's norm is {norms[-1]:.3g}, {times:.0f} times what it "
+                        "usually is: look at the data of these steps; if it goes on, lower lr "
+                        "or grad_clip")
+    return "; ".join(messages)
 
 # %% ../../nbs/06_train/02_fit.ipynb #29260488
-FREE = ("precision", "device", "accumulate", "sharded", "recompute", "compile", "num_threads", "num_workers", "log_every", "save_every", "keep",
-        "trackers", "val_every", "val_batches")
+FREE = ("precision", "device", "accumulate", "sharded", "recompute", "compile", "num_threads",
+        "num_workers", "log_every", "save_every", "keep", "trackers", "val_every", "val_batches")
 
 def _run_identity(
     model:nn.Module, # to be trained
     data, # a dataset
     cfg:TrainConfig, # of the run
     info:dict|None=None, # what else the result depends on
-    beside:nn.Module|None=None, # what is trained with it, with `identity()`
+    beside:nn.Module|None=None, # auxiliary module, with `identity()`
 )->dict: # of JSON values
     "What makes two runs the same run."
     newer = "lr_scale", "epochs" # older runs had none
-    train = {k: v for k,v in plain_config(cfg).items() if k not in FREE and not (k in newer and not v)}
-    size = sum(p.numel() for p in trainable(model).values())
-    return {"class": type(model).__name__, "model": plain_config(getattr(model, "cfg", None)), "parameters": size,
-            "train": train, "samples": len(data), "info": plain_config(info)} | ({} if beside is None else {"beside": plain_config(beside.identity())})
+    counts = lambda k, v: k not in FREE and not (k in newer and not v)
+    identity = {"class": type(model).__name__, "model": plain_config(getattr(model, "cfg", None)),
+                "parameters": sum(p.numel() for p in trainable(model).values()),
+                "train": {k: v for k,v in plain_config(cfg).items() if counts(k, v)},
+                "samples": len(data), "info": plain_config(info)}
+    if beside is not None: identity["beside"] = plain_config(beside.identity())
+    return identity
 
+# %% ../../nbs/06_train/02_fit.ipynb #887d68ae
 def _same_ingredients(out, there, here): # of two runs' infos, which lose theirs
-    "Raise `ValueError` naming the pretrained model, or the data, that is another than when the training began."
+    "Raise `ValueError` if a pretrained model, or the data, has changed since the training began."
     began, now = (info.pop("ingredients", {}) for info in (there, here))
-    for name in (n for n in now if n in began and began[n]["digest"] != now[n]["digest"]): # older runs noted none
+    for name in now:
+        if name not in began or began[name]["digest"] == now[name]["digest"]: continue # older: none
         was, is_ = began[name], now[name]
         where = is_["path"] + f", in the place of {was['path']}"*(was["path"] != is_["path"])
         copy = " (a copy with the times of its files, as cp -a makes)"*name.startswith("data")
-        raise ValueError(f"{out} was begun with another {name}: {where} has changed since ({was['digest']} -> {is_['digest']}): "
-                         f"put the earlier one back{copy}, or train into another folder (a run's ckpt)")
+        raise ValueError(
+            f"{out} was begun with another {name}: {where} has changed since "
+            f"({was['digest']} -> {is_['digest']}): put the earlier one back{copy}, "
+            "or train into another folder (a run's ckpt)")
 
 def _clean(out, resume, steps, record):
-    "Before a run begins: drop what an earlier one left if it is not to be resumed, and say who runs and how long."
+    "Drop what an earlier run left if it is not resumed; write down which process trains here."
     recover(out)
     if not resume:
         for old in [*Path(out).glob("step-*"), Path(out)/"best"]: _drop(old)
-        if has_checkpoint(out): (Path(out)/"config.json").unlink() # else it is back after an early crash
-    write_whole(Path(out)/"run.json", json.dumps(dict(steps=steps) | process_note() | machine_note()))
-    if record: write_whole(Path(record)/"training.json", json.dumps(dict(checkpoint=str(Path(out).resolve()))))
+        # else it is back after an early crash
+        if has_checkpoint(out): (Path(out)/"config.json").unlink()
+    note = dict(steps=steps) | process_note() | machine_note()
+    write_whole(Path(out)/"run.json", json.dumps(note))
+    if record:
+        checkpoint = dict(checkpoint=str(Path(out).resolve()))
+        write_whole(Path(record)/"training.json", json.dumps(checkpoint))
 
+# %% ../../nbs/06_train/02_fit.ipynb #e5caed01
 def _start(out, model, run):
-    "Where to begin: steps done, state and history; the model has the averaged weights if there is a checkpoint."
+    "Steps done, state and history; the model gets the averaged weights if there is a checkpoint."
     if not out or not has_checkpoint(out): return 0, {}, []
     state = load_state(out)
     there = state.get("run", {})
-    there = there | dict(model=completed(there.get("model", {}), getattr(model, "cfg", None)), info=dict(there.get("info", {})))
+    there = there | dict(model=completed(there.get("model", {}), getattr(model, "cfg", None)),
+                         info=dict(there.get("info", {})))
     here = run | dict(info=dict(run["info"]))
     _same_ingredients(out, there["info"], here["info"])
     if differ := differing_fields(there, here):
-        raise ValueError(f"{out} holds another run (there -> here: {differ}): use its settings, "
-                         "give another folder (a run's ckpt), or train again from the start (resume=False, or delete the folder)")
+        raise ValueError(
+            f"{out} holds another run (there -> here: {differ}): use its settings, give another "
+            "folder (a run's ckpt), or train again from the start (resume=False, or delete the "
+            "folder)")
     step = load_checkpoint(out, model)["step"]
     return step, state, read_metrics(out, step)
 
@@ -235,12 +269,13 @@ def _start(out, model, run):
 @contextmanager
 def _engine_state(
     engine:Engine, # of a run
-): # yields (the model's tensors, the state as a tree); whole on the first process, of no use on the others
+): # yields (the model's tensors, the state as a tree), on the first process
     "What a checkpoint holds, inside the `with`; every process has to enter it."
-    with engine.ema.averaged(): # which exchanges them: meanwhile `ema.mean` holds the running weights
+    with engine.ema.averaged(): # meanwhile `ema.mean` holds the running weights
         state = dict(optimizer=engine.optimizer.state_dict(), running=engine.ema.mean)
         if engine.beside is not None: state["beside"] = engine.beside.state_dict()
-        if engine.accelerator.scaler is not None: state["scaler"] = engine.accelerator.scaler.state_dict()
+        scaler = engine.accelerator.scaler
+        if scaler is not None: state["scaler"] = scaler.state_dict()
         yield whole(model_state(engine.model), engine.main), whole(state, engine.main)
 
 @torch.no_grad()
@@ -248,17 +283,19 @@ def _restore_engine(
     engine:Engine, # of a new process, around a model with the averaged weights
     state:dict, # as `_engine_state` gave it
 ):
-    "Go on where another engine was."
-    of_params = [p for g in engine.optimizer.param_groups for p in g["params"]]
-    found = state["optimizer"]
-    for i,values in found["state"].items():
-        found["state"][i] = {k: like(v, of_params[i]) if v.shape == of_params[i].shape else v for k,v in values.items()}
-    engine.optimizer.load_state_dict(found)
+    "Give an engine the state of another one."
+    params = [p for g in engine.optimizer.param_groups for p in g["params"]]
+    moments = state["optimizer"]["state"]
+    for i,values in moments.items():
+        moments[i] = {k: like(v, params[i]) if v.shape == params[i].shape else v
+                      for k,v in values.items()}
+    engine.optimizer.load_state_dict(state["optimizer"])
     if engine.beside is not None: engine.beside.load_state_dict(state["beside"])
     for p,mean,running in zip(engine.ema.params, engine.ema.mean, state["running"]):
         mean.copy_(p)
         p.copy_(like(running, p))
-    if engine.accelerator.scaler is not None and "scaler" in state: engine.accelerator.scaler.load_state_dict(state["scaler"])
+    scaler = engine.accelerator.scaler
+    if scaler is not None and "scaler" in state: scaler.load_state_dict(state["scaler"])
 
 # %% ../../nbs/06_train/02_fit.ipynb #a359c9fa
 def _drop(folder):
@@ -267,71 +304,85 @@ def _drop(folder):
     shutil.rmtree(folder, ignore_errors=True)
 
 def _keep(out, step, keep, best):
-    "Link the checkpoint of this step where it is wanted; can be done again after a crash."
+    "Link the checkpoint of this step as one of the last or the best; safe to repeat after a crash."
     if best.get("step") == step: link_checkpoint(out, Path(out)/"best")
     if keep > 1: link_checkpoint(out, Path(out)/f"step-{step:07d}")
     for old in sorted(Path(out).glob("step-*"))[:-keep if keep > 1 else None]: _drop(old)
 
 def _save(out, engine, step, meter, run, best):
-    "The averaged weights as the model, and all that is needed to go on."
+    "Write the averaged weights as the model, and all that is needed to go on."
     sums = meter.state(engine)
     with _engine_state(engine) as (tensors, state):
-        if engine.main: save_checkpoint(out, engine.given, step=step, tensors=tensors, info=run["info"], state=dict(run=run, meter=sums, best=best, **state))
+        state = dict(run=run, meter=sums, best=best, **state)
+        if engine.main:
+            save_checkpoint(out, engine.given, step=step, tensors=tensors, info=run["info"],
+                            state=state)
     if engine.main: _keep(out, step, engine.cfg.keep, best)
     engine.accelerator.wait_for_everyone()
 
 # %% ../../nbs/06_train/02_fit.ipynb #d7051b76
 @contextmanager
 def _alone(out):
-    "No other process trains into the same folder meanwhile; the system unlocks it when a process dies."
+    "Lock a folder against other trainings; the system unlocks it when a process dies."
     if not out: yield; return
     with ExitStack() as stack:
         try: stack.enter_context(locked(Path(out)/".lock", 0))
-        except TimeoutError as e: raise ValueError(f"another process is training into {out} ({e}): wait for it, or give another folder") from None
+        except TimeoutError as e:
+            raise ValueError(f"another process is training into {out} ({e}): "
+                             "wait for it, or give another folder") from None
         yield
 
 @contextmanager
-def _told_to_stop():
+def _stop_signals():
     "A list that is no longer empty once SIGTERM has come."
-    said = []
-    if threading.current_thread() is not threading.main_thread(): yield said; return # signals come to the main thread
-    before = signal.signal(signal.SIGTERM, lambda *_: said.append("SIGTERM"))
-    try: yield said
+    signals = []
+    if threading.current_thread() is not threading.main_thread(): # signals come to the main one
+        yield signals
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: signals.append("SIGTERM"))
+    try: yield signals
     finally: signal.signal(signal.SIGTERM, before)
+
+# %% ../../nbs/06_train/02_fit.ipynb #30684103
+def _due(step, every, cfg): return step == cfg.steps or (every and step % every == 0)
 
 def _check_finite(step, loss, norm, engine, out, saved):
     "Raise `ValueError` before the weights are spoilt."
-    if torch.isfinite(loss) and (torch.isfinite(norm) or engine.accelerator.scaler is not None): return # fp16's scaler leaves out such a step
-    cfg = engine.cfg
-    last = f"the last checkpoint is of step {saved}, in {out}" if out and saved else "there is no checkpoint yet"
-    raise ValueError(f"at step {step} the loss is {loss.item():.3g} and the gradient's norm {norm.item():.3g}; {last}: "
-                     f"check the data, or train with a lower lr than {cfg.lr} or a longer warm-up than {cfg.warmup}")
+    scaled = engine.accelerator.scaler is not None
+    if torch.isfinite(loss) and (torch.isfinite(norm) or scaled): return
+    last = (f"the last checkpoint is of step {saved}, in {out}" if out and saved
+            else "there is no checkpoint yet")
+    raise ValueError(
+        f"at step {step} the loss is {loss.item():.3g} and the gradient's norm {norm.item():.3g}; "
+        f"{last}: check the data, or train with a lower lr than {engine.cfg.lr} "
+        f"or a longer warm-up than {engine.cfg.warmup}")
 
-def _due(step, every, cfg): return step == cfg.steps or (every and step % every == 0)
-
-def _bar(model, cfg, done, history, main):
-    "The steps' numbers with a progress bar, and one line at the end, which also stays in an executed notebook."
-    name, began = type(model).__name__, time.perf_counter()
-    with progress_bar(range(done + 1, cfg.steps + 1), total=cfg.steps, initial=done, desc=name, disable=not main) as bar:
+def _bar(name, cfg, done, history, main):
+    "The steps' numbers with a progress bar, and one line at the end."
+    began, numbers = time.perf_counter(), range(done + 1, cfg.steps + 1)
+    with progress_bar(numbers, total=cfg.steps, initial=done, desc=name, disable=not main) as bar:
         for step in bar:
             yield step
             if history: bar.set_postfix(loss=f"{history[-1]['loss']:.4g}", refresh=False)
     if done < cfg.steps and main:
-        seconds = time.perf_counter() - began
-        print(f"{name}: {cfg.steps - done} steps in {seconds:.1f} s, loss {history[-1]['loss']:.4g}")
+        seconds, loss = time.perf_counter() - began, history[-1]["loss"]
+        print(f"{name}: {cfg.steps - done} steps in {seconds:.1f} s, loss {loss:.4g}")
 
-def _first_look(engine, data):
+# %% ../../nbs/06_train/02_fit.ipynb #b0ba2a42
+def _estimate_memory(engine, data):
     "The memory that the run will need; a warning if that is more than there is."
-    need = memory_needed(engine.given if engine.beside is None else LossStep(engine.given, engine.beside), data, engine.cfg, engine.ranks, engine.accelerator.autocast)
-    if need.total > need.free and engine.main: warnings.warn(f"{need}: {remedies(engine.cfg)}", stacklevel=3)
+    model = engine.given if engine.beside is None else LossStep(engine.given, engine.beside)
+    need = memory_needed(model, data, engine.cfg, engine.ranks, engine.accelerator.autocast)
+    if need.total > need.free and engine.main:
+        warnings.warn(f"{need}: {remedies(engine.cfg)}", stacklevel=3)
     return need
 
-
 def _report(out, row, history, hooks, accelerator):
-    "Tell everybody a logged row; hooks may add to it."
+    "Give a logged row to the hooks, which may add to it, to the record and to the trackers."
     for hook in hooks: hook(row)
     if out: _append_metrics(out, row)
-    if said := _early_warning(history): warnings.warn(f"step {row['step']}: {said}", stacklevel=3)
+    if message := _early_warning(history):
+        warnings.warn(f"step {row['step']}: {message}", stacklevel=4)
     accelerator.log({k: v for k,v in row.items() if k != "step"}, step=row["step"])
 
 # %% ../../nbs/06_train/02_fit.ipynb #84a291f0
@@ -341,35 +392,128 @@ def _end_reader(error, item): # of a process that reads, instead of going on wit
 
 def _start_reader(number): queues.Queue._on_queue_feeder_error = staticmethod(_end_reader)
 
+def _room_in_shm():
+    "How much room shared memory has."
+    if not Path("/dev/shm").is_dir(): return "is not there"
+    shm = shutil.disk_usage("/dev/shm")
+    return f"has {format_bytes(shm.free)} of {format_bytes(shm.total)} left"
+
 @contextmanager
 def _reading(workers):
     "Errors of the processes that read, in one line."
     try: yield
     except Exception as e:
         text = str(e)
-        if "Original Traceback" in text: raise RuntimeError(f"data can't be read: {text.strip().splitlines()[-1]}") from None # what a reader raised
-        lost = isinstance(e, OSError) or isinstance(e, RuntimeError) and re.search(r"DataLoader worker|shared memory|shm", text)
+        if "Original Traceback" in text: # what a reader raised
+            raise RuntimeError(f"data can't be read: {text.strip().splitlines()[-1]}") from None
+        of_worker = re.search(r"DataLoader worker|shared memory|shm", text)
+        lost = isinstance(e, OSError) or isinstance(e, RuntimeError) and of_worker
         if not workers or not lost: raise
-        shm = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
-        room = f"has {format_bytes(shm.free)} of {format_bytes(shm.total)} left" if shm else "is not there"
-        raise OSError(f"a process that reads data ended ({one_line(e, 300)}); batches come through /dev/shm, which {room}: "
-                      f"make it larger (docker run --shm-size=8g), or set num_workers, which is {workers}, to 0") from None
+        raise OSError(
+            f"a process that reads data ended ({one_line(e, 300)}); batches come through /dev/shm, "
+            f"which {_room_in_shm()}: make it larger (docker run --shm-size=8g), "
+            f"or set num_workers, which is {workers}, to 0") from None
 
+# %% ../../nbs/06_train/02_fit.ipynb #204ec349
 @contextmanager
 def _no_garbage_inherited():
-    "For the time of a fork: a child that collected its parent's garbage would wait for ever for a decoder's threads, which it does not have."
+    "Keep a process that is forked inside the `with` from collecting its parent's garbage."
     gc.collect()
     gc.freeze()
     try: yield
     finally: gc.unfreeze()
 
 def _batches(data, sampler, workers):
-    "A step's samples after another, read here or by other processes."
+    "The batches of a sampler, read here or by other processes."
     start = _start_reader if workers else None
-    loader = DataLoader(data, sampler=sampler, batch_size=None, num_workers=workers, worker_init_fn=start)
+    loader = DataLoader(data, sampler=sampler, batch_size=None, num_workers=workers,
+                        worker_init_fn=start)
     with _reading(workers):
         with _no_garbage_inherited() if workers else nullcontext(): batches = iter(loader)
         yield from batches
+
+# %% ../../nbs/06_train/02_fit.ipynb #f0b62d4b
+def _gradient(engine, step, batches, pace, meter): # -> loss of the last part, gradient's norm
+    "Compute and clip the gradient of a step, part by part."
+    cfg = engine.cfg
+    for group in engine.optimizer.param_groups: # older states have no scale
+        group["lr"] = lr_at(step, cfg)*group.get("scale", 1.)
+    engine.optimizer.zero_grad()
+    for part in range(cfg.accumulate):
+        batch, last = pace.wait(batches), part == cfg.accumulate - 1
+        fraction = len(batch)/cfg.batch_size
+        torch.manual_seed(step_seed(cfg.seed, step, engine.rank*cfg.accumulate + part))
+        with engine.waiting(last):
+            loss, logs = engine.loss(batch)
+            engine.backward(loss, fraction, last)
+        meter.add(dict(logs, loss=loss) | restart_logs(engine.model), fraction)
+    return loss, engine.clip(cfg.grad_clip or math.inf)
+
+def _row(engine, step, meter, pace, val_data): # a dataset, or None
+    "A logged row: what was measured since the last one, and, with `val_data`, the validation."
+    row = dict(step=step, **meter.means(engine), lr=lr_at(step, engine.cfg), **pace.row(engine))
+    if val_data is not None:
+        with engine.ema.averaged(): row |= evaluate(engine, val_data)
+    return row
+
+# %% ../../nbs/06_train/02_fit.ipynb #7a09b757
+@dataclass
+class _Progress:
+    "How far a training is."
+    done:int # steps done before this process
+    history:list # logged rows
+    meter:Meter # what was measured since the last row
+    best:dict # step and validation loss of the best checkpoint; {}: none yet
+    saved:int # step of the last checkpoint
+
+_STOPPED = "stopped by SIGTERM: saved after step {}, in {}; the same call goes on"
+
+def _loop(engine, batches, val_data, progress, out, run, hooks, stop):
+    "Take the steps that are left."
+    cfg, p, pace = engine.cfg, progress, Pace()
+    if p.history: pace.before = p.history[-1]["seconds"]
+    for step in _bar(type(engine.given).__name__, cfg, p.done, p.history, engine.main):
+        loss, norm = _gradient(engine, step, batches, pace, p.meter)
+        _check_finite(step, loss, norm, engine, out, p.saved)
+        engine.optimizer.step()
+        engine.ema.update(step)
+        p.meter.add(dict(grad_norm=norm), 1/engine.ranks)
+        validates, better = val_data is not None and _due(step, cfg.val_every, cfg), False
+        if validates or _due(step, cfg.log_every, cfg):
+            row = _row(engine, step, p.meter, pace, val_data if validates else None)
+            if validates and cfg.val_every > 0:
+                better = row["val_loss"] < p.best.get("val_loss", math.inf)
+            if better: p.best = dict(step=step, val_loss=row["val_loss"])
+            p.meter = Meter()
+            p.history.append(row)
+            if engine.main: _report(out, row, p.history, hooks, engine.accelerator)
+            pace.restart()
+        stops = engine.any(bool(stop)) # all processes stop after the same step
+        if out and (better or stops or _due(step, cfg.save_every, cfg)):
+            _save(out, engine, step, p.meter, run, p.best)
+            p.saved = step
+            pace.restart()
+        if stops: raise KeyboardInterrupt(_STOPPED.format(step, out))
+
+# %% ../../nbs/06_train/02_fit.ipynb #ed79c182
+def _resume_folder(out, progress, state, cfg):
+    "Bring a folder to the step where the training begins, and print which that is."
+    if state:
+        at = "finished at" if progress.done == cfg.steps else "going on after"
+        print(f"{out}: {at} step {progress.done} of {cfg.steps}")
+    if out: write_metrics(out, progress.history)
+    if out and state: _keep(out, progress.done, cfg.keep, progress.best)
+
+def _step_batches(engine, data, done):
+    "The batches of the steps that are left, for this process."
+    cfg = engine.cfg
+    sampler = StepSampler(len(data), cfg.batch_size, cfg.steps, cfg.seed, done, engine.rank,
+                          engine.ranks, cfg.accumulate)
+    return _batches(data, sampler, cfg.num_workers)
+
+def _init_trackers(accelerator, out, run):
+    name = Path(out or "defi_nb").name
+    accelerator.init_trackers(name, {k: str(v) for k,v in run.items()})
 
 # %% ../../nbs/06_train/02_fit.ipynb #f6f13eec
 def fit(
@@ -381,63 +525,27 @@ def fit(
     on_log=(), # callables that take a logged row, a dict
     val_data=None, # a dataset to validate on
     info:dict|None=None, # what else the result depends on, such as data_frac; JSON values
-    record=None, # the folder of the run that this training is part of, whose live view then finds it
-    beside:nn.Module|None=None, # trained with the model and no part of it: `loss(model, batch)` calls the model's and adds to it, `identity()` says what it is
+    record=None, # folder of the run that this training is part of, for its live view
+    beside:nn.Module|None=None, # auxiliary module, with `loss(model, batch)` and `identity()`
 )->list: # of rows: dicts with step, loss, the model's logs, lr, grad_norm, seconds, val_loss, ...
-    "Train a model, or go on with it, or find it finished."
+    "Train a model, resume its training, or load it where it is finished."
     cfg = cfg.over(data)
-    accelerator, run, hooks = make_accelerator(cfg, out), _run_identity(model, data, cfg, info, beside), [on_log] if callable(on_log) else on_log
-    main = accelerator.is_main_process
-    with _alone(out if main else None), borrowed_torch(cfg.num_threads), _told_to_stop() as stop:
+    accelerator, run = make_accelerator(cfg, out), _run_identity(model, data, cfg, info, beside)
+    main, hooks = accelerator.is_main_process, [on_log] if callable(on_log) else on_log
+    with _alone(out if main else None), borrowed_torch(cfg.num_threads), _stop_signals() as stop:
         if out and main: _clean(out, resume, cfg.steps, record)
         accelerator.wait_for_everyone()
         done, state, history = _start(out, model, run)
-        engine, meter, best = Engine(model, cfg, accelerator, beside), Meter(state.get("meter") if main else None), state.get("best", {})
+        engine, sums = Engine(model, cfg, accelerator, beside), state.get("meter") if main else None
+        progress = _Progress(done, history, Meter(sums), state.get("best", {}), done)
         if state: _restore_engine(engine, state)
-        if state and main: print(f"{out}: {'finished at' if done == cfg.steps else 'going on after'} step {done} of {cfg.steps}")
-        if out and main:
-            write_metrics(out, history)
-            if state: _keep(out, done, cfg.keep, best)
-        if cfg.trackers: accelerator.init_trackers(Path(out or "defi_nb").name, {k: str(v) for k,v in run.items()})
-        sampler = StepSampler(len(data), cfg.batch_size, cfg.steps, cfg.seed, done, engine.rank, engine.ranks, cfg.accumulate)
-        batches = _batches(data, sampler, cfg.num_workers)
-        saved, need = done, _first_look(engine, data) if done < cfg.steps else None
+        if main: _resume_folder(out, progress, state, cfg)
+        if cfg.trackers: _init_trackers(accelerator, out, run)
+        batches = _step_batches(engine, data, done)
+        need = _estimate_memory(engine, data) if done < cfg.steps else None
         engine.model.train()
-        pace = Pace(history[-1]["seconds"] if history else 0.)
         with memory_hint(cfg, need):
-            for step in _bar(model, cfg, done, history, main):
-                for group in engine.optimizer.param_groups: group["lr"] = lr_at(step, cfg)*group.get("scale", 1.) # older states have none
-                engine.optimizer.zero_grad()
-                for part in range(cfg.accumulate):
-                    batch, last = pace.wait(batches), part == cfg.accumulate - 1
-                    share = len(batch)/cfg.batch_size
-                    torch.manual_seed(step_seed(cfg.seed, step, engine.rank*cfg.accumulate + part))
-                    with engine.waiting(last):
-                        loss, logs = engine.loss(batch)
-                        engine.backward(loss, share, last)
-                    meter.add(dict(logs, loss=loss) | restart_logs(engine.model), share)
-                norm = engine.clip(cfg.grad_clip or math.inf)
-                _check_finite(step, loss, norm, engine, out, saved)
-                engine.optimizer.step()
-                engine.ema.update(step)
-                meter.add(dict(grad_norm=norm), 1/engine.ranks)
-                validates, better = val_data is not None and _due(step, cfg.val_every, cfg), False
-                if validates or _due(step, cfg.log_every, cfg):
-                    row = dict(step=step, **meter.means(engine), lr=lr_at(step, cfg), **pace.row(engine))
-                    if validates:
-                        with engine.ema.averaged(): row |= evaluate(engine, val_data)
-                        better = cfg.val_every > 0 and row["val_loss"] < best.get("val_loss", math.inf)
-                        if better: best = dict(step=step, val_loss=row["val_loss"])
-                    meter = Meter()
-                    history.append(row)
-                    if main: _report(out, row, history, hooks, accelerator)
-                    pace.restart()
-                stops = engine.any(bool(stop)) # all processes stop after the same step
-                if out and (better or stops or _due(step, cfg.save_every, cfg)):
-                    _save(out, engine, step, meter, run, best)
-                    saved = step
-                    pace.restart()
-                if stops: raise KeyboardInterrupt(f"told to stop by SIGTERM: saved after step {step}, in {out}; the same call goes on")
+            _loop(engine, batches, val_data, progress, out, run, hooks, stop)
         engine.ema.swap()
         engine.close()
     model.eval()
@@ -445,7 +553,7 @@ def fit(
 
 # %% ../../nbs/06_train/02_fit.ipynb #e9532001
 class ShareLog:
-    "A hook for `fit`: which share of the samples so far each dataset of a mixture had."
+    "A hook for `fit`: the fraction of the samples so far that each dataset of a mixture gave."
     def __init__(self,
         data, # what is trained on; nothing is logged unless it is a `Mixture`
         cfg, # `TrainConfig`: steps, batch size, seed
@@ -457,14 +565,20 @@ class ShareLog:
 
     def __call__(self, row): # a logged row
         if self.mixture is None: return
-        sampler = StepSampler(len(self.mixture), self.cfg.batch_size, self.cfg.steps, self.cfg.seed)
+        cfg = self.cfg
+        sampler = StepSampler(len(self.mixture), cfg.batch_size, cfg.steps, cfg.seed)
         for step in range(self.step, row["step"]):
-            for n, k in count_draws(self.mixture, sampler.at(step)).items(): self.counts[n] = self.counts.get(n, 0) + k
-        if row["step"]//self.every > self.step//self.every: print(f"step {row['step']}: " + ", ".join(f"{n} {s:.1%}" for n, s in self.shares().items()), flush=True)
+            for n, k in count_draws(self.mixture, sampler.at(step)).items():
+                self.counts[n] = self.counts.get(n, 0) + k
+        fractions = self.shares()
+        if row["step"]//self.every > self.step//self.every:
+            text = ", ".join(f"{n} {f:.1%}" for n, f in fractions.items())
+            print(f"step {row['step']}: {text}", flush=True)
         self.step = row["step"]
-        row.update({f"share_{n}": s for n, s in self.shares().items()})
+        row.update({f"share_{n}": f for n, f in fractions.items()})
 
-    def shares(self): # dataset -> share of the samples drawn so far
+    def shares(self): # dataset -> fraction of the samples drawn so far
+        "The fractions so far."
         total = max(sum(self.counts.values()), 1)
         return {n: k/total for n, k in self.counts.items()}
 
@@ -472,11 +586,12 @@ class ShareLog:
 class SpreadRatio:
     "A hook for `fit`: the spread of latents before quantisation, relative to a pretraining's."
     def __init__(self,
-        folder=None, # of the pretrained model's checkpoint; without a record of its spread nothing is logged
+        folder=None, # of the pretrained model's checkpoint; nothing is logged without its record
     ):
         rows = read_metrics(folder) if folder and Path(folder).is_dir() else []
         noted = [r.get("val_latent_spread", r.get("latent_spread")) for r in rows]
-        self.pretraining = next(filter(None, reversed(noted)), None) # spread, in the latents' own unit
+        self.pretraining = next(filter(None, reversed(noted)), None) # in the latents' own unit
 
     def __call__(self, row): # a logged row
-        if self.pretraining and "latent_spread" in row: row["latent_spread_ratio"] = row["latent_spread"]/self.pretraining
+        if self.pretraining and "latent_spread" in row:
+            row["latent_spread_ratio"] = row["latent_spread"]/self.pretraining

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.spec import ACTION_DIM
@@ -26,16 +27,18 @@ def rest_action(
     "The normalised action of a robot that does not move."
     return torch.from_numpy(scale.apply(np.zeros(len(scale.low))))[:-1]
 
+# %% ../../nbs/06_train/03_inverse_dynamics.ipynb #f19a8e65
 def time_reverse(
     action:Tensor, # (...,k,A) motion, then the gripper
     rest:Tensor|None=None, # (A-1,) what no motion is, see `rest_action`; None: 0
-    before:Tensor|None=None, # (...,) the gripper's command before the chunk: then the reversed gripper goes back to what held before each step; None: commands are kept, as in the paper
+    before:Tensor|None=None, # (...,) gripper's command before the chunk; None: commands are kept
 )->Tensor: # (...,k,A)
     "The chunk that undoes a chunk."
     back = action.flip(-2)
     motion, gripper = -back[..., :-1], back[..., -1:]
     if rest is not None: motion = motion + 2*rest.to(motion)
-    if before is not None: gripper = torch.cat([gripper[..., 1:, :], before.to(gripper)[..., None, None]], -2)
+    if before is not None:
+        gripper = torch.cat([gripper[..., 1:, :], before.to(gripper)[..., None, None]], -2)
     return torch.cat([motion, gripper], -1)
 
 # %% ../../nbs/06_train/03_inverse_dynamics.ipynb #47e6d7c6
@@ -45,70 +48,86 @@ def draw_reversed(
     generator:torch.Generator|None=None, # of the draws
     valid:Tensor|None=None, # (B,) bool, samples whose future is real
 )->Tensor: # (B,) bool
-    "Which samples are played backwards."
-    drawn = torch.rand(B, generator=generator, device="cpu" if generator is None else generator.device) < p
+    "Draw which samples are reversed in time."
+    device = "cpu" if generator is None else generator.device
+    drawn = torch.rand(B, generator=generator, device=device) < p
     return drawn if valid is None else drawn & valid.to(drawn.device)
 
+# %% ../../nbs/06_train/03_inverse_dynamics.ipynb #bd22385c
 def reverse_batch(
     current:Tensor, # (B,P,C) tokens of the present
     future:Tensor, # (B,P,C) tokens k steps later
     action:Tensor, # (B,k,A) between them
     reverse:Tensor, # (B,) bool, see `draw_reversed`
     rest:Tensor|None=None, # see `time_reverse`
-    undo=time_reverse, # `undo(action, rest, before)`, the actions of the way back; another one for a control experiment
+    undo=time_reverse, # `undo(action, rest, before)`; another one for a control experiment
     before:Tensor|None=None, # (B,), see `time_reverse`
 )->tuple: # current, future, action
-    "The same batch, some of its samples played backwards."
+    "The same batch, some of its samples reversed in time."
     r = reverse.to(current.device)[:, None, None]
-    return torch.where(r, future, current), torch.where(r, current, future), torch.where(r.to(action.device), undo(action, rest, before), action)
+    chunk = torch.where(r.to(action.device), undo(action, rest, before), action)
+    return torch.where(r, future, current), torch.where(r, current, future), chunk
 
 # %% ../../nbs/06_train/03_inverse_dynamics.ipynb #77641ba9
 @dataclass(frozen=True)
 class InverseDynamicsConfig:
     "Size and weights of the auxiliary loss."
-    tokens:int = 16 # P, tokens of a picture
+    tokens:int = 16 # P, tokens of an image
     dim:int = 64 # C, their width
     hidden:int = 32 # D, width of the head
-    chunk:int = 10 # k, actions between the two pictures; the policy's own chunk
-    weight:float = .3 # lambda_inv, of the loss beside the policy's
+    chunk:int = 10 # k, actions between the two images; the policy's own chunk
+    weight:float = .3 # lambda_inv, of the auxiliary loss
     gripper_weight:float = .01 # lambda_g, of the gripper's part
     p_reverse:float = .5 # probability of Pseudo Time Reversal
-    pool:int = 0 # tokens are averaged on a grid of this many a side; 0: kept as they are, as in the paper
+    pool:int = 0 # side of the grid on which tokens are averaged; 0: they are not, as in the paper
     action_dim:int = ACTION_DIM # numbers of an action, the gripper the last
-    fusion_layers:int = 1 # layers that make present, future and difference of a token one vector
+    fusion_layers:int = 1 # layers that fuse present, future and difference of a token
     action_layers:int = 1 # hidden layers between all tokens and the chunk
     norm:bool = False # whether hidden layers are normalised (LayerNorm) before their GELU
-    heads:int = 1 # 1: one head for all cameras, as in the paper; else one for each, and as many as there are cameras
-    gripper:str = "keep" # commands of a reversed chunk: "keep", as in the paper, or "shift" by one step, see `time_reverse`
+    heads:int = 1 # 1: one for all cameras, as in the paper; else one for each camera
+    gripper:str = "keep" # commands of a reversed chunk: "keep" (paper) or "shift" by one step
 
     def __post_init__(self):
-        if self.gripper not in ("keep", "shift"): raise ValueError(f"gripper is {self.gripper!r}: choose keep or shift")
-        if low := [n for n in ("fusion_layers", "action_layers", "heads") if getattr(self, n) < 1]: raise ValueError(f"{' and '.join(low)} must be at least 1")
+        if self.gripper not in ("keep", "shift"):
+            raise ValueError(f"gripper is {self.gripper!r}: choose keep or shift")
+        counts = "fusion_layers", "action_layers", "heads"
+        if low := [n for n in counts if getattr(self, n) < 1]:
+            raise ValueError(f"{' and '.join(low)} must be at least 1")
 
     @classmethod
     def tiny(cls, **changes): return cls(**changes)
     @classmethod
-    def flower(cls, **changes): return cls(**dict(tokens=50, dim=1024, hidden=1024) | changes) # Table 7: CALVIN, static and wrist view
+    def flower(cls, **changes): return cls(**dict(tokens=50, dim=1024, hidden=1024) | changes)
     @classmethod
-    def vlm4vla(cls, **changes): return cls(**dict(tokens=196, dim=4096, hidden=1024, weight=.1) | changes) # Table 8: CALVIN, static view
+    def vlm4vla(cls, **changes):
+        return cls(**dict(tokens=196, dim=4096, hidden=1024, weight=.1) | changes)
     @classmethod
-    def spatialvla(cls, **changes): return cls(**dict(tokens=256, dim=1152, hidden=512, chunk=4, weight=.2) | changes) # Table 9: Bridge
+    def spatialvla(cls, **changes):
+        return cls(**dict(tokens=256, dim=1152, hidden=512, chunk=4, weight=.2) | changes)
     @classmethod
-    def libero(cls, **changes): return cls(**dict(tokens=196, dim=4096, hidden=1024, chunk=4, weight=.1) | changes) # Table 10: LIBERO-90
+    def libero(cls, **changes): return cls.vlm4vla(**dict(chunk=4) | changes)
 
-def _pooled(tokens, side): # (B,P,C) of a square picture -> (B,side*side,C)
-    "Tokens averaged on a coarser grid."
+# %% ../../nbs/06_train/03_inverse_dynamics.ipynb #9dc8e6b6
+def _pooled(tokens, side): # (B,P,C) of a square image -> (B,side*side,C)
+    "Average tokens on a coarser grid."
     n = round(tokens.shape[1]**.5)
-    if n*n != tokens.shape[1]: raise ValueError(f"{tokens.shape[1]} tokens are not a square picture's: pool=0 keeps them as they are")
-    return F.adaptive_avg_pool2d(tokens.transpose(1, 2).unflatten(2, (n, n)), side).flatten(2).transpose(1, 2)
+    if n*n != tokens.shape[1]:
+        raise ValueError(f"{tokens.shape[1]} tokens are not a square image's: "
+                         "pool=0 keeps them as they are")
+    grid = tokens.transpose(1, 2).unflatten(2, (n, n))
+    return F.adaptive_avg_pool2d(grid, side).flatten(2).transpose(1, 2)
 
 def _hidden(width, cfg, layers): # -> list of modules
     "Hidden layers, the first from another width."
-    sizes = [width] + [cfg.hidden]*layers
-    return [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), *[nn.LayerNorm(o)]*cfg.norm, nn.GELU())]
+    modules = []
+    for i in [width] + [cfg.hidden]*(layers - 1):
+        norm = nn.LayerNorm(cfg.hidden) if cfg.norm else None
+        modules += [m for m in (nn.Linear(i, cfg.hidden), norm, nn.GELU()) if m is not None]
+    return modules
 
+# %% ../../nbs/06_train/03_inverse_dynamics.ipynb #624d3bfc
 class InverseDynamicsHead(nn.Module):
-    "Tokens of two pictures to the actions between them."
+    "Tokens of two images to the actions between them."
     def __init__(self,
         cfg:InverseDynamicsConfig, # sizes
     ):
@@ -116,40 +135,68 @@ class InverseDynamicsHead(nn.Module):
         P = cfg.pool**2 or cfg.tokens
         self.cfg = cfg
         self.fuse = nn.Sequential(*_hidden(3*cfg.dim, cfg, cfg.fusion_layers))
-        self.act = nn.Sequential(*_hidden(P*cfg.hidden, cfg, cfg.action_layers), nn.Linear(cfg.hidden, cfg.chunk*cfg.action_dim))
+        self.act = nn.Sequential(*_hidden(P*cfg.hidden, cfg, cfg.action_layers),
+                                 nn.Linear(cfg.hidden, cfg.chunk*cfg.action_dim))
 
     def forward(self,
         current:Tensor, # (B,P,C) tokens of the present
         future:Tensor, # (B,P,C) tokens k steps later
     )->Tensor: # (B,k,A) motion as it is, the gripper as a logit
+        "The actions between the two moments."
         cfg = self.cfg
         if current.shape != future.shape or current.shape[1:] != (cfg.tokens, cfg.dim):
-            raise ValueError(f"tokens of shapes {tuple(current.shape)} and {tuple(future.shape)}; this head takes (B,{cfg.tokens},{cfg.dim}) of both pictures")
+            raise ValueError(
+                f"tokens of shapes {tuple(current.shape)} and {tuple(future.shape)}; "
+                f"this head takes (B,{cfg.tokens},{cfg.dim}) of both images")
         if cfg.pool: current, future = _pooled(current, cfg.pool), _pooled(future, cfg.pool)
         fused = self.fuse(torch.cat([current, future, future - current], -1))
         return self.act(fused.flatten(1)).unflatten(1, (cfg.chunk, cfg.action_dim))
 
+# %% ../../nbs/06_train/03_inverse_dynamics.ipynb #cb8e4a81
 def make_heads(
     cfg:InverseDynamicsConfig, # sizes, and `heads`
 )->nn.Module: # an `InverseDynamicsHead`, or a `ModuleList` of one for each camera
     "The head of all cameras, or one for each."
-    return InverseDynamicsHead(cfg) if cfg.heads == 1 else nn.ModuleList(InverseDynamicsHead(cfg) for _ in range(cfg.heads))
+    if cfg.heads == 1: return InverseDynamicsHead(cfg)
+    return nn.ModuleList(InverseDynamicsHead(cfg) for _ in range(cfg.heads))
 
 # %% ../../nbs/06_train/03_inverse_dynamics.ipynb #e54f8a7a
 def inverse_dynamics_loss(
     predicted:Tensor, # (B,k,A) from the head, the gripper as a logit
-    action:Tensor, # (B,k,A) the target; the gripper is open where it is above 0, be it coded -1 and 1 or 0 and 1
+    action:Tensor, # (B,k,A) the target; the gripper is open where it is above 0
     gripper_weight:float=.01, # lambda_g
     valid:Tensor|None=None, # (B,) bool, samples whose future is real
 )->tuple: # scalar; dict of its parts; 0 where no sample is valid
     "L1 of the motion and cross entropy of the gripper."
-    if valid is not None: predicted, action = predicted[valid.to(predicted.device)], action[valid.to(action.device)]
-    if not len(predicted): return predicted.sum(), dict(motion=predicted.new_zeros(()), gripper=predicted.new_zeros(()))
+    if valid is not None:
+        predicted, action = predicted[valid.to(predicted.device)], action[valid.to(action.device)]
+    if not len(predicted):
+        zero = predicted.new_zeros(())
+        return predicted.sum(), dict(motion=zero, gripper=zero.clone())
     motion = (predicted[..., :-1] - action[..., :-1]).abs().mean()
-    gripper = F.binary_cross_entropy_with_logits(predicted[..., -1], (action[..., -1] > 0).to(predicted))
-    return motion + gripper_weight*gripper, dict(motion=motion.detach(), gripper=gripper.detach())
+    is_open = (action[..., -1] > 0).to(predicted) # coded -1 and 1, or 0 and 1
+    gripper = F.binary_cross_entropy_with_logits(predicted[..., -1], is_open)
+    parts = dict(motion=motion.detach(), gripper=gripper.detach())
+    return motion + gripper_weight*gripper, parts
 
 # %% ../../nbs/06_train/03_inverse_dynamics.ipynb #dfc1ef62
+def _check_pair(heads, cfg, current, action, before):
+    "Refuse tokens and actions that the heads do not take."
+    if len(heads) != len(current):
+        raise ValueError(f"{len(heads)} heads and tokens of {len(current)} cameras: `heads` of "
+                         "InverseDynamicsConfig is 1, or the number of cameras")
+    if action.shape[1:] != (cfg.chunk, cfg.action_dim):
+        raise ValueError(
+            f"actions have shape {tuple(action.shape)}; this head takes "
+            f"(B,{cfg.chunk},{cfg.action_dim}): `chunk` and `action_dim` of InverseDynamicsConfig "
+            "are the policy's own")
+    if (before is None) == (cfg.gripper == "shift"):
+        raise ValueError(
+            f"gripper is {cfg.gripper!r}, and the command `before` each chunk is "
+            f"{'missing' if before is None else 'given'}: shift needs it, (B,) coded as in the "
+            "actions, and keep does not take it")
+
+# %% ../../nbs/06_train/03_inverse_dynamics.ipynb #9e5d4633
 def pair_loss(
     head:nn.Module, # shared by the cameras, or a `ModuleList` of one for each, see `make_heads`
     current:Tensor, # (V,B,P,C) tokens of the present, of each camera
@@ -159,21 +206,18 @@ def pair_loss(
     generator:torch.Generator|None=None, # of the reversals
     rest:Tensor|None=None, # see `time_reverse`
     undo=time_reverse, # see `reverse_batch`
-    before:Tensor|None=None, # (B,) the gripper's command before the chunk, for `gripper="shift"`
+    before:Tensor|None=None, # (B,) gripper's command before the chunk, for `gripper="shift"`
 )->tuple: # scalar, not yet weighted; logs
-    "The inverse-dynamics loss of pairs of pictures, some of them played backwards."
+    "The inverse-dynamics loss of pairs of images, some of them reversed in time."
     heads = list(head) if isinstance(head, nn.ModuleList) else [head]*len(current)
     cfg = heads[0].cfg
-    if len(heads) != len(current): raise ValueError(f"{len(heads)} heads and tokens of {len(current)} cameras: `heads` of InverseDynamicsConfig is 1, or the number of cameras")
-    if action.shape[1:] != (cfg.chunk, cfg.action_dim):
-        raise ValueError(f"actions have shape {tuple(action.shape)}; this head takes (B,{cfg.chunk},{cfg.action_dim}): `chunk` and `action_dim` of InverseDynamicsConfig are the policy's own")
-    if (before is None) == (cfg.gripper == "shift"):
-        raise ValueError(f"gripper is {cfg.gripper!r}, and the command `before` each chunk is {'missing' if before is None else 'given'}: shift needs it, (B,) coded as in the actions, and keep does not take it")
+    _check_pair(heads, cfg, current, action, before)
     reverse, losses = draw_reversed(len(action), cfg.p_reverse, generator, valid), []
     for h, z, z_later in zip(heads, current, future):
         now, then, target = reverse_batch(z, z_later, action, reverse, rest, undo, before)
         losses.append(inverse_dynamics_loss(h(now, then), target, cfg.gripper_weight, valid))
-    logs = {f"inverse_{k}": torch.stack([parts[k] for _, parts in losses]).mean() for k in ("motion", "gripper")}
+    mean = lambda name: torch.stack([parts[name] for _, parts in losses]).mean()
+    logs = {f"inverse_{name}": mean(name) for name in ("motion", "gripper")}
     return torch.stack([l for l, _ in losses]).mean(), logs
 
 # %% ../../nbs/06_train/03_inverse_dynamics.ipynb #3e242758
@@ -181,59 +225,75 @@ class AuxInverseDynamics:
     "Inverse dynamics as an auxiliary loss of a policy's vision encoder."
     def __init__(self,
         cfg:InverseDynamicsConfig, # sizes and weights
-        tokens, # `models.direct_policy.VisionTokens` of the policy, or what has `tower`, `recorded()` and `tokens(**inputs)`
+        tokens, # `VisionTokens` of the policy
         views:int=1, # V, cameras that the policy encodes
-        views_first:bool=False, # whether the rows of one pass are all of the first camera, then all of the second; else camera by camera of each sample
+        views_first:bool=False, # order of a pass's rows: by camera, then sample; else the reverse
     ):
         if not any(p.requires_grad for p in tokens.tower.parameters()):
-            raise ValueError(f"every parameter of the {type(tokens.tower).__name__} is frozen, so an auxiliary loss could teach it nothing: train it, or leave the auxiliary loss out")
-        self.cfg, self.tokens, self.views, self.views_first, self.seen = cfg, tokens, views, views_first, None
+            raise ValueError(f"every parameter of the {type(tokens.tower).__name__} is frozen, so "
+                             "an auxiliary loss could teach it nothing: train it, or leave the "
+                             "auxiliary loss out")
+        self.cfg, self.tokens, self.views = cfg, tokens, views
+        self.views_first, self.seen = views_first, None
         self.head = make_heads(cfg).to(next(tokens.tower.parameters()))
 
-    def parameters(self): # of the head, for a parameter group of the optimiser
+    def parameters(self): # for a parameter group of the optimiser
+        "The parameters of the head."
         return self.head.parameters()
 
     @contextmanager
     def attached(self):
-        "While this is open, the encoder's passes are listened to."
+        "Record the encoder's passes inside the `with`."
         with self.tokens.recorded() as self.seen:
             try: yield self
             finally: self.seen = None
 
-    def _by_view(self, passes, B):
-        "(V,B,P,C) tokens of one pass for all cameras, or of one for each."
-        if sum(map(len, passes)) != B*self.views:
-            raise ValueError(f"the encoder saw {sum(map(len, passes))} pictures in {len(passes)} passes, and {B} samples with {self.views} cameras have {B*self.views}: set `views`, and call the policy once before each `loss`")
-        rows, first = torch.cat(passes), self.views_first or len(passes) > 1
-        return rows.unflatten(0, (self.views, B)) if first else rows.unflatten(0, (B, self.views)).transpose(0, 1)
+# %% ../../nbs/06_train/03_inverse_dynamics.ipynb #ea03e157
+@patch
+def _by_view(self:AuxInverseDynamics, passes, B):
+    "(V,B,P,C) tokens of one pass for all cameras, or of one for each."
+    n = sum(map(len, passes))
+    if n != B*self.views:
+        raise ValueError(
+            f"the encoder saw {n} images in {len(passes)} passes, and {B} samples with "
+            f"{self.views} cameras have {B*self.views}: set `views`, and call the policy once "
+            "before each `loss`")
+    rows, first = torch.cat(passes), self.views_first or len(passes) > 1
+    if first: return rows.unflatten(0, (self.views, B))
+    return rows.unflatten(0, (B, self.views)).transpose(0, 1)
 
-    def loss(self,
-        future:dict|None, # the encoder's inputs for the pictures k steps later, in the order in which the policy encodes the present ones
-        action:Tensor, # (B,k,A) between them
-        valid:Tensor|None=None, # (B,) bool, samples whose future is real; None: all
-        generator:torch.Generator|None=None, # of the reversals
-        rest:Tensor|None=None, # see `time_reverse`
-        before:Tensor|None=None, # (B,) the gripper's command before the chunk, for `gripper="shift"`
-    )->tuple: # scalar, not yet weighted; logs
-        "The inverse-dynamics loss of the pictures that the policy has just encoded."
-        if self.seen is None: raise ValueError("the auxiliary loss is not attached: compute it, and the policy's loss before it, inside `with aux.attached():`")
-        if future is None: raise ValueError(f"there are no future pictures: sample frames 0 and {self.cfg.chunk} of each window (offsets=(0, {self.cfg.chunk}))")
-        B, passes = len(action), [*self.seen]
-        current = self._by_view(passes, B)
-        rows = self.tokens(**future)
-        later = self._by_view(list(rows.chunk(len(passes))), B)
-        self.seen.clear() # of this step, the future's pass included
-        return pair_loss(self.head, current, later, action, valid, generator, rest, before=before)
+_NOT_ATTACHED = ("the auxiliary loss is not attached: compute it, and the policy's loss before it, "
+                 "inside `with aux.attached():`")
+_NO_FUTURE = ("there are no future images: sample frames 0 and {k} of each window "
+              "(offsets=(0, {k}))")
+
+@patch
+def loss(self:AuxInverseDynamics,
+    future:dict|None, # the encoder's inputs for the images k steps later
+    action:Tensor, # (B,k,A) between them
+    valid:Tensor|None=None, # (B,) bool, samples whose future is real; None: all
+    generator:torch.Generator|None=None, # of the reversals
+    rest:Tensor|None=None, # see `time_reverse`
+    before:Tensor|None=None, # (B,) gripper's command before the chunk, for `gripper="shift"`
+)->tuple: # scalar, not yet weighted; logs
+    "The inverse-dynamics loss of the images that the policy has just encoded."
+    if self.seen is None: raise ValueError(_NOT_ATTACHED)
+    if future is None: raise ValueError(_NO_FUTURE.format(k=self.cfg.chunk))
+    B, passes = len(action), [*self.seen]
+    current = self._by_view(passes, B)
+    later = self._by_view(list(self.tokens(**future).chunk(len(passes))), B)
+    self.seen.clear() # of this step, the future's pass included
+    return pair_loss(self.head, current, later, action, valid, generator, rest, before=before)
 
 # %% ../../nbs/06_train/03_inverse_dynamics.ipynb #b707f8d8
 @dataclass(frozen=True)
 class Recipe:
-    "How the paper trains a policy."
+    "The numbers with which the paper trains a policy."
     table:int # of the paper
     repository:str # on GitHub, and the commit that the changes below are for
-    data:str # what it learns from
-    backbone:str # what it starts from
-    views:tuple # cameras that the loss sees
+    data:str # that it is trained on
+    backbone:str # pretrained weights that it starts from
+    views:tuple # cameras of the loss
     head:InverseDynamicsConfig # the loss: sizes, lambda_inv, lambda_g, p_rev
     steps:int|None # of training; None: one epoch
     batch_size:int # samples of a step
@@ -243,54 +303,75 @@ class Recipe:
     schedule:str # of the learning rate
     tokens:str # where they are taken
     compute:str # that it took
-    other:str = "" # what the tables say besides; the last checkpoint is the result in each
+    other:str = "" # further settings of the tables; the last checkpoint is the result in each
 
+# %% ../../nbs/06_train/03_inverse_dynamics.ipynb #1d1b1a25
 RECIPES = dict(
-    flower=Recipe(7, "intuitive-robots/flower_vla_calvin @acb32ee", "CALVIN", "Florence-2-large, FLOWER's pretrained checkpoint", ("static", "gripper"), InverseDynamicsConfig.flower(),
-                  40_000, 32, "AdamW", 2e-5, .05, "three phases of .05, .1 and .85", "what `_encode_image` returns for each camera", "4 hours on 4 H100",
-                  "4 flow steps; DiT of width 1024, 18 layers, 16 heads; token dropout .1"),
-    vlm4vla=Recipe(8, "CladernyJorn/VLM4VLA @20fedc9", "CALVIN", "Qwen3-VL-8B-Instruct", ("static",), InverseDynamicsConfig.vlm4vla(),
-                   30_000, 128, "Adam", 2e-5, 0., "warm-up over a quarter of an epoch", "what the vision tower gives the language model (merged patches)", "20 hours on 8 H100"),
-    spatialvla=Recipe(9, "SpatialVLA/SpatialVLA @e480753", "Bridge", "PaliGemma 2, SpatialVLA's pretrained checkpoint", ("static",), InverseDynamicsConfig.spatialvla(),
-                      30_000, 256, "AdamW", 2e-5, 0., "warm-up over .005 of the steps", "SigLIP's last hidden state, before the depth embedding", "16 hours on 4 B200",
-                      "of each chunk of 4 actions one is executed"),
-    libero=Recipe(10, "CladernyJorn/VLM4VLA @20fedc9", "LIBERO-90 (pretraining)", "Qwen3-VL-8B-Instruct", ("static",), InverseDynamicsConfig.libero(),
-                  None, 256, "Adam", 2e-5, 0., "warm-up over a quarter of an epoch", "as in Table 8", "12 hours on 8 H100"))
+    flower=Recipe(
+        7, "intuitive-robots/flower_vla_calvin @acb32ee", "CALVIN",
+        "Florence-2-large, FLOWER's pretrained checkpoint", ("static", "gripper"),
+        InverseDynamicsConfig.flower(), 40_000, 32, "AdamW", 2e-5, .05,
+        "three phases of .05, .1 and .85", "what `_encode_image` returns for each camera",
+        "4 hours on 4 H100",
+        "4 flow steps; DiT of width 1024, 18 layers, 16 heads; token dropout .1"),
+    vlm4vla=Recipe(
+        8, "CladernyJorn/VLM4VLA @20fedc9", "CALVIN", "Qwen3-VL-8B-Instruct", ("static",),
+        InverseDynamicsConfig.vlm4vla(), 30_000, 128, "Adam", 2e-5, 0.,
+        "warm-up over a quarter of an epoch",
+        "what the vision tower gives the language model (merged patches)", "20 hours on 8 H100"),
+    spatialvla=Recipe(
+        9, "SpatialVLA/SpatialVLA @e480753", "Bridge",
+        "PaliGemma 2, SpatialVLA's pretrained checkpoint", ("static",),
+        InverseDynamicsConfig.spatialvla(), 30_000, 256, "AdamW", 2e-5, 0.,
+        "warm-up over .005 of the steps",
+        "SigLIP's last hidden state, before the depth embedding", "16 hours on 4 B200",
+        "of each chunk of 4 actions one is executed"),
+    libero=Recipe(
+        10, "CladernyJorn/VLM4VLA @20fedc9", "LIBERO-90 (pretraining)", "Qwen3-VL-8B-Instruct",
+        ("static",), InverseDynamicsConfig.libero(), None, 256, "Adam", 2e-5, 0.,
+        "warm-up over a quarter of an epoch", "as in Table 8", "12 hours on 8 H100"))
 
 # %% ../../nbs/06_train/03_inverse_dynamics.ipynb #43f2f1fd
 def flower_pair(
-    present:list, # for each camera (B,P,C), what `_encode_image` returns for its present pictures
-    future:list, # for each camera (B,P,C), of the pictures k steps later
+    present:list, # for each camera (B,P,C), of `_encode_image` for its present images
+    future:list, # for each camera (B,P,C), of the images k steps later
     action:Tensor, # (B,k,7) CALVIN's relative actions, gripper -1 or 1
 )->tuple: # current (V,B,P,C), future (V,B,P,C), action, valid (B,), as `pair_loss` takes them
     "FLOWER's tokens as pairs."
-    if len(present) != len(future): raise ValueError(f"{len(present)} cameras now and {len(future)} later: encode the future of each")
-    return torch.stack(list(present)), torch.stack(list(future)), action, torch.ones(len(action), dtype=torch.bool)
+    if len(present) != len(future):
+        raise ValueError(f"{len(present)} cameras now and {len(future)} later: "
+                         "encode the future of each")
+    valid = torch.ones(len(action), dtype=torch.bool)
+    return torch.stack(list(present)), torch.stack(list(future)), action, valid
 
 # %% ../../nbs/06_train/03_inverse_dynamics.ipynb #605dcc10
 def vlm4vla_pair(
-    present:Tensor, # (N,C) merged patches of B pictures in one row, as the tower returns them
-    future:Tensor, # (N,C) of the pictures k steps later
-    grid_thw:Tensor, # (B,3) patches of each picture, before merging
+    present:Tensor, # (N,C) merged patches of B images in one row, as the tower returns them
+    future:Tensor, # (N,C) of the images k steps later
+    grid_thw:Tensor, # (B,3) patches of each image, before merging
     action:Tensor, # (B,k,7) scaled actions
     chunk_mask:Tensor, # (B,k) 1 for actions that were taken
-    future_mask:Tensor, # (B,k) 1 for pictures that are there
+    future_mask:Tensor, # (B,k) 1 for images that are there
     merge:int=2, # patches per side that become one token
 )->tuple: # current (1,B,P,C), future (1,B,P,C), action, valid (B,), as `pair_loss` takes them
     "VLM4VLA's tokens as pairs."
     count = grid_thw.prod(1)//merge**2
-    if count.unique().numel() > 1 or int(count.sum()) != len(present) or len(present) != len(future):
-        raise ValueError(f"{len(present)} tokens now and {len(future)} later for pictures of {count.tolist()} tokens: resize all pictures to one size, and give one tower's output for each moment")
+    uneven = count.unique().numel() > 1 or int(count.sum()) != len(present)
+    if uneven or len(present) != len(future):
+        raise ValueError(
+            f"{len(present)} tokens now and {len(future)} later for images of {count.tolist()} "
+            "tokens: resize all images to one size, and give one tower's output for each moment")
     split = lambda rows: rows.unflatten(0, (len(grid_thw), -1))[None]
-    return split(present), split(future), action, chunk_mask.bool().all(1) & future_mask[:, -1].bool()
+    valid = chunk_mask.bool().all(1) & future_mask[:, -1].bool()
+    return split(present), split(future), action, valid
 
 # %% ../../nbs/06_train/03_inverse_dynamics.ipynb #640c2ab3
 def spatialvla_rows(
-    index:Tensor, # (B,) rows of the present pictures in their trajectories
+    index:Tensor, # (B,) rows of the present images in their trajectories
     goal:Tensor, # (B,) last rows that count
     k:int=4, # steps of the chunk
-)->tuple: # (B,) rows of the future pictures; (B,) bool, samples that are whole
-    "Where the futures are."
+)->tuple: # (B,) rows of the future images; (B,) bool, samples that are whole
+    "The rows of the future images."
     return torch.minimum(index + k, goal), index + k <= goal
 
 def spatialvla_rest(
@@ -298,11 +379,13 @@ def spatialvla_rest(
     q99, # (7,) its 99th
 )->Tensor: # (6,) for `pair_loss`
     "What no motion is after normalisation by percentiles."
-    return rest_action(ActionScale(tuple(map(float, q01)), tuple(map(float, q99)), tuple("xyzrpyg")))
+    low, high = (tuple(map(float, q)) for q in (q01, q99))
+    return rest_action(ActionScale(low, high, tuple("xyzrpyg")))
 
+# %% ../../nbs/06_train/03_inverse_dynamics.ipynb #56ce4892
 def spatialvla_pair(
     present:Tensor, # (B,P,C) SigLIP's last hidden state
-    future:Tensor, # (B,P,C) of the pictures at `spatialvla_rows`
+    future:Tensor, # (B,P,C) of the images at `spatialvla_rows`
     action:Tensor, # (B,k,7) normalised, the gripper 0 or 1
     valid:Tensor, # (B,) bool of `spatialvla_rows`
 )->tuple: # current (1,B,P,C), future (1,B,P,C), action, valid, as `pair_loss` takes them

@@ -40,36 +40,43 @@ def _preset_name(
     make = [(p, getattr(type(config), p, None)) for p in PRESETS]
     return next((p for p,f in make if f and plain_config(f()) == plain_config(config)), "custom")
 
+# %% ../../nbs/05_weights/00_checkpoint.ipynb #dea1f1f5
+def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, list) else v
+
 def restore_config(
     cls, # the dataclass
     values:dict, # as `plain_config` gives them
 ): # an instance of `cls`
     "The config that was saved."
     if unknown := set(values) - {f.name for f in fields(cls)}:
-        raise ValueError(f"{cls.__name__} has no field {sorted(unknown)}: the checkpoint is from another version")
+        raise ValueError(f"{cls.__name__} has no field {sorted(unknown)}: "
+                         "the checkpoint is from another version")
     def restore(f, v):
         if is_dataclass(f.type) and isinstance(v, dict): return restore_config(f.type, v)
-        if f.type in (int, float, bool, str) and not (type(v) is f.type or f.type is float and type(v) is int):
-            raise ValueError(f"{cls.__name__}.{f.name} is {v!r:.40} and no {f.type.__name__}: the checkpoint is damaged, or from another version")
+        fits = type(v) is f.type or f.type is float and type(v) is int
+        if f.type in (int, float, bool, str) and not fits:
+            raise ValueError(f"{cls.__name__}.{f.name} is {v!r:.40} and no {f.type.__name__}: "
+                             "the checkpoint is damaged, or from another version")
         return _tuples(v)
     return cls(**{f.name: restore(f, values[f.name]) for f in fields(cls) if f.name in values})
 
+# %% ../../nbs/05_weights/00_checkpoint.ipynb #42164bd6
 def completed(
     values:dict, # of a config, as an earlier version saved them
     config, # a dataclass instance of this version, or something else
 )->dict: # the same, with the defaults of fields that are newer
-    "An older config in this version's fields; what cannot be read as one stays as it is, for a comparison to name."
+    "An older config in this version's fields, where it can be read as one."
     if not is_dataclass(config) or not values: return values
     try: return plain_config(restore_config(type(config), values))
     except (ValueError, TypeError): return values
-
-def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, list) else v
 
 # %% ../../nbs/05_weights/00_checkpoint.ipynb #07dc3bad
 def _flat(tree, prefix=""):
     "Nested dict -> {dotted name: value}."
     if not isinstance(tree, dict): return {prefix: tree}
-    return {k: v for key,value in tree.items() for k,v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
+    flat = {}
+    for key,value in tree.items(): flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return flat
 
 def differing_fields(
     there:dict, # as `plain_config` gives it
@@ -80,7 +87,8 @@ def differing_fields(
     a, b = _flat(there), _flat(here)
     pairs = {k: (a.get(k, "absent"), b.get(k, "absent")) for k in {**a, **b}}
     differ = [f"{k} {x} -> {y}" for k,(x,y) in pairs.items() if x != y]
-    return ", ".join(differ[:most]) + (f" and {len(differ) - most} more" if len(differ) > most else "")
+    more = f" and {len(differ) - most} more" if len(differ) > most else ""
+    return ", ".join(differ[:most]) + more
 
 # %% ../../nbs/05_weights/00_checkpoint.ipynb #e71ccb8b
 def _split_tensors(
@@ -93,7 +101,7 @@ def _split_tensors(
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
     items = [(f"#{k}" if isinstance(k, int) else k, v) for k,v in pairs]
     parts = {k: _split_tensors(v, f"{name}/{k}") for k,v in items}
-    tensors = {n: t for _,found in parts.values() for n,t in found.items()}
+    tensors = {n: t for _,of_part in parts.values() for n,t in of_part.items()}
     plain = {k: p for k,(p,_) in parts.items()}
     return (plain if isinstance(tree, dict) else list(plain.values())), tensors
 
@@ -105,12 +113,14 @@ def _join_tensors(
     if isinstance(tree, list): return [_join_tensors(v, tensors) for v in tree]
     if not isinstance(tree, dict): return tree
     if set(tree) == {"tensor"}: return tensors[tree["tensor"]]
-    return {int(k[1:]) if k.startswith("#") else k: _join_tensors(v, tensors) for k,v in tree.items()}
+    keys = {k: int(k[1:]) if k.startswith("#") else k for k in tree}
+    return {keys[k]: _join_tensors(v, tensors) for k,v in tree.items()}
 
 # %% ../../nbs/05_weights/00_checkpoint.ipynb #42883058
 def _is_commit(folder): return (folder/".commit").is_dir() and not (folder/".commit").is_symlink()
 
-def _staged(folder): # files of a save that was committed and not finished; links, which no save makes, are none
+def _staged(folder):
+    "Files of a save that was committed and not finished."
     if not _is_commit(folder): return []
     return [f for f in (folder/".commit").iterdir() if f.is_file() and not f.is_symlink()]
 
@@ -118,23 +128,23 @@ def checkpoint_file(
     folder, # of a checkpoint
     name:str, # of one of its files
 )->Path: # where it lies
-    "A file of a checkpoint as a reader finds it: of a save that was committed, even if its files have not moved up yet."
+    "A file of a checkpoint as a reader finds it, in `.commit` if it has not moved up yet."
     return next((f for f in _staged(Path(folder)) if f.name == name), Path(folder)/name)
+
+# %% ../../nbs/05_weights/00_checkpoint.ipynb #7cdccc2e
+def _unless_gone(f, *args):
+    try: f(*args)
+    except FileNotFoundError: pass
 
 def recover(
     folder, # of a checkpoint
 ):
-    "Finish a save that was interrupted after its commit; for who writes into the folder, and is alone in that."
+    "Finish a save that was interrupted after its commit; for the only writer of the folder."
     folder = Path(folder)
     for f in _staged(folder):
         _unless_gone(os.replace, f, folder/f.name)
         f.unlink(missing_ok=True) # where both are links to one file, `replace` leaves both
     if _is_commit(folder): _unless_gone(os.rmdir, folder/".commit")
-
-def _unless_gone(f, *args):
-    "Another process may be recovering the same folder: what it has moved is as good as moved by us."
-    try: f(*args)
-    except FileNotFoundError: pass
 
 def _write_all(folder, files): # name -> bytes, or a function that writes to a path
     "Replace several files of a folder at once."
@@ -150,8 +160,9 @@ def _write_all(folder, files): # name -> bytes, or a function that writes to a p
     except (OSError, SafetensorError) as e:
         shutil.rmtree(new, ignore_errors=True)
         free = format_bytes(shutil.disk_usage(folder).free)
-        raise OSError(f"{folder}: this checkpoint cannot be written ({e}; {free} are free on its disk): make room, and go on; "
-                      "the checkpoint that was there before is as it was") from None
+        raise OSError(f"{folder}: this checkpoint cannot be written ({e}; {free} are free on its "
+                      "disk): make room, and go on; the checkpoint that was there before is as it "
+                      "was") from None
     os.rename(new, folder/".commit")
     recover(folder)
 
@@ -159,7 +170,7 @@ def _write_all(folder, files): # name -> bytes, or a function that writes to a p
 def model_state(
     model, # an `nn.Module`
 )->dict: # name -> tensor
-    "The tensors of a model that belong into its checkpoint: `saved_state()` where the model has one."
+    "The tensors that a checkpoint holds of a model: `saved_state()` where the model has one."
     return model.saved_state() if hasattr(model, "saved_state") else model.state_dict()
 
 def _untie(state):
@@ -172,61 +183,72 @@ def _untie(state):
     return {name: state[name] for name in first.values()}, tied
 
 def _write_tensors(tensors):
-    "A function that writes tensors to a path; copies, because views of one storage cannot be written."
-    return lambda path: save_file({k: t.detach().cpu().contiguous().clone() for k,t in tensors.items()}, path)
+    "A function that writes tensors to a path; copies, for views of one storage cannot be written."
+    def write(path):
+        save_file({k: t.detach().cpu().contiguous().clone() for k,t in tensors.items()}, path)
+    return write
 
+# %% ../../nbs/05_weights/00_checkpoint.ipynb #b780e9bf
 @cache
 def git_commit()->str|None: # 40 hex digits, None outside a clone
     "The commit of the clone that this package runs from."
     root = Path(defi_nb.__file__).resolve().parent.parent
     if not (root/".git").exists(): return None
-    done = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
+    command = ["git", "-C", root, "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
 
 def checksum(
     path, # of a file
 )->str: # 8 hex digits
-    "The CRC-32 of a file, read in pieces."
+    "The CRC-32 of a file, read block by block."
     crc = 0
     with open(path, "rb") as f:
-        while piece := f.read(1 << 20): crc = zlib.crc32(piece, crc)
+        while block := f.read(1 << 20): crc = zlib.crc32(block, crc)
     return f"{crc:08x}"
 
-_FILES = "model.safetensors", "state.safetensors", "state.json", "config.json" # of a checkpoint; the last names the others' checksums
+# %% ../../nbs/05_weights/00_checkpoint.ipynb #85225d85
+_FILES = "model.safetensors", "state.safetensors", "state.json", "config.json" # checksums last
+
+def _as_json(x): return json.dumps(x, indent=1).encode()
+
+def _write_about(about, path):
+    "Write `config.json` with the checksums of the files next to it and its own."
+    noted = about | {"checksums": {name: checksum(path.with_name(name)) for name in _FILES[:-1]}}
+    path.write_bytes(_as_json(noted | {"checksum": json_digest(noted)[:8]}))
 
 def save_checkpoint(
     folder, # where; made if missing
     model, # an `nn.Module`
     config=None, # of the model, a dataclass; default: its `cfg`
     step:int=0, # optimiser steps done
-    state:dict=None, # what training needs to go on: nested dicts and lists of tensors and JSON values
-    info:dict=None, # what else the weights depend on, such as encoders' digests and `data_frac`; JSON values
+    state:dict=None, # of the training: nested dicts and lists of tensors and JSON values
+    info:dict=None, # what else the weights depend on, such as `data_frac`; JSON values
     tensors:dict=None, # of the model; default: its own
 ):
-    "Write a checkpoint; whenever this is interrupted, the folder holds the previous one or this one."
+    "Write a checkpoint; an interrupted save leaves the previous one or this one."
     config = getattr(model, "cfg", None) if config is None else config
     tensors, tied = _untie(model_state(model) if tensors is None else tensors)
-    about = {"class": type(model).__name__, "preset": _preset_name(config), "fields": plain_config(config), "step": step,
-             "info": plain_config(info), "tied": tied,
-             "package": defi_nb.__version__, "git_commit": git_commit(), "code": code_digest(), "machine": machine_note()}
+    about = {"class": type(model).__name__, "preset": _preset_name(config),
+             "fields": plain_config(config), "step": step, "info": plain_config(info),
+             "tied": tied, "package": defi_nb.__version__, "git_commit": git_commit(),
+             "code": code_digest(), "machine": machine_note()}
     plain, of_state = _split_tensors(state or {})
-    as_json = lambda x: json.dumps(x, indent=1).encode()
-    def with_checksums(path):
-        noted = about | {"checksums": {name: checksum(path.with_name(name)) for name in _FILES[:-1]}}
-        path.write_bytes(as_json(noted | {"checksum": json_digest(noted)[:8]}))
-    contents = _write_tensors(tensors), _write_tensors(of_state), as_json(plain), with_checksums
+    contents = (_write_tensors(tensors), _write_tensors(of_state), _as_json(plain),
+                partial(_write_about, about))
     _write_all(Path(folder), dict(zip(_FILES, contents)))
 
+# %% ../../nbs/05_weights/00_checkpoint.ipynb #3dde7830
 def link_checkpoint(
     folder, # of a checkpoint
     to, # another folder on the same disk, to be made or replaced
 ):
-    "The same checkpoint under another name; its files are hard links, which take no room."
+    "Give a checkpoint another name, by hard links to its files."
     recover(folder := Path(folder))
     _write_all(Path(to), {name: partial(os.link, folder/name) for name in _FILES})
 
 # %% ../../nbs/05_weights/00_checkpoint.ipynb #7a14db84
-_AGAIN = "copy the checkpoint again, or delete its folder and train again" # the remedy for a damaged one
+_AGAIN = "copy the checkpoint again, or delete its folder and train again" # if it is damaged
 
 def has_checkpoint(
     folder, # where one may be
@@ -241,28 +263,36 @@ def read_config(
     folder, path = Path(folder), checkpoint_file(folder, "config.json")
     if not path.is_file():
         what = "has no config.json" if folder.is_dir() else "does not exist"
-        raise FileNotFoundError(f"no checkpoint at {folder}: it {what}; train the model, or correct the path")
+        raise FileNotFoundError(f"no checkpoint at {folder}: it {what}; "
+                                "train the model, or correct the path")
     about = read_own_json(path, _AGAIN, keys=("class", "fields", "step", "info", "tied"))
-    if (noted := about.pop("checksum", None)) and (is_ := json_digest(about)[:8]) != noted: # those of before 2026-12 have none
-        raise ValueError(f"{path} is damaged or was changed by hand (its checksum is {is_}, {noted} was saved): {_AGAIN}")
+    noted = about.pop("checksum", None) # those of before 2026-12 have none
+    if noted and (is_ := json_digest(about)[:8]) != noted:
+        raise ValueError(f"{path} is damaged or was changed by hand "
+                         f"(its checksum is {is_}, {noted} was saved): {_AGAIN}")
     return about
 
+# %% ../../nbs/05_weights/00_checkpoint.ipynb #4ec01412
 def _read_tensors(path):
     "All tensors of a safetensors file."
     try:
         with safe_open(path, "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}
     except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: {_AGAIN}") from None
-    except SafetensorError as e: raise ValueError(f"{path} is damaged or cut short ({e}): {_AGAIN}") from None
+    except SafetensorError as e:
+        raise ValueError(f"{path} is damaged or cut short ({e}): {_AGAIN}") from None
 
 def verify(
     folder, # of a checkpoint
     names:tuple=_FILES[:-1], # of its files
 ):
-    "Raise `ValueError` if a file is not the one that was saved; checkpoints of before 2026-11-21 have no checksums."
+    "Raise `ValueError` if a file is not the one that was saved."
     noted = read_config(folder).get("checksums", {})
     for name in names:
-        if (path := checkpoint_file(folder, name)).exists() and name in noted and (is_ := checksum(path)) != noted[name]:
-            raise ValueError(f"{path} is damaged (its checksum is {is_}, {noted[name]} was saved): {_AGAIN}")
+        path = checkpoint_file(folder, name)
+        if not path.exists() or name not in noted: continue
+        if (is_ := checksum(path)) != noted[name]:
+            raise ValueError(f"{path} is damaged (its checksum is {is_}, {noted[name]} was saved): "
+                             f"{_AGAIN}")
 
 def load_state(
     folder, # of a checkpoint
@@ -276,35 +306,42 @@ def load_state(
 # %% ../../nbs/05_weights/00_checkpoint.ipynb #d7eb58b4
 def _few(names, most=4):
     names = sorted(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
-def _check_fits(folder, about, model, config, found):
+def _check_fits(folder, about, model, config, tensors):
     "Raise `ValueError` if a checkpoint is another model's."
-    here = type(model).__name__
-    if about["class"] != here:
-        raise ValueError(f"{folder} holds a {about['class']}, not a {here}: give the folder of a {here}")
-    if config is not None and (differ := differing_fields(completed(about["fields"], config), plain_config(config))):
-        there, mine = about["preset"], _preset_name(config)
-        raise ValueError(f"{folder} holds the preset '{there}', this {here} is '{mine}' (there -> here: {differ}): "
-                         f"build the model with the checkpoint's fields, or give a checkpoint of '{mine}'")
+    here, there = type(model).__name__, about["class"]
+    if there != here:
+        raise ValueError(f"{folder} holds a {there}, not a {here}: give the folder of a {here}")
+    fields = completed(about["fields"], config)
+    if config is not None and (differ := differing_fields(fields, plain_config(config))):
+        mine = _preset_name(config)
+        raise ValueError(
+            f"{folder} holds the preset '{about['preset']}', this {here} is '{mine}' "
+            f"(there -> here: {differ}): build the model with the checkpoint's fields, "
+            f"or give a checkpoint of '{mine}'")
     expected = model_state(model)
-    wrong = {"missing": set(expected) - set(found), "unexpected": set(found) - set(expected),
-             "of another shape": {k for k in set(expected) & set(found) if expected[k].shape != found[k].shape}}
+    both = set(expected) & set(tensors)
+    wrong = {"missing": set(expected) - set(tensors), "unexpected": set(tensors) - set(expected),
+             "of another shape": {k for k in both if expected[k].shape != tensors[k].shape}}
     if any(wrong.values()):
         listed = "; ".join(f"{what}: {_few(names)}" for what,names in wrong.items() if names)
         raise ValueError(f"the tensors in {folder} do not fit this {here} ({listed}): "
                          "it was saved by another version or config")
 
+# %% ../../nbs/05_weights/00_checkpoint.ipynb #fe573b93
 def load_checkpoint(
     folder, # of a checkpoint
     model, # of the class that was saved; filled in place
     config=None, # of the model; default: its `cfg`
 )->dict: # what `read_config` gives
     "Fill a model from a checkpoint, or raise an error that says why it cannot be."
-    about, found = read_config(folder), _read_tensors(checkpoint_file(folder, "model.safetensors"))
+    about, config = read_config(folder), getattr(model, "cfg", None) if config is None else config
+    tensors = _read_tensors(checkpoint_file(folder, "model.safetensors"))
     verify(folder, ("model.safetensors",))
-    found |= {second: found[first] for second,first in about["tied"].items()}
-    _check_fits(folder, about, model, getattr(model, "cfg", None) if config is None else config, found)
-    if hasattr(model, "load_saved_state"): model.load_saved_state(found)
-    else: model.load_state_dict(found, strict=False) # what was left out on purpose stays as it is
+    tensors |= {second: tensors[first] for second,first in about["tied"].items()}
+    _check_fits(folder, about, model, config, tensors)
+    if hasattr(model, "load_saved_state"): model.load_saved_state(tensors)
+    else: model.load_state_dict(tensors, strict=False) # what was left out stays as it is
     return about

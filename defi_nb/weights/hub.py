@@ -19,7 +19,7 @@ from .load import POLICY_CLASSES, load_model
 def measured_rows(
     result:dict, # content of a result.json
 )->list: # of (what, value, interval and protocol), as text
-    "Rows of a card."
+    "The rows of a card for one evaluation."
     protocol, n = result["protocol"], len(result["solved"])
     under = (f"{n} chains, scene {protocol['scene']} of {protocol['environment']}, "
              f"{result['protocol_name']}, fingerprint `{result['fingerprint']}`")
@@ -105,13 +105,13 @@ def push_checkpoint(
     _check_repo(repo)
     if not has_checkpoint(folder):
         raise ValueError(f"{folder} holds no checkpoint: give the folder that a training wrote")
-    found, about, hub = [read_result(r) for r in results], read_config(folder), _hub(hub)
+    measured, about, hub = [read_result(r) for r in results], read_config(folder), _hub(hub)
     with TemporaryDirectory() as new:
         model = load_model(folder)
         save_checkpoint(new, model, about["fields"], about["step"], info=about["info"],
                         tensors=model_state(model))
-        write_whole(Path(new)/"README.md", hub_card(new, repo, found))
-        for i, result in enumerate(found):
+        write_whole(Path(new)/"README.md", hub_card(new, repo, measured))
+        for i, result in enumerate(measured):
             write_whole(Path(new)/f"results/{i}.json", json.dumps(result, indent=1))
         ask_hub(repo, None, hub.create_repo, repo, private=private, exist_ok=True)
         ask_hub(repo, None, hub.upload_folder, repo_id=repo, folder_path=new,

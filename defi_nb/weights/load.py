@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -33,8 +34,8 @@ from ..models.gidm import GIDM, GIDMConfig
 from ..models.policy import (
     BlindConfig, BlindPolicy, CoupledPolicy, PlainConfig, PlainPolicy, PolicyConfig)
 from .checkpoint import (
-    _check_fits, checkpoint_file, differing_fields, has_checkpoint, load_checkpoint, load_state, plain_config,
-    read_config, restore_config, verify)
+    _check_fits, checkpoint_file, differing_fields, has_checkpoint, load_checkpoint, load_state,
+    plain_config, read_config, restore_config, verify)
 
 # %% ../../nbs/05_weights/01_load.ipynb #4cd43b28
 @dataclass(frozen=True)
@@ -48,50 +49,68 @@ class BaseModel:
     needed:tuple = () # files, alternatives divided by "|"; () is any weights
     also:tuple = () # patterns of further files worth having
 
-_WEIGHTS = "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt" # endings of files that hold weights
+# %% ../../nbs/05_weights/01_load.ipynb #986e6fd5
+_WEIGHTS = "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt" # files that hold weights
 
 BASE_MODELS = (
-    BaseModel("svd", "stable-video-diffusion-img2vid", "stabilityai/stable-video-diffusion-img2vid", "GFDM: network, VAE and noise schedule", 6.5,
-              ("unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
-               "scheduler/scheduler_config.json"), ("model_index.json", "LICENSE*")),
-    BaseModel("clip", "openai_clip_vit_base_patch32", "openai/clip-vit-base-patch32", "text of GFDM, goal of the action adapter", .6,
-              ("config.json", "vocab.json", "merges.txt", "model.safetensors|pytorch_model.bin"), ("tokenizer*.json", "special_tokens_map.json")),
-    BaseModel("dino", "dinov2_with_registers_base", "facebook/dinov2-with-registers-base", "what GIDM reconstructs", .35,
+    BaseModel("svd", "stable-video-diffusion-img2vid", "stabilityai/stable-video-diffusion-img2vid",
+              "GFDM: network, VAE and noise schedule", 6.5,
+              ("unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
+               "vae/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"),
+              ("model_index.json", "LICENSE*")),
+    BaseModel("clip", "openai_clip_vit_base_patch32", "openai/clip-vit-base-patch32",
+              "text of GFDM, goal of the action adapter", .6,
+              ("config.json", "vocab.json", "merges.txt", "model.safetensors|pytorch_model.bin"),
+              ("tokenizer*.json", "special_tokens_map.json")),
+    BaseModel("dino", "dinov2_with_registers_base", "facebook/dinov2-with-registers-base",
+              "what GIDM reconstructs", .35,
               ("config.json", "model.safetensors"), ("preprocessor_config.json",)),
-    BaseModel("t5", "t5_base", "google-t5/t5-base", "text of GIDM", .9, ("config.json", "tokenizer.json", "model.safetensors"), ("tokenizer_config.json", "spiece.model")),
-    BaseModel("defi", "official/defi", "zbzzbz/DeFI", "DeFI's released weights, for `defi_nb.weights.official`"),
-    BaseModel("vpp-gfdm", "official/vpp_gfdm", "yjguo/svd-robot-calvin-ft", "Video Prediction Policy's forward model, for `load_gfdm`"),
-    BaseModel("vpp-policy", "official/vpp_policy", "yjguo/dp-calvin", "Video Prediction Policy's adapter and Video Former, for `load_policy`"),
-    BaseModel("univla-lam", "official/univla_lam", "qwbu/univla-latent-action-model", "UniVLA's latent action model, stage 1, for `load_gidm`"))
+    BaseModel("t5", "t5_base", "google-t5/t5-base", "text of GIDM", .9,
+              ("config.json", "tokenizer.json", "model.safetensors"),
+              ("tokenizer_config.json", "spiece.model")),
+    BaseModel("defi", "official/defi", "zbzzbz/DeFI",
+              "DeFI's released weights, for `defi_nb.weights.official`"),
+    BaseModel("vpp-gfdm", "official/vpp_gfdm", "yjguo/svd-robot-calvin-ft",
+              "Video Prediction Policy's forward model, for `load_gfdm`"),
+    BaseModel("vpp-policy", "official/vpp_policy", "yjguo/dp-calvin",
+              "Video Prediction Policy's adapter and Video Former, for `load_policy`"),
+    BaseModel("univla-lam", "official/univla_lam", "qwbu/univla-latent-action-model",
+              "UniVLA's latent action model, stage 1, for `load_gidm`"))
 
+# %% ../../nbs/05_weights/01_load.ipynb #aaa28da8
 def find_base_model(
     name:str, # as in `BASE_MODELS`
 )->BaseModel:
-    "The base model of that name."
+    "The base model of a name."
     for model in BASE_MODELS:
         if model.name == name: return model
-    raise ValueError(f"no base model is called {name!r}; choose one of {', '.join(m.name for m in BASE_MODELS)}")
+    names = ", ".join(m.name for m in BASE_MODELS)
+    raise ValueError(f"no base model is called {name!r}; choose one of {names}")
 
 # %% ../../nbs/05_weights/01_load.ipynb #d2604b09
 def _safetensors_fault(
     path, # of a safetensors file
 )->str: # what is wrong with it; "" if its length is what its header says
     "Find a truncated or foreign file by its header, in no time."
-    path = Path(path)
+    path, foreign = Path(path), "is no safetensors file"
     with open(path, "rb") as f:
         size, start = path.stat().st_size, f.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(size - 8, 100_000_000): return "is no safetensors file"
-        try: ends = [entry["data_offsets"][1] for name, entry in json.loads(f.read(length)).items() if name != "__metadata__"]
-        except (ValueError, LookupError, TypeError, AttributeError): return "is no safetensors file"
+        if not 2 <= length <= min(size - 8, 100_000_000): return foreign
+        try:
+            entries = json.loads(f.read(length)).items()
+            ends = [e["data_offsets"][1] for name, e in entries if name != "__metadata__"]
+        except (ValueError, LookupError, TypeError, AttributeError): return foreign
     expected = 8 + length + max(ends, default=0)
     return "" if size == expected else f"has {size:,} bytes of {expected:,}"
 
 def _is_there(path): # a file; in the place of weights also their parts or a variant of them
     if path.name == "diffusion_pytorch_model.safetensors":
         with suppress(FileNotFoundError): return bool(weight_files(path.parent))
-    return path.is_file() or path.name == "model.safetensors" and any(path.parent.glob("model[.-]*.safetensors"))
+    parts = path.parent.glob("model[.-]*.safetensors")
+    return path.is_file() or path.name == "model.safetensors" and any(parts)
 
+# %% ../../nbs/05_weights/01_load.ipynb #64513ff7
 def _base_model_fault(
     model:BaseModel, # to look for
     ckpts, # folder of checkpoints
@@ -101,58 +120,79 @@ def _base_model_fault(
     files = [p for p in folder.rglob("*") if p.is_file()] if folder.is_dir() else []
     weights = [p for p in files if any(fnmatch(p.name, pattern) for pattern in _WEIGHTS)]
     if not weights: return "missing"
-    absent = [names for names in model.needed if not any(_is_there(folder/name) for name in names.split("|"))]
-    if absent: return f"without {', '.join(n.replace('|', ' or ') for n in absent)}"
-    faults = [f"{p.relative_to(folder)} {fault}" for p in weights if p.suffix == ".safetensors" and (fault := _safetensors_fault(p))]
-    return "; ".join(faults)
+    there = lambda names: any(_is_there(folder/name) for name in names.split("|"))
+    if absent := [names for names in model.needed if not there(names)]:
+        return f"without {', '.join(n.replace('|', ' or ') for n in absent)}"
+    faults = {p: _safetensors_fault(p) for p in weights if p.suffix == ".safetensors"}
+    return "; ".join(f"{p.relative_to(folder)} {fault}" for p, fault in faults.items() if fault)
 
 # %% ../../nbs/05_weights/01_load.ipynb #73448be0
+def _base_model_row(model, ckpts):
+    fault = _base_model_fault(model, ckpts)
+    state = {"": "there", "missing": "missing"}.get(fault, f"incomplete: {fault}")
+    here = fault != "missing"
+    size = folder_bytes(ckpts/model.folder)[0]/1e9 if here else model.gigabytes
+    return dict(name=model.name, state=state, gigabytes=size, purpose=model.purpose,
+                source=f"https://huggingface.co/{model.repo}")
+
 def ckpt_table(
     ckpts, # folder of checkpoints
 )->list: # dicts with name, state, gigabytes, purpose, source
-    "What the full size needs and what is there, a row each; then the checkpoints that were trained here."
-    ckpts, rows = Path(ckpts), []
-    for model in BASE_MODELS:
-        fault = _base_model_fault(model, ckpts)
-        state = {"": "there", "missing": "missing"}.get(fault, f"incomplete: {fault}")
-        size = folder_bytes(ckpts/model.folder)[0]/1e9 if fault != "missing" else model.gigabytes
-        rows.append(dict(name=model.name, state=state, gigabytes=size, purpose=model.purpose, source=f"https://huggingface.co/{model.repo}"))
+    "A row for each base model, then for each checkpoint that was trained here."
+    ckpts = Path(ckpts)
+    rows = [_base_model_row(model, ckpts) for model in BASE_MODELS]
     public = [ckpts/model.folder for model in BASE_MODELS]
     for folder in sorted(p.parent for p in ckpts.rglob("metrics.jsonl")):
         if not has_checkpoint(folder) or any(folder.is_relative_to(p) for p in public): continue
         about = read_config(folder)
-        rows.append(dict(name=str(folder.relative_to(ckpts)), state=f"trained, step {about['step']}", gigabytes=folder_bytes(folder)[0]/1e9, purpose=about["class"], source="here"))
+        rows.append(dict(name=str(folder.relative_to(ckpts)), purpose=about["class"], source="here",
+                         state=f"trained, step {about['step']}",
+                         gigabytes=folder_bytes(folder)[0]/1e9))
     return rows
 
+# %% ../../nbs/05_weights/01_load.ipynb #4201ce19
 def ckpt_text(
     rows:list, # from `ckpt_table`
     ckpts, # folder that they are in, for the heading
 )->str: # lines for a terminal
     "The table as text."
     size = lambda gb: format_bytes(1e9*gb) if gb else "?"
-    cells = [("name", "size", "state", "what for", "from")] + [(r["name"], size(r["gigabytes"]), r["state"], r["purpose"], r["source"]) for r in rows]
+    cells = [("name", "size", "state", "what for", "from")]
+    for r in rows:
+        cells.append((r["name"], size(r["gigabytes"]), r["state"], r["purpose"], r["source"]))
     widths = [max(len(row[i]) for row in cells) for i in range(4)]
-    lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[4]]) for row in cells]
+    lines = [f"In {ckpts} (the tiny preset needs none of these):"]
+    for row in cells: lines.append("  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[4]]))
     missing = [r["name"] for r in rows[:len(BASE_MODELS)] if r["state"] != "there"]
-    return "\n".join([f"In {ckpts} (the tiny preset needs none of these):", *lines] + [f"Fetch what you want with: defi-nb ckpts --get {' '.join(missing[:4])}"]*bool(missing))
+    some = " ".join(missing[:4])
+    if missing: lines.append(f"Fetch what you want with: defi-nb ckpts --get {some}")
+    return "\n".join(lines)
 
 # %% ../../nbs/05_weights/01_load.ipynb #5e38100f
+_DATA = (*_WEIGHTS, "*.json", "*.txt", "*.md", "LICENSE*")
+
 def _choose_files(
     listing:list, # names of all files of the repository
     model:BaseModel, # whose files are wanted
 )->list: # names to fetch
     "The files of a repository that are worth fetching."
-    if model.needed:
-        chosen = [next((n for n in names.split("|") if n in listing), None) for names in model.needed]
-        if None in chosen:
-            raise FileNotFoundError(f"{model.repo} has no {model.needed[chosen.index(None)].replace('|', ' or ')}: its layout has changed; fetch it by hand into ckpts/{model.folder}")
-        return chosen + [n for n in listing if n not in chosen and any(fnmatch(n, pattern) for pattern in model.also)]
-    return [n for n in listing if any(fnmatch(n, pattern) for pattern in (*_WEIGHTS, "*.json", "*.txt", "*.md", "LICENSE*"))]
+    matches = lambda n, patterns: any(fnmatch(n, pattern) for pattern in patterns)
+    if not model.needed: return [n for n in listing if matches(n, _DATA)]
+    chosen = []
+    for names in model.needed:
+        name = next((n for n in names.split("|") if n in listing), None)
+        if name is None:
+            raise FileNotFoundError(
+                f"{model.repo} has no {names.replace('|', ' or ')}: its layout has changed; "
+                f"fetch it by hand into ckpts/{model.folder}")
+        chosen.append(name)
+    return chosen + [n for n in listing if n not in chosen and matches(n, model.also)]
 
+# %% ../../nbs/05_weights/01_load.ipynb #0d774d61
 def get_base_model(
     name:str, # as in `BASE_MODELS`
     ckpts, # folder of checkpoints
-    hub=None, # object with `list_repo_files(repo)` and `hf_hub_download(repo, filename, local_dir=)`; None: `huggingface_hub.HfApi()`
+    hub=None, # with `list_repo_files` and `hf_hub_download`; None: `huggingface_hub.HfApi()`
 )->Path: # its folder
     "Fetch a base model from the hub, unless it is there already."
     model = find_base_model(name)
@@ -161,28 +201,36 @@ def get_base_model(
     if hub is None:
         from huggingface_hub import HfApi
         hub = HfApi()
-    for filename in _choose_files(ask_hub(model.repo, folder, hub.list_repo_files, model.repo),
-                                  model):
+    listing = ask_hub(model.repo, folder, hub.list_repo_files, model.repo)
+    for filename in _choose_files(listing, model):
         ask_hub(model.repo, folder, hub.hf_hub_download, model.repo, filename, local_dir=folder)
-    if fault := _base_model_fault(model, ckpts): raise RuntimeError(f"{folder} is still not complete: {fault}")
+    if fault := _base_model_fault(model, ckpts):
+        raise RuntimeError(f"{folder} is still not complete: {fault}")
     return folder
 
 # %% ../../nbs/05_weights/01_load.ipynb #e5733491
-def _build_gfdm(fields, encoders, info): return GFDM(restore_config(GFDMConfig, fields), encoders.clip)
-def _build_dino(fields, encoders, info): return DinoForward(restore_config(DinoForwardConfig, fields), encoders.clip)
-def _build_gidm(fields, encoders, info): return GIDM(restore_config(GIDMConfig, fields), encoders.t5)
-def _build_aligned(fields, encoders, info): return AlignedGIDM(restore_config(AlignConfig, fields), encoders.t5)
-def _build_plain(fields, encoders, info): return PlainPolicy(restore_config(PlainConfig, fields), encoders)
-def _build_blind(fields, encoders, info): return BlindPolicy(restore_config(BlindConfig, fields), encoders)
-def _build_direct(fields, encoders, info): return DirectPolicy(restore_config(DirectConfig, fields), encoders)
+def _build(cls, config, reads):
+    "A builder of a class that takes its config and some encoders."
+    return lambda fields, encoders, info: cls(restore_config(config, fields), reads(encoders))
+
 def _build_coupled(fields, encoders, info):
     forward = BUILDERS[info.get("forward", "GFDM")](info["gfdm"], encoders, info)
     return CoupledPolicy(restore_config(PolicyConfig, fields), encoders, forward)
 
-BUILDERS = dict(GFDM=_build_gfdm, DinoForward=_build_dino, GIDM=_build_gidm, AlignedGIDM=_build_aligned, PlainPolicy=_build_plain, BlindPolicy=_build_blind,
-                DirectPolicy=_build_direct, CoupledPolicy=_build_coupled) # class name -> how to build it
+_CLIP, _T5 = attrgetter("clip"), attrgetter("t5")
+
+BUILDERS = dict( # class name -> how to build it from (fields, encoders, info)
+    GFDM=_build(GFDM, GFDMConfig, _CLIP),
+    DinoForward=_build(DinoForward, DinoForwardConfig, _CLIP),
+    GIDM=_build(GIDM, GIDMConfig, _T5),
+    AlignedGIDM=_build(AlignedGIDM, AlignConfig, _T5),
+    PlainPolicy=_build(PlainPolicy, PlainConfig, lambda encoders: encoders),
+    BlindPolicy=_build(BlindPolicy, BlindConfig, lambda encoders: encoders),
+    DirectPolicy=_build(DirectPolicy, DirectConfig, lambda encoders: encoders),
+    CoupledPolicy=_build_coupled)
 POLICY_CLASSES = tuple(name for name in BUILDERS if name.endswith("Policy"))
 
+# %% ../../nbs/05_weights/01_load.ipynb #6c916a90
 def model_info(
     model, # a forward model, GIDM or a policy
     encoders, # `Encoders` that it works with
@@ -191,77 +239,97 @@ def model_info(
     "What a checkpoint must note so that `load_model` can build the model again."
     forward = getattr(model, "gfdm", None)
     noted = {} if forward is None else dict(gfdm=plain_config(forward.cfg))
-    if forward is not None and not isinstance(forward, GFDM): noted["forward"] = type(forward).__name__
+    if not isinstance(forward, (GFDM, type(None))): noted["forward"] = type(forward).__name__
     return dict(encoders=encoders.identity(), **noted, **more)
 
 # %% ../../nbs/05_weights/01_load.ipynb #84b874a6
-def _check_encoders(folder, about, encoders):
-    "Raise `ValueError` if the checkpoint was trained with others; encoders that are not loaded are not compared."
-    here = encoders.identity()
-    there = {name: digest for name, digest in about["info"].get("encoders", {}).items() if name in here}
-    if differ := differing_fields(there, here):
-        raise ValueError(f"{folder} was trained with other encoders (there -> here: {differ}): load those, or train again with these")
+_COUNTS = re.compile(r"(^|_)(blocks|depth|layers)$") # fields that say how many modules there are
 
-_COUNTS = re.compile(r"(^|_)(blocks|depth|layers)$") # fields that say how many modules a network has
+def _check_encoders(folder, about, encoders):
+    "Raise `ValueError` if the checkpoint was trained with others."
+    here = encoders.identity()
+    noted = about["info"].get("encoders", {})
+    there = {name: digest for name, digest in noted.items() if name in here}
+    if differ := differing_fields(there, here):
+        raise ValueError(f"{folder} was trained with other encoders (there -> here: {differ}): "
+                         "load those, or train again with these")
 
 def _shapes(folder, about): # name -> tensor without numbers, of what the file holds
-    with _refusing(path := checkpoint_file(folder, "model.safetensors")), safe_open(path, "pt") as f:
-        found = {k: torch.empty(f.get_slice(k).get_shape(), device="meta") for k in f.keys()}
-    return found | {second: found[first] for second, first in about["tied"].items()}
+    path = checkpoint_file(folder, "model.safetensors")
+    with _refusing(path), safe_open(path, "pt") as f:
+        shapes = {k: torch.empty(f.get_slice(k).get_shape(), device="meta") for k in f.keys()}
+    return shapes | {second: shapes[first] for second, first in about["tied"].items()}
 
 def _check_counts(folder, tree, most, name=""):
     "Raise `ValueError` before as many modules are built as a config may name."
-    if isinstance(tree, (dict, list)):
-        for key, value in tree.items() if isinstance(tree, dict) else ((name, v) for v in tree): _check_counts(folder, value, most, key)
+    if isinstance(tree, dict):
+        for key, value in tree.items(): _check_counts(folder, value, most, key)
+    elif isinstance(tree, list):
+        for value in tree: _check_counts(folder, value, most, name)
     elif isinstance(tree, (int, float)) and _COUNTS.search(name) and tree > most:
-        raise ValueError(f"{folder} has {name} {tree:g} in its config.json, and {most} tensors in its file: one of them is damaged; copy the checkpoint again, or train again")
+        raise ValueError(f"{folder} has {name} {tree:g} in its config.json, and {most} tensors in "
+                         "its file: one of them is damaged; copy the checkpoint again, "
+                         "or train again")
 
+# %% ../../nbs/05_weights/01_load.ipynb #a5fae5ce
 def _laid_out(folder, about, encoders, fields): # the model without numbers
     _check_counts(folder, [fields, about["info"].get("gfdm", {})], len(_shapes(folder, about)))
     build = partial(BUILDERS[about["class"]], fields, encoders, about["info"])
-    if about["class"] == "DirectPolicy": return build() # a Hugging Face encoder has tensors of its own that no checkpoint holds
+    # a Hugging Face encoder has tensors of its own that no checkpoint holds
+    if about["class"] == "DirectPolicy": return build()
     with suppress(RuntimeError), torch.device("meta"): return build()
     return build() # a quantiser's library computes with its numbers while it is built
 
 def _stored_scale_of(
     about:dict, # what `read_config` gives
 )->ActionScale|None: # None: actions are CALVIN's, or the model has none
-    "The bounds by which a policy's actions in [-1, 1] become its robot's: `policy.action_scale.undo(policy.act(batch))`."
-    if not (found := about["info"].get("action_scale")): return None
-    scale = restore_config(ActionScale, found)
+    "The bounds by which a policy's actions in [-1, 1] become its robot's."
+    if not (noted := about["info"].get("action_scale")): return None
+    scale = restore_config(ActionScale, noted)
     numbers = torch.tensor([*map(float, scale.low), *map(float, scale.high)])
-    if not numbers.isfinite().all(): raise ValueError(f"the checkpoint's action_scale is {scale.low} to {scale.high}, and an action in it is no number: train again, from data whose actions are finite")
+    if not numbers.isfinite().all():
+        raise ValueError(f"the checkpoint's action_scale is {scale.low} to {scale.high}, and an "
+                         "action in it is no number: train again, from data whose actions are "
+                         "finite")
     return scale
 
+def _check_class(folder, about, expect):
+    "Raise `ValueError` if a checkpoint holds another class."
+    if about["class"] not in expect:
+        raise ValueError(f"{folder} holds a {about['class']}; expected {' or '.join(expect)}: "
+                         "give the folder of such a checkpoint")
+
+# %% ../../nbs/05_weights/01_load.ipynb #031997b7
 def load_model(
     folder, # of a checkpoint
     encoders=None, # `Encoders`; None: those of its preset
     expect:tuple=tuple(BUILDERS), # names of the classes that will do
-    trained:bool=True, # False: the same model with random weights, always the same ones, for comparison
+    trained:bool=True, # False: the same model with random weights, always the same ones
     change:dict|None=None, # fields of its configuration to set otherwise
 ): # the model, in evaluation mode
     "The model that a checkpoint holds."
     about = read_config(folder)
-    if about["class"] not in expect:
-        raise ValueError(f"{folder} holds a {about['class']}; expected {' or '.join(expect)}: give the folder of such a checkpoint")
+    _check_class(folder, about, expect)
     encoders = encoders or load_encoders(about["info"].get("preset", "tiny"))
     _check_encoders(folder, about, encoders)
     fields = about["fields"] | (change or {})
     with torch.random.fork_rng():
-        if trained and about["class"] != "DirectPolicy": _check_fits(folder, about, _laid_out(folder, about, encoders, fields), None, _shapes(folder, about)) # before memory is taken
+        if trained and about["class"] != "DirectPolicy":
+            layout = _laid_out(folder, about, encoders, fields)
+            _check_fits(folder, about, layout, None, _shapes(folder, about))
         torch.manual_seed(0)
         model = BUILDERS[about["class"]](fields, encoders, about["info"])
-    if trained: load_checkpoint(folder, model, about["fields"]) # compared by its tensors: its fields are the checkpoint's
+    if trained: load_checkpoint(folder, model, about["fields"]) # compared by its tensors
     model.action_scale = _stored_scale_of(about)
     return model.eval()
 
+# %% ../../nbs/05_weights/01_load.ipynb #64d56b53
 def load_to_act(
     folder, # of a policy's checkpoint
 ): # the policy, in evaluation mode; it acts, and cannot be trained
-    "A policy of which only that is loaded which acting needs: no decoder of the VAE, no DINOv2 unless it looks through it, no GFDM beyond its features."
+    "A policy with what acting needs, and nothing else."
     about = read_config(folder)
-    if about["class"] not in POLICY_CLASSES:
-        raise ValueError(f"{folder} holds a {about['class']}; expected {' or '.join(POLICY_CLASSES)}: give the folder of such a checkpoint")
+    _check_class(folder, about, POLICY_CLASSES)
     verify(folder, ("model.safetensors",))
     forward, preset = about["info"].get("forward", "GFDM"), about["info"].get("preset", "tiny")
     encoders = load_acting_encoders(preset) if forward == "GFDM" else load_encoders(preset)
@@ -271,6 +339,7 @@ def load_to_act(
     model.action_scale = _stored_scale_of(about)
     return read_weights(model, [checkpoint_file(folder, "model.safetensors")]).eval()
 
+# %% ../../nbs/05_weights/01_load.ipynb #fa2699bc
 def is_finished(
     folder, # where a checkpoint may be
 )->bool: # whether there is one, and its training came to its end
@@ -282,9 +351,10 @@ def is_finished(
 def checkpoint_digest(
     folder, # of a checkpoint
 )->str: # 16 hex digits of SHA-256
-    "What identifies a checkpoint's weights."
+    "The digest of a checkpoint's weights."
     read_config(folder) # an error that says what is missing
-    return hashlib.sha256(checkpoint_file(folder, "model.safetensors").read_bytes()).hexdigest()[:16]
+    weights = checkpoint_file(folder, "model.safetensors").read_bytes()
+    return hashlib.sha256(weights).hexdigest()[:16]
 
 # %% ../../nbs/05_weights/01_load.ipynb #6208da0c
 def count_parameters(

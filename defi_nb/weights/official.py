@@ -26,72 +26,111 @@ from ..models.gidm import GIDM, GIDMConfig
 from ..models.policy import CoupledPolicy, PolicyConfig
 
 # %% ../../nbs/05_weights/02_official.ipynb #b0d2df03
-_POLICY_NAMES = {"lam.": "gidm.", "Video_Former.": "video_former.", "goal_emb.": "project.", "time_pos_emb": "time_pos_emb",
-                "model.inner_model.": "adapter."} # beginning of an official name -> of ours
-_UNUSED = tuple(f"model.inner_model.{name}" for name in ("pos_emb", "goal_emb.", "proprio_emb.")) # saved by the release, never used
-_FROZEN = ("TVP_encoder.text_encoder.", "language_goal.clip_rn50.", "lam.text_encoder.", "lam.dino_encoder.", "text_encoder.", "dino_encoder.") # stock encoders
+_POLICY_NAMES = { # beginning of an official name -> of ours
+    "lam.": "gidm.", "Video_Former.": "video_former.", "goal_emb.": "project.",
+    "time_pos_emb": "time_pos_emb", "model.inner_model.": "adapter."}
+_UNUSED = tuple(f"model.inner_model.{name}" for name in ("pos_emb", "goal_emb.", "proprio_emb."))
+_FROZEN = ("TVP_encoder.text_encoder.", "language_goal.clip_rn50.", "lam.text_encoder.",
+           "lam.dino_encoder.", "text_encoder.", "dino_encoder.") # stock encoders
 
 @dataclass(repr=False)
 class Official:
     "A checkpoint's tensors by their official names, sorted."
     source:str # the file, or "the state dict"
     tensors:dict # name -> tensor that our models use
-    unused:dict = field(default_factory=dict) # name -> tensor that the release saves and never uses
+    unused:dict = field(default_factory=dict) # name -> tensor that the release never uses
     frozen:dict = field(default_factory=dict) # name -> tensor of a stock encoder
 
     def _repr_markdown_(self):
-        rows = [(part, len(named), sum(t.numel() for t in named.values()), ", ".join(sorted({n.split(".")[0] for n in named})))
-                for part in ("tensors", "unused", "frozen") if (named := getattr(self, part))]
-        return "\n".join([f"{self.source}\n", "| | tensors | numbers | of |", "| --- | --- | --- | --- |", *(f"| {a} | {b:,} | {c:,} | {d} |" for a, b, c, d in rows)])
+        rows = ["| | tensors | numbers | of |", "| --- | --- | --- | --- |"]
+        for part in ("tensors", "unused", "frozen"):
+            if not (named := getattr(self, part)): continue
+            size = sum(t.numel() for t in named.values())
+            of = sorted({n.split(".")[0] for n in named})
+            rows.append(f"| {part} | {len(named):,} | {size:,} | {', '.join(of)} |")
+        return "\n".join([f"{self.source}\n", *rows])
 
 # %% ../../nbs/05_weights/02_official.ipynb #0d63ba8d
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"} # parts of names
-_OUTER = {"model", "net", "network", "ema", "ema_model", "model_ema", "averaged_model", "policy"} # of training modules, before all names
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_OUTER = {"model", "net", "network", "ema", "ema_model", "model_ema", "averaged_model", "policy"}
 _COUNTERS = "n_averaged", "initted", "step" # of averaged models, with their weights
-_ALWAYS = "Video_Former.latents", "action_latent" # every policy has the first, every GIDM the second
+_ALWAYS = "Video_Former.latents", "action_latent" # in every policy, in every GIDM
 
-def _unwrapped(tensors, source):
-    "The tensors by the names that they have without wrappers; and which copy that is, empty where there is one."
-    bare = {".".join(part for part in n.split(".") if part not in _WRAPPERS): t for n, t in tensors.items()}
-    if len(bare) < len(tensors): raise ValueError(f"{source} holds parameters twice, with and without a wrapper's name: give the state dict of one model")
-    bare = {n: t for n, t in bare.items() if n not in _COUNTERS or t.numel() != 1}
+def _bare(tensors, source):
+    "The tensors by names without wrappers, and without the counters of averages."
+    names = {n: ".".join(part for part in n.split(".") if part not in _WRAPPERS) for n in tensors}
+    bare = {names[n]: t for n, t in tensors.items()}
+    if len(bare) < len(tensors):
+        raise ValueError(f"{source} holds parameters twice, with and without a wrapper's name: "
+                         "give the state dict of one model")
+    return {n: t for n, t in bare.items() if n not in _COUNTERS or t.numel() != 1}
+
+def _starts(bare):
+    "What stands before the names of each copy of the model, the averaged one first."
     always = next((a for a in _ALWAYS if any(f".{n}".endswith(f".{a}") for n in bare)), None)
-    if always is None: return bare, ""
+    if always is None: return []
     starts = [n.removesuffix(always) for n in bare if f".{n}".endswith(f".{always}")]
-    running = lambda start: "ema" not in re.split(r"\W|_", start.lower())
     starts = {s.removesuffix("lam.") if f".{s}".endswith(".lam.") else s for s in starts}
-    start, *others = starts = sorted(starts, key=lambda start: (running(start), start))
+    return sorted(starts, key=lambda start: (_is_running(start), start))
+
+def _is_running(start): return "ema" not in re.split(r"\W|_", start.lower())
+
+# %% ../../nbs/05_weights/02_official.ipynb #29737bae
+def _unwrapped(tensors, source):
+    "The tensors by their names without wrappers; and which copy it is, \"\" where there is one."
+    bare = _bare(tensors, source)
+    if not (starts := _starts(bare)): return bare, ""
+    start, *others = starts
     rest = [n for n in bare if not n.startswith((start, *_FROZEN))]
-    if rest and not others and not _OUTER.issuperset(start.split(".")[:-1]): return bare, "" # no wrapper, but part of another model
-    if others and running(start):
-        raise ValueError(f"{source} holds {len(starts)} models, under {', '.join(s or 'no prefix' for s in starts)}: give the state dict of one")
+    part_of_another = rest and not _OUTER.issuperset(start.split(".")[:-1])
+    if part_of_another and not others: return bare, "" # what stands before it is no wrapper
+    if others and _is_running(start):
+        under = ", ".join(s or "no prefix" for s in starts)
+        raise ValueError(f"{source} holds {len(starts)} models, under {under}: "
+                         "give the state dict of one")
     kept = {n.removeprefix(start): t for n, t in bare.items() if n.startswith(start) or not others}
     return kept, f" ({start})" if others else ""
 
 def read_official(
-    source, # path of a file, a state dict, or a dict that holds one under `state_dict` or `model`
+    source, # path of a file; a state dict; or a dict with one under `state_dict` or `model`
 )->Official:
-    "An official checkpoint, sorted."
+    "Sort the tensors of an official checkpoint."
     if isinstance(source, str | os.PathLike): name, tensors = str(source), read_tensors(source)
     else:
         name = "the state dict"
         try: tensors = state_of(source)
-        except ValueError as e: raise ValueError(f"{name} cannot be loaded: {e}: give a path, or parameter names with their tensors") from None
+        except ValueError as e:
+            raise ValueError(f"{name} cannot be loaded: {e}: give a path, or parameter names with "
+                             "their tensors") from None
     tensors, copy = _unwrapped(tensors, name)
     unused = {n: t for n, t in tensors.items() if n.startswith(_UNUSED)}
     frozen = {n: t for n, t in tensors.items() if n.startswith(_FROZEN)}
-    return Official(name + copy, {n: t for n, t in tensors.items() if n not in unused and n not in frozen}, unused, frozen)
+    used = {n: t for n, t in tensors.items() if n not in unused and n not in frozen}
+    return Official(name + copy, used, unused, frozen)
 
 # %% ../../nbs/05_weights/02_official.ipynb #71bde7e0
 OURS = ("vq.usage",) # in our state dict, in no official file: the running use of the codes
 
 def _listed(named, most=5): # {name: text}
     "The first few of what does not fit."
-    lines = [f"{' '.join(name.split())[:100]} {text}" for name, text in sorted(named.items())] # names may be anything
-    return ", ".join(lines[:most]) + (f" and {len(lines) - most} more" if len(lines) > most else "")
+    short = lambda name: " ".join(name.split())[:100] # names may be anything
+    lines = [f"{short(name)} {text}" for name, text in sorted(named.items())]
+    more = f" and {len(lines) - most} more" if len(lines) > most else ""
+    return ", ".join(lines[:most]) + more
 
 def _shape(t): return "x".join(map(str, t.shape)) or "scalar"
 
+def _misfits(expected, given): # name -> tensor, both
+    "What does not fit, as {what: {name: text}}."
+    both = [n for n in expected if n in given]
+    return {"missing": {n: _shape(t) for n, t in expected.items() if n not in given},
+            "unexpected": {n: _shape(t) for n, t in given.items() if n not in expected},
+            "of another shape": {n: f"{_shape(given[n])}, not {_shape(expected[n])}" for n in both
+                                 if given[n].shape != expected[n].shape},
+            "not floating point": {n: str(t.dtype) for n, t in given.items()
+                                   if not t.is_floating_point()}}
+
+# %% ../../nbs/05_weights/02_official.ipynb #0c6e4146
 def filled(
     make, # function that builds the model
     given:dict, # official name -> tensor
@@ -99,31 +138,39 @@ def filled(
     official=lambda name: name, # function of our name that returns the official one
 )->nn.Module: # in evaluation mode
     "A model with given weights; every parameter must have its own, and none may be left over."
-    with torch.device("meta"): expected = {official(n): t for n, t in make().state_dict().items() if not n.endswith(OURS)}
-    wrong = {"missing": {n: _shape(t) for n, t in expected.items() if n not in given},
-             "unexpected": {n: _shape(t) for n, t in given.items() if n not in expected},
-             "of another shape": {n: f"{_shape(given[n])}, not {_shape(t)}" for n, t in expected.items() if n in given and given[n].shape != t.shape},
-             "not floating point": {n: str(t.dtype) for n, t in given.items() if not t.is_floating_point()}}
-    if any(wrong.values()):
-        listed = "; ".join(f"{len(named)} {what}: {_listed(named)}" for what, named in wrong.items() if named)
-        raise ValueError(f"{source} does not fit ({listed}): it is another model's file, or its names were changed")
+    with torch.device("meta"): state = make().state_dict()
+    expected = {official(n): t for n, t in state.items() if not n.endswith(OURS)}
+    wrong = {what: named for what, named in _misfits(expected, given).items() if named}
+    if wrong:
+        listed = "; ".join(f"{len(n)} {what}: {_listed(n)}" for what, n in wrong.items())
+        raise ValueError(f"{source} does not fit ({listed}): it is another model's file, "
+                         "or its names were changed")
     model = make()
     own = {n: given[official(n)].float() for n in model.state_dict() if not n.endswith(OURS)}
     model.load_state_dict(own, strict=False) # what is ours alone stays as built
     return model.eval()
 
+# %% ../../nbs/05_weights/02_official.ipynb #9a7d6727
 def _size(tensors, name, axis, axes, source):
     "One size of one of the tensors that tell a model's sizes."
-    if name not in tensors: raise ValueError(f"{source} has no {name}, which every such model has: it is another model's file, or its names were changed")
-    if tensors[name].ndim != axes or not tensors[name].numel(): raise ValueError(f"{source}: {name} has shape {_shape(tensors[name])}, where {axes} axes are expected")
+    if name not in tensors:
+        raise ValueError(f"{source} has no {name}, which every such model has: it is another "
+                         "model's file, or its names were changed")
+    if tensors[name].ndim != axes or not tensors[name].numel():
+        raise ValueError(f"{source}: {name} has shape {_shape(tensors[name])}, "
+                         f"where {axes} axes are expected")
     return tensors[name].shape[axis]
 
 def _heads(width, of_one, what):
     "How many heads of a given width there are."
-    if width % of_one: raise ValueError(f"{what} is {width} wide, no multiple of the {of_one} of an official head: this is no official model")
+    if width % of_one:
+        raise ValueError(f"{what} is {width} wide, no multiple of the {of_one} of an official "
+                         "head: this is no official model")
     return width//of_one
 
-def _blocks(tensors, start): return len({n.removeprefix(start).split(".")[0] for n in tensors if n.startswith(start)})
+def _blocks(tensors, start):
+    "How many blocks have names that begin so."
+    return len({n.removeprefix(start).split(".")[0] for n in tensors if n.startswith(start)})
 
 # %% ../../nbs/05_weights/02_official.ipynb #9d6fafe9
 _DECODER = ("patch_up.", "decoder.") # of GIDM; a policy does not need it
@@ -137,119 +184,164 @@ def _gidm_config(
     "The sizes of a GIDM, read from its tensors."
     size = lambda name, axis, axes=2: _size(tensors, prefix + name, axis, axes, source)
     dim = size("encoder.ffn.1.weight", 0)
-    return replace(like or GIDMConfig.paper(), in_dim=size("action_latent", 3, 4), dim=dim, heads=_heads(dim, 64, "GIDM"), queries=size("action_latent", 2, 4),
-                   enc_blocks=_blocks(tensors, f"{prefix}encoder.transformer_blocks."), dec_blocks=_blocks(tensors, f"{prefix}decoder.transformer_blocks."),
-                   codes=size("vq.codebook.weight", 0), code_dim=size("vq.codebook.weight", 1), text_dim=size("lang_proj.weight", 1))
+    blocks = lambda part: _blocks(tensors, f"{prefix}{part}.transformer_blocks.")
+    return replace(
+        like or GIDMConfig.paper(), in_dim=size("action_latent", 3, 4), dim=dim,
+        heads=_heads(dim, 64, "GIDM"), queries=size("action_latent", 2, 4),
+        enc_blocks=blocks("encoder"), dec_blocks=blocks("decoder"),
+        codes=size("vq.codebook.weight", 0), code_dim=size("vq.codebook.weight", 1),
+        text_dim=size("lang_proj.weight", 1))
 
+# %% ../../nbs/05_weights/02_official.ipynb #fd557bf0
 def load_gidm(
-    state_dict_or_path, # of a stage-2 file of DeFI or a stage-1 file of UniVLA, or the state dict itself
-    enc_blocks:int|None=None, # blocks of the encoder that the file must have; None: as many as it has
+    state_dict_or_path, # of a stage-2 file of DeFI or a stage-1 file of UniVLA, or its state dict
+    enc_blocks:int|None=None, # that the file's encoder must have; None: as many as it has
     dec_blocks:int|None=None, # likewise of the decoder; 0: without it, whatever the file has
 )->GIDM: # in evaluation mode
     "The official GIDM."
-    found = read_official(state_dict_or_path)
-    if any(n.startswith("Video_Former.") for n in found.tensors): raise ValueError(f"{found.source} is a policy's: use load_policy, whose `gidm` is its GIDM")
-    prefix = "lam." if any(n.startswith("lam.") for n in found.tensors) else ""
+    official = read_official(state_dict_or_path)
+    if any(n.startswith("Video_Former.") for n in official.tensors):
+        raise ValueError(f"{official.source} is a policy's: use load_policy, "
+                         "whose `gidm` is its GIDM")
+    prefix = "lam." if any(n.startswith("lam.") for n in official.tensors) else ""
     dropped = tuple(prefix + name for name in _DECODER) if dec_blocks == 0 else ()
-    tensors = {n: t for n, t in found.tensors.items() if not n.startswith(dropped)}
-    cfg = _gidm_config(tensors, prefix, found.source)
-    for name, asked in dict(enc_blocks=enc_blocks, dec_blocks=dec_blocks).items():
-        if asked is not None and asked != (has := getattr(cfg, name)): raise ValueError(f"{found.source} has {name}={has}, not {asked}: leave {name} out, and the file decides")
-    return filled(lambda: GIDM(cfg), tensors, found.source, lambda name: prefix + name)
+    tensors = {n: t for n, t in official.tensors.items() if not n.startswith(dropped)}
+    cfg = _gidm_config(tensors, prefix, official.source)
+    for name, wanted in dict(enc_blocks=enc_blocks, dec_blocks=dec_blocks).items():
+        if wanted is not None and wanted != (has := getattr(cfg, name)):
+            raise ValueError(f"{official.source} has {name}={has}, not {wanted}: "
+                             f"leave {name} out, and the file decides")
+    return filled(lambda: GIDM(cfg), tensors, official.source, lambda name: prefix + name)
 
 # %% ../../nbs/05_weights/02_official.ipynb #5f9d44ac
-_INVERSE = ("lam.", "goal_emb.", "time_pos_emb", "model.inner_model.tok_emb_token.") # what a policy with GIDM has beyond VPP's
+_INVERSE = ("lam.", "goal_emb.", "time_pos_emb", "model.inner_model.tok_emb_token.") # not in VPP's
+
+def _adapter_config(tensors, size, coupled): # `size(name, axis)` of a tensor
+    "The sizes of the action adapter, read from its tensors."
+    inner = "model.inner_model."
+    dim = size(f"{inner}tok_emb.weight", 0)
+    return replace(
+        AdapterConfig.paper(), dim=dim, heads=_heads(dim, 48, "the adapter"),
+        video_dim=size(f"{inner}tok_emb.weight", 1),
+        goal_dim=size(f"{inner}lang_emb.0.weight", 1),
+        goal_hidden=size(f"{inner}lang_emb.0.weight", 0),
+        latent_dim=size(f"{inner}tok_emb_token.weight", 1) if coupled else 0,
+        enc_blocks=_blocks(tensors, f"{inner}encoder.blocks."),
+        dec_blocks=_blocks(tensors, f"{inner}decoder.blocks."))
 
 def _policy_config(
     tensors:dict, # official name -> tensor
     source:str="the state dict", # where they come from, for the error
 )->PolicyConfig: # without GIDM, `adapter.latent_dim` is 0
     "The sizes of a policy, read from its tensors; the behaviour is the release's."
-    former, inner = "Video_Former.", "model.inner_model."
+    former, coupled = "Video_Former.", any(n.startswith(_INVERSE) for n in tensors)
     size = lambda name, axis, axes=2: _size(tensors, name, axis, axes, source)
     frames, queries, width = (size(f"{former}latents", axis, 3) for axis in range(3))
-    dim, coupled = size(f"{inner}tok_emb.weight", 0), any(n.startswith(_INVERSE) for n in tensors)
-    adapter = replace(AdapterConfig.paper(), dim=dim, heads=_heads(dim, 48, "the adapter"), video_dim=size(f"{inner}tok_emb.weight", 1),
-                      goal_dim=size(f"{inner}lang_emb.0.weight", 1), goal_hidden=size(f"{inner}lang_emb.0.weight", 0),
-                      latent_dim=size(f"{inner}tok_emb_token.weight", 1) if coupled else 0,
-                      enc_blocks=_blocks(tensors, f"{inner}encoder.blocks."), dec_blocks=_blocks(tensors, f"{inner}decoder.blocks."))
-    cfg = replace(PolicyConfig.paper(), spec=replace(DataSpec.paper(), frames=frames), frames=tuple(range(frames)), adapter=adapter,
-                  feature_dim=size(f"{former}goal_emb.0.weight", 1), former_dim=width, former_depth=_blocks(tensors, f"{former}layers."), former_queries=queries,
-                  former_heads=_heads(size(f"{former}layers.0.0.to_q.weight", 0), 64, "the Video Former"), former_hidden=size(f"{former}goal_emb.0.weight", 0))
+    adapter = _adapter_config(tensors, size, coupled)
+    cfg = replace(
+        PolicyConfig.paper(), spec=replace(DataSpec.paper(), frames=frames),
+        frames=tuple(range(frames)), adapter=adapter,
+        feature_dim=size(f"{former}goal_emb.0.weight", 1), former_dim=width,
+        former_depth=_blocks(tensors, f"{former}layers."), former_queries=queries,
+        former_heads=_heads(size(f"{former}layers.0.0.to_q.weight", 0), 64, "the Video Former"),
+        former_hidden=size(f"{former}goal_emb.0.weight", 0))
     if not coupled: return cfg.without_gidm()
-    return replace(cfg, project_hidden=size("goal_emb.0.weight", 0), gidm=replace(_gidm_config(tensors, "lam.", source, cfg.gidm), dec_blocks=0))
+    gidm = replace(_gidm_config(tensors, "lam.", source, cfg.gidm), dec_blocks=0)
+    return replace(cfg, project_hidden=size("goal_emb.0.weight", 0), gidm=gidm)
 
+# %% ../../nbs/05_weights/02_official.ipynb #415fe927
 def official_name(
     name:str, # of a policy's parameter, ours
 )->str:
-    "The release's name of it."
-    return next((theirs + name.removeprefix(ours) for theirs, ours in _POLICY_NAMES.items() if name.startswith(ours)), name)
+    "The release's name of a parameter."
+    for theirs, ours in _POLICY_NAMES.items():
+        if name.startswith(ours): return theirs + name.removeprefix(ours)
+    return name
 
 def load_policy(
-    state_dict_or_path, # of a stage-3 file of DeFI or a policy of VPP, or the state dict itself
+    state_dict_or_path, # of a stage-3 file of DeFI or a policy of VPP, or its state dict
     gfdm:nn.Module|None=None, # forward model, frozen; None: features are given to `condition`
 )->CoupledPolicy: # in evaluation mode, `encoders` not set; without GIDM if the file has none
     "The official policy."
-    found = read_official(state_dict_or_path)
-    if not any(n.startswith("Video_Former.") for n in found.tensors) and any(n.removeprefix("lam.") == "action_latent" for n in found.tensors):
-        raise ValueError(f"{found.source} is a GIDM's: use load_gidm, and CoupledPolicy.start_from to begin with it")
-    cfg = _policy_config(found.tensors, found.source)
-    policy = filled(lambda: CoupledPolicy(cfg, None), found.tensors, found.source, official_name)
-    policy.official_unused = {n: t.clone() for n, t in found.unused.items()} # for the export
+    official = read_official(state_dict_or_path)
+    names = official.tensors
+    is_gidm = any(n.removeprefix("lam.") == "action_latent" for n in names)
+    if is_gidm and not any(n.startswith("Video_Former.") for n in names):
+        raise ValueError(f"{official.source} is a GIDM's: use load_gidm, "
+                         "and CoupledPolicy.start_from to begin with it")
+    cfg = _policy_config(official.tensors, official.source)
+    make = lambda: CoupledPolicy(cfg, None)
+    policy = filled(make, official.tensors, official.source, official_name)
+    policy.official_unused = {n: t.clone() for n, t in official.unused.items()} # for the export
     if gfdm is not None: policy.gfdm = gfdm.requires_grad_(False).eval()
     return policy
 
 # %% ../../nbs/05_weights/02_official.ipynb #c52ee6b6
-FREE = {"drops", "init_std", "sigma_low", "sigma_high", "steps", "sample_low", "chunk", "commitment", "restart_below", "views", "text_mask", "texts",
-        "vq_weight", "train", "projection_frozen", "image_size", "frame_stride", "text_tokens"} # fields that a file need not hold: training, sampling and the data read them
+FREE = { # fields that a file need not hold: training, sampling and the data read them
+    "drops", "init_std", "sigma_low", "sigma_high", "steps", "sample_low", "chunk", "commitment",
+    "restart_below", "views", "text_mask", "texts", "vq_weight", "train", "projection_frozen",
+    "image_size", "frame_stride", "text_tokens"}
 
 def _differing(here, there, prefix=""):
-    "Fields in which two configs differ, as text."
-    pairs = [(f"{prefix}{f.name}", getattr(here, f.name), getattr(there, f.name)) for f in fields(here) if f.name not in FREE]
-    inside = [type(a) is type(b) and is_dataclass(a) for _, a, b in pairs]
-    deeper = [text for (name, a, b), deep in zip(pairs, inside) if deep for text in _differing(a, b, f"{name}.")]
-    return deeper + [f"{name} is {a!r}, not {b!r}" for (name, a, b), deep in zip(pairs, inside) if not deep and a != b]
+    "Fields in which two configs differ, as text; nested ones first."
+    nested, plain = [], []
+    for f in fields(here):
+        if f.name in FREE: continue
+        name, a, b = f"{prefix}{f.name}", getattr(here, f.name), getattr(there, f.name)
+        if type(a) is type(b) and is_dataclass(a): nested += _differing(a, b, f"{name}.")
+        elif a != b: plain.append(f"{name} is {a!r}, not {b!r}")
+    return nested + plain
 
 def _save(tensors, path, key):
     "Write tensors, all or nothing."
     path = Path(path)
     if not path.parent.is_dir(): raise ValueError(f"{path.parent} is no folder: make it first")
-    tensors, part = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, path.with_name(f".{path.name}.part")
+    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+    part = path.with_name(f".{path.name}.part")
     if path.suffix in (".pt", ".pth", ".ckpt"): torch.save({key: tensors}, part)
     else: save_file(tensors, part)
     os.replace(part, path)
 
+# %% ../../nbs/05_weights/02_official.ipynb #385044bf
+_ELSE = "the release would compute something else from these weights ({}): build the {}"
+
 def export_policy(
     policy:CoupledPolicy, # with or without GIDM
-    path, # of the file: safetensors, or if it ends in .pt, .pth or .ckpt what torch.save makes of {"model": tensors}
+    path, # of the file: safetensors, or {"model": tensors} of torch.save in .pt, .pth, .ckpt
 ):
     "Write a policy under the release's names, without GFDM and encoders."
-    names = ("present", "feature_norm", "latent_positions", *(["latents"] if policy.gidm is not None else []))
+    names = ("present", "feature_norm", "latent_positions")
+    if policy.gidm is not None: names += ("latents",)
     pairs = [(n, getattr(policy.cfg, n), getattr(PolicyConfig, n)) for n in names]
     if added := [f"{n} is {a!r}, not {b!r}" for n, a, b in pairs if a != b]:
-        raise ValueError(f"the release has no place for what this policy adds ({'; '.join(added)}): "
-                         "build it with PolicyConfig.paper()'s values there")
-    ours = {n: t for n, t in policy.state_dict().items() if not n.startswith("gfdm.") and not n.endswith(OURS)}
-    tensors = {official_name(n): t for n, t in ours.items()}
+        raise ValueError("the release has no place for what this policy adds "
+                         f"({'; '.join(added)}): build it with PolicyConfig.paper()'s values there")
+    state = policy.state_dict()
+    ours = [n for n in state if not n.startswith("gfdm.") and not n.endswith(OURS)]
+    tensors = {official_name(n): state[n] for n in ours}
     if differ := _differing(policy.cfg, _policy_config(tensors, "this policy")):
-        raise ValueError(f"the release would compute something else from these weights ({'; '.join(differ[:5])}): build the policy with PolicyConfig.paper()'s values there")
+        build = "policy with PolicyConfig.paper()'s values there"
+        raise ValueError(_ELSE.format("; ".join(differ[:5]), build))
     _save(tensors | getattr(policy, "official_unused", {}), path, "model")
 
 def export_gidm(
     gidm:GIDM, # with or without decoder
-    path, # of the file: safetensors, or if it ends in .pt, .pth or .ckpt what torch.save makes of {"state_dict": tensors}
+    path, # of the file: safetensors, or {"state_dict": tensors} of torch.save in .pt, .pth, .ckpt
 ):
     "Write a GIDM under the release's names, as the release's third stage reads it."
     tensors = {f"lam.{n}": t for n, t in gidm.state_dict().items() if not n.endswith(OURS)}
     if differ := _differing(gidm.cfg, _gidm_config(tensors, "lam.", "this GIDM")):
-        raise ValueError(f"the release would compute something else from these weights ({'; '.join(differ)}): build the GIDM with heads 64 wide")
+        raise ValueError(_ELSE.format("; ".join(differ), "GIDM with heads 64 wide"))
     _save(tensors, path, "state_dict")
 
 # %% ../../nbs/05_weights/02_official.ipynb #6294d96d
-_SCHEDULE = dict(prediction_type="v_prediction", use_karras_sigmas=True, timestep_type="continuous", sigma_min=.002) # what GFDM can follow
+_SCHEDULE = dict(prediction_type="v_prediction", use_karras_sigmas=True,
+                 timestep_type="continuous", sigma_min=.002) # what GFDM can follow
 
 def _json(path):
-    if not path.is_file(): raise FileNotFoundError(f"{path} is missing: give a folder that diffusers' save_pretrained wrote")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: give a folder that diffusers' "
+                                "save_pretrained wrote")
     try: return json.loads(path.read_text())
     except ValueError: raise ValueError(f"{path} is not JSON: download it again") from None
 
@@ -259,33 +351,54 @@ def from_folder(
 )->nn.Module:
     "A diffusers module from a folder with config.json and all its weights."
     if isinstance(given, nn.Module): return given
-    if not isinstance(given, str | os.PathLike): raise ValueError(f"a {kind} is needed, got {given!r}: give the module or its folder")
+    if not isinstance(given, str | os.PathLike):
+        raise ValueError(f"a {kind} is needed, got {given!r}: give the module or its folder")
     import diffusers
     folder, cls = Path(given), getattr(diffusers, kind)
     config = _json(folder/"config.json")
-    if config.get("_class_name") != kind: raise ValueError(f"{folder} holds a {config.get('_class_name')}, not a {kind}: give the folder of a {kind}")
+    if (of := config.get("_class_name")) != kind:
+        raise ValueError(f"{folder} holds a {of}, not a {kind}: give the folder of a {kind}")
     tensors = {n: t for file in weight_files(folder) for n, t in read_tensors(file).items()}
     def make(): # nothing is drawn: all of it is in the file
         with torch.device("meta"): model = cls.from_config(config)
         return model.to_empty(device="cpu")
     return filled(make, tensors, str(folder))
 
+# %% ../../nbs/05_weights/02_official.ipynb #ddf4e2d4
 def _gfdm_config(
     unet:dict, # configuration of a UNetSpatioTemporalConditionModel
     vae:dict, # of an AutoencoderKLTemporalDecoder
     scheduler:dict, # of an EulerDiscreteScheduler
     frames:int=16, # T, the present frame included
-    size:int=256, # height and width of the pictures, pixels
+    size:int=256, # height and width of the frames, pixels
 )->GFDMConfig:
     "A GFDM's configuration from those of its parts; the behaviour is the release's."
-    if wrong := [f"{k}={scheduler.get(k)!r}, not {v!r}" for k, v in _SCHEDULE.items() if scheduler.get(k) != v]:
-        raise ValueError(f"the scheduler has {', '.join(wrong)}: GFDM needs one like Stable Video Diffusion's")
-    if vae["latent_channels"] != unet["out_channels"]: raise ValueError(f"the VAE has {vae['latent_channels']} channels, the UNet {unet['out_channels']}: take both from one pipeline")
-    levels, heads = len(unet["block_out_channels"]), unet["num_attention_heads"]
-    return replace(GFDMConfig.paper(), latent_channels=vae["latent_channels"], scaling_factor=vae["scaling_factor"], latent_size=size//2**(len(vae["block_out_channels"]) - 1),
-                   frames=frames, widths=tuple(unet["block_out_channels"]), attention=tuple(kind.startswith("CrossAttn") for kind in unet["down_block_types"]),
-                   heads=(heads,)*levels if isinstance(heads, int) else tuple(heads), layers=unet["layers_per_block"], text_dim=unet["cross_attention_dim"]//2,
-                   id_dim=unet["addition_time_embed_dim"], extract_sigma=float(scheduler["sigma_max"]))
+    wrong = {k: v for k, v in _SCHEDULE.items() if scheduler.get(k) != v}
+    if wrong:
+        listed = ", ".join(f"{k}={scheduler.get(k)!r}, not {v!r}" for k, v in wrong.items())
+        raise ValueError(f"the scheduler has {listed}: "
+                         "GFDM needs one like Stable Video Diffusion's")
+    if vae["latent_channels"] != unet["out_channels"]:
+        raise ValueError(f"the VAE has {vae['latent_channels']} channels, the UNet "
+                         f"{unet['out_channels']}: take both from one pipeline")
+    widths, heads = tuple(unet["block_out_channels"]), unet["num_attention_heads"]
+    heads = (heads,)*len(widths) if isinstance(heads, int) else tuple(heads)
+    attention = tuple(kind.startswith("CrossAttn") for kind in unet["down_block_types"])
+    return replace(
+        GFDMConfig.paper(), latent_channels=vae["latent_channels"], frames=frames, widths=widths,
+        scaling_factor=vae["scaling_factor"], attention=attention, heads=heads,
+        latent_size=size//2**(len(vae["block_out_channels"]) - 1), layers=unet["layers_per_block"],
+        text_dim=unet["cross_attention_dim"]//2, id_dim=unet["addition_time_embed_dim"],
+        extract_sigma=float(scheduler["sigma_max"]))
+
+# %% ../../nbs/05_weights/02_official.ipynb #94f3047a
+def _check_unet(ours, given):
+    "Raise `ValueError` if a UNet has other tensors than ours."
+    ours, given = ({n: _shape(t) for n, t in m.state_dict().items()} for m in (ours, given))
+    differ = {n: given.get(n, "missing") for n in {**ours, **given} if ours.get(n) != given.get(n)}
+    if differ:
+        raise ValueError("this UNet is built otherwise than Stable Video Diffusion's: "
+                         f"{_listed(differ)}")
 
 def load_gfdm(
     unet, # diffusers' module or its folder; or the folder of a whole pipeline
@@ -293,17 +406,22 @@ def load_gfdm(
     scheduler=None, # likewise
     clip=None, # `models.encoders.ClipTextEncoder`; needed where text comes as strings
     frames:int=16, # T, the present frame included
-    size:int=256, # height and width of the pictures, pixels
+    size:int=256, # height and width of the frames, pixels
 )->GFDM: # in evaluation mode, on the UNet's device
     "GFDM around an official UNet, which it takes as it is."
-    if isinstance(unet, str | os.PathLike) and (pipeline := Path(unet)).joinpath("unet").is_dir():
-        unet, vae, scheduler = (pipeline/name if part is None else part for name, part in dict(unet=None, vae=vae, scheduler=scheduler).items())
-    unet, vae = from_folder(unet, "UNetSpatioTemporalConditionModel"), from_folder(vae, "AutoencoderKLTemporalDecoder")
-    if isinstance(scheduler, str | os.PathLike): scheduler = _json(Path(scheduler)/"scheduler_config.json")
-    if scheduler is None: raise ValueError("a scheduler is needed: give diffusers' EulerDiscreteScheduler, its configuration, or its folder")
-    cfg = _gfdm_config(unet.config, vae.config, getattr(scheduler, "config", scheduler), frames, size)
+    is_path = lambda x: isinstance(x, str | os.PathLike)
+    if is_path(unet) and (pipeline := Path(unet)).joinpath("unet").is_dir():
+        unet, vae = pipeline/"unet", pipeline/"vae" if vae is None else vae
+        scheduler = pipeline/"scheduler" if scheduler is None else scheduler
+    unet = from_folder(unet, "UNetSpatioTemporalConditionModel")
+    vae = from_folder(vae, "AutoencoderKLTemporalDecoder")
+    if is_path(scheduler): scheduler = _json(Path(scheduler)/"scheduler_config.json")
+    if scheduler is None:
+        raise ValueError("a scheduler is needed: give diffusers' EulerDiscreteScheduler, "
+                         "its configuration, or its folder")
+    schedule = getattr(scheduler, "config", scheduler)
+    cfg = _gfdm_config(unet.config, vae.config, schedule, frames, size)
     with torch.device("meta"): gfdm = GFDM(cfg, clip, VAE(vae))
-    here, given = ({n: _shape(t) for n, t in model.state_dict().items()} for model in (gfdm.unet, unet))
-    if here != given: raise ValueError(f"this UNet is built otherwise than Stable Video Diffusion's: {_listed({n: given.get(n, 'missing') for n in {**here, **given} if here.get(n) != given.get(n)})}")
+    _check_unet(gfdm.unet, unet)
     gfdm.unet, gfdm.noise = unet, gfdm.noise.to(unet.device, unet.dtype)
     return gfdm.eval()

@@ -16,13 +16,17 @@ from .checkpoint import model_state, read_config, save_checkpoint
 from .load import count_parameters, load_model
 
 # %% ../../nbs/05_weights/04_zoo.ipynb #zoo00006
-ZOO = dict(gfdm="the forward dynamics model", gidm="the inverse dynamics model", coupled="a coupled policy") # kind -> what it is
+ZOO = dict( # kind -> what it is
+    gfdm="the forward dynamics model", gidm="the inverse dynamics model",
+    coupled="a coupled policy")
 
 def zoo_folder(
     kind:str, # one of `ZOO`
 )->Path: # folder of a checkpoint, whether it is there or not
-    "Where a model that comes with the package lies."
-    if kind not in ZOO: raise ValueError(f"no {kind!r} comes with the package: choose {', '.join(ZOO)}, or give the folder of a checkpoint")
+    "The folder of a model that comes with the package."
+    if kind not in ZOO:
+        raise ValueError(f"no {kind!r} comes with the package: choose {', '.join(ZOO)}, "
+                         "or give the folder of a checkpoint")
     return Path(defi_nb.__file__).parent/"assets/zoo"/kind
 
 # %% ../../nbs/05_weights/04_zoo.ipynb #zoo00009
@@ -40,7 +44,8 @@ def in_half(
     "Weights in half precision; whole numbers and flags stay as they are."
     halves = {n: t.half() if t.dtype == torch.float32 else t for n, t in tensors.items()}
     if lost := [n for n, t in halves.items() if t.is_floating_point() and not t.isfinite().all()]:
-        raise ValueError(f"{lost[0]} has values beyond half precision's 65504, or not finite ones: it cannot be shipped so")
+        raise ValueError(f"{lost[0]} has values beyond half precision's 65504, or not finite ones: "
+                         "it cannot be shipped so")
     return halves
 
 # %% ../../nbs/05_weights/04_zoo.ipynb #zoo0000e
@@ -56,21 +61,7 @@ def ship(
     return load_model(to, encoders)
 
 # %% ../../nbs/05_weights/04_zoo.ipynb #zoo00013
-def model_card(
-    folder, # of a shipped checkpoint
-    summary:str, # one sentence
-    data:str, # what it was trained on, in Markdown
-    training:str, # steps, batch, time, in Markdown
-    measured, # of (what, value, interval or spread), as text
-    limits:str, # what it is not good for, in Markdown
-)->str: # Markdown
-    "The card of a model that comes with the package."
-    about, kind = read_config(folder), Path(folder).name
-    size, count = format_bytes(folder_bytes(folder)[0]), count_parameters(load_model(folder))
-    use = ("from defi_nb.weights.load import load_to_act\npolicy = load_to_act(zoo_folder" if kind == "coupled"
-           else "from defi_nb.weights.load import load_model\nmodel = load_model(zoo_folder")
-    rows = "\n".join(f"| {what} | {value} | {spread} |" for what, value, spread in measured)
-    return f"""---
+_CARD = """---
 license: apache-2.0
 library_name: defi_nb
 tags: [robotics, {kind}]
@@ -78,11 +69,12 @@ tags: [robotics, {kind}]
 
 # {kind}
 
-{summary} `{about["class"]}`, {count:,} parameters, {size} in half precision, {about["step"]:,} optimiser steps.
+{summary} `{of}`, {count:,} parameters, {size} in half precision, {step:,} optimiser steps.
 
 ```python
 from defi_nb.weights.zoo import zoo_folder
-{use}("{kind}"))
+from defi_nb.weights.load import {load}
+{name} = {load}(zoo_folder("{kind}"))
 ```
 
 ## Data
@@ -105,3 +97,21 @@ On the rounded weights.
 
 {limits}
 """
+
+# %% ../../nbs/05_weights/04_zoo.ipynb #51a8f8c3
+def model_card(
+    folder, # of a shipped checkpoint
+    summary:str, # one sentence
+    data:str, # what it was trained on, in Markdown
+    training:str, # steps, batch, time, in Markdown
+    measured, # of (what, value, interval or spread), as text
+    limits:str, # what it is not good for, in Markdown
+)->str: # Markdown
+    "The card of a model that comes with the package."
+    about, kind = read_config(folder), Path(folder).name
+    load, name = ("load_to_act", "policy") if kind == "coupled" else ("load_model", "model")
+    rows = "\n".join(f"| {what} | {value} | {spread} |" for what, value, spread in measured)
+    return _CARD.format(
+        kind=kind, summary=summary, data=data, training=training, rows=rows, limits=limits,
+        of=about["class"], step=about["step"], load=load, name=name,
+        count=count_parameters(load_model(folder)), size=format_bytes(folder_bytes(folder)[0]))
