@@ -29,92 +29,185 @@ from .report import Exam
 from ..sim.calvin_tasks import check_tasks
 
 # %% ../../nbs/03_doctor/02_calvin.ipynb #48f68405
-_PUBLISHED = {("task_ABC_D", "training"): 1_795_045, ("task_D_D", "training"): 512_077, ("task_ABCD_D", "training"): 2_307_126, # frames
-             ("calvin_debug_dataset", "training"): 2_771, ("calvin_debug_dataset", "validation"): 1_675,
-             **{(f"task_{name}", "validation"): 99_022 for name in ("ABC_D", "D_D", "ABCD_D")}}
-_SLIDE = dict(A=.28, B=.304, C=.24, D=.28) # metres that the sliding door can move, scene_obs[0]
+_PUBLISHED = { # (dataset, split) -> frames
+    ("task_ABC_D", "training"): 1_795_045, ("task_D_D", "training"): 512_077,
+    ("task_ABCD_D", "training"): 2_307_126,
+    ("calvin_debug_dataset", "training"): 2_771, ("calvin_debug_dataset", "validation"): 1_675,
+    **{(f"task_{name}", "validation"): 99_022 for name in ("ABC_D", "D_D", "ABCD_D")}}
+_SLIDE = dict(A=.28, B=.304, C=.24, D=.28) # metres
 _LABELS = "x", "y", "z", "roll", "pitch", "yaw", "gripper"
-RUN = 8 # frames that are looked at one after the other
+RUN = 8 # frames that are read one after the other
 
 # %% ../../nbs/03_doctor/02_calvin.ipynb #24825c33
+def _lengths_agree(path, ids): # of recordings; False for an object array, or no array at all
+    lengths = ids[:, 1] - ids[:, 0] + 1
+    try: return sorted(read_array(path).ravel().tolist()) == sorted(lengths.tolist())
+    except Exception: return False
+
 def _check_segments(
-    exam:Exam, # that writes down
+    exam:Exam, # that records findings
     name:str, # of the split
     root:Path, # its folder
 )->np.ndarray|None: # (S,2) first and last frame numbers, in order; None if that can't be read
     "Check the index of recordings."
-    path = root/"ep_start_end_ids.npy"
-    ids = exam.attempt(f"{name}: {'the index of recordings is wrong' if path.exists() else 'no index of recordings'}", path, partial(read_segments, root))
+    path, lens = root/"ep_start_end_ids.npy", root/"ep_lens.npy"
+    fault = "the index of recordings is wrong" if path.exists() else "no index of recordings"
+    ids = exam.attempt(f"{name}: {fault}", path, partial(read_segments, root))
     if ids is None: return None
     if (over := np.flatnonzero(ids[1:, 0] <= ids[:-1, 1])).size:
-        exam.find("error", f"{name}: recordings overlap", path, f"{ids[over[0]].tolist()} and {ids[over[0] + 1].tolist()}", "frames of one recording only", "write the index again", len(over))
-    lens = root/"ep_lens.npy"
-    if lens.exists():
-        try: same = sorted(read_array(lens).ravel().tolist()) == sorted((ids[:, 1] - ids[:, 0] + 1).tolist())
-        except Exception: same = False # an object array, or no array at all
-        if not same: exam.find("warning", f"{name}: lengths and index of recordings disagree", lens, "other lengths", "last - first + 1", "write ep_lens.npy again; readers here don't use it")
+        pair = f"{ids[over[0]].tolist()} and {ids[over[0] + 1].tolist()}"
+        exam.find("error", f"{name}: recordings overlap", path, pair,
+                  "frames of one recording only", "write the index again", len(over))
+    if lens.exists() and not _lengths_agree(lens, ids):
+        exam.find("warning", f"{name}: lengths and index of recordings disagree", lens,
+                  "other lengths", "last - first + 1",
+                  "write ep_lens.npy again; readers here don't use it")
     return ids
 
+# %% ../../nbs/03_doctor/02_calvin.ipynb #7a9280be
+def _numbers(exam, root):
+    "Sorted numbers of the frames in a folder; None if there is no time to list it."
+    numbers, until = [], time.monotonic() + max(.2*exam.left(), 1)
+    with scandir(root) as entries:
+        for i, entry in enumerate(entries):
+            n = entry.name
+            if n.startswith("episode_") and n.endswith(".npz") and n[8:-4].isdigit():
+                numbers.append(int(n[8:-4]))
+            late = not i % 4096 and time.monotonic() > until
+            if late and not exam.everything: return None
+    return np.sort(np.array(numbers, np.int64))
+
+def _segments_of(numbers): # (n,) sorted -> (S,2) first and last of each gapless part
+    breaks = np.flatnonzero(np.diff(numbers) > 1)
+    firsts, lasts = np.append(0, breaks + 1), np.append(breaks, len(numbers) - 1)
+    return np.stack([numbers[firsts], numbers[lasts]], 1)
+
+# %% ../../nbs/03_doctor/02_calvin.ipynb #f21d11fe
 def _check_present(
-    exam:Exam, # that writes down
+    exam:Exam, # that records findings
     name:str, # of the split
     root:Path, # its folder
     ids:np.ndarray|None, # (S,2) from `_check_segments`
-)->np.ndarray|None: # (S,2) frames to look at: `ids`, or what the names of files say where there is no index
-    "Compare the frames that are there with the index."
+)->np.ndarray|None: # (S,2) frames to read
+    "Compare the files of frames with the index."
     numbers = _numbers(exam, root)
-    if numbers is None: return ids # a folder too large to be listed in time
+    if numbers is None: return ids
     if not len(numbers):
-        exam.find("error", f"{name}: no frames", root, "no episode_0000000.npz ...", "one file a frame", "record them, or restore a whole copy")
+        exam.find("error", f"{name}: no frames", root, "no episode_0000000.npz ...",
+                  "one file a frame", "record them, or restore a whole copy")
         return None
-    if ids is None:
-        breaks = np.flatnonzero(np.diff(numbers) > 1)
-        return np.stack([numbers[np.append(0, breaks + 1)], numbers[np.append(breaks, len(numbers) - 1)]], 1)
-    wanted = np.concatenate([np.arange(a, b + 1) for a, b in ids])
-    missing, extra = np.setdiff1d(wanted, numbers), np.setdiff1d(numbers, wanted)
-    if len(missing): exam.find("error", f"{name}: frames are missing", root/f"episode_{missing[0]:07d}.npz", f"{len(missing):,} of {len(np.unique(wanted)):,} frames are not there", "all that the index names",
-                               "record them again, restore a whole copy, or write the index without them", len(missing))
-    if len(extra): exam.find("note", f"{name}: frames that the index does not name", root/f"episode_{extra[0]:07d}.npz", f"{len(extra):,} frames", "none", "nothing: they are not read (ABCD has four such frames)", len(extra))
+    if ids is None: return _segments_of(numbers)
+    indexed = np.concatenate([np.arange(a, b + 1) for a, b in ids])
+    missing, extra = np.setdiff1d(indexed, numbers), np.setdiff1d(numbers, indexed)
+    if len(missing):
+        exam.find("error", f"{name}: frames are missing", root/f"episode_{missing[0]:07d}.npz",
+                  f"{len(missing):,} of {len(np.unique(indexed)):,} frames are not there",
+                  "all that the index names", "record them again, restore a whole copy, or write "
+                  "the index without them", len(missing))
+    if len(extra):
+        exam.find("note", f"{name}: frames that the index does not name",
+                  root/f"episode_{extra[0]:07d}.npz", f"{len(extra):,} frames", "none",
+                  "nothing: they are not read (ABCD has four such frames)", len(extra))
     return ids
 
-def _numbers(exam, root):
-    "Sorted numbers of the frames in a folder; None if there is no time to list it."
-    found, until = [], time.monotonic() + max(.2*exam.left(), 1)
-    with scandir(root) as entries:
-        for i, e in enumerate(entries):
-            if (n := e.name).startswith("episode_") and n.endswith(".npz") and n[8:-4].isdigit(): found.append(int(n[8:-4]))
-            if not i % 4096 and not exam.everything and time.monotonic() > until: return None
-    return np.sort(np.array(found, np.int64))
-
 # %% ../../nbs/03_doctor/02_calvin.ipynb #dbf3d667
+def _check_configuration(exam, name, path): # -> the scenes that it names
+    text = path.read_text(errors="replace") if path.exists() else ""
+    if re.search(r"use_nullspace:\s*false", text):
+        exam.find("warning", f"{name}: an old configuration", path, "use_nullspace: false",
+                  "use_nullspace: true", "set it to true (it was wrong before February 2022): "
+                  "CALVIN's environment reads this file")
+    return set(re.findall(r"calvin_scene_([A-D]\b|[GP]\d+(?:-hand)?)", text))
+
+def _wrong_scene(frames, spans, config, named): # -> (kind of fault, value, expected), or None
+    if frames == _PUBLISHED["task_D_D", "training"] and set(spans) != {"D"}:
+        return "the scene is wrong", ", ".join(spans), "D: this is the training split of task_D_D"
+    if frames == _PUBLISHED["task_ABC_D", "training"] and spans != KNOWN_SCENES[frames]:
+        return "the scenes are not those published", str(spans), str(KNOWN_SCENES[frames])
+    if len(named) == 1 == len(spans) and named != set(spans):
+        (scene,), (right,) = spans, named
+        return "the scene is wrong", scene, f"{right}, as {config.name} says"
+
+# %% ../../nbs/03_doctor/02_calvin.ipynb #744bbd10
 def _check_scenes(
-    exam:Exam, # that writes down
+    exam:Exam, # that records findings
     name:str, # of the split
     root:Path, # its folder
     ids:np.ndarray, # (S,2) first and last frame numbers
 )->dict: # scene -> (first, last) frame
-    "Check which scene each frame is said to be of."
+    "Check the scenes that the frames are assigned to."
     path, config = root/"scene_info.npy", root/".hydra"/"merged_config.yaml"
-    text = config.read_text(errors="replace") if config.exists() else ""
-    told = set(re.findall(r"calvin_scene_([A-D]\b|[GP]\d+(?:-hand)?)", text))
-    if re.search(r"use_nullspace:\s*false", text): exam.find("warning", f"{name}: an old configuration", config, "use_nullspace: false", "use_nullspace: true", "set it to true (it was wrong before February 2022): CALVIN's environment reads this file")
+    named = _check_configuration(exam, name, config)
     if not path.exists(): return {}
     spans = exam.attempt(f"{name}: scenes can't be read", path, partial(scene_spans, root))
     if spans is None: return {}
-    frames, remedy = int((ids[:, 1] - ids[:, 0] + 1).sum()), "download scene_info.npy again (it was corrected in September 2022 and February 2023)"
-    if frames == _PUBLISHED["task_D_D", "training"] and set(spans) != {"D"}:
-        exam.find("warning", f"{name}: the scene is wrong", path, ", ".join(spans), "D: this is the training split of task_D_D", remedy)
-    elif frames == _PUBLISHED["task_ABC_D", "training"] and spans != KNOWN_SCENES[frames]:
-        exam.find("warning", f"{name}: the scenes are not those published", path, str(spans), str(KNOWN_SCENES[frames]), remedy)
-    elif len(told) == 1 == len(spans) and told != set(spans):
-        exam.find("warning", f"{name}: the scene is wrong", path, next(iter(spans)), f"{next(iter(told))}, as {config.name} says", remedy)
-    inside = np.array([any(a <= first and last <= b for a, b in spans.values()) for first, last in ids])
-    if not inside.all(): exam.find("warning", f"{name}: recordings outside all scenes", path, f"{ids[~inside][0].tolist()}", "each recording in one scene", remedy, int((~inside).sum()))
+    remedy = ("download scene_info.npy again (it was corrected in September 2022 and February "
+              "2023)")
+    frames = int((ids[:, 1] - ids[:, 0] + 1).sum())
+    if wrong := _wrong_scene(frames, spans, config, named):
+        what, value, expected = wrong
+        exam.find("warning", f"{name}: {what}", path, value, expected, remedy)
+    within = lambda first, last: any(a <= first and last <= b for a, b in spans.values())
+    inside = np.array([within(first, last) for first, last in ids])
+    if not inside.all():
+        exam.find("warning", f"{name}: recordings outside all scenes", path,
+                  f"{ids[~inside][0].tolist()}", "each recording in one scene", remedy,
+                  int((~inside).sum()))
     return spans
 
 # %% ../../nbs/03_doctor/02_calvin.ipynb #5e29cc93
+def _check_borders(exam, name, path, a, b, ids): # (W,) first, last frames -> (W,) bool, outside
+    at = np.searchsorted(ids[:, 0], a, side="right") - 1
+    outside = (at < 0) | (b < a) | (b > ids[at, 1])
+    if outside.any():
+        i, n = outside.argmax(), outside.sum()
+        exam.find("error" if outside.all() else "warning",
+                  f"{name}: windows outside the recordings", f"{path}, entry {i}",
+                  f"frames {a[i]} to {b[i]}; {n} of {len(a)}", "frames of one recording",
+                  "nothing if they are few: they are left out; else the annotations belong to "
+                  "another split", int(n))
+    return outside
+
+def _check_repetitions(exam, name, path, rows):
+    times = Counter(row[:3] for row in rows)
+    if not (twice := len(rows) - len(times)): return
+    example = next(k for k, n in times.items() if n > 1)
+    known = ("use the validation annotations of task_D_D: those of ABC and ABCD are known to "
+             "repeat")
+    exam.find("warning", f"{name}: windows repeat", path,
+              f"{twice} of {len(rows)} are there already, such as {example}", "each window once",
+              known if name == "validation" else "remove the copies, or they weigh more", twice)
+
+# %% ../../nbs/03_doctor/02_calvin.ipynb #a2abdc9a
+def _check_windows(exam, name, path, rows, ids):
+    "Borders, tasks, repetitions and lengths of windows."
+    if not rows:
+        exam.find("error", f"{name}: no annotated windows", path, "an empty list", "windows",
+                  "annotate the recording, or read it without windows")
+        return
+    a, b = np.array([row[:2] for row in rows]).T
+    outside = _check_borders(exam, name, path, a, b, ids)
+    try: check_tasks(row[2] for row in rows)
+    except ValueError as e: exam.fail(f"{name}: unknown tasks", path, e)
+    _check_repetitions(exam, name, path, rows)
+    lengths = b - a + 1
+    if (short := (lengths < 17) & ~outside).any():
+        exam.find("note", f"{name}: short windows", f"{path}, entry {short.argmax()}",
+                  f"{lengths[short.argmax()]} frames", "33 to 65, as CALVIN's",
+                  "nothing: they give few samples, or none", int(short.sum()))
+    exam.facts[f"{name}: windows"] = (
+        f"{len(rows):,} of {len({row[2] for row in rows})} tasks, over "
+        f"{_covered(a[~outside], b[~outside], ids):.0%} of the frames")
+
+def _covered(a, b, ids): # fraction of the recordings' frames that some window covers
+    change = np.zeros(int(ids.max()) + 2, np.int32)
+    np.add.at(change, a, 1)
+    np.add.at(change, b + 1, -1)
+    return (np.cumsum(change) > 0).sum()/int((ids[:, 1] - ids[:, 0] + 1).sum())
+
+# %% ../../nbs/03_doctor/02_calvin.ipynb #08cc9720
 def check_windows(
-    exam:Exam, # that writes down
+    exam:Exam, # that records findings
     name:str, # of the split
     root:Path, # its folder
     ids:np.ndarray, # (S,2) first and last frame numbers
@@ -122,174 +215,240 @@ def check_windows(
 ):
     "Check the annotations of a split."
     try: path = find_annotations(root, exam.reading.annotations)
-    except (ValueError, FileNotFoundError) as e: return exam.fail(f"{name}: no annotated windows", root, e, "error" if needed else "warning")
-    rows = exam.attempt(f"{name}: annotations can't be read", path, partial(annotation_rows, path))
-    if rows is None: return
-    _windows(exam, name, path, rows, ids)
-    for (task, text), n in Counter((task, text) for *_, task, text in rows).items(): check_text(exam, name, text, f"{path}, a window of {task}", n)
+    except (ValueError, FileNotFoundError) as e:
+        exam.fail(f"{name}: no annotated windows", root, e, "error" if needed else "warning")
+        return
+    read = partial(annotation_rows, path)
+    if (rows := exam.attempt(f"{name}: annotations can't be read", path, read)) is None: return
+    _check_windows(exam, name, path, rows, ids)
+    for (task, text), n in Counter((task, text) for *_, task, text in rows).items():
+        check_text(exam, name, text, f"{path}, a window of {task}", n)
     exam.later.append(partial(judge_texts, exam, name))
     exam.lengths += [(b - a + 1)/CONTROL_HZ for a, b, *_ in rows]
 
-def _windows(exam, name, path, rows, ids):
-    "Borders, tasks and repetitions of windows."
-    if not rows:
-        exam.find("error", f"{name}: no annotated windows", path, "an empty list", "windows", "annotate the recording, or read it without windows")
-        return
-    a, b = np.array([r[:2] for r in rows]).T
-    at = np.searchsorted(ids[:, 0], a, side="right") - 1
-    outside = (at < 0) | (b < a) | (b > ids[at, 1])
-    if outside.any(): exam.find("error" if outside.all() else "warning", f"{name}: windows outside the recordings", f"{path}, entry {outside.argmax()}", f"frames {a[outside.argmax()]} to {b[outside.argmax()]}; {outside.sum()} of {len(rows)}",
-                                "frames of one recording", "nothing if they are few: they are left out; else the annotations belong to another split", int(outside.sum()))
-    try: check_tasks(r[2] for r in rows)
-    except ValueError as e: exam.fail(f"{name}: unknown tasks", path, e)
-    again = Counter(r[:3] for r in rows)
-    if (twice := sum(again.values()) - len(again)):
-        exam.find("warning", f"{name}: windows repeat", path, f"{twice} of {len(rows)} are there already, such as {next(k for k, n in again.items() if n > 1)}", "each window once",
-                  "use the validation annotations of task_D_D: those of ABC and ABCD are known to repeat" if name == "validation" else "remove the copies, or they weigh more", twice)
-    short = (b - a + 1 < 17) & ~outside
-    if short.any(): exam.find("note", f"{name}: short windows", f"{path}, entry {short.argmax()}", f"{(b - a + 1)[short.argmax()]} frames", "33 to 65, as CALVIN's", "nothing: they give few samples, or none", int(short.sum()))
-    covered = np.zeros(int(ids.max()) + 2, np.int32)
-    np.add.at(covered, a[~outside], 1)
-    np.add.at(covered, b[~outside] + 1, -1)
-    frames = int((ids[:, 1] - ids[:, 0] + 1).sum())
-    exam.facts[f"{name}: windows"] = f"{len(rows):,} of {len({r[2] for r in rows})} tasks, over {(np.cumsum(covered) > 0).sum()/frames:.0%} of the frames"
-
 # %% ../../nbs/03_doctor/02_calvin.ipynb #3c99b07d
+def _check_keys(exam, name, path, keys): # of a frame
+    if missing := {"rel_actions", "robot_obs", "scene_obs"} - keys:
+        exam.find("error", f"{name}: frames lack keys", path, f"no {', '.join(sorted(missing))}",
+                  "rel_actions, robot_obs, scene_obs", "record them again, or restore a whole copy")
+
+def _check_cameras(exam, name, path, keys):
+    if missing := [v for v in VIEWS if f"rgb_{v}" not in keys]:
+        exam.find("warning", f"{name}: a camera is missing", path, f"no rgb_{missing[0]}",
+                  f"rgb_{' and rgb_'.join(VIEWS)}", "read it with views of those that are there")
+
 def _first_frame(exam, name, root, ids):
-    "key -> (shape, dtype) of the first frame that can be read, after a look at its keys."
+    "key -> (shape, dtype) of the first frame that can be read, after a check of its keys."
     for a in ids[:, 0]:
         path = root/f"episode_{a:07d}.npz"
         try:
             with zipfile.ZipFile(path) as z: keys = {n.removesuffix(".npy") for n in z.namelist()}
-            if missing := {"rel_actions", "robot_obs", "scene_obs"} - keys:
-                exam.find("error", f"{name}: frames lack keys", path, f"no {', '.join(sorted(missing))}", "rel_actions, robot_obs, scene_obs", "record them again, or restore a whole copy")
-            frame = read_npz(path, tuple(k for k in (*VECTORS, *(f"rgb_{v}" for v in VIEWS)) if k in keys))
-        except (ValueError, OSError, zipfile.BadZipFile): continue # found again below
-        if missing := [v for v in VIEWS if f"rgb_{v}" not in keys]: exam.find("warning", f"{name}: a camera is missing", path, f"no rgb_{missing[0]}", f"rgb_{' and rgb_'.join(VIEWS)}", "read it with views of those that are there")
+            _check_keys(exam, name, path, keys)
+            read = tuple(k for k in (*VECTORS, *(f"rgb_{v}" for v in VIEWS)) if k in keys)
+            frame = read_npz(path, read)
+        except (ValueError, OSError, zipfile.BadZipFile): continue # becomes a finding below
+        _check_cameras(exam, name, path, keys)
         return {k: (v.shape, v.dtype) for k, v in frame.items()}
     return {}
 
-def _unlike(path, frame, shapes):
-    "The error that a reader raises for a frame of another kind."
-    try: check_kinds(path, frame, {k: s if len(s) == 3 and s[-1] == 3 else ("H", "W", 3) for k, s in shapes.items()})
+# %% ../../nbs/03_doctor/02_calvin.ipynb #49027d91
+def _unlike(path, frame, kinds):
+    "The error that a reader raises for a frame of another kind; None for one that fits."
+    shapes = {k: s for k, (s, _) in kinds.items() if k not in VECTORS}
+    is_image = lambda s: len(s) == 3 and s[-1] == 3
+    shapes = {k: s if is_image(s) else ("H", "W", 3) for k, s in shapes.items()}
+    try: check_kinds(path, frame, shapes)
     except ValueError as e: return e
 
 def check_run(
-    exam:Exam, # that writes down
+    exam:Exam, # that times the reading
     name:str, # of the split
     root:Path, # its folder
     kinds:dict, # key -> (shape, dtype) of the first frame
     run:tuple, # (first, last) frame numbers, neighbours in time
-)->list: # of (frame number, key -> array, or the error)
+)->list: # of (frame number, key -> array or None, error or None)
     "Read the frames of a run."
-    out = []
+    out, images = [], sum(k.startswith("rgb") for k in kinds)
     for i in range(run[0], run[1] + 1):
         path = root/f"episode_{i:07d}.npz"
         try:
-            with timed(exam, sum(k.startswith("rgb") for k in kinds)): frame = read_npz(path, tuple(kinds))
-            out.append((i, frame, _unlike(path, frame, {k: shape for k, (shape, _) in kinds.items() if k not in VECTORS})))
+            with timed(exam, images): frame = read_npz(path, tuple(kinds))
+            out.append((i, frame, _unlike(path, frame, kinds)))
         except FileNotFoundError: continue # counted before
         except (ValueError, OSError) as e: out.append((i, None, e))
     return out
 
+# %% ../../nbs/03_doctor/02_calvin.ipynb #6675752f
+def _tally_gripper(exam, name, x, near, steps, place): # x: key -> (n,...); near, steps: (n-1,)
+    action = np.sign(x["rel_actions"][:, 6])
+    steady = near & (action[:-1] == action[1:]) & (steps.max(initial=0) < .1)
+    moved = np.diff(x["robot_obs"][:, 6])*action[:-1]*steady
+    row = exam.tallies.setdefault(f"{name}: gripper", [0., 0., place(0), ""])
+    row[0], row[1] = row[0] - moved[moved < 0].sum(), row[1] + np.abs(moved).sum()
+
+def _tally_motion(exam, name, x, numbers, place):
+    if "robot_obs" not in x or not np.isfinite(x["robot_obs"]).all(): return
+    steps = np.abs(np.diff(x["robot_obs"][:, :7], axis=0))[:, [0, 1, 2, 6]].max(1, initial=0)
+    near = np.diff(numbers) == 1
+    row = np.argmax(steps*near) if len(steps) else 0
+    exam.tally(f"{name}: the hand jumps", (steps*near).max(initial=0) > .1, place(row),
+               f"{steps.max(initial=0):.2f} m in a frame")
+    if "rel_actions" in x: _tally_gripper(exam, name, x, near, steps, place)
+
+def _tally_door(exam, name, x, numbers, spans, place):
+    if "scene_obs" not in x: return
+    scene = next((s for s, (a, b) in spans.items() if a <= numbers[0] <= b), None)
+    if scene not in _SLIDE: return
+    slid = x["scene_obs"][:, 0].max()
+    exam.tally(f"{name}: the door slides farther than in its scene", slid > _SLIDE[scene] + .012,
+               place(0), f"{slid:.3f} m in scene {scene}")
+
 # %% ../../nbs/03_doctor/02_calvin.ipynb #9e8faccf
-def _judge_run(
-    exam:Exam, # that writes down
+def _check_run(
+    exam:Exam, # that records findings
     name:str, # of the split
-    root:Path, # its folder
     frames:list, # of (frame number, arrays), neighbours in time
     spans:dict, # scene -> (first, last) frame
 ):
-    "Write down what is wrong in a run whose frames have the right kinds of arrays."
-    numbers, place = [i for i, _ in frames], lambda row: f"{name}/episode_{numbers[int(row)]:07d}.npz"
+    "Check a run whose frames have the right kinds of arrays."
+    numbers = [i for i, _ in frames]
+    place = lambda row: f"{name}/episode_{numbers[int(row)]:07d}.npz"
     x = {k: np.stack([f[k] for _, f in frames]) for k in frames[0][1]}
     if "rel_actions" in x:
         check_actions(exam, name, x["rel_actions"], _LABELS, place, normalised=True, whole=False)
-        exam.tally(f"{name}: gripper actions between open and closed", (np.abs(grip := x["rel_actions"][:, 6]) < .999).any(), place(np.abs(grip).argmin()), f"{np.abs(grip).min():.3g}")
+        size = np.abs(x["rel_actions"][:, 6])
+        exam.tally(f"{name}: gripper actions between open and closed", (size < .999).any(),
+                   place(size.argmin()), f"{size.min():.3g}")
     for key in ("robot_obs", "scene_obs"):
-        if key in x: check_vector(exam, name, x[key], tuple(map(str, range(x[key].shape[1]))), place, key)
-    if "robot_obs" in x and np.isfinite(x["robot_obs"]).all():
-        steps, near = np.abs(np.diff(x["robot_obs"][:, :7], axis=0))[:, [0, 1, 2, 6]].max(1, initial=0), np.diff(numbers) == 1
-        exam.tally(f"{name}: the hand jumps", (steps*near).max(initial=0) > .1, place(np.argmax(steps*near) if len(steps) else 0), f"{steps.max(initial=0):.2f} m in a frame")
-        if "rel_actions" in x:
-            told = np.sign(x["rel_actions"][:, 6])
-            moved = np.diff(x["robot_obs"][:, 6])*told[:-1]*(near & (told[:-1] == told[1:]) & (steps.max(initial=0) < .1)) # away from changes, for the hand takes its time
-            row = exam.tallies.setdefault(f"{name}: gripper", [0., 0., place(0), ""])
-            row[0], row[1] = row[0] - moved[moved < 0].sum(), row[1] + np.abs(moved).sum()
-    if "scene_obs" in x and (scene := next((s for s, (a, b) in spans.items() if a <= numbers[0] <= b), None)) in _SLIDE:
-        exam.tally(f"{name}: the door slides farther than in its scene", x["scene_obs"][:, 0].max() > _SLIDE[scene] + .012, place(0), f"{x['scene_obs'][:, 0].max():.3f} m in scene {scene}")
+        if key not in x: continue
+        labels = tuple(map(str, range(x[key].shape[1])))
+        check_vector(exam, name, x[key], labels, place, key)
+    _tally_motion(exam, name, x, numbers, place)
+    _tally_door(exam, name, x, numbers, spans, place)
     for key in x:
-        if key.startswith("rgb_"): check_pictures(exam, f"{name}, {key}", x[key], place(0), moving=False)
+        if key.startswith("rgb_"):
+            check_pictures(exam, f"{name}, {key}", x[key], place(0), moving=False)
+
+# %% ../../nbs/03_doctor/02_calvin.ipynb #8842257c
+def _check_read(exam, name, read, spans): # `read` is from `check_run`
+    "Check a run; returns the arrays of its first good frame, or None."
+    place, good = lambda i: f"{name}/episode_{i:07d}.npz", []
+    for i, frame, error in read:
+        if frame is None: exam.fail(f"{name}: frames can't be read", place(i), error)
+        elif error: exam.fail(f"{name}: an array of the wrong kind", place(i), error)
+        else: good.append((i, frame))
+    if not good: return None
+    first, arrays = good[0]
+    check = partial(_check_run, exam, name, good, spans)
+    exam.attempt(f"{name}: a check failed", place(first), check)
+    keys = "rel_actions", "robot_obs", "scene_obs"
+    content = b"".join(f[k].tobytes() for _, f in good for k in keys if k in f)
+    exam.seen_before("recordings", content, place(first), what="the same frames twice")
+    return arrays
+
+# %% ../../nbs/03_doctor/02_calvin.ipynb #8842250x
+def _runs(exam, name, root, ids, kinds, fraction): # yields the frames of each run, from `check_run`
+    starts = [(a, last) for first, last in ids.tolist() for a in range(first, last + 1, RUN)]
+    runs = [(a, min(a + RUN - 1, last)) for a, last in starts]
+    read, place = partial(check_run, exam, name, root, kinds), "{}, frames {} to {}"
+    for _, frames in exam.each(f"{name}: runs of {RUN} frames", runs, read,
+                               where=lambda run: place.format(name, *run), share=fraction):
+        yield frames
 
 def _check_frames_of(
-    exam:Exam, # that writes down
+    exam:Exam, # that records findings
     name:str, # of the split
     root:Path, # its folder
     ids:np.ndarray, # (S,2) first and last frame numbers
     spans:dict, # scene -> (first, last) frame
-    share:float=.7, # of the time that is left
+    fraction:float=.7, # of the remaining time
 )->dict: # key -> (shape, dtype) of its arrays
-    "Look at runs of frames."
-    kinds, firsts = _first_frame(exam, name, root, ids), {}
+    "Check runs of frames, and the first images of each run together."
+    kinds = _first_frame(exam, name, root, ids)
     if not kinds:
-        exam.find("error", f"{name}: no frame can be read", root, f"the first of {len(ids)} recordings", "npz files", "record them again, or restore a whole copy")
+        exam.find("error", f"{name}: no frame can be read", root, f"the first of {len(ids)} "
+                  "recordings", "npz files", "record them again, or restore a whole copy")
         return kinds
-    runs = [(a, min(a + RUN - 1, last)) for first, last in ids.tolist() for a in range(first, last + 1, RUN)]
-    results = exam.each(f"{name}: runs of {RUN} frames", runs, partial(check_run, exam, name, root, kinds), where=lambda r: f"{name}, frames {r[0]} to {r[1]}", share=share)
-    for _, read in results:
-        for i, frame, wrong in read:
-            if frame is None: exam.fail(f"{name}: frames can't be read", f"{name}/episode_{i:07d}.npz", wrong)
-            elif wrong: exam.fail(f"{name}: an array of the wrong kind", f"{name}/episode_{i:07d}.npz", wrong)
-        good = [(i, frame) for i, frame, wrong in read if frame is not None and not wrong]
-        if not good: continue
-        exam.attempt(f"{name}: a check failed", f"{name}/episode_{good[0][0]:07d}.npz", partial(_judge_run, exam, name, root, good, spans))
-        exam.seen_before("recordings", b"".join(f[k].tobytes() for _, f in good for k in ("rel_actions", "robot_obs", "scene_obs") if k in f), f"{name}/episode_{good[0][0]:07d}.npz", what="the same frames twice")
-        for key in (k for k in kinds if k.startswith("rgb_") and len(firsts.setdefault(k, [])) < 64): firsts[key].append(good[0][1][key])
-    for key, pictures in firsts.items():
-        if len(pictures) > 2: check_pictures(exam, f"{name}, {key}", np.stack(pictures), f"{len(pictures)} places of {name}")
+    images = {k: [] for k in kinds if k.startswith("rgb_")}
+    for read in _runs(exam, name, root, ids, kinds, fraction):
+        if (arrays := _check_read(exam, name, read, spans)) is None: continue
+        for key, firsts in images.items():
+            if len(firsts) < 64: firsts.append(arrays[key])
+    for key, firsts in images.items():
+        if len(firsts) > 2:
+            places = f"{len(firsts)} places of {name}"
+            check_pictures(exam, f"{name}, {key}", np.stack(firsts), places)
     return kinds
 
 # %% ../../nbs/03_doctor/02_calvin.ipynb #3df208b9
+def _judge_split(exam, name, kinds):
+    "Conclude about all frames of a split."
+    judge_actions(exam, name, normalised=True)
+    wrong, moved, where, _ = exam.tallies.pop(f"{name}: gripper", (0, 0, "", ""))
+    if moved > .05 and wrong > .7*moved:
+        exam.find("warning", f"{name}: the gripper opens when told to close", where,
+                  f"in {wrong/moved:.0%} of its movement", "1 opens and -1 closes",
+                  "change the sign of the last number of rel_actions")
+    exam.judge(f"{name}: gripper actions between open and closed",
+               "round them to -1 and 1: CALVIN's environment takes no others", "-1 or 1")
+    exam.judge(f"{name}: the hand jumps", "two recordings without a border: correct "
+               "ep_start_end_ids.npy", "at most 0.1 m in a thirtieth of a second")
+    exam.judge(f"{name}: the door slides farther than in its scene", "scene_info.npy names the "
+               "wrong scene: write it again, or restore a whole copy", f"{_SLIDE} m")
+    for key in (k for k in kinds if k.startswith("rgb_")): judge_pictures(exam, f"{name}, {key}")
+
 def _middle_vectors(root, segment):
     "The state in the middle of a recording, with its length."
     a, b = segment
-    vectors = read_npz(root/f"episode_{(a + b)//2:07d}.npz", ("rel_actions", "robot_obs", "scene_obs"))
+    keys = "rel_actions", "robot_obs", "scene_obs"
+    vectors = read_npz(root/f"episode_{(a + b)//2:07d}.npz", keys)
     return b"".join((str(b - a).encode(), *(v.tobytes() for v in vectors.values())))
 
-def _judge_split(exam, name, kinds):
-    "What only the sum of all frames shows."
-    judge_actions(exam, name, normalised=True)
-    wrong, moved, where, _ = exam.tallies.pop(f"{name}: gripper", (0, 0, "", ""))
-    if moved > .05 and wrong > .7*moved: exam.find("warning", f"{name}: the gripper opens when told to close", where, f"in {wrong/moved:.0%} of its movement", "1 opens and -1 closes", "change the sign of the last number of rel_actions")
-    exam.judge(f"{name}: gripper actions between open and closed", "round them to -1 and 1: CALVIN's environment takes no others", "-1 or 1")
-    exam.judge(f"{name}: the hand jumps", "two recordings without a border: correct ep_start_end_ids.npy", "at most 0.1 m in a thirtieth of a second")
-    exam.judge(f"{name}: the door slides farther than in its scene", "scene_info.npy names the wrong scene: write it again, or restore a whole copy", f"{_SLIDE} m")
-    for key in (k for k in kinds if k.startswith("rgb_")): judge_pictures(exam, f"{name}, {key}")
+def _check_copies_of(exam, name, root, ids, fraction):
+    middle = lambda s: f"{name}/episode_{(s[0] + s[1])//2:07d}.npz"
+    states = exam.each(f"{name}: recordings", ids.tolist(), partial(_middle_vectors, root),
+                       share=fraction, problem="the middle can't be read", where=middle)
+    for (first, last), state in states:
+        exam.seen_before("recordings", state, f"{name}, frames {first} to {last}")
 
+# %% ../../nbs/03_doctor/02_calvin.ipynb #8f12e9b0
+def _check_split(exam, name, root, needed, fraction): # of the remaining time
+    "Check a split; returns the numbers of frames and cameras, or None if it has no frames."
+    ids = _check_present(exam, name, root, _check_segments(exam, name, root))
+    if ids is None: return None
+    frames = int((ids[:, 1] - ids[:, 0] + 1).sum())
+    minutes = frames/CONTROL_HZ/60
+    exam.facts[f"{name}: frames"] = (f"{frames:,} in {len(ids):,} recordings, {minutes:.3g} "
+                                     f"minutes at {CONTROL_HZ} Hz")
+    published = _PUBLISHED.get((root.resolve().parent.name, name), frames)
+    if frames != published:
+        exam.find("warning", f"{name}: another number of frames than published", root,
+                  f"{frames:,}", f"{published:,}",
+                  "if it is meant to be the whole dataset, restore a whole copy")
+    spans = _check_scenes(exam, name, root, ids)
+    check_windows(exam, name, root, ids, needed)
+    kinds = _check_frames_of(exam, name, root, ids, spans, .7*fraction)
+    exam.later.append(partial(_judge_split, exam, name, kinds))
+    _check_copies_of(exam, name, root, ids, .3*fraction)
+    sizes = {k.removeprefix("rgb_"): s for k, (s, _) in kinds.items() if k.startswith("rgb_")}
+    cameras = [f"{view} {'x'.join(map(str, s[:2]))}" for view, s in sizes.items()]
+    exam.facts[f"{name}: cameras"] = ", ".join(cameras) or "none"
+    return frames, len(cameras)
+
+# %% ../../nbs/03_doctor/02_calvin.ipynb #8f12e90x
 def check_calvin(
-    exam:Exam, # that writes down
+    exam:Exam, # that records findings
     folder:Path, # of the dataset, or of one split
     hz:float=0., # not needed: CALVIN has 30 frames a second
 ):
     "Examine a dataset in CALVIN's format."
-    splits, pictures, views, files = calvin_splits(folder), 0, 1, 0
+    splits, images, views, files = calvin_splits(folder), 0, 1, 0
     for k, (name, root) in enumerate(splits.items()):
-        ids = _check_present(exam, name, root, _check_segments(exam, name, root))
-        if ids is None: continue
-        frames = int((ids[:, 1] - ids[:, 0] + 1).sum())
-        exam.facts[f"{name}: frames"] = f"{frames:,} in {len(ids):,} recordings, {frames/CONTROL_HZ/60:.3g} minutes at {CONTROL_HZ} Hz"
-        if frames != (said := _PUBLISHED.get((root.resolve().parent.name, name), frames)):
-            exam.find("warning", f"{name}: another number of frames than published", root, f"{frames:,}", f"{said:,}", "if it is meant to be the whole dataset, restore a whole copy")
-        spans = _check_scenes(exam, name, root, ids)
-        check_windows(exam, name, root, ids, name == run_split(splits))
-        share = 1/(len(splits) - k)
-        kinds = _check_frames_of(exam, name, root, ids, spans, .7*share)
-        exam.later.append(partial(_judge_split, exam, name, kinds))
-        for segment, digest in exam.each(f"{name}: recordings", [s for s in ids.tolist()], partial(_middle_vectors, root), share=.3*share, problem="the middle can't be read", where=lambda s, name=name: f"{name}/episode_{(s[0] + s[1])//2:07d}.npz"):
-            exam.seen_before("recordings", digest, f"{name}, frames {segment[0]} to {segment[1]}")
-        cameras = {k.removeprefix("rgb_"): shape for k, (shape, _) in kinds.items() if k.startswith("rgb_")}
-        exam.facts[f"{name}: cameras"] = ", ".join(f"{v} {'x'.join(map(str, s[:2]))}" for v, s in cameras.items()) or "none"
-        pictures, views, files = pictures + frames*len(cameras), max(views, len(cameras)), files + frames
+        counts = _check_split(exam, name, root, name == run_split(splits), 1/(len(splits) - k))
+        if counts is None: continue
+        frames, cameras = counts
+        images, views, files = images + frames*cameras, max(views, cameras), files + frames
     root = splits[run_split(splits)]
-    exam.later += [partial(judge_speed, exam, views), partial(exam.last_word, folder, partial(open_recording, root.parent, root.name, reading=exam.reading))]
-    check_disk(exam, folder, pictures, files)
+    read = partial(open_recording, root.parent, root.name, reading=exam.reading)
+    exam.later += [partial(judge_speed, exam, views), partial(exam.last_word, folder, read)]
+    check_disk(exam, folder, images, files)

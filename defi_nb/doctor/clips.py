@@ -29,207 +29,298 @@ from .checks import (
 from .report import Exam
 
 # %% ../../nbs/03_doctor/03_clips.ipynb #4305a291
-_FRAMES = 16 # of a clip that are decoded in a look
-
-def _look_at_clips(
-    exam:Exam, # that times reading
-    clips:list, # of `Clip`s of the same file
-)->tuple: # (the clips, those that can be used, id -> what is wrong with the others, [(clip, view, frames, latents)])
-    "Open, count and read some clips."
-    skipped, kept = Skipped(), []
-    here = clips if exam.everything else clips[:2]
-    for video in (True, False): # those with videos, then those that have latents only
-        some = [c for c in here if bool(c.videos) == video]
-        if not some: continue
-        try: kept += index_clips(some, video=video, latent=any(c.latents for c in some), decode=exam.everything, empty_text=True, n_workers=1, on_problem=skipped)
-        except ValueError:
-            if not skipped: raise
-    return here, kept, skipped, [(c, v, _frames(exam, c, v), _latents(c, v)) for c in kept for v in (c.info or c.latents)]
+_FRAMES = 16 # of a clip that are decoded in a sample
 
 def _frames(exam, clip, view):
-    rows = clip.stretch[0]
     if view not in clip.info: return None
-    some = rows[np.unique(np.linspace(0, len(rows) - 1, _FRAMES).astype(int))]
-    with timed(exam, len(some)): return read_frames(clip.videos[view], some, clip.info[view])
+    rows = clip.stretch[0]
+    rows = rows[np.unique(np.linspace(0, len(rows) - 1, _FRAMES).astype(int))]
+    with timed(exam, len(rows)): return read_frames(clip.videos[view], rows, clip.info[view])
 
 def _latents(clip, view):
-    "(C,) spread of some of a clip's latents, as they are stored, and their height and width."
+    "(C,) standard deviations of some of a clip's latents, as stored, and their shape."
     if view not in clip.latents: return None
-    x = read_latent(clip.latents[view], np.unique(np.linspace(0, clip.frames - 1, 4).astype(int)), scale=1.)
+    rows = np.unique(np.linspace(0, clip.frames - 1, 4).astype(int))
+    x = read_latent(clip.latents[view], rows, scale=1.)
     return x.std((0, 2, 3)).numpy(), tuple(x.shape[1:])
 
-def _check_clips(
-    exam:Exam, # that writes down
-    name:str, # of the clips, such as "clips of train"
-    items, # a sequence, each of them clips or something that `clips_of` makes clips of
-    clips_of=lambda item: item, # item -> list of `Clip` of one file; may raise ValueError
-    share:float=.6, # of the time that is left
-    where=lambda item: f"clip {item[0].id}", # item -> its place, for findings
-    texts:bool=True, # whether to check the sentences of the clips that are looked at
-    longest:int=0, # frames above which the release leaves a clip out; 0: no such rule
-)->tuple: # (frames of a clip in all its views, on average; views)
-    "Look at clips."
-    counts, views, latents = [], 1, []
-    for _, (here, kept, skipped, reads) in exam.each(name, items, lambda item: _look_at_clips(exam, clips_of(item)), where=where, share=share):
-        for id, why in skipped.items(): exam.fail(f"{name}: clips that can't be used", f"clip {id}", ValueError(why))
-        for clip in here if texts else (): check_text(exam, name, clip.text, f"clip {clip.id}")
-        for clip, view, frames, latent in reads:
-            place = clip.videos.get(view, clip.id)
-            if frames is not None:
-                check_video(exam, name, place, clip.info[view])
-                check_pictures(exam, name, frames, place)
-            if latent is not None: latents.append((*latent, clip.latents[view]))
-        for clip in kept:
-            rows, seconds = clip.stretch
-            counts, views = [*counts, len(rows)*len(clip.info or clip.latents)], max(views, len(clip.info or clip.latents))
-            if not np.isnan(seconds).any(): exam.lengths.append(seconds[-1])
-            if longest: exam.tally(f"{name}: longer than {longest} frames", len(rows) > longest, f"clip {clip.id}", f"{len(rows)} frames")
-    for judge in (judge_videos, judge_pictures, judge_texts): exam.later.append(partial(judge, exam, name))
-    exam.later.append(lambda: exam.judge(f"{name}: longer than {longest} frames", "nothing here; the release leaves them out, and sampling=WholeClip(longest=...) takes them", f"at most {longest} frames", warn_from=.5))
-    _judge_latents(exam, name, latents)
-    return float(np.mean(counts)) if counts else 0., views
+def _read_clips(
+    exam:Exam, # that times reading
+    clips:list, # of `Clip`s of the same file
+)->tuple: # (clips, those that can be used, id -> fault, [(clip, view, frames, latents)])
+    "Open, count and read some clips."
+    skipped, usable = Skipped(), []
+    clips = clips if exam.everything else clips[:2]
+    for video in (True, False): # those with videos, then those that have latents only
+        some = [c for c in clips if bool(c.videos) == video]
+        if not some: continue
+        options = dict(video=video, latent=any(c.latents for c in some), decode=exam.everything,
+                       empty_text=True, n_workers=1)
+        try: usable += index_clips(some, **options, on_problem=skipped)
+        except ValueError:
+            if not skipped: raise
+    views = [(c, v) for c in usable for v in c.info or c.latents]
+    return clips, usable, skipped, [(c, v, _frames(exam, c, v), _latents(c, v)) for c, v in views]
 
 # %% ../../nbs/03_doctor/03_clips.ipynb #fe7c604a
 def _judge_latents(
-    exam:Exam, # that writes down
+    exam:Exam, # that records findings
     name:str, # of the clips
     latents:list, # of ((C,) standard deviations, shape, path)
 ):
-    "Judge the scale and size of latents."
+    "Conclude about the scale and size of latents."
     if not latents: return
-    spreads, shapes = np.stack([s for s, _, _ in latents if len(s) == len(latents[0][0])]), Counter(shape for _, shape, _ in latents)
-    spread = spreads.mean(0)
-    exam.facts[f"{name}: latents"] = f"{'x'.join(map(str, shapes.most_common(1)[0][0]))}, standard deviation of the channels {', '.join(f'{s:.2f}' for s in spread)}"
+    written = lambda shape: "x".join(map(str, shape))
+    shapes = Counter(shape for _, shape, _ in latents)
+    usual = shapes.most_common(1)[0][0]
+    spread = np.stack([s for s, _, _ in latents if len(s) == len(latents[0][0])]).mean(0)
+    channels = ", ".join(f"{s:.2f}" for s in spread)
+    exam.facts[f"{name}: latents"] = (f"{written(usual)}, standard deviation of the channels "
+                                      f"{channels}")
     if len(shapes) > 1:
-        other = next(path for _, shape, path in latents if shape != shapes.most_common(1)[0][0])
-        exam.find("error", f"{name}: latents of several sizes", other, ", ".join("x".join(map(str, s)) for s in shapes), "one size", "compute them again from pictures of one size")
-    if not .25 < np.median(spread) < 1.8:
-        why = "they look like the VAE's own, not multiplied by 0.18215" if np.median(spread) > 1.8 else "they look multiplied twice"
-        exam.find("error", f"{name}: latents of another scale", latents[0][2], f"standard deviation {np.median(spread):.3g}; {why}", "0.57 to 0.83", "give latent_scale (1 for the VAE's own scale), or compute them again")
+        other = next(path for _, shape, path in latents if shape != usual)
+        exam.find("error", f"{name}: latents of several sizes", other,
+                  ", ".join(map(written, shapes)), "one size",
+                  "compute them again from images of one size")
+    if .25 < (middle := np.median(spread)) < 1.8: return
+    twice, raw = "multiplied twice", "like the VAE's own, not multiplied by 0.18215"
+    exam.find("error", f"{name}: latents of another scale", latents[0][2],
+              f"standard deviation {middle:.3g}; they look {raw if middle > 1.8 else twice}",
+              "0.57 to 0.83",
+              "give latent_scale (1 for the VAE's own scale), or compute them again")
+
+# %% ../../nbs/03_doctor/03_clips.ipynb #d0f79307
+def _check_clip(exam, name, clip, longest):
+    rows, seconds = clip.stretch
+    if not np.isnan(seconds).any(): exam.lengths.append(seconds[-1])
+    if longest:
+        exam.tally(f"{name}: longer than {longest} frames", len(rows) > longest,
+                   f"clip {clip.id}", f"{len(rows)} frames")
+    return len(rows), len(clip.info or clip.latents)
+
+def _check_reads(exam, name, reads): # -> latents, as `_judge_latents` takes them
+    latents = []
+    for clip, view, frames, latent in reads:
+        place = clip.videos.get(view, clip.id)
+        if frames is not None:
+            check_video(exam, name, place, clip.info[view])
+            check_pictures(exam, name, frames, place)
+        if latent is not None: latents.append((*latent, clip.latents[view]))
+    return latents
+
+def _judge_later(exam, name, longest): # in the end
+    for judge in (judge_videos, judge_pictures, judge_texts):
+        exam.later.append(partial(judge, exam, name))
+    remedy = ("nothing here; the release leaves them out, and sampling=WholeClip(longest=...) "
+              "takes them")
+    exam.later.append(partial(exam.judge, f"{name}: longer than {longest} frames", remedy,
+                              f"at most {longest} frames", warn_from=.5))
+
+# %% ../../nbs/03_doctor/03_clips.ipynb #15071588
+def _check_clips(
+    exam:Exam, # that records findings
+    name:str, # of the clips, such as "clips of train"
+    items, # a sequence, each of them clips or an argument of `clips_of`
+    clips_of=lambda item: item, # item -> list of `Clip` of one file; may raise ValueError
+    fraction:float=.6, # of the remaining time
+    where=lambda item: f"clip {item[0].id}", # item -> its place, for findings
+    texts:bool=True, # whether to check the sentences of the clips that are read
+    longest:int=0, # frames above which the release leaves a clip out; 0: no such rule
+)->tuple: # (frames of a clip in all its views, on average; views)
+    "Check clips."
+    counts, views, latents = [], 1, []
+    read = lambda item: _read_clips(exam, clips_of(item))
+    for _, result in exam.each(name, items, read, where=where, share=fraction):
+        clips, usable, skipped, reads = result
+        for id, why in skipped.items():
+            exam.fail(f"{name}: clips that can't be used", f"clip {id}", ValueError(why))
+        for clip in clips if texts else (): check_text(exam, name, clip.text, f"clip {clip.id}")
+        latents += _check_reads(exam, name, reads)
+        for clip in usable:
+            frames, n = _check_clip(exam, name, clip, longest)
+            counts, views = [*counts, frames*n], max(views, n)
+    _judge_later(exam, name, longest)
+    _judge_latents(exam, name, latents)
+    return float(np.mean(counts)) if counts else 0., views
 
 # %% ../../nbs/03_doctor/03_clips.ipynb #0fbbb54a
 def _ask_reader(exam, kind, folder, files, hz=0.):
-    "A reader looks into all files; where these are few, it has the last word."
-    if exam.everything or files <= 300: exam.later.append(partial(exam.last_word, folder, lambda: open_clips(folder.name, list_clips(kind, folder, hz), exam.reading, on_problem=exam.problem("clips that a run leaves out"))))
+    "Open a dataset of few files as a run opens it, in the end."
+    if not exam.everything and files > 300: return
+    problem = exam.problem("clips that a run leaves out")
+    clips = lambda: list_clips(kind, folder, hz)
+    read = lambda: open_clips(folder.name, clips(), exam.reading, on_problem=problem)
+    exam.later.append(partial(exam.last_word, folder, read))
 
 def _annotated(exam, name, root, fallback, path):
     "The clip of an annotation, without the files that aren't there."
     clip, where = annotated_clip(root, path, scan_annotation(path), fallback), str(path)
-    gone, lost = ([str(p) for p in files.values() if not p.exists()] for files in (clip.videos, clip.latents))
-    there = {v: p for v, p in clip.latents.items() if str(p) not in lost}
-    exam.tally(f"{name}: latents that are named but not there", bool(lost), where, "".join(lost[:1]))
-    if not clip.videos and not there: raise ValueError(f"{path} names no video, and its latents are not there: download them, or leave it out")
-    exam.tally(f"{name}: videos that are named but not there", bool(gone), where, "".join(gone[:1]))
-    return [replace(clip, videos={} if there and gone else clip.videos, latents={} if lost else there)] # latents are enough for GFDM
+    absent = lambda files: [str(p) for p in files.values() if not p.exists()]
+    gone, lost = absent(clip.videos), absent(clip.latents)
+    latents = {v: p for v, p in clip.latents.items() if str(p) not in lost}
+    tally = lambda what, absent: exam.tally(f"{name}: {what} that are named but not there",
+                                            bool(absent), where, "".join(absent[:1]))
+    tally("latents", lost)
+    if not clip.videos and not latents:
+        raise ValueError(f"{path} names no video, and its latents are not there: download them, or "
+                         "leave it out")
+    tally("videos", gone)
+    videos = {} if latents and gone else clip.videos # latents are enough for GFDM
+    return [replace(clip, videos=videos, latents={} if lost else latents)]
+
+# %% ../../nbs/03_doctor/03_clips.ipynb #83897be2
+def _note_actions(exam, name, path, note): # of one annotation
+    keys = [k for k in ("action", "actions") if isinstance(note.get(k), list) and note[k]]
+    if not keys: return
+    try: x = np.array(note[keys[0]], float)
+    except (ValueError, TypeError): x = np.zeros(0)
+    if x.ndim != 2:
+        exam.find("warning", f"{name}: actions of an annotation are no table", path,
+                  f"shape {x.shape}", "(n,A) numbers", "leave the actions out, or mend them")
+        return
+    check_actions(exam, name, x, tuple(f"action[{i}]" for i in range(x.shape[1])), str(path))
+    states = note.get("state", note.get("states"))
+    if states and abs(len(states) - len(x)) > 1:
+        exam.find("warning", f"{name}: actions and states of different number", path,
+                  f"{len(x)} actions, {len(states)} states", "the same, or one less",
+                  "mend the annotation")
 
 def _annotated_actions(exam, name, paths):
-    "Check the actions that annotations carry."
-    for path, note in exam.each(f"{name}: actions", paths, read_json, share=.1, problem="an annotation can't be read"):
-        found = next((note[k] for k in ("action", "actions") if isinstance(note.get(k), list) and note[k]), None)
-        if found is None: continue
-        try: x = np.array(found, float)
-        except (ValueError, TypeError): x = np.zeros(0)
-        if x.ndim != 2: exam.find("warning", f"{name}: actions of an annotation are no table", path, f"shape {x.shape}", "(n,A) numbers", "leave the actions out, or mend them")
-        else: check_actions(exam, name, x, tuple(f"action[{i}]" for i in range(x.shape[1])), str(path))
-        states = note.get("state", note.get("states"))
-        if states and x.ndim == 2 and abs(len(states) - len(x)) > 1:
-            exam.find("warning", f"{name}: actions and states of different number", path, f"{len(x)} actions, {len(states)} states", "the same, or one less", "mend the annotation")
+    "Check the actions that annotations hold."
+    problem = "an annotation can't be read"
+    for path, note in exam.each(f"{name}: actions", paths, read_json, share=.1, problem=problem):
+        _note_actions(exam, name, path, note)
     exam.later.append(partial(judge_actions, exam, name))
 
-def _judge_missing_videos(exam, what):
-    bad, n, *_ = exam.tallies.get(what, (0, 0))
-    if bad == n: exam.judge(what, "nothing for GFDM, which needs the latents; GIDM needs the videos", "a file", warn_from=1.) # a set of latents
-    else: exam.judge(what, "download them, or leave these annotations out", "a file", error_from=0.)
+# %% ../../nbs/03_doctor/03_clips.ipynb #07021a01
+def _judge_missing(exam, name):
+    videos = f"{name}: videos that are named but not there"
+    bad, n, *_ = exam.tallies.get(videos, (0, 0))
+    if bad == n: # a set of latents
+        exam.judge(videos, "nothing for GFDM, which needs the latents; GIDM needs the videos",
+                   "a file", warn_from=1.)
+    else:
+        exam.judge(videos, "download them, or leave these annotations out", "a file",
+                   error_from=0.)
+    exam.judge(f"{name}: latents that are named but not there", "nothing: they are computed "
+               "before training, from the videos", "a file", warn_from=1.)
 
+# %% ../../nbs/03_doctor/03_clips.ipynb #a1b2c3d4
 def check_release(
-    exam:Exam, # that writes down
+    exam:Exam, # that records findings
     folder:Path, # of the dataset, such as data/bridge
-    hz:float=0., # not needed: videos tell their times
+    hz:float=0., # not needed: videos hold their times
 ):
     "Examine a dataset in the release's format."
-    splits, pictures, views, files = release_splits(folder), 0., 1, 0
+    splits, images, views, files = release_splits(folder), 0., 1, 0
     fallback = "latent_videos_svd" if (folder/"latent_videos_svd").is_dir() else None
     for k, (annotation, split) in enumerate(splits):
-        name, share = f"{annotation}/{split}", 1/(len(splits) - k)
-        paths = list_annotations(folder, split, annotation)
-        each, views = _check_clips(exam, name, paths, partial(_annotated, exam, name, folder, fallback), .6*share, str, longest=WholeClip().longest)
+        name, paths = f"{annotation}/{split}", list_annotations(folder, split, annotation)
+        clips_of = partial(_annotated, exam, name, folder, fallback)
+        each, views = _check_clips(exam, name, paths, clips_of, .6/(len(splits) - k), str,
+                                   longest=WholeClip().longest)
         _annotated_actions(exam, name, paths)
-        exam.later.append(partial(_judge_missing_videos, exam, f"{name}: videos that are named but not there"))
-        exam.later.append(partial(exam.judge, f"{name}: latents that are named but not there", "nothing: they are computed before training, from the videos", "a file", warn_from=1.))
+        exam.later.append(partial(_judge_missing, exam, name))
         exam.facts[f"{name}: clips"] = f"{len(paths):,}, of {each/views:.0f} frames on average"
-        pictures, files = pictures + each*len(paths), files + len(paths)
+        images, files = images + each*len(paths), files + len(paths)
     if fallback and not (folder/"latent_videos").is_dir():
-        exam.find("note", "latents lie elsewhere than annotations say", folder/fallback, fallback, "latent_videos", f"read them with latent_fallback={fallback!r}")
-    check_copies(exam, "video files", [*walk_files(folder/"videos", VIDEO_SUFFIXES, 10**9 if exam.everything else 20_000)])
+        exam.find("note", "latents lie elsewhere than annotations say", folder/fallback, fallback,
+                  "latent_videos", f"read them with latent_fallback={fallback!r}")
+    most = 10**9 if exam.everything else 20_000
+    check_copies(exam, "video files", [*walk_files(folder/"videos", VIDEO_SUFFIXES, most)])
     exam.later.append(partial(judge_speed, exam, views))
     _ask_reader(exam, "release", folder, files, hz)
-    check_disk(exam, folder, round(pictures))
+    check_disk(exam, folder, round(images))
 
 # %% ../../nbs/03_doctor/03_clips.ipynb #373dbfdb
-def _check_list(exam, name, clips, skipped, share=.6, longest=0):
-    "Check clips that are known before any file is opened; returns the number of pictures, and the views."
-    for id, why in skipped.items(): exam.fail(f"{name}: entries that can't be used", id, ValueError(why))
-    clips = [c for c, ok in zip(clips, pick_episodes([c.id for c in clips], exam.reading.episodes)) if ok]
-    first, counts = {}, Counter()
-    for c in clips:
-        counts[c.text] += 1
-        first.setdefault(c.text, c.id)
+def _check_texts(exam, name, clips): # each sentence once, with its count
+    first, counts = {}, Counter(c.text for c in clips)
+    for c in clips: first.setdefault(c.text, c.id)
     for text, n in counts.items(): check_text(exam, name, text, f"clip {first[text]}", n)
+
+def _check_list(exam, name, clips, skipped, fraction=.6, longest=0): # -> (images, views)
+    "Check clips that are known before any file is opened."
+    for id, why in skipped.items():
+        exam.fail(f"{name}: entries that can't be used", id, ValueError(why))
+    chosen = pick_episodes([c.id for c in clips], exam.reading.episodes)
+    clips = [c for c, ok in zip(clips, chosen) if ok]
+    _check_texts(exam, name, clips)
     path = lambda c: str(next(iter(c.videos.values())))
     groups = [list(g) for _, g in groupby(sorted(clips, key=path), key=path)]
     check_copies(exam, f"{name}: files", [path(g[0]) for g in groups])
-    each, views = _check_clips(exam, name, groups, share=share, texts=False, longest=longest)
-    exam.facts[f"{name}"] = f"{len(clips):,} in {len(groups):,} files, of {each/views:.0f} frames on average"
+    each, views = _check_clips(exam, name, groups, fraction=fraction, texts=False, longest=longest)
+    frames = f"{each/views:.0f} frames on average"
+    exam.facts[f"{name}"] = f"{len(clips):,} in {len(groups):,} files, of {frames}"
     return each*len(clips), views
 
+# %% ../../nbs/03_doctor/03_clips.ipynb #512f50a4
 def check_something(
-    exam:Exam, # that writes down
+    exam:Exam, # that records findings
     folder:Path, # with labels/ and 20bn-something-something-v2/
-    hz:float=0., # not needed: videos tell their times
+    hz:float=0., # not needed: videos hold their times
 ):
     "Examine Something-Something-v2."
-    splits, files = something_splits(folder), 0
-    if not splits: exam.find("error", "no lists of clips", folder/"labels", "neither train.json nor validation.json", "both", "download the labels too")
-    pictures = 0.
+    splits, files, images = something_splits(folder), 0, 0.
+    if not splits:
+        exam.find("error", "no lists of clips", folder/"labels",
+                  "neither train.json nor validation.json", "both", "download the labels too")
     for k, split in enumerate(splits):
-        skipped = Skipped()
-        clips = exam.attempt(f"{split}: the list can't be read", folder/"labels"/f"{split}.json", partial(read_something, folder, split, on_problem=skipped))
+        skipped, path = Skipped(), folder/"labels"/f"{split}.json"
+        read = partial(read_something, folder, split, on_problem=skipped)
+        clips = exam.attempt(f"{split}: the list can't be read", path, read)
         if clips is None: continue
-        files, share = files + len(clips), .6/(len(splits) - k)
-        pictures += _check_list(exam, split, clips, skipped, share, WholeClip().longest)[0]
+        files, fraction = files + len(clips), .6/(len(splits) - k)
+        images += _check_list(exam, split, clips, skipped, fraction, WholeClip().longest)[0]
     exam.later.append(partial(judge_speed, exam))
     _ask_reader(exam, "something", folder, files)
-    check_disk(exam, folder, round(pictures))
+    check_disk(exam, folder, round(images))
 
+# %% ../../nbs/03_doctor/03_clips.ipynb #1fea8f00
 def check_ego4d(
-    exam:Exam, # that writes down
+    exam:Exam, # that records findings
     folder:Path, # with clips or videos, and narration.json
-    hz:float=0., # not needed: videos tell their times
+    hz:float=0., # not needed: videos hold their times
 ):
     "Examine Ego4D clips with narrations."
-    (videos, told), skipped = ego4d_parts(folder), Skipped()
-    if videos is None or told is None: raise ValueError(f"{folder} lacks {'its videos' if videos is None else 'narration.json'}: download both")
-    clips = read_ego4d(videos, told, on_problem=skipped)
-    pictures = _check_list(exam, "clips", clips, skipped)[0] if clips else 0.
+    (videos, narrations), skipped = ego4d_parts(folder), Skipped()
+    if videos is None or narrations is None:
+        lacking = "its videos" if videos is None else "narration.json"
+        raise ValueError(f"{folder} lacks {lacking}: download both")
+    clips = read_ego4d(videos, narrations, on_problem=skipped)
+    images = _check_list(exam, "clips", clips, skipped)[0] if clips else 0.
     _ask_reader(exam, "ego4d", folder, len(clips))
-    if not clips: exam.find("error", "no clips", told, f"no narration of the wearer in {videos}", "narrations of these videos", "download the narrations that belong to them", len(skipped) or 1)
+    if not clips:
+        exam.find("error", "no clips", narrations, f"no narration of the wearer in {videos}",
+                  "narrations of these videos", "download the narrations that belong to them",
+                  len(skipped) or 1)
     exam.later.append(partial(judge_speed, exam))
-    check_disk(exam, folder, round(pictures))
+    check_disk(exam, folder, round(images))
 
 # %% ../../nbs/03_doctor/03_clips.ipynb #6a4b44c5
+def _captions(exam, folder): # -> options of `read_folder`
+    table = exam.attempt("captions can't be read", folder, partial(find_captions, folder))
+    columns = table and f"{table['captions']}: {table['file_column']}, {table['text_column']}"
+    exam.facts["captions"] = columns or "none: the files' names"
+    tables = [p.name for p in walk_files(folder, TABLE_SUFFIXES, depth=0)]
+    if tables and table == {}:
+        expected = f"{' or '.join(FILE_COLUMNS)}, and {' or '.join(TEXT_COLUMNS)}"
+        exam.find("warning", "a table that is not read as captions", folder/tables[0],
+                  "no such columns", expected, "name its columns so, or give captions, "
+                  "file_column and text_column to read_folder")
+    return table or {}
+
 def check_videos(
-    exam:Exam, # that writes down
+    exam:Exam, # that records findings
     folder:Path, # of videos
-    hz:float=0., # not needed: videos tell their times
+    hz:float=0., # not needed: videos hold their times
 ):
     "Examine a folder of videos, with captions or without."
-    table, skipped = exam.attempt("captions can't be read", folder, partial(find_captions, folder)), Skipped()
-    exam.facts["captions"] = f"{table['captions']}: {table['file_column']}, {table['text_column']}" if table else "none: the files' names"
-    tables = [p.name for p in walk_files(folder, TABLE_SUFFIXES, depth=0)]
-    if tables and table == {}: exam.find("warning", "a table that is not read as captions", folder/tables[0], "no such columns", f"{' or '.join(FILE_COLUMNS)}, and {' or '.join(TEXT_COLUMNS)}", "name its columns so, or give captions, file_column and text_column to read_folder")
-    clips = read_folder(folder, **table or {}, on_problem=skipped)
+    options, skipped = _captions(exam, folder), Skipped()
+    clips = read_folder(folder, **options, on_problem=skipped)
     _ask_reader(exam, "videos", folder, len(clips))
-    pictures, views = _check_list(exam, "clips", clips, skipped) if clips else (0., 1)
-    if not clips: exam.find("error", "no clips", folder, "no video has a caption", "videos with captions", "mend the table", len(skipped) or 1)
+    images, views = _check_list(exam, "clips", clips, skipped) if clips else (0., 1)
+    if not clips:
+        exam.find("error", "no clips", folder, "no video has a caption", "videos with captions",
+                  "mend the table", len(skipped) or 1)
     exam.later.append(partial(judge_speed, exam, views))
-    check_disk(exam, folder, round(pictures))
+    check_disk(exam, folder, round(images))

@@ -33,54 +33,61 @@ SEVERITIES = "error", "warning", "note"
 
 @dataclass
 class Finding:
-    "One kind of thing that was found."
+    "One kind of fault, and where it occurs."
     severity:str # of `SEVERITIES`
-    what:str # the kind of thing, in a few words
+    what:str # the kind of fault, in a few words
     where:str # the first place: file, episode, row
     found:str # the value there
     expected:str = "" # what should be there
     remedy:str = "" # what to do
-    places:int = 1 # how many there are, as far as was looked
+    places:int = 1 # how many there are, in what was examined
     also:list = field(default_factory=list) # the next of the places, for programs
 
     @property
     def place(self): # the first place, and how many more
         return self.where + (f" and {self.places - 1:,} more" if self.places > 1 else "")
 
+# %% ../../nbs/03_doctor/00_report.ipynb #6495422b
 def _plain_text(
-    text, # of any origin: a caption, a file's name, an exception's message
+    text, # of any origin
     most:int=300, # characters to keep
 )->str: # one line
-    "Text without line ends and control characters, which a terminal would obey, and not too long."
-    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in re.sub(r"\s+", " ", str(text))).strip()
+    "Text without line ends and control characters, and not too long."
+    visible = lambda c: c if c.isprintable() else "\N{REPLACEMENT CHARACTER}"
+    line = "".join(visible(c) for c in re.sub(r"\s+", " ", str(text))).strip()
     return line if len(line) <= most else line[:most - 4] + " ..."
 
 def _sort_of(
     text:str, # a message
 )->str: # the same without paths, quotations and numbers
-    "What messages about different files have in common."
+    "The common part of messages about different files."
     return re.sub(r"\S*[/\\]\S*|'[^']*'|\d[\d.]*", "#", text)
 
-def read_error(
-    error:Exception, # what a reader raised
-)->tuple: # (what it says, what to do)
-    "The two halves of our readers' messages, which end in `: do this`; what another library says has no such end."
-    said = _plain_text(error, 600)
-    if not isinstance(error, (ValueError, FileNotFoundError, ImportError)): return f"{type(error).__name__}: {said}", "leave this out, and report the failure: a reader should have said what is wrong"
-    if getattr(error, "errno", None): return said, os_remedy(error) or "copy it again, or leave it out"
-    what, colon, remedy = said.rpartition(": ")
-    ours = type(error) in (ValueError, FileNotFoundError, ImportError) and _raised(error) and re.match(r"[a-z]+('t)?,? [^']", remedy)
-    return (what, remedy) if colon and ours else (said, "mend or leave out what is named")
-
-def _raised(error): # by a statement of ours, and not by a library, or by Python in converting something; one that was never raised is ours too
+# %% ../../nbs/03_doctor/00_report.ipynb #e47b211b
+def _raised(error): # by a statement of ours
     if not (trace := extract_tb(error.__traceback__)): return True
     return "raise " in (trace[-1].line or "") and "site-packages" not in trace[-1].filename
+
+def read_error(
+    error:Exception, # raised by a reader
+)->tuple: # (what is wrong, what to do)
+    "The two halves of a reader's message."
+    message = _plain_text(error, 600)
+    expected = ValueError, FileNotFoundError, ImportError
+    if not isinstance(error, expected):
+        return (f"{type(error).__name__}: {message}",
+                "leave this out, and report the failure: a reader should have named the fault")
+    if getattr(error, "errno", None):
+        return message, os_remedy(error) or "copy it again, or leave it out"
+    what, colon, remedy = message.rpartition(": ")
+    ours = type(error) in expected and _raised(error) and re.match(r"[a-z]+('t)?,? [^']", remedy)
+    return (what, remedy) if colon and ours else (message, "mend or leave out what is named")
 
 # %% ../../nbs/03_doctor/00_report.ipynb #25ece36a
 def spread(
     n:int, # things
 ): # yields each of 0 to n-1 once
-    "An order whose every beginning is spread over the whole."
+    "An order of which each beginning is spread over the whole."
     seen, x = bytearray(n), 0.
     for i in (0, n - 1)[:n]:
         if not seen[i]: yield i
@@ -95,106 +102,93 @@ def spread(
 
 # %% ../../nbs/03_doctor/00_report.ipynb #c29c5149
 class Exam:
-    "What has been found so far, and how much time is left."
+    "Findings so far, and the time that is left."
     def __init__(self,
-        everything:bool=False, # look at all there is, however long it takes
+        everything:bool=False, # examine all there is, however long it takes
         seconds:float=20., # for a sample, in all
-        n_workers:int=4, # threads, where everything is looked at
+        n_workers:int=4, # threads, where everything is examined
         reading:Reading=PLAIN, # how a run reads the data
     ):
-        self.reading = reading
-        if not seconds > 0: raise ValueError(f"seconds is {seconds}: give the time that a sample may take, such as 20")
-        self.everything, self.seconds, self.n_workers, self.begin = everything, seconds, n_workers, time.monotonic()
+        if not seconds > 0:
+            raise ValueError(f"seconds is {seconds}: give the time that a sample may take, such "
+                             "as 20")
+        self.reading, self.everything, self.seconds = reading, everything, seconds
+        self.n_workers, self.begin = n_workers, time.monotonic()
         self.findings, self.facts, self.looked, self.tallies, self.digests = {}, {}, {}, {}, {}
-        self.lengths, self.actions, self.texts, self.later, self.interrupted = [], [], {}, [], False
-        self.lock = threading.Lock() # looks may be threads
+        self.lengths, self.actions, self.texts, self.later = [], [], {}, []
+        self.interrupted, self.lock = False, threading.Lock() # for checks in threads
 
     def find(self,
         severity:str, what:str, where, found, expected="", remedy="", # as for `Finding`
         places:int=1, # how many of them
-        kind:str="", # what tells findings of the same severity and name apart
+        kind:str="", # distinguishes findings of the same severity and name
     ):
-        "Write a finding down; one of the same kind is counted."
-        if severity not in SEVERITIES: raise ValueError(f"severity is {severity!r}: choose one of {', '.join(SEVERITIES)}")
-        new = Finding(severity, what, *map(_plain_text, (where, found, expected, remedy)), places=places)
+        "Record a finding; one of the same kind is counted."
+        if severity not in SEVERITIES:
+            raise ValueError(f"severity is {severity!r}: choose one of {', '.join(SEVERITIES)}")
+        texts = map(_plain_text, (where, found, expected, remedy))
+        new = Finding(severity, what, *texts, places=places)
         with self.lock:
             old = self.findings.setdefault((severity, what, kind), new)
             if old is new: return
             old.places += places
             if len(old.also) < 1000: old.also.append(new.where)
 
-    def fail(self,
-        what:str, # kind of thing
-        where, # file, episode, row
-        error:Exception, # what was raised
-        severity:str="error", # of `SEVERITIES`
-    ):
-        "Write down what a reader raised."
-        found, remedy = read_error(error)
-        first, _, rest = found.partition(" ")
-        if first.rstrip(":,").endswith(_plain_text(where)): found = rest # the place is named already
-        self.find(severity, what, where, found, "", remedy, kind=_sort_of(found))
+    def left(self): # seconds; where everything is examined they do not count
+        return max(self.begin + self.seconds - time.monotonic(), 0.)
 
-    def attempt(self,
-        what:str, # kind of thing, for a finding
-        where, # file
-        f, # () -> result
-    ): # the result; None after an error
-        "Call a reader, and write down what it raises."
-        try: return f()
-        except Exception as e: self.fail(what, where, e) # a bad file may set off anything
-
-    def problem(self, what): # kind of thing: a reader's `on_problem` that writes down what has an episode or clip left out
-        return lambda name, why: self.fail(what, name, ValueError(why))
-
-    def last_word(self, folder, read): # () -> the dataset, opened as a run opens it
-        "Where nothing is wrong so far, what the reader refuses is."
-        if not any(f.severity == "error" for f in self.findings.values()): self.attempt("the reader refuses the folder", folder, read)
-
-    def left(self): return max(self.begin + self.seconds - time.monotonic(), 0.) # seconds; all is looked at regardless
-
-# %% ../../nbs/03_doctor/00_report.ipynb #cf96b9db
+# %% ../../nbs/03_doctor/00_report.ipynb #f5fd9c3a
 @patch
-def each(self:Exam,
-    name:str, # of the things, such as "frames of training"
-    items, # a sequence of them
-    look, # item -> result
-    problem:str="can't be read", # what an error says of its kind
-    where=str, # item -> its place, for findings
-    share:float=.25, # of the time that is left
-): # yields (item, result) of those that could be looked at
-    "Look at a sample, or at everything."
-    until, done, order = time.monotonic() + share*self.left(), 0, (range(len(items)) if self.everything else spread(len(items)))
-    results = _looks(look, (items[i] for i in order), self.n_workers if self.everything else 1)
-    bar = progress_bar(total=len(items), desc=f"looking at {name}", unit="", disable=not self.everything or len(items) < 50)
-    try:
-        with _gentle(self), bar, closing(results):
-            for item, result, error in results:
-                done += 1
-                bar.update(1)
-                if error is None: yield item, result
-                else: self.fail(f"{name}: {problem}", where(item), error)
-                if self.interrupted or not self.everything and time.monotonic() > until: break
-    finally: self.looked[name] = (done, len(items))
-    if self.interrupted: raise KeyboardInterrupt
+def fail(self:Exam,
+    what:str, # kind of thing
+    where, # file, episode, row
+    error:Exception, # what was raised
+    severity:str="error", # of `SEVERITIES`
+):
+    "Record what a reader raised."
+    found, remedy = read_error(error)
+    first, _, rest = found.partition(" ")
+    if first.rstrip(":,").endswith(_plain_text(where)): found = rest # the place is named already
+    self.find(severity, what, where, found, "", remedy, kind=_sort_of(found))
 
+@patch
+def attempt(self:Exam,
+    what:str, # kind of thing, for a finding
+    where, # file
+    f, # () -> result
+): # the result; None after an error
+    "Call a reader, and record what it raises."
+    try: return f()
+    except Exception as e: self.fail(what, where, e) # a bad file may cause any exception
+
+# %% ../../nbs/03_doctor/00_report.ipynb #4003198b
+@patch
+def problem(self:Exam, what): # kind of thing -> a reader's `on_problem`
+    return lambda name, why: self.fail(what, name, ValueError(why))
+
+@patch
+def last_word(self:Exam, folder, read): # () -> the dataset, opened as a run opens it
+    "Record what the reader refuses, where there is no error so far."
+    if any(f.severity == "error" for f in self.findings.values()): return
+    self.attempt("the reader refuses the folder", folder, read)
+
+# %% ../../nbs/03_doctor/00_report.ipynb #9c97f69c
 @contextmanager
-def _gentle(exam):
-    "The first Ctrl-C only asks to stop: raised in the midst of a bar's update, it would leave its lock to no one, and the threads waiting."
+def _gentle(exam): # the first Ctrl-C asks to stop, the second interrupts
     def ask(*_):
         if exam.interrupted: raise KeyboardInterrupt
         exam.interrupted = True
-    catches = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    catches = default and threading.current_thread() is threading.main_thread()
     if catches: signal.signal(signal.SIGINT, ask)
     try: yield
     finally:
         if catches: signal.signal(signal.SIGINT, signal.default_int_handler)
 
-def _looks(look, items, n_workers):
-    "(item, result, error) of each, in order, some ahead."
+def _results(look, items, n_workers): # (item, result, error) of each, in order, some ahead
     def one(item):
         try: return item, look(item), None
-        except Exception as e: return item, None, e # a bad file may set off anything; it becomes a finding
+        except Exception as e: return item, None, e # a bad file may cause any exception
     if n_workers <= 1: yield from map(one, items); return
     pool, ahead = ThreadPoolExecutor(n_workers), []
     try:
@@ -203,6 +197,33 @@ def _looks(look, items, n_workers):
             if len(ahead) >= 4*n_workers: yield ahead.pop(0).result()
         for job in ahead: yield job.result()
     finally: pool.shutdown(cancel_futures=True)
+
+# %% ../../nbs/03_doctor/00_report.ipynb #cf96b9db
+@patch
+def each(self:Exam,
+    name:str, # of the things, such as "frames of training"
+    items, # a sequence of them
+    look, # item -> result
+    problem:str="can't be read", # for findings about those that raise
+    where=str, # item -> its place, for findings
+    share:float=.25, # fraction of the remaining time
+): # yields (item, result) of those that could be examined
+    "Examine a sample, or everything."
+    n, until, done = len(items), time.monotonic() + share*self.left(), 0
+    order = range(n) if self.everything else spread(n)
+    results = _results(look, (items[i] for i in order), self.n_workers if self.everything else 1)
+    hidden = not self.everything or n < 50
+    bar = progress_bar(total=n, desc=f"looking at {name}", unit="", disable=hidden)
+    try:
+        with _gentle(self), bar, closing(results):
+            for item, result, error in results:
+                done += 1
+                bar.update(1)
+                if error is None: yield item, result
+                else: self.fail(f"{name}: {problem}", where(item), error)
+                if self.interrupted or not self.everything and time.monotonic() > until: break
+    finally: self.looked[name] = (done, n)
+    if self.interrupted: raise KeyboardInterrupt
 
 # %% ../../nbs/03_doctor/00_report.ipynb #44de2280
 @patch
@@ -225,16 +246,18 @@ def judge(self:Exam,
     what:str, # a kind of thing that was tallied
     remedy:str, # what to do
     expected:str="", # what should be there
-    error_from:float=2., # share from which it is an error; above 1: never
-    warn_from:float=0., # share above which it is a warning
-    note_from:float=0., # share above which it is a note
+    error_from:float=2., # fraction from which it is an error; above 1: never
+    warn_from:float=0., # fraction above which it is a warning
+    note_from:float=0., # fraction above which it is a note
 ):
     "Make a finding of a tally."
     bad, n, where, found = self.tallies.pop(what, (0, 0, "", ""))
     if not bad or bad/n <= min(warn_from, note_from): return
     severity = "error" if bad/n >= error_from else "warning" if bad/n > warn_from else "note"
-    self.find(severity, what, where, f"{found + '; ' if found else ''}{bad:,} of {n:,} looked at", expected, remedy, places=bad)
+    found = f"{found + '; ' if found else ''}{bad:,} of {n:,} looked at"
+    self.find(severity, what, where, found, expected, remedy, places=bad)
 
+# %% ../../nbs/03_doctor/00_report.ipynb #1704a888
 @patch
 def seen_before(self:Exam,
     kind:str, # of thing
@@ -243,108 +266,160 @@ def seen_before(self:Exam,
     remedy:str="keep one of them: copies in training and validation make the validation too good",
     what:str="the same content twice", # kind of finding
 ):
-    "Write down what has been there already."
-    digest = hashlib.sha256(content if isinstance(content, bytes) else repr(content).encode()).digest()[:16]
+    "Record a copy of something that occurred before."
+    content = content if isinstance(content, bytes) else repr(content).encode()
+    digest = hashlib.sha256(content).digest()[:16]
     first = self.digests.setdefault((kind, digest), str(where))
-    if first != str(where): self.find("warning", f"{kind}: {what}", where, f"the same as {first}", "different content", remedy)
+    if first == str(where): return
+    found = f"the same as {first}"
+    self.find("warning", f"{kind}: {what}", where, found, "different content", remedy)
 
 # %% ../../nbs/03_doctor/00_report.ipynb #25f11411
 @dataclass(repr=False)
 class Report:
-    "What an examination found."
+    "Findings and facts of an examination."
     folder:str # that was examined
     format:str # of `data.load.NEEDS`, or ""
     findings:list # of `Finding`, the worst first
     facts:dict # name -> text: what there is
-    looked:dict # name of things -> (how many were looked at, how many there are)
+    looked:dict # name of things -> (how many were examined, how many there are)
     seconds:float # that it took
-    everything:bool = False # whether it was to look at all
+    everything:bool = False # whether all was to be examined
     interrupted:bool = False # whether it was stopped
     lengths:list = field(default_factory=list) # of episodes or clips, seconds
     actions:dict = field(default_factory=dict) # label -> (n,) values, some of them
-    texts:dict = field(default_factory=dict) # sentence -> how often it was met
+    texts:dict = field(default_factory=dict) # sentence -> how often it occurs
 
-    def of(self, severity): return [f for f in self.findings if f.severity == severity] # findings of one severity
+    def of(self, severity): return [f for f in self.findings if f.severity == severity]
 
     @property
-    def sound(self): return not self.of("error") and not self.interrupted # whether it can be trained on
+    def sound(self): return not self.of("error") and not self.interrupted
 
     @property
     def verdict(self): # in a few words
         counts = [f"{n} {s}{'s'*(n > 1)}" for s in SEVERITIES if (n := len(self.of(s)))]
-        state = "stopped before the end" if self.interrupted else "sound" if self.sound else "not sound"
+        state = "sound" if self.sound else "not sound"
+        if self.interrupted: state = "stopped before the end"
         return state + (f" ({', '.join(counts)})" if counts else "")
 
     @property
-    def extent(self): # what share was looked at
-        of = lambda n, total: f"all {total:,}" if n >= total else f"{n:,} of {total:,} ({max(100*n/total, .01):.2g} %)"
-        return "; ".join(f"{name}: {of(*counts)}" for name, counts in self.looked.items() if counts[1]) or "nothing"
+    def extent(self): # which fraction was examined
+        def of(n, total):
+            if n >= total: return f"all {total:,}"
+            return f"{n:,} of {total:,} ({max(100*n/total, .01):.2g} %)"
+        parts = [f"{name}: {of(*counts)}" for name, counts in self.looked.items() if counts[1]]
+        return "; ".join(parts) or "nothing"
+
+# %% ../../nbs/03_doctor/00_report.ipynb #27b3d630
+def _action_samples(actions): # (name, labels, (n,A)) of episodes -> label -> some of its values
+    samples, rng = {}, np.random.default_rng(0)
+    for labels in dict.fromkeys(labels for _, labels, _ in actions):
+        x = np.concatenate([a for _, names, a in actions if names == labels])
+        x = x[np.sort(rng.permutation(len(x))[:5000])]
+        samples |= {label: x[:, i].tolist() for i, label in enumerate(labels)}
+    return samples
 
 @patch
 def report(self:Exam,
     folder, # that was examined
     format:str="", # of the dataset
 )->Report:
-    "What was found, the worst first."
+    "The report, with the worst findings first."
     while self.later: self.attempt("a check failed", folder, self.later.pop(0))
-    inside = lambda text: text.replace(f"{_plain_text(folder)}/", "") # paths in it are shorter without it
-    findings = [replace(f, where=inside(f.where), found=inside(f.found), also=[inside(w) for w in f.also]) for f in self.findings.values()]
+    inside = lambda text: text.replace(f"{_plain_text(folder)}/", "")
+    shorter = lambda f: replace(f, where=inside(f.where), found=inside(f.found),
+                                also=[inside(w) for w in f.also])
+    findings = [shorter(f) for f in self.findings.values()]
     findings.sort(key=lambda f: SEVERITIES.index(f.severity))
-    kept, rng, texts = {}, np.random.default_rng(0), sum(self.texts.values(), Counter())
-    for labels in dict.fromkeys(labels for _, labels, _ in self.actions):
-        x = np.concatenate([a for _, names, a in self.actions if names == labels])
-        x = x[np.sort(rng.permutation(len(x))[:5000])]
-        kept |= {label: x[:, i].tolist() for i, label in enumerate(labels)}
-    return Report(str(folder), format, findings, dict(self.facts), dict(self.looked), time.monotonic() - self.begin,
-                  self.everything, self.interrupted, [float(x) for x in self.lengths], kept, dict(texts.most_common(10_000)))
+    lengths, texts = [float(x) for x in self.lengths], sum(self.texts.values(), Counter())
+    return Report(str(folder), format, findings, dict(self.facts), dict(self.looked),
+                  time.monotonic() - self.begin, self.everything, self.interrupted, lengths,
+                  _action_samples(self.actions), dict(texts.most_common(10_000)))
 
 # %% ../../nbs/03_doctor/00_report.ipynb #678cbd23
 @patch
 def __str__(self:Report):
-    lines = [f"{_plain_text(self.folder)}: {self.format or 'no known format'}, {self.verdict}", f"  looked at in {self.seconds:.1f} s: {self.extent}"]
+    head = f"{_plain_text(self.folder)}: {self.format or 'no known format'}, {self.verdict}"
+    lines = [head, f"  looked at in {self.seconds:.1f} s: {self.extent}"]
     lines += [f"  {name}: {_plain_text(value)}" for name, value in self.facts.items()]
     for f in self.findings:
+        expected = f"; expected {f.expected}" if f.expected else ""
         lines += [f"{f.severity.upper():<8}{f.what}", f"        where: {f.place}",
-                  f"        found: {f.found}" + (f"; expected {f.expected}" if f.expected else "")]
+                  f"        found: {f.found}{expected}"]
         if f.remedy: lines.append(f"        do: {f.remedy}")
     return "\n".join(lines)
 
 @patch
 def __repr__(self:Report): return str(self)
 
+# %% ../../nbs/03_doctor/00_report.ipynb #39a28ec9
+def _markdown_cell(text):
+    text = html.escape(_plain_text(text), quote=False)
+    for c in "\\|`*$": text = text.replace(c, f"\\{c}")
+    return text
+
+def _markdown_table(header, rows):
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"]*len(header), *rows))
+
 @patch
 def _repr_markdown_(self:Report):
-    cell = lambda text: html.escape(_plain_text(text), quote=False).replace("\\", "\\\\").replace("|", "\\|").replace("`", "\\`").replace("*", "\\*").replace("$", "\\$")
-    table = lambda header, rows: "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"]*len(header), *rows))
-    parts = [f"**{cell(self.folder)}**: {self.format or 'no known format'}, **{self.verdict}**", f"Looked at in {self.seconds:.1f} s: {cell(self.extent)}."]
-    if self.facts: parts.append(table(["fact", "value"], [[cell(k), cell(v)] for k, v in self.facts.items()]))
-    rows = [[f"**{f.severity}**" if f.severity == "error" else f.severity, *map(cell, (f.what, f.place, f.found, f.expected, f.remedy))] for f in self.findings]
-    if rows: parts.append(table(["severity", "what", "where", "found", "expected", "remedy"], rows))
+    cell = _markdown_cell
+    parts = [f"**{cell(self.folder)}**: {self.format or 'no known format'}, **{self.verdict}**",
+             f"Looked at in {self.seconds:.1f} s: {cell(self.extent)}."]
+    facts = [[cell(k), cell(v)] for k, v in self.facts.items()]
+    if facts: parts.append(_markdown_table(["fact", "value"], facts))
+    severity = lambda s: f"**{s}**" if s == "error" else s
+    rows = [[severity(f.severity), *map(cell, (f.what, f.place, f.found, f.expected, f.remedy))]
+            for f in self.findings]
+    header = ["severity", "what", "where", "found", "expected", "remedy"]
+    if rows: parts.append(_markdown_table(header, rows))
     return "\n\n".join(parts)
 
-COLOURS = dict(error="#b3261e", warning="#8a5a00", note="#4a5a6a") # of the severities, readable on white and on black in a badge
+# %% ../../nbs/03_doctor/00_report.ipynb #ce5c4b27
+COLOURS = dict(error="#b3261e", warning="#8a5a00", note="#4a5a6a") # legible on white and as badges
 
+def _escaped(text): return html.escape(_plain_text(text))
+
+def _badge(text, colour):
+    style = f"background:{colour};color:#fff;border-radius:3px;padding:1px 6px;white-space:nowrap"
+    return f'<span style="{style}">{text}</span>'
+
+def _html_line(tag, row):
+    style = ("text-align:left;vertical-align:top;white-space:normal;overflow-wrap:anywhere;"
+             "padding:3px 8px")
+    styles = [style] + [style + ";min-width:6em"]*(len(row) - 1)
+    cells = (f'<{tag} style="{s}">{c}</{tag}>' for s, c in zip(styles, row))
+    return f"<tr>{''.join(cells)}</tr>"
+
+def _html_table(header, rows):
+    head = f"<thead>{_html_line('th', header)}</thead>" if header else ""
+    return f"<table>{head}<tbody>{''.join(_html_line('td', row) for row in rows)}</tbody></table>"
+
+# %% ../../nbs/03_doctor/00_report.ipynb #50064527
 @patch
 def _repr_html_(self:Report):
-    e = lambda text: html.escape(_plain_text(text))
-    badge = lambda s, colour: f'<span style="background:{colour};color:#fff;border-radius:3px;padding:1px 6px;white-space:nowrap">{s}</span>'
-    style = lambda i: f'style="text-align:left;vertical-align:top;white-space:normal;overflow-wrap:anywhere;padding:3px 8px{";min-width:6em"*(i > 0)}"'
-    line = lambda tag, row: f"<tr>{''.join(f'<{tag} {style(i)}>{c}</{tag}>' for i, c in enumerate(row))}</tr>"
-    table = lambda header, rows: "<table>" + ("<thead>" + line("th", header) + "</thead>" if header else "") + f"<tbody>{''.join(line('td', row) for row in rows)}</tbody></table>"
-    colour = "#1b6e3c" if self.sound else COLOURS["error"]
-    head = f"<p><b>{e(self.folder)}</b>: {e(self.format or 'no known format')} {badge(e(self.verdict), colour)}<br>looked at in {self.seconds:.1f} s: {e(self.extent)}</p>"
-    facts = table([], [[f"<b>{e(k)}</b>", e(v)] for k, v in self.facts.items()])
-    rows = [[badge(f.severity, COLOURS[f.severity]), *map(e, (f.what, f.place, f.found, f.expected, f.remedy))] for f in self.findings]
-    return head + facts + (table(["", "what", "where", "found", "expected", "remedy"], rows) if rows else "")
+    e, colour = _escaped, "#1b6e3c" if self.sound else COLOURS["error"]
+    head = (f"<p><b>{e(self.folder)}</b>: {e(self.format or 'no known format')} "
+            f"{_badge(e(self.verdict), colour)}<br>looked at in {self.seconds:.1f} s: "
+            f"{e(self.extent)}</p>")
+    facts = _html_table([], [[f"<b>{e(k)}</b>", e(v)] for k, v in self.facts.items()])
+    badge = lambda severity: _badge(severity, COLOURS[severity])
+    rows = [[badge(f.severity), *map(e, (f.what, f.place, f.found, f.expected, f.remedy))]
+            for f in self.findings]
+    header = ["", "what", "where", "found", "expected", "remedy"]
+    return head + facts + (_html_table(header, rows) if rows else "")
 
+# %% ../../nbs/03_doctor/00_report.ipynb #d5bb897c
 @patch
 def to_json(self:Report,
     path=None, # of the file to write; None: none
 )->str: # the same as text
-    "The report for programs: findings, facts and what was looked at, without the samples behind the plots."
-    content = dict(folder=self.folder, format=self.format, sound=self.sound, verdict=self.verdict, seconds=round(self.seconds, 2), everything=self.everything,
-                   interrupted=self.interrupted, findings=[asdict(f) for f in self.findings], facts=self.facts,
-                   looked={k: dict(looked=n, total=total) for k, (n, total) in self.looked.items()})
+    "The report for programs."
+    looked = {k: dict(looked=n, total=total) for k, (n, total) in self.looked.items()}
+    content = dict(folder=self.folder, format=self.format, sound=self.sound, verdict=self.verdict,
+                   seconds=round(self.seconds, 2), everything=self.everything,
+                   interrupted=self.interrupted, findings=[asdict(f) for f in self.findings],
+                   facts=self.facts, looked=looked)
     text = json.dumps(content, indent=1, default=str) + "\n"
     if path is not None: write_whole(Path(path), text)
     return text
@@ -355,43 +430,51 @@ def show_lengths(
     ax=None, # axes to draw into
     **kw, # passed to `hist`
 ): # the axes
-    "A histogram of the episodes' or clips' seconds."
-    ax = new_axes(4, 1.8) if ax is None else ax
-    ax.hist(report.lengths, **dict(bins=30, color="tab:blue") | kw)
+    "A histogram of the lengths of episodes or clips, seconds."
+    ax, lengths = new_axes(4, 1.8) if ax is None else ax, report.lengths
+    ax.hist(lengths, **dict(bins=30, color="tab:blue") | kw)
     ax.yaxis.get_major_locator().set_params(integer=True)
-    ax.set(xlabel="length, s", ylabel="episodes or clips" if len(report.lengths) else "no lengths were read")
+    ax.set(xlabel="length, s", ylabel="episodes or clips" if lengths else "no lengths were read")
     return ax
 
+# %% ../../nbs/03_doctor/00_report.ipynb #34de4fe9
 def show_action_values(
     report:Report, # with actions
     ax=None, # axes to draw into
 ): # the axes
-    "One line a number of the action, from its lowest to its highest value: the darker, the more of them. A red mark is zero."
-    labels = list(report.actions)
+    "The distribution of each number of the action, from its lowest to its highest value."
+    labels, x = list(report.actions), [np.asarray(values) for values in report.actions.values()]
     ax = new_axes(5, .26*max(len(labels), 2) + .6) if ax is None else ax
-    x = [np.asarray(values) for values in report.actions.values()]
     low, high = (np.array([how(values) for values in x]) for how in (np.min, np.max))
     span = np.where(high > low, high - low, 1)
-    counts = np.array([np.histogram((row - a)/s, 80, (0, 1))[0] for row, a, s in zip(x, low, span)]).reshape(-1, 80)
-    if labels: ax.imshow((counts/counts.max(1, keepdims=True))**.4, aspect="auto", cmap="Blues", extent=(0, 1, len(labels) - .5, -.5), interpolation="nearest")
+    counts = [np.histogram((row - a)/s, 80, (0, 1))[0] for row, a, s in zip(x, low, span)]
+    counts = np.array(counts).reshape(-1, 80)
+    if labels:
+        ax.imshow((counts/counts.max(1, keepdims=True))**.4, aspect="auto", cmap="Blues",
+                  extent=(0, 1, len(labels) - .5, -.5), interpolation="nearest")
     zero = -low/span
-    ax.vlines(zero[(zero >= 0) & (zero <= 1)], *(np.flatnonzero((zero >= 0) & (zero <= 1)) + d for d in (-.45, .45)), color="tab:red", lw=1)
-    ax.set_yticks(range(len(labels)), [f"{_plain_text(n, 24)}  {a:.3g} to {b:.3g}".replace("$", r"\$") for n, a, b in zip(labels, low, high)], fontsize=8)
+    inside = np.flatnonzero((zero >= 0) & (zero <= 1))
+    ax.vlines(zero[inside], inside - .45, inside + .45, color="tab:red", lw=1)
+    ranges = [f"{_plain_text(n, 24)}  {a:.3g} to {b:.3g}" for n, a, b in zip(labels, low, high)]
+    ax.set_yticks(range(len(labels)), [r.replace("$", r"\$") for r in ranges], fontsize=8)
     ax.set_xticks([0, 1], ["lowest", "highest"] if labels else ["", ""])
     ax.set_xlabel("value of the action, as stored" if labels else "no actions were read")
     return ax
 
+# %% ../../nbs/03_doctor/00_report.ipynb #98b51dcc
 def show_language(
     report:Report, # with texts
     most:int=15, # sentences to show
     ax=None, # axes to draw into
 ): # the axes
-    "Bars of the commonest sentences."
+    "Bars of the most frequent sentences."
     rows = list(report.texts.items())[:most]
     ax = new_axes(5, .2*max(len(rows), 2) + .7) if ax is None else ax
-    ax.barh([f"{i + 1}  {_plain_text(t, 50) or '(empty)'}".replace("$", r"\$") for i, (t, _) in enumerate(rows)], [n for _, n in rows], color="tab:blue")
+    labels = [f"{i}  {_plain_text(t, 50) or '(empty)'}" for i, (t, _) in enumerate(rows, 1)]
+    ax.barh([label.replace("$", r"\$") for label in labels], [n for _, n in rows], color="tab:blue")
     ax.invert_yaxis()
     ax.tick_params(axis="y", labelsize=8)
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set_xlabel(f"times met; {len(report.texts):,} different sentences" if rows else "no sentences were read")
+    total = f"times met; {len(report.texts):,} different sentences"
+    ax.set_xlabel(total if rows else "no sentences were read")
     return ax

@@ -29,257 +29,437 @@ from .checks import (
 from .report import Exam
 
 # %% ../../nbs/03_doctor/04_robots.ipynb #039adb99
+def _content(action, images): # by which copies of an episode are recognised
+    if action is not None and len(action) > 1 and np.ptp(action, 0).any(): return action
+    return next(iter(images.values()), None)
+
 def _check_episode(
-    exam:Exam, # that writes down
+    exam:Exam, # that records findings
     name:str, # of the episodes
     where:str, # the episode
     n:int, # its rows
     action:np.ndarray|None, # (n,A)
     labels:tuple, # A names
     proprio:np.ndarray|None, # (n,P) the robot's state
-    pictures:dict, # view -> list of (H,W,3) uint8, some of its pictures
+    images:dict, # view -> list of (H,W,3) uint8, some of its images
     hz:float, # rows a second; 0: unknown
 ):
-    "Check the numbers and some of the pictures of an episode."
+    "Check the numbers and some of the images of an episode."
     exam.lengths.append(n/(hz or 1.))
     exam.tally(f"{name}: episodes of a few rows", n < 5, where, f"{n} rows")
     if action is not None: check_actions(exam, name, action, labels, where)
-    if proprio is not None: check_vector(exam, name, proprio, tuple(map(str, range(proprio.shape[1]))), where, "state")
-    content = action if action is not None and len(action) > 1 and np.ptp(action, 0).any() else next(iter(pictures.values()), None)
-    if content is not None: exam.seen_before(name, np.asarray(content).tobytes(), where)
-    for view, frames in pictures.items():
-        if frames and len({np.shape(f) for f in frames}) == 1: check_pictures(exam, f"{name}, {view}", np.stack(frames), where)
+    if proprio is not None:
+        numbers = tuple(map(str, range(proprio.shape[1])))
+        check_vector(exam, name, proprio, numbers, where, "state")
+    if (content := _content(action, images)) is not None:
+        exam.seen_before(name, np.asarray(content).tobytes(), where)
+    for view, frames in images.items():
+        if frames and len({np.shape(f) for f in frames}) == 1:
+            check_pictures(exam, f"{name}, {view}", np.stack(frames), where)
 
+# %% ../../nbs/03_doctor/04_robots.ipynb #1b7ca47b
 def _judge_episodes(
-    exam:Exam, # with episodes looked at
+    exam:Exam, # with episodes
     name:str, # of the episodes
     views:tuple, # names of the cameras
     needed:bool=False, # whether each must have a sentence
 ):
-    "Judge all episodes that were looked at."
-    exam.judge(f"{name}: episodes of a few rows", "leave them out: they give few samples, or none", "5 or more")
+    "Conclude about all episodes."
+    exam.judge(f"{name}: episodes of a few rows",
+               "leave them out: they give few samples, or none", "5 or more")
     judge_actions(exam, name)
     judge_texts(exam, name, needed)
     for view in views: judge_pictures(exam, f"{name}, {view}")
 
-def _describe_lengths(lengths, hz, unit="rows"): # (E,) rows of the episodes, rows a second (0: unknown)
-    "How many episodes there are, and how long they are."
+def _describe_lengths(lengths, hz, unit="rows"): # (E,) rows of the episodes; rows a second, or 0
+    "The number of episodes, and their lengths."
     x = np.asarray(lengths)
+    if not len(x): return "none"
     hours = f", {x.sum()/hz/3600:.3g} hours at {hz:g} Hz" if hz else ", at an unknown rate"
-    return f"{len(x):,} of {x.min():,} to {x.max():,} {unit}, {x.sum():,} in all{hours}" if len(x) else "none"
+    return f"{len(x):,} of {x.min():,} to {x.max():,} {unit}, {x.sum():,} in all{hours}"
 
 # %% ../../nbs/03_doctor/04_robots.ipynb #1dd94932
-def _lerobot_videos(exam, source):
-    "Compare each video file with the rows of the episodes in it."
+def _rows_of_videos(source): # -> path -> rows of its episodes; path -> key
     rows, key_of = {}, {}
     for key, (paths, _) in source.table["videos"].items():
-        for i in source.kept: rows[paths[i]], key_of[paths[i]] = rows.get(paths[i], 0) + source.table["length"][i], key
-    look = lambda path: scan_video(source.folder/path, decode=exam.everything)
-    for path, info in exam.each("video files", list(rows), look, share=.35):
-        check_video(exam, "video files", source.folder/path, info, hz=source.hz)
-        if len(info) != rows[path]:
-            exam.find("error" if len(info) < rows[path] else "warning", f"video files: {'fewer' if len(info) < rows[path] else 'more'} frames than rows", path, f"{len(info)} frames", f"{rows[path]}, the rows of its episodes", "restore a whole copy, or leave its episodes out (`episodes` of reading): videos and tables don't belong together")
-        shape = tuple(source.features[key_of[path]]["shape"])
-        exam.tally("video files: another size than said", {info.height, info.width} - set(shape) != set(), path, f"{info.height}x{info.width}, said {shape}")
-    exam.later.append(partial(judge_videos, exam, "video files"))
-    exam.later.append(partial(exam.judge, "video files: another size than said", "correct shape in meta/info.json, or restore a whole copy", "the size in meta/info.json"))
-    check_copies(exam, "video files", [source.folder/p for p in rows])
+        for i in source.kept:
+            rows[paths[i]] = rows.get(paths[i], 0) + source.table["length"][i]
+            key_of[paths[i]] = key
+    return rows, key_of
 
+def _lerobot_videos(exam, source):
+    "Compare each video file with the rows of the episodes in it."
+    rows, key_of = _rows_of_videos(source)
+    scan = lambda path: scan_video(source.folder/path, decode=exam.everything)
+    for path, info in exam.each("video files", list(rows), scan, share=.35):
+        check_video(exam, "video files", source.folder/path, info, hz=source.hz)
+        if (n := len(info)) != rows[path]:
+            severity, other = ("error", "fewer") if n < rows[path] else ("warning", "more")
+            exam.find(severity, f"video files: {other} frames than rows", path, f"{n} frames",
+                      f"{rows[path]}, the rows of its episodes",
+                      "restore a whole copy, or leave its episodes out (`episodes` of reading): "
+                      "videos and tables don't belong together")
+        shape = tuple(source.features[key_of[path]]["shape"])
+        exam.tally("video files: another size than said",
+                   {info.height, info.width} - set(shape) != set(), path,
+                   f"{info.height}x{info.width}, said {shape}")
+    exam.later.append(partial(judge_videos, exam, "video files"))
+    remedy = "correct shape in meta/info.json, or restore a whole copy"
+    exam.later.append(partial(exam.judge, "video files: another size than said", remedy,
+                              "the size in meta/info.json"))
+    check_copies(exam, "video files", [source.folder/path for path in rows])
+
+# %% ../../nbs/03_doctor/04_robots.ipynb #8bb3c861
 def _lerobot_stats(exam, source):
-    "Compare the stored statistics with the actions looked at."
+    "Compare the stored statistics with the actions that were read."
     from defi_nb.data.lerobot import stored_scale
     try: scale = stored_scale(source, "min_max")
-    except (ValueError, KeyError, TypeError): return exam.find("note", "no stored statistics of the actions", source.folder/"meta", "no min and max", "stats.json", "nothing: measure_scale measures them")
-    for action in (x for who, _, x in exam.actions if who == "episodes"):
-        low, high = (np.array(b) - s*1e-3*(1 + np.abs(b)) for b, s in ((scale.low, 1), (scale.high, -1)))
-        if ((action < low) | (action > high)).any():
-            i = int(((action < low) | (action > high)).any(0).argmax())
-            exam.find("warning", "actions outside the stored statistics", source.folder/"meta", f"{source.labels[i]} from {action[:, i].min():.4g} to {action[:, i].max():.4g}", f"{scale.low[i]:.4g} to {scale.high[i]:.4g}", "use measure_scale rather than stored_scale: the statistics are of other data")
+    except (ValueError, KeyError, TypeError):
+        exam.find("note", "no stored statistics of the actions", source.folder/"meta",
+                  "no min and max", "stats.json", "nothing: measure_scale measures them")
+        return
+    margin = lambda bound: 1e-3*(1 + np.abs(bound))
+    low, high = np.array(scale.low), np.array(scale.high)
+    for action in (x for whose, _, x in exam.actions if whose == "episodes"):
+        outside = (action < low - margin(low)) | (action > high + margin(high))
+        if not outside.any(): continue
+        i = int(outside.any(0).argmax())
+        x = action[:, i]
+        exam.find("warning", "actions outside the stored statistics", source.folder/"meta",
+                  f"{source.labels[i]} from {x.min():.4g} to {x.max():.4g}",
+                  f"{scale.low[i]:.4g} to {scale.high[i]:.4g}", "use measure_scale rather than "
+                  "stored_scale: the statistics are of other data")
 
+# %% ../../nbs/03_doctor/04_robots.ipynb #f1db9391
+def _lerobot_facts(exam, source):
+    path, listed = source.folder/"meta/info.json", len(source.table["length"])
+    if (counted := source.info.get("total_episodes") or 0) < listed:
+        exam.find("warning", "more episodes than meta/info.json counts", path, f"{counted}",
+                  f"{listed}, as the table of episodes",
+                  "nothing, if they are whole: all of them are read")
+    several = source.no_action.split(": ")[0].split("has several keys of actions, ")[1:]
+    if several:
+        exam.find("warning", "several keys of actions", path, several[0], "one",
+                  "give `action` of reading one of them, or train on video alone")
+    exam.facts |= {"version": source.info["codebase_version"],
+                   "episodes": _describe_lengths(source.lengths, source.hz),
+                   "cameras": ", ".join(source.views) or "none",
+                   "action": ", ".join(source.labels) or "none", "state": source.proprio or "none"}
+
+def _lerobot_texts(exam, source):
+    for i in source.kept:
+        tasks = (str(t) for t in source.table["tasks"][i] or () if str(t or "").strip())
+        check_text(exam, "episodes", next(tasks, ""), f"episode {source.table['index'][i]}")
+
+def _read_lerobot(exam, source, e): # -> actions, states, view -> images of three rows
+    n = int(source.lengths[e])
+    rows = np.unique(np.linspace(0, n - 1, 3).astype(int))
+    with timed(exam, len(rows)*len(source.views)):
+        images = {view: source.pictures(e, rows, view) for view in source.views}
+    source.instructions(e, [0, n - 1])
+    return *source.vectors(e), images
+
+# %% ../../nbs/03_doctor/04_robots.ipynb #72360ada
 def check_lerobot(
-    exam:Exam, # that writes down
+    exam:Exam, # that records findings
     folder:Path, # that holds meta/, data/ and videos/
-    hz:float=0., # not needed: meta/info.json says it
+    hz:float=0., # not needed: it is in meta/info.json
 ):
     "Examine a LeRobotDataset."
     from defi_nb.data.lerobot import LeRobotFolder, open_lerobot
-    left, reading = exam.problem("episodes that a run leaves out"), exam.reading
-    source = LeRobotFolder(folder, action=reading.action, keep_unlabelled=True, episodes=reading.episodes, on_problem=left)
-    if (counted := source.info.get("total_episodes") or 0) < len(source.table["length"]):
-        exam.find("warning", "more episodes than meta/info.json counts", folder/"meta/info.json", f"{counted}", f"{len(source.table['length'])}, as the table of episodes", "nothing, if they are whole: all of them are read")
-    if len(keys := [k for k in source.no_action.split(": ")[0].split("has several keys of actions, ")[1:]]):
-        exam.find("warning", "several keys of actions", folder/"meta/info.json", keys[0], "one", "give `action` of reading one of them, or train on video alone")
-    exam.facts |= {"version": source.info["codebase_version"], "episodes": _describe_lengths(source.lengths, source.hz), "cameras": ", ".join(source.views) or "none",
-                   "action": ", ".join(source.labels) or "none", "state": source.proprio or "none"}
-    for i in source.kept: check_text(exam, "episodes", next((str(t) for t in source.table["tasks"][i] or () if str(t or "").strip()), ""), f"episode {source.table['index'][i]}")
-
-    def look(e):
-        rows = np.unique(np.linspace(0, source.lengths[e] - 1, 3).astype(int))
-        with timed(exam, len(rows)*len(source.views)): pictures = {v: source.pictures(e, rows, v) for v in source.views}
-        source.instructions(e, [0, int(source.lengths[e]) - 1])
-        return *source.vectors(e), pictures
-    for e, (x, proprio, pictures) in exam.each("episodes", range(len(source.lengths)), look, share=.5, where=lambda e: f"episode {source.table['index'][source.kept[e]]}"):
-        _check_episode(exam, "episodes", f"episode {source.table['index'][source.kept[e]]}", int(source.lengths[e]), x, source.labels, proprio, pictures, source.hz)
-    exam.later += [partial(_judge_episodes, exam, "episodes", source.views), partial(exam.last_word, folder, partial(open_lerobot, folder, reading, on_problem=left))]
+    left_out, reading = exam.problem("episodes that a run leaves out"), exam.reading
+    source = LeRobotFolder(folder, action=reading.action, keep_unlabelled=True,
+                           episodes=reading.episodes, on_problem=left_out)
+    _lerobot_facts(exam, source)
+    _lerobot_texts(exam, source)
+    place = lambda e: f"episode {source.table['index'][source.kept[e]]}"
+    read = partial(_read_lerobot, exam, source)
+    for e, (x, proprio, images) in exam.each("episodes", range(len(source.lengths)), read,
+                                             share=.5, where=place):
+        _check_episode(exam, "episodes", place(e), int(source.lengths[e]), x, source.labels,
+                       proprio, images, source.hz)
+    opened = partial(open_lerobot, folder, reading, on_problem=left_out)
+    exam.later += [partial(_judge_episodes, exam, "episodes", source.views),
+                   partial(exam.last_word, folder, opened)]
     if source.action: _lerobot_stats(exam, source)
     _lerobot_videos(exam, source)
     exam.later.append(partial(judge_speed, exam, max(len(source.views), 1)))
     check_disk(exam, folder, int(source.lengths.sum())*len(source.views))
 
 # %% ../../nbs/03_doctor/04_robots.ipynb #5a68bbb3
-_REMARKS = {"toto": "toto is in both of the release's lists, of slow and of fast sets; the fast one wins, with pairs 14 to 19 frames apart",
-           "bridge": "the release's mixture takes bridge_dataset, BridgeData V2 as its authors publish it, in the place of this conversion"} # dataset -> what is known of it
+_REMARKS = { # dataset -> a remark
+    "toto": "toto is in both of the release's lists, of slow and of fast sets; the fast one wins, "
+            "with pairs 14 to 19 frames apart",
+    "bridge": "the release's mixture takes bridge_dataset, BridgeData V2 as its authors publish "
+              "it, in the place of this conversion"}
 
 def _guess_keys(
     features:dict, # from `data.rlds.read_features`
     name:str, # of the dataset
-)->tuple: # (view -> key, key of the instruction or None, keys of the action, keys of the state, steps a second or 0)
-    "Where a dataset keeps things, below steps/."
+)->tuple: # view -> key; key of the instruction or None; keys of action and state; Hz or 0
+    "Keys of a dataset, below steps/."
     steps, known = step_features(features), known_set(name)
-    numbers = [k for k, f in steps.items() if f[0] == "tensor" and f[2] not in ("string", "object", "uint8", "bool")]
+    others = "string", "object", "uint8", "bool"
+    numbers = [k for k, f in steps.items() if f[0] == "tensor" and f[2] not in others]
     state = tuple(k for k in numbers if k.startswith("observation/") and "state" in k)
-    views, text = {k.removeprefix("observation/"): k for k in image_keys(steps)}, next(iter(text_keys(steps, known)), None)
+    views = {k.removeprefix("observation/"): k for k in image_keys(steps)}
+    text = next(iter(text_keys(steps, known)), None)
     return views, text, tuple(action_keys(steps)), state, known.hz if known else 0.
 
-def _look_at_shard(
+# %% ../../nbs/03_doctor/04_robots.ipynb #c391c6a1
+def _image(value, feature, row, where):
+    "An image of an episode's feature."
+    if feature[0] == "tensor":
+        return np.asarray(value).reshape(-1, *feature[1])[row].astype(np.uint8)
+    return decode_picture(bytes(value[row]), where)
+
+def _joined(data, keys, sizes, rows, where): # -> (rows,sum of sizes), or None without keys
+    parts = [np.asarray(data.get(f"steps/{k}", ()), np.float32) for k in keys]
+    if bad := [k for k, x in zip(keys, parts) if len(x) != rows*sizes[k]]:
+        raise ValueError(f"{where}: {bad[0]} does not have {sizes[bad[0]]} numbers in each of "
+                         f"{rows} steps: restore a whole copy")
+    return np.concatenate([x.reshape(rows, -1) for x in parts], 1) if parts else None
+
+def _images(exam, data, views, features, rows, where): # view -> images of three steps
+    chosen = np.unique(np.linspace(0, rows - 1, 3).astype(int)) if rows else ()
+    images = {}
+    with timed(exam, len(chosen)*len(views)):
+        for view, key in views.items():
+            value, feature = data[f"steps/{key}"], features[f"steps/{key}"]
+            place = f"{where}: {key} of step"
+            images[view] = [_image(value, feature, int(r), f"{place} {r}") for r in chosen]
+    return images
+
+# %% ../../nbs/03_doctor/04_robots.ipynb #6b040a11
+def _read_shard(
     exam:Exam, # that times reading
     keys:tuple, # from `_guess_keys`
     features:dict, # from `data.rlds.read_features`
     shard:tuple, # (path, episodes that it should have)
-)->tuple: # (its texts, [(byte, rows, action, state, view -> pictures)])
+)->tuple: # (its texts, [(byte, rows, action, state, view -> images)])
     "Index a shard, and read some of its episodes."
     (path, n), (views, text, action, state, _) = shard, keys
     size = lambda key: int(np.prod(features[f"steps/{key}"][1]))
     counted = text or "is_first"
-    line = index_shard(path, counted, size(counted))
-    if len(line["place"]) != n: raise ValueError(f"{path} has {len(line['place'])} episodes, dataset_info.json says {n}: restore a whole copy")
-    wanted, out = {f"steps/{k}" for k in (*views.values(), *action, *state)}, []
+    index = index_shard(path, counted, size(counted))
+    if (found := len(index["place"])) != n:
+        raise ValueError(f"{path} has {found} episodes, dataset_info.json says {n}: restore a "
+                         "whole copy")
+    needed, sizes = {f"steps/{k}" for k in (*views.values(), *action, *state)}, {}
+    for k in (*action, *state): sizes[k] = size(k)
+    out = []
     for e in range(n) if exam.everything else sorted({0, n - 1} - {-1}):
-        place, rows = line["place"][e], line["steps"][e]
-        data = decode_example(read_record(path, place, line["length"][e]), wanted)
-        def join(names, data=data, rows=rows, place=place):
-            parts = [np.asarray(data.get(f"steps/{k}", ()), np.float32) for k in names]
-            if bad := [k for k, x in zip(names, parts) if len(x) != rows*size(k)]: raise ValueError(f"{path}, byte {place}: {bad[0]} does not have {size(bad[0])} numbers in each of {rows} steps: restore a whole copy")
-            return np.concatenate([x.reshape(rows, -1) for x in parts], 1) if parts else None
-        some = np.unique(np.linspace(0, rows - 1, 3).astype(int)) if rows else ()
-        with timed(exam, len(some)*len(views)): pictures = {v: [_picture(data[f"steps/{k}"], features[f"steps/{k}"], int(r), f"{path}, byte {place}: {k} of step {r}") for r in some] for v, k in views.items()}
-        out.append((place, rows, join(action), join(state), pictures))
-    return [] if text is None else line["text"], out
-
-def _picture(value, feature, row, where):
-    "A picture of an episode's feature."
-    if feature[0] == "tensor": return np.asarray(value).reshape(-1, *feature[1])[row].astype(np.uint8)
-    return decode_picture(bytes(value[row]), where)
+        place, rows = index["place"][e], index["steps"][e]
+        record, where = read_record(path, place, index["length"][e]), f"{path}, byte {place}"
+        data = decode_example(record, needed)
+        numbers = [_joined(data, k, sizes, rows, where) for k in (action, state)]
+        out.append((place, rows, *numbers, _images(exam, data, views, features, rows, where)))
+    return [] if text is None else index["text"], out
 
 # %% ../../nbs/03_doctor/04_robots.ipynb #8db0027b
 _FEW_BYTES = 2*10**8 # of shards: fewer are opened as a run opens them
 
+def _rlds_facts(exam, version, info, keys, splits, hz):
+    (views, text, action, *_), name = keys, str(info.get("name", ""))
+    about = version/"features.json"
+    exam.facts |= {"version": f"{info.get('name', '?')} {version.name}, splits {', '.join(splits)}",
+                   "cameras": ", ".join(views) or "none", "instruction": text or "none",
+                   "action": ", ".join(action) or "none"}
+    if remark := _REMARKS.get(name):
+        exam.find("note", "known of this dataset", version, remark, "",
+                  "nothing, if this is what you want")
+    if text is None:
+        exam.find("warning", "no key holds an instruction", about, "no text",
+                  "steps/language_instruction",
+                  "name its key, or train on video alone with keep_unlabelled=True")
+    if not views:
+        exam.find("error", "no key holds pictures", about, "no image", "steps/observation/image",
+                  "name its key")
+    if not hz:
+        exam.find("note", "the rate is not in the files", version, "unknown", "steps a second",
+                  "give hz, which the dataset's page says: gaps in seconds need it")
+    if not splits:
+        exam.find("error", "no splits", version/"dataset_info.json",
+                  "an empty list, or no such file", "splits with shardLengths",
+                  "restore a whole copy")
+
+# %% ../../nbs/03_doctor/04_robots.ipynb #8bf53659
+def _check_shards(exam, split, shards, keys, features, hz, fraction): # -> rows of the episodes
+    views, text, action, *_ = keys
+    sizes = {k: int(np.prod(features[f"steps/{k}"][1])) for k in action}
+    labels = tuple(k if n == 1 else f"{k}[{i}]" for k, n in sizes.items() for i in range(n))
+    read, lengths = partial(_read_shard, exam, keys, features), []
+    name = lambda shard: shard[0].name
+    for (path, _), (texts, episodes) in exam.each(f"shards of {split}", list(zip(*shards)), read,
+                                                  where=name, share=fraction):
+        for sentence in set(texts) if text is not None else ():
+            place = f"{path.name}, episode {texts.index(sentence)}"
+            check_text(exam, "episodes", sentence, place, texts.count(sentence))
+        for place, rows, x, proprio, images in episodes:
+            _check_episode(exam, "episodes", f"{path.name}, byte {place}", rows, x, labels,
+                           proprio, images, hz)
+            lengths.append(rows)
+    exam.facts[f"{split}: episodes"] = f"{sum(shards[1]):,} in {len(shards[0]):,} shards"
+    return lengths
+
+def _ask_rlds(exam, version, name, shards, hz):
+    "Open a dataset of few bytes as a run opens it, in the end."
+    total = sum(p.stat().st_size for p in shards[0] if p.exists())
+    if not exam.everything and total >= _FEW_BYTES: return
+    read = partial(open_rlds, version, name, replace(exam.reading, hz=hz or 1.),
+                   on_problem=exam.problem("episodes that a run leaves out"))
+    exam.later.append(partial(exam.last_word, version, read))
+
+# %% ../../nbs/03_doctor/04_robots.ipynb #59b987e4
 def check_rlds(
-    exam:Exam, # that writes down
+    exam:Exam, # that records findings
     folder:Path, # of a dataset, or of one version of it
     hz:float=0., # steps a second; 0: as Table 12 has it, or unknown
 ):
     "Examine a dataset in RLDS."
     version = rlds_version(folder)
-    features = read_features(version)
-    info = json.loads((version/"dataset_info.json").read_text()) if (version/"dataset_info.json").exists() else {}
-    splits, lengths, pictures = [str(s.get("name")) for s in info.get("splits", ())], [], 0
-    keys = views, text, action, state, known = _guess_keys(features, str(info.get("name", "")))
-    hz = hz or known
-    sizes = {k: int(np.prod(features[f"steps/{k}"][1])) for k in action}
-    labels = tuple(k if n == 1 else f"{k}[{i}]" for k, n in sizes.items() for i in range(n))
-    exam.facts |= {"version": f"{info.get('name', '?')} {version.name}, splits {', '.join(splits)}", "cameras": ", ".join(views) or "none", "instruction": text or "none", "action": ", ".join(action) or "none"}
-    if remark := _REMARKS.get(str(info.get("name", ""))): exam.find("note", "known of this dataset", version, remark, "", "nothing, if this is what you want")
-    if text is None: exam.find("warning", "no key holds an instruction", version/"features.json", "no text", "steps/language_instruction", "name its key, or train on video alone with keep_unlabelled=True")
-    if not views: exam.find("error", "no key holds pictures", version/"features.json", "no image", "steps/observation/image", "name its key")
-    if not hz: exam.find("note", "the rate is not in the files", version, "unknown", "steps a second", "give hz, which the dataset's page says: gaps in seconds need it")
-    if not splits: exam.find("error", "no splits", version/"dataset_info.json", "an empty list, or no such file", "splits with shardLengths", "restore a whole copy")
+    features, path = read_features(version), version/"dataset_info.json"
+    info = json.loads(path.read_text()) if path.exists() else {}
+    splits = [str(s.get("name")) for s in info.get("splits", ())]
+    keys = views, *_, known = _guess_keys(features, str(info.get("name", "")))
+    hz, lengths, images = hz or known, [], 0
+    _rlds_facts(exam, version, info, keys, splits, hz)
     for k, split in enumerate(splits):
-        shards = exam.attempt(f"{split}: shards", version, partial(find_shards, version, split, True))
-        if shards is None: continue
-        for (path, _), (texts, episodes) in exam.each(f"shards of {split}", list(zip(*shards)), partial(_look_at_shard, exam, keys, features), where=lambda s: s[0].name, share=.8/(len(splits) - k)):
-            if text is not None:
-                for sentence in set(texts): check_text(exam, "episodes", sentence, f"{path.name}, episode {texts.index(sentence)}", texts.count(sentence))
-            for place, rows, x, proprio, some in episodes:
-                _check_episode(exam, "episodes", f"{path.name}, byte {place}", rows, x, labels, proprio, some, hz)
-                lengths.append(rows)
-        exam.facts[f"{split}: episodes"] = f"{sum(shards[1]):,} in {len(shards[0]):,} shards"
-        pictures += sum(shards[1])*float(np.mean(lengths or [0]))*len(views)
-        if exam.everything or sum(p.stat().st_size for p in shards[0] if p.exists()) < _FEW_BYTES:
-            read = partial(open_rlds, version, folder.name, replace(exam.reading, hz=hz or 1.), on_problem=exam.problem("episodes that a run leaves out"))
-            exam.later.append(partial(exam.last_word, version, read))
+        find = partial(find_shards, version, split, True)
+        if (shards := exam.attempt(f"{split}: shards", version, find)) is None: continue
+        fraction = .8/(len(splits) - k)
+        lengths += _check_shards(exam, split, shards, keys, features, hz, fraction)
+        images += sum(shards[1])*float(np.mean(lengths or [0]))*len(views)
+        _ask_rlds(exam, version, folder.name, shards, hz)
     exam.facts["episodes looked at"] = _describe_lengths(lengths, hz, "steps")
-    exam.later += [partial(_judge_episodes, exam, "episodes", tuple(views)), partial(judge_speed, exam, max(len(views), 1))]
-    check_disk(exam, version, round(pictures))
+    exam.later += [partial(_judge_episodes, exam, "episodes", tuple(views)),
+                   partial(judge_speed, exam, max(len(views), 1))]
+    check_disk(exam, version, round(images))
 
 # %% ../../nbs/03_doctor/04_robots.ipynb #b309b220
-def _look_at_own(
+def _read_own(
     exam:Exam, # that times reading
-    films:dict, # episode -> {view: path}, from `data.csv_folder.list_videos`
+    videos:dict, # episode -> {view: path}, from `data.csv_folder.list_videos`
     path:Path, # of an episode's actions
-)->tuple: # what its table has, view -> (path, VideoInfo, frames)
+)->tuple: # labels, actions, states, times of its table; view -> (path, VideoInfo, frames)
     "Read an episode's table and some images of each video."
-    table, videos = read_actions(path), {}
-    for view, video in films.get(path.stem, {}).items():
+    table, read = read_actions(path), {}
+    for view, video in videos.get(path.stem, {}).items():
         info = scan_video(video, decode=exam.everything)
         rows = np.unique(np.linspace(0, len(info) - 1, 8).astype(int))
-        with timed(exam, len(rows)): videos[view] = (video, info, list(read_frames(video, rows, info)))
-    if not videos: raise ValueError(no_video(path.parent.parent, path.stem))
-    return *table, videos
+        with timed(exam, len(rows)): frames = list(read_frames(video, rows, info))
+        read[view] = video, info, frames
+    if not read: raise ValueError(no_video(path.parent.parent, path.stem))
+    return *table, read
 
 # %% ../../nbs/03_doctor/04_robots.ipynb #fbf5d17b
 def _compare_lengths(exam, where, rows_seconds, video_seconds, hz, found, remedy):
-    "Rows that last longer than their video have no pictures in the end; a video may go on."
-    if rows_seconds > video_seconds + 2/(hz or 1): exam.find("error", "episodes: rows last longer than the video", where, found, f"{video_seconds:.3g} s, as the video", remedy)
-    elif rows_seconds < video_seconds - max(.1*video_seconds, .5): exam.find("warning", "episodes: the video lasts longer than the rows", where, found, f"{video_seconds:.3g} s, as the video", remedy)
+    expected = f"{video_seconds:.3g} s, as the video"
+    if rows_seconds > video_seconds + 2/(hz or 1):
+        exam.find("error", "episodes: rows last longer than the video", where, found, expected,
+                  remedy)
+    elif rows_seconds < video_seconds - max(.1*video_seconds, .5):
+        exam.find("warning", "episodes: the video lasts longer than the rows", where, found,
+                  expected, remedy)
 
-def _check_times(exam, where, times, n, videos, hz):
-    "Compare an episode's rows with its videos; returns its rate."
-    info = next(iter(videos.values()))[1]
-    video_seconds = info.times[-1] + (np.median(np.diff(info.times)) if len(info) > 1 else 0.)
-    if times is None:
-        if hz: _compare_lengths(exam, where, n/hz, video_seconds, hz, f"{n} rows, {n/hz:.3g} s at {hz:g} Hz", "correct hz, or add a column timestamp, or pair the files again")
-        return hz or (n/video_seconds if video_seconds else 0.)
-    if not np.isfinite(times).all() or (np.diff(times) <= 0).any():
+def _check_stamps(exam, where, times, video_seconds): # (n,) seconds -> rows a second, or 0
+    n, steps = len(times), np.diff(times)
+    if not np.isfinite(times).all() or (steps <= 0).any():
         at = int(np.argmax(~(np.diff(times, prepend=-math.inf) > 0)))
-        exam.find("error", "episodes: time stamps don't increase", f"{where}, row {at}", f"{times[at]}", "more than the row before", "write them in seconds, in the order of the rows")
+        exam.find("error", "episodes: time stamps don't increase", f"{where}, row {at}",
+                  f"{times[at]}", "more than the row before",
+                  "write them in seconds, in the order of the rows")
         return 0.
     rate = (n - 1)/(times[-1] - times[0]) if n > 1 else 0.
     span = times[-1] - times[0] + (1/rate if rate else 0.)
-    _compare_lengths(exam, where, span, video_seconds, rate, f"time stamps over {span:.3g} s", "write seconds (not milliseconds or frames), or pair the files again")
-    if n > 2 and (np.diff(times).max() > 3*np.median(np.diff(times))): exam.tally("episodes: holes in the rows", True, where, f"{np.diff(times).max():.2f} s between two rows")
+    _compare_lengths(exam, where, span, video_seconds, rate, f"time stamps over {span:.3g} s",
+                     "write seconds (not milliseconds or frames), or pair the files again")
+    if n > 2 and steps.max() > 3*np.median(steps):
+        exam.tally("episodes: holes in the rows", True, where,
+                   f"{steps.max():.2f} s between two rows")
     return rate
 
-def check_own(
-    exam:Exam, # that writes down
-    folder:Path, # with videos/, actions/ and captions.csv
-    hz:float=0., # rows a second, where there are no time stamps; 0: rows are spread over the video
-):
-    "Examine a lab's own folder."
-    there, films, labels_of, rates = list_tables(folder), list_videos(folder), {}, []
-    tables = [p for p, ok in zip(there.values(), pick_episodes(there, exam.reading.episodes)) if ok]
+def _check_times(exam, where, times, n, videos, hz): # -> rows a second, or 0
+    info = next(iter(videos.values()))[1]
+    last = np.median(np.diff(info.times)) if len(info) > 1 else 0.
+    video_seconds = info.times[-1] + last
+    if times is not None: return _check_stamps(exam, where, times, video_seconds)
+    if not hz: return n/video_seconds if video_seconds else 0.
+    _compare_lengths(exam, where, n/hz, video_seconds, hz, f"{n} rows, {n/hz:.3g} s at {hz:g} Hz",
+                     "correct hz, or add a column timestamp, or pair the files again")
+    return hz
+
+# %% ../../nbs/03_doctor/04_robots.ipynb #e7e1b85a
+def _check_names(exam, folder, names, videos): # -> episode -> sentence
+    table = folder/"captions.csv"
     if captions_path(folder) is None:
-        exam.find("warning", "episodes: no captions", folder/"captions.csv", "missing; the files' names are read as sentences", "episode,text", "write one line for each episode")
-    captions = exam.attempt("captions can't be read", folder/"captions.csv", partial(list_captions, folder, list(there))) or {}
-    for p in tables: check_text(exam, "episodes", captions.get(p.stem, ""), f"episode {p.stem}")
-    names = set(there)
-    for kind, others, remedy in (("captions without actions", sorted(captions.keys() - names), "mend captions.csv"), ("videos without actions", sorted(films.keys() - names), "add their actions, or move them")):
-        if others: exam.find("warning", f"episodes: {kind}", others[0], f"{len(others)} of them", "the same names", remedy, len(others))
-    counts, views = [], ()
-    for path, (labels, x, state, times, videos) in exam.each("episodes", tables, partial(_look_at_own, exam, films), share=.7, where=lambda p: p.name):
-        where = f"episode {path.stem}"
-        labels_of.setdefault(labels, path.name)
-        counts, views = [*counts, len(x)], tuple(videos) if len(videos) > len(views) else views
-        rates.append(_check_times(exam, where, times, len(x), videos, hz))
-        _check_episode(exam, "episodes", where, len(x), x, labels, state, {v: frames for v, (_, _, frames) in videos.items()}, rates[-1])
-        for video, info, _ in videos.values(): check_video(exam, "video files", video, info)
-    if len(labels_of) > 1: exam.find("error", "episodes: other labels", list(labels_of.values())[1], ", ".join(list(labels_of)[1]), ", ".join(next(iter(labels_of))), "give all episodes the same columns, in the same order")
-    rates = [r for r in rates if r > 0]
+        exam.find("warning", "episodes: no captions", table,
+                  "missing; the files' names are read as sentences", "episode,text",
+                  "write one line for each episode")
+    read = partial(list_captions, folder, list(names))
+    captions = exam.attempt("captions can't be read", table, read) or {}
+    extra = {"captions without actions": (captions, "mend captions.csv"),
+             "videos without actions": (videos, "add their actions, or move them")}
+    for kind, (others, remedy) in extra.items():
+        if others := sorted(others.keys() - set(names)):
+            exam.find("warning", f"episodes: {kind}", others[0], f"{len(others)} of them",
+                      "the same names", remedy, len(others))
+    return captions
+
+def _compare_episodes(exam, folder, labels_of, rates): # labels -> a file; Hz
+    if len(labels_of) > 1:
+        (usual, _), (other, path), *_ = labels_of.items()
+        exam.find("error", "episodes: other labels", path, ", ".join(other), ", ".join(usual),
+                  "give all episodes the same columns, in the same order")
     usual = np.median(rates or [1.])
-    if rates and not .8*usual < min(rates) <= max(rates) < 1.25*usual: exam.find("error", "episodes: rates differ", folder/"actions", f"{min(rates):.3g} to {max(rates):.3g} Hz", "one rate", "resample the rows to one rate: a chunk of actions is a time")
-    exam.facts |= {"episodes": _describe_lengths(counts or [0], float(np.median(rates)) if rates else 0.), "cameras": ", ".join(views) or "none", "action": ", ".join(next(iter(labels_of), ())) or "none"}
-    exam.later += [partial(exam.judge, "episodes: holes in the rows", "cut these episodes in two, or leave them out", "an even rate"), partial(_judge_episodes, exam, "episodes", views, True),
-                   partial(judge_videos, exam, "video files"), partial(judge_speed, exam, max(len(views), 1))]
-    if exam.everything or len(tables) <= 300: exam.later.append(partial(exam.last_word, folder, partial(open_own, folder, replace(exam.reading, hz=hz), on_problem=exam.problem("episodes that a run leaves out"))))
-    check_copies(exam, "video files", [p for t in tables for p in films.get(t.stem, {}).values()])
+    if rates and not .8*usual < min(rates) <= max(rates) < 1.25*usual:
+        exam.find("error", "episodes: rates differ", folder/"actions",
+                  f"{min(rates):.3g} to {max(rates):.3g} Hz", "one rate",
+                  "resample the rows to one rate: a chunk of actions is a time")
+
+# %% ../../nbs/03_doctor/04_robots.ipynb #cdb34210
+def _check_own_episodes(exam, folder, tables, paths, hz): # -> rows of each, views
+    labels_of, rates, counts, views = {}, [], [], ()
+    read, name = partial(_read_own, exam, paths), lambda path: path.name
+    for path, (labels, x, state, times, videos) in exam.each("episodes", tables, read, share=.7,
+                                                             where=name):
+        where, n = f"episode {path.stem}", len(x)
+        labels_of.setdefault(labels, path.name)
+        counts, views = [*counts, n], tuple(videos) if len(videos) > len(views) else views
+        rates.append(_check_times(exam, where, times, n, videos, hz))
+        images = {view: frames for view, (_, _, frames) in videos.items()}
+        _check_episode(exam, "episodes", where, n, x, labels, state, images, rates[-1])
+        for video, info, _ in videos.values(): check_video(exam, "video files", video, info)
+    rates = [r for r in rates if r > 0]
+    _compare_episodes(exam, folder, labels_of, rates)
+    rate = float(np.median(rates)) if rates else 0.
+    exam.facts |= {"episodes": _describe_lengths(counts or [0], rate),
+                   "cameras": ", ".join(views) or "none",
+                   "action": ", ".join(next(iter(labels_of), ())) or "none"}
+    return counts, views
+
+# %% ../../nbs/03_doctor/04_robots.ipynb #5c555967
+def check_own(
+    exam:Exam, # that records findings
+    folder:Path, # with videos/, actions/ and captions.csv
+    hz:float=0., # rows a second, where there are no time stamps; 0: the video's length gives it
+):
+    "Examine a CSV folder."
+    names, videos = list_tables(folder), list_videos(folder)
+    chosen = pick_episodes(names, exam.reading.episodes)
+    tables = [path for path, ok in zip(names.values(), chosen) if ok]
+    captions = _check_names(exam, folder, names, videos)
+    for p in tables: check_text(exam, "episodes", captions.get(p.stem, ""), f"episode {p.stem}")
+    counts, views = _check_own_episodes(exam, folder, tables, videos, hz)
+    exam.later += [
+        partial(exam.judge, "episodes: holes in the rows",
+                "cut these episodes in two, or leave them out", "an even rate"),
+        partial(_judge_episodes, exam, "episodes", views, True),
+        partial(judge_videos, exam, "video files"), partial(judge_speed, exam, max(len(views), 1))]
+    if exam.everything or len(tables) <= 300:
+        read = partial(open_own, folder, replace(exam.reading, hz=hz),
+                       on_problem=exam.problem("episodes that a run leaves out"))
+        exam.later.append(partial(exam.last_word, folder, read))
+    files = [path for t in tables for path in videos.get(t.stem, {}).values()]
+    check_copies(exam, "video files", files)
     check_disk(exam, folder, round(np.mean(counts or [0])*len(tables)*len(views)))

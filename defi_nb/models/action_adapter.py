@@ -30,7 +30,7 @@ class AdapterConfig:
     goal_hidden:int = 128 # width inside the goal's network
     video_dim:int = 64 # width of the video tokens; 0 if there are none
     latent_dim:int = 64 # width of the latent actions; 0 if there are none
-    proprio_dim:int = 11 # numbers that describe the robot's own state; 0, as released: it is not told
+    proprio_dim:int = 11 # numbers of the robot's own state; 0: it is not given, as released
     drops:tuple = (0., 0., 0.) # dropout of attention weights, residuals and feed-forward
     cross_attn:str = "full" # "full", or "causal": action i sees context tokens 0..i, as released
     adaln_offset:float = 1. # modulation scales by `adaln_offset` + s; released 0
@@ -43,40 +43,44 @@ class AdapterConfig:
     steps:int = 10 # network calls per chunk
     sample_low:float = 1. # last noise level of the sampler
     action_dim:int = ACTION_DIM # numbers of an action, A
-    proprio_dropout:float = 0. # probability in training that a sample's state is replaced by a learned token
+    proprio_dropout:float = 0. # probability in training that a learned token replaces the state
 
     @classmethod
     def tiny(cls): return cls()
 
-    @classmethod
-    def paper(cls):
-        return cls(dim=384, enc_blocks=4, dec_blocks=4, heads=8, goal_dim=512, goal_hidden=768, video_dim=384, latent_dim=768, proprio_dim=0,
-                   drops=(.3, .1, .05),
-                   cross_attn="causal", adaln_offset=0., pos_embed="none", init_std=.02, noise_scale=1.)
+# %% ../../nbs/04_models/06_action_adapter.ipynb #ceb60e02
+@patch(cls_method=True)
+def paper(cls:AdapterConfig):
+    return cls(dim=384, enc_blocks=4, dec_blocks=4, heads=8, goal_dim=512, goal_hidden=768,
+               video_dim=384, latent_dim=768, proprio_dim=0, drops=(.3, .1, .05),
+               cross_attn="causal", adaln_offset=0., pos_embed="none", init_std=.02, noise_scale=1.)
 
-    @classmethod
-    def printed(cls): # Table 10: twelve layers; they come to the text's 30 M
-        return replace(cls.paper(), enc_blocks=6, dec_blocks=6)
+@patch(cls_method=True)
+def printed(cls:AdapterConfig): # Table 10: twelve layers; they come to the text's 30 M
+    return replace(cls.paper(), enc_blocks=6, dec_blocks=6)
 
 # %% ../../nbs/04_models/06_action_adapter.ipynb #4f10679e
 class ContextEncoder(nn.Module):
-    "Context tokens look at each other."
+    "Self-attention of the context tokens."
     def __init__(self,
         cfg:AdapterConfig, # size
     ):
         super().__init__()
-        self.blocks = nn.ModuleList(ContextBlock(cfg.dim, cfg.heads, cfg.drops) for _ in range(cfg.enc_blocks))
+        blocks = (ContextBlock(cfg.dim, cfg.heads, cfg.drops) for _ in range(cfg.enc_blocks))
+        self.blocks = nn.ModuleList(blocks)
         self.ln = nn.LayerNorm(cfg.dim, bias=False)
 
     def forward(self,
         x:Tensor, # (B,M,D) context
         keep:int|None = None, # tokens to return, the first ones; None is all
     )->Tensor: # (B,M or keep,D)
-        for i, block in enumerate(self.blocks, 1): x = block(x, keep if i == len(self.blocks) else None)
+        for i, block in enumerate(self.blocks, 1):
+            x = block(x, keep if i == len(self.blocks) else None)
         return self.ln(x[:, :keep])
 
+# %% ../../nbs/04_models/06_action_adapter.ipynb #2e6da237
 class ActionDecoder(nn.Module):
-    "Noisy action tokens look at each other and at the context."
+    "Attention of the noisy action tokens to each other and to the context."
     def __init__(self,
         cfg:AdapterConfig, # size
     ):
@@ -98,65 +102,84 @@ class ActionDecoder(nn.Module):
         keys:list, # of each block: keys and values of the context
         modulations:list, # of each block: six of (1,1,D), of the noise level
     )->Tensor: # (B,K,D)
-        "The same for a context and a noise level that are known."
-        for block, *known in zip(self.blocks, keys, modulations): x = block.denoise(x, *known)
+        "The decoder for given keys of the context and a given modulation."
+        for block, *given in zip(self.blocks, keys, modulations): x = block.denoise(x, *given)
         return self.ln(x)
 
 # %% ../../nbs/04_models/06_action_adapter.ipynb #68eb587f
+def _check_adapter(cfg):
+    choices = dict(cross_attn=("full", "causal"), pos_embed=("learned", "none"))
+    for field, allowed in choices.items():
+        if (value := getattr(cfg, field)) not in allowed:
+            raise ValueError(f"{field} is {value!r}; choose one of {allowed}")
+    if cfg.proprio_dropout and not cfg.proprio_dim:
+        raise ValueError(f"proprio_dropout is {cfg.proprio_dropout}, and proprio_dim 0: "
+                         "there is no state to hide")
+
+def _initialise(adapter): # see `AdapterConfig.init_std`
+    std = adapter.cfg.init_std
+    for module in adapter.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std or module.in_features**-.5)
+            if module.bias is not None: nn.init.zeros_(module.bias)
+    if not std:
+        for block in adapter.decoder.blocks:
+            nn.init.zeros_(block.adaLN_zero.modulation[1].weight)
+        nn.init.zeros_(adapter.action_pred.weight)
+
+# %% ../../nbs/04_models/06_action_adapter.ipynb #b3d11b56
 class ActionAdapter(nn.Module):
-    "Denoises a chunk of actions, given context tokens."
+    "A denoiser of action chunks, given context tokens."
     def __init__(self,
         cfg:AdapterConfig, # size and behaviour
     ):
         super().__init__()
-        for field, choices in dict(cross_attn=("full", "causal"), pos_embed=("learned", "none")).items():
-            if (value := getattr(cfg, field)) not in choices: raise ValueError(f"{field} is {value!r}; choose one of {choices}")
-        if cfg.proprio_dropout and not cfg.proprio_dim:
-            raise ValueError(f"proprio_dropout is {cfg.proprio_dropout}, and proprio_dim 0: there is no state to hide")
-        self.cfg, self.edm = cfg, EDM(cfg.sigma_data)
-        two_layers = lambda width: nn.Sequential(nn.Linear(width, cfg.goal_hidden), nn.GELU(), nn.Linear(cfg.goal_hidden, cfg.dim))
+        _check_adapter(cfg)
+        self.cfg, self.edm, dim, hidden = cfg, EDM(cfg.sigma_data), cfg.dim, cfg.goal_hidden
+        linear = lambda width: nn.Linear(width, dim) if width else None
+        two_layers = lambda width: nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, dim))
         self.lang_emb = two_layers(cfg.goal_dim)
-        self.tok_emb = nn.Linear(cfg.video_dim, cfg.dim) if cfg.video_dim else None
-        self.tok_emb_token = nn.Linear(cfg.latent_dim, cfg.dim) if cfg.latent_dim else None
+        self.tok_emb = linear(cfg.video_dim)
+        self.tok_emb_token = linear(cfg.latent_dim)
         self.proprio_emb = two_layers(cfg.proprio_dim) if cfg.proprio_dim else None
         self.encoder, self.decoder = ContextEncoder(cfg), ActionDecoder(cfg)
-        self.sigma_emb = sigma_embedding(cfg.dim)
-        self.action_emb, self.action_pred = nn.Linear(cfg.action_dim, cfg.dim), nn.Linear(cfg.dim, cfg.action_dim)
-        self.pos_emb = nn.Parameter(.02*torch.randn(1, cfg.chunk, cfg.dim)) if cfg.pos_embed == "learned" else None
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=cfg.init_std or module.in_features**-.5)
-                if module.bias is not None: nn.init.zeros_(module.bias)
-        if not cfg.init_std:
-            for block in self.decoder.blocks: nn.init.zeros_(block.adaLN_zero.modulation[1].weight)
-            nn.init.zeros_(self.action_pred.weight)
-        if cfg.proprio_dropout: self.no_proprio = nn.Parameter(.02*torch.randn(1, cfg.dim))
+        self.sigma_emb = sigma_embedding(dim)
+        self.action_emb, self.action_pred = linear(cfg.action_dim), nn.Linear(dim, cfg.action_dim)
+        learned = cfg.pos_embed == "learned"
+        self.pos_emb = nn.Parameter(.02*torch.randn(1, cfg.chunk, dim)) if learned else None
+        _initialise(self)
+        if cfg.proprio_dropout: self.no_proprio = nn.Parameter(.02*torch.randn(1, dim))
 
-    def state_token(self,
-        proprio:Tensor|None, # (B,proprio_dim) the robot's own state
-    )->Tensor: # (B,1,D)
-        "The robot's state as a token; in training it may be hidden, see `proprio_dropout`."
-        if proprio is None:
-            raise ValueError(f"this adapter reads the robot's state ({self.cfg.proprio_dim} numbers): "
-                             "give `proprio`, or set proprio_dim=0")
-        token = self.proprio_emb(proprio)
-        if self.training and self.cfg.proprio_dropout:
-            hidden = torch.rand(len(token), 1, device=token.device) < self.cfg.proprio_dropout
-            token = torch.where(hidden, self.no_proprio.to(token), token)
-        return token[:, None]
+# %% ../../nbs/04_models/06_action_adapter.ipynb #ac8a5d33
+@patch
+def state_token(self:ActionAdapter,
+    proprio:Tensor|None, # (B,proprio_dim) the robot's own state
+)->Tensor: # (B,1,D)
+    "The robot's state as a token; in training it may be hidden, see `proprio_dropout`."
+    if proprio is None:
+        raise ValueError(f"this adapter reads the robot's state ({self.cfg.proprio_dim} numbers): "
+                         "give `proprio`, or set proprio_dim=0")
+    token = self.proprio_emb(proprio)
+    if self.training and self.cfg.proprio_dropout:
+        hidden = torch.rand(len(token), 1, device=token.device) < self.cfg.proprio_dropout
+        token = torch.where(hidden, self.no_proprio.to(token), token)
+    return token[:, None]
 
-    def tokens(self,
-        goal:Tensor, # (B,1,goal_dim) embedding of the instruction
-        video:Tensor|None = None, # (B,N,video_dim) what is seen, or predicted
-        latent_actions:Tensor|None = None, # (B,Q,latent_dim) what GIDM infers
-        proprio:Tensor|None = None, # (B,proprio_dim) the robot's own state, where the configuration has it
-    )->Tensor: # (B,1+N+Q,D) context; one more with proprio
-        "Context tokens of one width, side by side."
-        parts = [self.lang_emb(goal)]
-        if video is not None: parts.append(self.tok_emb(video))
-        if latent_actions is not None: parts.append(self.tok_emb_token(latent_actions))
-        if self.cfg.proprio_dim: parts.append(self.state_token(proprio))
-        return torch.cat(parts, 1)
+# %% ../../nbs/04_models/06_action_adapter.ipynb #2be88d65
+@patch
+def tokens(self:ActionAdapter,
+    goal:Tensor, # (B,1,goal_dim) embedding of the instruction
+    video:Tensor|None = None, # (B,N,video_dim) of the present or the predicted frames
+    latent_actions:Tensor|None = None, # (B,Q,latent_dim) inferred by GIDM
+    proprio:Tensor|None = None, # (B,proprio_dim) the robot's own state, where it is configured
+)->Tensor: # (B,1+N+Q,D) context; one more with proprio
+    "Context tokens of one width."
+    parts = [self.lang_emb(goal)]
+    if video is not None: parts.append(self.tok_emb(video))
+    if latent_actions is not None: parts.append(self.tok_emb_token(latent_actions))
+    if self.cfg.proprio_dim: parts.append(self.state_token(proprio))
+    return torch.cat(parts, 1)
 
 # %% ../../nbs/04_models/06_action_adapter.ipynb #75ce51e2
 @patch
@@ -176,6 +199,7 @@ def decode(self:ActionAdapter,
     c = self.sigma_emb(c_noise*self.cfg.noise_scale)
     return self.action_pred(self.decoder(self.embed_actions(x), memory, c))
 
+# %% ../../nbs/04_models/06_action_adapter.ipynb #44e5212c
 @patch
 def loss(self:ActionAdapter,
     context:Tensor, # (B,M,D) from `tokens`
@@ -185,14 +209,16 @@ def loss(self:ActionAdapter,
 )->tuple: # scalar loss; (B,K,A) raw output of the network
     "Weighted error of the denoised actions."
     cfg, memory = self.cfg, self.encoder(context)
-    sigma = log_logistic(len(action), low=cfg.sigma_low, high=cfg.sigma_high).to(action) if sigma is None else sigma
+    if sigma is None:
+        sigma = log_logistic(len(action), low=cfg.sigma_low, high=cfg.sigma_high).to(action)
     noise = torch.randn_like(action) if noise is None else noise
-    return self.edm.loss(lambda x, c_noise: self.decode(x, c_noise, memory), action, sigma, noise)
+    network = lambda x, c_noise: self.decode(x, c_noise, memory)
+    return self.edm.loss(network, action, sigma, noise)
 
 # %% ../../nbs/04_models/06_action_adapter.ipynb #6398e728
 @dataclass
 class Prepared:
-    "What of sampling a chunk does not depend on the noisy actions."
+    "The part of sampling a chunk that does not depend on the noisy actions."
     keys:list # of each block of the decoder: keys and values (B,h,M,d) of the context
     modulations:list # of each noise level, of each block: six of (1,1,D)
 
@@ -201,13 +227,15 @@ def prepare(self:ActionAdapter,
     context:Tensor, # (B,M,D) from `tokens`
     sigmas:Tensor, # (N,) noise levels, > 0
 )->Prepared:
-    "Compute once per chunk what all steps of the sampler share."
+    "Compute once per chunk what all steps of the sampler use."
     blocks = self.decoder.blocks
-    memory = self.encoder(context, keep=self.cfg.chunk if self.cfg.cross_attn == "causal" else None)
+    keep = self.cfg.chunk if self.cfg.cross_attn == "causal" else None
+    memory = self.encoder(context, keep=keep)
     c = self.sigma_emb(self.edm.scalings(sigmas)[3]*self.cfg.noise_scale)
     levels = zip(*(zip(*(part.split(1) for part in block.adaLN_zero(c))) for block in blocks))
     return Prepared([block.cross_att.keys(memory) for block in blocks], list(levels))
 
+# %% ../../nbs/04_models/06_action_adapter.ipynb #8d7f992d
 @patch
 @torch.no_grad()
 def sample(self:ActionAdapter,
@@ -216,11 +244,16 @@ def sample(self:ActionAdapter,
     sigmas:Tensor|None = None, # (N+1,) falling noise levels, then 0; None is the configuration's
     callback = None, # called as callback(i, sigma, x, denoised) before each step
 )->Tensor: # (B,K,A) actions
-    "A chunk of actions for each context."
+    "Sample a chunk of actions for each context."
     cfg = self.cfg
-    noise = torch.randn(len(context), cfg.chunk, cfg.action_dim, device=context.device) if noise is None else noise
-    sigmas = (exponential_sigmas(cfg.steps, cfg.sample_low, cfg.sigma_high) if sigmas is None else sigmas).to(noise)
+    if noise is None:
+        noise = torch.randn(len(context), cfg.chunk, cfg.action_dim, device=context.device)
+    if sigmas is None: sigmas = exponential_sigmas(cfg.steps, cfg.sample_low, cfg.sigma_high)
+    sigmas = sigmas.to(noise)
     prepared = self.prepare(context, sigmas[:-1])
-    levels = iter(prepared.modulations) # the sampler takes the noise levels in their order
-    network = lambda x, c_noise: self.action_pred(self.decoder.denoise(self.embed_actions(x), prepared.keys, next(levels)))
-    return diffusion.sample(lambda x, sigma: self.edm.denoise(network, x, sigma), noise*sigmas[0], sigmas, callback)
+    modulations = iter(prepared.modulations)
+    def network(x, c_noise):
+        x = self.decoder.denoise(self.embed_actions(x), prepared.keys, next(modulations))
+        return self.action_pred(x)
+    denoise = lambda x, sigma: self.edm.denoise(network, x, sigma)
+    return diffusion.sample(denoise, noise*sigmas[0], sigmas, callback)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../../nbs/04_models/01_diffusion.ipynb #13fb438f
@@ -45,18 +46,20 @@ class EDM:
         wide = (-1,) + (1,)*(x.ndim - 1)
         return skip.view(wide)*x + out.view(wide)*network(scale_in.view(wide)*x, c_noise)
 
-    def loss(self,
-        network, # F, as in `denoise`
-        x0:Tensor, # (B,...) clean sample
-        sigma:Tensor, # (B,) noise level
-        noise:Tensor, # (B,...) standard normal
-    )->tuple: # scalar loss; (B,...) raw output of the network
-        "The weighted denoising error."
-        skip, out, scale_in, c_noise = self.scalings(sigma)
-        wide = (-1,) + (1,)*(x0.ndim - 1)
-        x = x0 + sigma.view(wide)*noise
-        raw = network(scale_in.view(wide)*x, c_noise)
-        return F.mse_loss(raw, (x0 - skip.view(wide)*x)/out.view(wide)), raw
+# %% ../../nbs/04_models/01_diffusion.ipynb #6067e2cc
+@patch
+def loss(self:EDM,
+    network, # F, as in `denoise`
+    x0:Tensor, # (B,...) clean sample
+    sigma:Tensor, # (B,) noise level
+    noise:Tensor, # (B,...) standard normal
+)->tuple: # scalar loss; (B,...) raw output of the network
+    "The weighted denoising error."
+    skip, out, scale_in, c_noise = self.scalings(sigma)
+    wide = (-1,) + (1,)*(x0.ndim - 1)
+    x = x0 + sigma.view(wide)*noise
+    raw = network(scale_in.view(wide)*x, c_noise)
+    return F.mse_loss(raw, (x0 - skip.view(wide)*x)/out.view(wide)), raw
 
 # %% ../../nbs/04_models/01_diffusion.ipynb #3ed61654
 def log_normal(
@@ -68,6 +71,7 @@ def log_normal(
     "Noise levels whose logarithm is normal."
     return (mean + std*torch.randn(shape, generator=generator)).exp()
 
+# %% ../../nbs/04_models/01_diffusion.ipynb #e0114fe3
 def log_logistic(
     shape, # of the result
     loc:float=math.log(.5), # of ln sigma
@@ -92,31 +96,34 @@ def _check_levels(
         raise ValueError(f"need n >= 1 and 0 < low <= high, got n={n}, low={low}, high={high}")
 
 def exponential_sigmas(
-    n:int, # levels above zero
+    n:int, # levels above zero, N
     low:float, # the last of them
     high:float, # the first
-)->Tensor: # (n+1,) falling, ends in 0
+)->Tensor: # (N+1,) falling, ends in 0
     "Noise levels with equal ratios, then zero."
     _check_levels(n, low, high)
-    return F.pad(torch.linspace(math.log(high), math.log(low), n, dtype=torch.float64).exp().float(), (0, 1))
+    log_sigma = torch.linspace(math.log(high), math.log(low), n, dtype=torch.float64)
+    return F.pad(log_sigma.exp().float(), (0, 1))
 
+# %% ../../nbs/04_models/01_diffusion.ipynb #3f934976
 def karras_sigmas(
-    n:int, # levels above zero
+    n:int, # levels above zero, N
     low:float=.002, # the last of them
     high:float=700., # the first
     rho:float=7., # how much the levels crowd at the low end
-)->Tensor: # (n+1,) falling, ends in 0
+)->Tensor: # (N+1,) falling, ends in 0
     "The noise levels of Karras et al. 2022, eq. 5, then zero."
     _check_levels(n, low, high)
     t = torch.linspace(0, 1, n, dtype=torch.float64)
     return F.pad(((high**(1/rho) + t*(low**(1/rho) - high**(1/rho)))**rho).float(), (0, 1))
 
+# %% ../../nbs/04_models/01_diffusion.ipynb #3a501730
 def beta_sigmas(
     n:int=1000, # steps of the chain, S
     low:float=1e-4, # beta of its first step
     high:float=.02, # of its last
 )->Tensor: # (n,) rising
-    "The noise levels of a chain with linear betas (DDPM; paper, eq. 1)."
+    "The noise levels of a chain with linear betas."
     _check_levels(n, low, high)
     kept = (1 - torch.linspace(low, high, n, dtype=torch.float64)).cumprod(0)
     return ((1 - kept)/kept).sqrt().float()

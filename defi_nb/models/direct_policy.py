@@ -12,50 +12,67 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.files import read_json
 from ..core.spec import VIEWS, Batch, DataSpec, check_batch
 from .action_adapter import ActionAdapter, AdapterConfig
-from .encoders import IMAGENET_MEAN, IMAGENET_STD, check_folder, load_pretrained, no_bars
+from defi_nb.models.encoders import (
+    IMAGENET_MEAN, IMAGENET_STD, check_folder, load_pretrained, no_bars,
+)
 from .layers import SpaceBlock, group_tokens, take_over
 from .policy import PlainPolicy, batch_hand_state, goal_embedding
 
 # %% ../../nbs/04_models/09_direct_policy.ipynb #668c0bbf
-TOWERS = { # class name -> what its output looks like
-    "Dinov2Model": "prefix", "Dinov2WithRegistersModel": "prefix", "DINOv3ViTModel": "prefix", "CLIPVisionModel": "prefix", # a class token and registers come first
-    "SiglipVisionModel": "patches", "Siglip2VisionModel": "patches", "ConvViT": "patches", # patches alone; the last is `models.direct_policy`'s
-    "Florence2VisionBackbone": "map", # (B,C,h,w)
-    "Qwen3VLVisionModel": "packed"} # the patches of all pictures in one row; merged ones in `pooler_output`
+TOWERS = { # class name of an encoder -> layout of its output
+    "Dinov2Model": "prefix", "Dinov2WithRegistersModel": "prefix", "DINOv3ViTModel": "prefix",
+    "CLIPVisionModel": "prefix", "SiglipVisionModel": "patches", "Siglip2VisionModel": "patches",
+    "ConvViT": "patches", # of this notebook
+    "Florence2VisionBackbone": "map", "Qwen3VLVisionModel": "packed"}
 
-def _locate_tower(
+def _find_encoder(
     model:nn.Module, # an encoder, or a model that has one
 )->nn.Module: # the encoder
-    "The vision encoder of a model, nearest to its surface."
+    "The vision encoder of a model, breadth first."
     waiting = deque([model])
     while waiting:
         module = waiting.popleft()
         if type(module).__name__ in TOWERS: return module
         waiting.extend(module.children())
-    raise ValueError(f"{type(model).__name__} has no vision encoder that is known; known are {', '.join(TOWERS)}. Add yours to `models.direct_policy.TOWERS`, "
-                     "with `patches` where its output is (B,P,C)")
+    raise ValueError(
+        f"{type(model).__name__} has no vision encoder that is known; known are "
+        f"{', '.join(TOWERS)}. Add yours to `models.direct_policy.TOWERS`, with `patches` where "
+        "its output is (B,P,C)")
 
-def _projecting(model): # -> the module that has the encoder and what projects its tokens; None if there is none
-    "Where a vision-language model projects its encoder's tokens."
-    return next((m for m in model.modules() if "multi_modal_projector" in dict(m.named_children()) and hasattr(m, "get_image_features")), None)
+def _projecting(model): # -> the module that projects its encoder's tokens; None if there is none
+    projects = lambda m: "multi_modal_projector" in dict(m.named_children())
+    owners = (m for m in model.modules() if projects(m) and hasattr(m, "get_image_features"))
+    return next(owners, None)
 
-def _tokens(tower, output, grid, tap): # grid: where an encoder takes pictures of several sizes, Qwen3-VL's sizes or SigLIP 2's mask
+# %% ../../nbs/04_models/09_direct_policy.ipynb #c929d25d
+def _check_sizes(encoder, grid): # grid: Qwen3-VL's sizes, or SigLIP 2's mask
+    kind = type(encoder).__name__
+    if kind == "Siglip2VisionModel" and not grid.bool().all():
+        raise ValueError(f"images of different sizes are padded to {grid.shape[1]} patches, of "
+                         f"which {grid.sum(1).tolist()} are real: resize them to one size")
+    if TOWERS[kind] == "packed" and len({tuple(g) for g in grid.tolist()}) > 1:
+        raise ValueError(f"images of different sizes are packed together ({grid.tolist()}): resize "
+                         "them to one size")
+
+def _tensor_of(output, tap): # of a module's output
+    if isinstance(output, Tensor): return output
+    if isinstance(output, tuple): return output[0]
+    return output.pooler_output if tap == "merged" else output.last_hidden_state
+
+def _tokens(encoder, output, grid, tap):
     "(B,P,C) of an encoder's output, or of a block's."
-    if type(tower).__name__ == "Siglip2VisionModel" and not grid.bool().all():
-        raise ValueError(f"pictures of different sizes are padded to {grid.shape[1]} patches, of which {grid.sum(1).tolist()} are real: resize them to one size")
-    kind = TOWERS[type(tower).__name__]
     if tap == "projected": return output
-    x = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else output.pooler_output if tap == "merged" else output.last_hidden_state
-    if kind == "map": return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
-    if kind == "packed":
-        if len({tuple(g) for g in grid.tolist()}) > 1: raise ValueError(f"pictures of different sizes are packed together ({grid.tolist()}): resize them to one size")
-        return x.unflatten(0, (len(grid), -1))
-    if kind == "prefix": return x[:, 1 + getattr(tower.config, "num_register_tokens", 0):]
+    _check_sizes(encoder, grid)
+    layout, x = TOWERS[type(encoder).__name__], _tensor_of(output, tap)
+    if layout == "map": return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
+    if layout == "packed": return x.unflatten(0, (len(grid), -1))
+    if layout == "prefix": return x[:, 1 + getattr(encoder.config, "num_register_tokens", 0):]
     return x
 
 # %% ../../nbs/04_models/09_direct_policy.ipynb #c9f35f4a
@@ -63,38 +80,49 @@ class VisionTokens:
     "The patch tokens of a vision encoder."
     def __init__(self,
         model:nn.Module, # an encoder, or a model that has one
-        tap:str="", # "last", "merged" (Qwen3-VL), "projected", "block:0", ...; empty: "merged" where there is such, else "last"
+        tap:str="", # "last", "merged", "projected", "block:0", ...; empty: "merged" where it exists
     ):
-        self.tower = self.encode = _locate_tower(model)
-        merged, owner = TOWERS[type(self.tower).__name__] == "packed", _projecting(model)
-        self.tap = tap or ("merged" if merged else "last")
-        taps = {"last": self.tower} | ({"merged": self.tower} if merged else {}) | ({} if owner is None else {"projected": owner.multi_modal_projector})
-        taps |= {f"block:{i}": block for i, block in enumerate(self.blocks())}
-        if self.tap not in taps: raise ValueError(f"tap is {tap!r}; a {type(self.tower).__name__} has {', '.join(t for t in taps if t[:6] != 'block:')}, and block:0 to block:{len(self.blocks()) - 1}")
-        self.module = taps[self.tap]
+        self.tower = self.encode = _find_encoder(model)
+        kind, owner = type(self.tower).__name__, _projecting(model)
+        layers = dict(last=self.tower)
+        if TOWERS[kind] == "packed": layers["merged"] = self.tower
+        if owner is not None: layers["projected"] = owner.multi_modal_projector
+        self.tap = tap or ("merged" if "merged" in layers else "last")
+        blocks = {f"block:{i}": block for i, block in enumerate(self.blocks())}
+        if self.tap not in layers | blocks:
+            raise ValueError(f"tap is {tap!r}; a {kind} has {', '.join(layers)}, and block:0 to "
+                             f"block:{len(blocks) - 1}")
+        self.module = (layers | blocks)[self.tap]
         if self.tap == "projected": self.encode = owner.get_image_features
 
     def blocks(self): # of the encoder
         "Its layers, one after the other: the longest list of modules in it."
-        return max((m for m in self.tower.modules() if isinstance(m, nn.ModuleList)), key=len)
+        lists = (m for m in self.tower.modules() if isinstance(m, nn.ModuleList))
+        return max(lists, key=len)
 
     def __call__(self,
         **inputs, # of the encoder, or of `get_image_features`
     )->Tensor: # (B,P,C), with gradient
-        "Tokens of pictures."
-        with self.recorded() as seen: self.encode(**inputs)
-        return seen[-1]
+        "Tokens of images."
+        with self.recorded() as tokens: self.encode(**inputs)
+        return tokens[-1]
 
-    @contextmanager
-    def recorded(self): # yields a list
-        "While this is open, the tokens of each pass of the encoder are put into the list, whoever asked for the pass."
-        seen, grid = [], []
-        def before(module, args, kwargs): grid[:] = [next((kwargs[k] for k in ("grid_thw", "pixel_attention_mask") if k in kwargs), args[1] if len(args) > 1 else None)]
-        def after(module, args, output): seen.append(_tokens(self.tower, output, grid[0] if grid else None, self.tap))
-        hooks = [self.tower.register_forward_pre_hook(before, with_kwargs=True), self.module.register_forward_hook(after)]
-        try: yield seen
-        finally:
-            for hook in hooks: hook.remove()
+# %% ../../nbs/04_models/09_direct_policy.ipynb #74b2e5e6
+@patch
+@contextmanager
+def recorded(self:VisionTokens): # yields a list
+    "Record the tokens of each pass of the encoder."
+    tokens, grid = [], [None]
+    def before(module, args, kwargs):
+        sizes = (kwargs[k] for k in ("grid_thw", "pixel_attention_mask") if k in kwargs)
+        grid[0] = next(sizes, args[1] if len(args) > 1 else None)
+    def after(module, args, output):
+        tokens.append(_tokens(self.tower, output, grid[0], self.tap))
+    hooks = [self.tower.register_forward_pre_hook(before, with_kwargs=True),
+             self.module.register_forward_hook(after)]
+    try: yield tokens
+    finally:
+        for hook in hooks: hook.remove()
 
 # %% ../../nbs/04_models/09_direct_policy.ipynb #111b029a
 def freeze_unused(
@@ -102,17 +130,17 @@ def freeze_unused(
     module:nn.Module, # some of whose parameters it may not depend on
 )->list: # names of those that were trainable and are now frozen
     "Freeze the parameters that get no gradient from an output."
-    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    grads = torch.autograd.grad(output.sum(), [p for _, p in named], allow_unused=True, retain_graph=True)
-    unused = [(n, p) for (n, p), grad in zip(named, grads) if grad is None]
-    for _, p in unused: p.requires_grad_(False)
-    return [n for n, _ in unused]
+    named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(output.sum(), named.values(), allow_unused=True, retain_graph=True)
+    unused = [n for n, grad in zip(named, grads) if grad is None]
+    for n in unused: named[n].requires_grad_(False)
+    return unused
 
 # %% ../../nbs/04_models/09_direct_policy.ipynb #06822f84
 class ConvViT(nn.Module):
     "A small vision transformer with a convolutional stem."
     def __init__(self,
-        size:int=64, # height and width of a picture, pixels; a multiple of 2 to the number of stages
+        size:int=64, # height and width of an image, pixels; a multiple of 2 to the number of stages
         stem:tuple=(16, 32), # channels of the stem's stages before the last
         dim:int=64, # C
         depth:int=2, # blocks
@@ -120,10 +148,11 @@ class ConvViT(nn.Module):
     ):
         super().__init__()
         widths, side = (3, *stem, dim), size//2**(len(stem) + 1)
-        stages = [[nn.Conv2d(i, o, 3, 2, 1), nn.GroupNorm(4, o), nn.GELU()] for i, o in zip(widths, widths[1:])]
-        self.stem = nn.Sequential(*sum(stages, []))
+        stage = lambda i, o: [nn.Conv2d(i, o, 3, 2, 1), nn.GroupNorm(4, o), nn.GELU()]
+        self.stem = nn.Sequential(*sum((stage(i, o) for i, o in zip(widths, widths[1:])), []))
         self.place = nn.Parameter(.02*torch.randn(1, side*side, dim))
-        self.blocks, self.norm = nn.ModuleList(SpaceBlock(dim, heads) for _ in range(depth)), nn.LayerNorm(dim)
+        self.blocks = nn.ModuleList(SpaceBlock(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
 
     def forward(self,
         pixel_values:Tensor, # (N,3,size,size) about in [-1, 1]
@@ -136,128 +165,161 @@ class ConvViT(nn.Module):
 @dataclass(frozen=True)
 class DirectConfig:
     "Size and behaviour of a `DirectPolicy`."
-    spec:DataSpec = DataSpec() # picture size and chunk
-    views:tuple = VIEWS # cameras that it looks through, in the order of axis V
-    tower:dict|None = None # of Hugging Face: the encoder's configuration, `model_type` among it; None: a `ConvViT`
-    tap:str = "" # where its tokens are taken, see `models.direct_policy.VisionTokens`
-    size:int = 64 # pixels that pictures are resized to
-    mean:tuple = (.5, .5, .5) # of pictures in [0, 1], subtracted
+    spec:DataSpec = DataSpec() # image size and chunk
+    views:tuple = VIEWS # cameras that it reads, in the order of axis V
+    tower:dict|None = None # configuration of a Hugging Face vision encoder; None: a `ConvViT`
+    tap:str = "" # layer whose tokens are taken, see `VisionTokens`
+    size:int = 64 # pixels that images are resized to
+    mean:tuple = (.5, .5, .5) # of images in [0, 1], subtracted
     std:tuple = (.5, .5, .5) # by which they are divided then
     stem:tuple = (16, 32) # of the `ConvViT`, likewise the next three
     dim:int = 64
     depth:int = 2
     heads:int = 4
     group:int = 2 # neighbouring tokens per side that become one of the adapter's
-    adapter:AdapterConfig = AdapterConfig(latent_dim=0, proprio_dim=0) # the action adapter, without latent actions
-    shift:int = 0 # pixels of `spec.image_size` by which training pictures are shifted at random, at most; FLOWER and VLM4VLA have 10 of 224
-    shift_apart:bool = False # whether each frame of a sample is shifted on its own, as there; else all frames of a camera alike
+    adapter:AdapterConfig = AdapterConfig(latent_dim=0, proprio_dim=0) # without latent actions
+    shift:int = 0 # pixels of `spec.image_size` by which training images are shifted, at most
+    shift_apart:bool = False # whether each frame of a sample is shifted on its own
 
     @classmethod
     def tiny(cls): return cls()
 
     @classmethod
-    def paper(cls):
-        dino = dict(model_type="dinov2_with_registers", image_size=518, patch_size=14) # DINOv2-B; the rest is transformers' default
-        return cls(DataSpec.paper(), tower=dino, size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD, adapter=replace(AdapterConfig.paper(), latent_dim=0))
+    def paper(cls): # DINOv2-B; the rest is transformers' default
+        dino = dict(model_type="dinov2_with_registers", image_size=518, patch_size=14)
+        adapter = replace(AdapterConfig.paper(), latent_dim=0)
+        return cls(DataSpec.paper(), tower=dino, size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+                   adapter=adapter)
 
-def _build_tower(
+# %% ../../nbs/04_models/09_direct_policy.ipynb #85e7142f
+def _build_encoder(
     cfg:DirectConfig, # its encoder
 )->nn.Module: # takes `pixel_values` (N,3,size,size)
     "A vision encoder with random weights, of which only what its tokens depend on is trained."
     if cfg.tower is None: return ConvViT(cfg.size, cfg.stem, cfg.dim, cfg.depth, cfg.heads)
     from transformers import AutoConfig, AutoModel
-    if "model_type" not in cfg.tower: raise ValueError(f"tower has {', '.join(cfg.tower) or 'no fields'}; it needs `model_type`, as in the config.json of a Hugging Face model")
-    with no_bars(): tower = AutoModel.from_config(AutoConfig.for_model(**cfg.tower)).train()
-    freeze_unused(VisionTokens(tower, cfg.tap)(pixel_values=torch.zeros(1, 3, cfg.size, cfg.size)), tower)
-    return tower
+    if "model_type" not in cfg.tower:
+        raise ValueError(f"tower has {', '.join(cfg.tower) or 'no fields'}; it needs `model_type`, "
+                         "as in the config.json of a Hugging Face model")
+    with no_bars(): encoder = AutoModel.from_config(AutoConfig.for_model(**cfg.tower)).train()
+    image = torch.zeros(1, 3, cfg.size, cfg.size)
+    freeze_unused(VisionTokens(encoder, cfg.tap)(pixel_values=image), encoder)
+    return encoder
 
 # %% ../../nbs/04_models/09_direct_policy.ipynb #360031a3
-def _shift_pictures(
-    pictures:Tensor, # (N,...,H,W)
+def _shift_images(
+    images:Tensor, # (N,...,H,W)
     by:Tensor, # (N,2) int64, pixels down and to the right
 )->Tensor: # (N,...,H,W)
-    "Shifted pictures; the edge is repeated where nothing was."
-    rows, columns = ((torch.arange(n) - d[:, None]).clamp(0, n - 1) for n, d in zip(pictures.shape[-2:], by.cpu().T))
-    return torch.stack([x[..., r[:, None], c] for x, r, c in zip(pictures, rows, columns)])
+    "Shifted images; the edge is repeated where nothing was."
+    sources = ((torch.arange(n) - d[:, None]).clamp(0, n - 1)
+               for n, d in zip(images.shape[-2:], by.cpu().T))
+    return torch.stack([x[..., r[:, None], c] for x, r, c in zip(images, *sources)])
 
 # %% ../../nbs/04_models/09_direct_policy.ipynb #620fb95e
 class DirectPolicy(nn.Module):
-    "The action adapter behind a vision encoder that learns with it."
+    "The action adapter on a vision encoder that is trained with it."
     def __init__(self,
         cfg:DirectConfig, # size and behaviour
         encoders, # frozen, of which `clip` is used
     ):
         super().__init__()
-        self.cfg, self.encoders, self.adapter, self.tower = cfg, encoders, ActionAdapter(cfg.adapter), _build_tower(cfg)
+        self.cfg, self.encoders = cfg, encoders
+        self.adapter, self.tower = ActionAdapter(cfg.adapter), _build_encoder(cfg)
         self.vision = VisionTokens(self.tower, cfg.tap)
-        with torch.no_grad(): self.token_shape = P, C = tuple(self.vision(pixel_values=torch.zeros(1, 3, cfg.size, cfg.size)).shape[1:])
-        self.patch_up = nn.Linear(C*cfg.group**2, cfg.adapter.video_dim)
-        self.place = nn.Parameter(.02*torch.randn(1, len(cfg.views), P//cfg.group**2, cfg.adapter.video_dim))
-
-    def start_from(self,
-        folder, # of a Hugging Face vision encoder, with config.json and safetensors weights
-    )->"DirectPolicy": # itself
-        "Take over a pretrained encoder's weights."
-        given = load_pretrained(type(self.tower), check_folder(folder)).state_dict()
-        take_over(self.tower, given, f"the encoder in {folder} does not fit this policy's {type(self.tower).__name__}", "give its config.json as `tower`")
-        return self
-
-    def pixels(self,
-        video:Tensor, # (B,V,3,H,W) uint8, all cameras of a batch
-    )->dict: # the encoder's inputs; rows are the policy's cameras of the first sample, then of the second, ...
-        "Pictures as the encoder takes them."
-        cfg = self.cfg
-        x = video[:, [VIEWS.index(v) for v in cfg.views]].flatten(0, 1).to(self.place.device).float()/255
-        if x.shape[-1] != cfg.size: x = F.interpolate(x, size=(cfg.size, cfg.size), mode="bilinear", antialias=True)
-        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (cfg.mean, cfg.std))
-        return dict(pixel_values=(x - mean)/std)
-
-    def see(self,
-        video:Tensor, # (B,V,3,H,W) uint8, all cameras of a batch
-    )->Tensor: # (B,V,P,C)
-        "The encoder's tokens of pictures."
-        return self.vision(**self.pixels(video)).unflatten(0, (len(video), -1))
-
-    def encode_batch(self,
-        batch:Batch, # with `video` and `text`; frame 0 is the present, others are not looked at
-    )->Tensor: # (B,M,adapter.dim) context
-        "Everything up to the adapter."
-        if batch.video is None: raise ValueError("the batch has no `video`, and this policy sees through an encoder of its own: read samples with their pictures (video=True)")
-        cfg, device = self.cfg, self.place.device
-        seen = self.see(check_batch(replace(batch, action=None), cfg.spec).video[:, :, 0])
-        tokens = self.patch_up(group_tokens(seen, cfg.group)) + self.place
-        goal = goal_embedding(batch.text, self.encoders).to(device)
-        return self.adapter.tokens(goal, tokens.flatten(1, 2), proprio=batch_hand_state(batch, cfg.adapter, device))
-
-    def augmented(self,
-        batch:Batch, # with `video`
-    )->Batch: # the same one where nothing is to be shifted
-        "In training, the batch with its pictures shifted at random."
-        cfg = self.cfg
-        if not (self.training and cfg.shift) or batch.video is None: return batch
-        video = batch.video.flatten(0, 2 if cfg.shift_apart else 1)
-        by = torch.randint(-cfg.shift, cfg.shift + 1, (len(video), 2))
-        return replace(batch, video=_shift_pictures(video, by).reshape(batch.video.shape))
+        image = torch.zeros(1, 3, cfg.size, cfg.size)
+        with torch.no_grad(): self.token_shape = tuple(self.vision(pixel_values=image).shape[1:])
+        (P, C), dim = self.token_shape, cfg.adapter.video_dim
+        self.patch_up = nn.Linear(C*cfg.group**2, dim)
+        self.place = nn.Parameter(.02*torch.randn(1, len(cfg.views), P//cfg.group**2, dim))
 
     action_loss, act = PlainPolicy.loss, PlainPolicy.act # only the context is another
 
     def loss(self,
         batch:Batch, # with `action`, `text` and `video`
     )->tuple: # scalar loss; dict of logs
-        "Denoising loss of the actions, from augmented pictures."
+        "Denoising loss of the actions, from augmented images."
         return self.action_loss(self.augmented(batch))
 
+# %% ../../nbs/04_models/09_direct_policy.ipynb #b0271491
+@patch
+def pixels(self:DirectPolicy,
+    video:Tensor, # (B,V,3,H,W) uint8, all cameras of a batch
+)->dict: # `pixel_values` (B*V,3,size,size), V as in `views`
+    "Inputs of the encoder."
+    cfg, size = self.cfg, (self.cfg.size,)*2
+    x = video[:, [VIEWS.index(v) for v in cfg.views]].flatten(0, 1)
+    x = x.to(self.place.device).float()/255
+    if x.shape[-1] != cfg.size: x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
+    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (cfg.mean, cfg.std))
+    return dict(pixel_values=(x - mean)/std)
+
+@patch
+def see(self:DirectPolicy,
+    video:Tensor, # (B,V,3,H,W) uint8, all cameras of a batch
+)->Tensor: # (B,V,P,C)
+    "The encoder's tokens of images."
+    return self.vision(**self.pixels(video)).unflatten(0, (len(video), -1))
+
+# %% ../../nbs/04_models/09_direct_policy.ipynb #487e130d
+@patch
+def encode_batch(self:DirectPolicy,
+    batch:Batch, # with `video` and `text`
+)->Tensor: # (B,M,adapter.dim) context
+    "Context for the adapter."
+    if batch.video is None:
+        raise ValueError("the batch has no `video`, and this policy has an encoder of its own: "
+                         "read samples with their images (video=True)")
+    cfg, device = self.cfg, self.place.device
+    present = check_batch(replace(batch, action=None), cfg.spec).video[:, :, 0]
+    tokens = self.patch_up(group_tokens(self.see(present), cfg.group)) + self.place
+    goal = goal_embedding(batch.text, self.encoders).to(device)
+    proprio = batch_hand_state(batch, cfg.adapter, device)
+    return self.adapter.tokens(goal, tokens.flatten(1, 2), proprio=proprio)
+
+@patch
+def augmented(self:DirectPolicy,
+    batch:Batch, # with `video`
+)->Batch: # the same one where nothing is to be shifted
+    "In training, the batch with its images shifted at random."
+    cfg = self.cfg
+    if not (self.training and cfg.shift) or batch.video is None: return batch
+    video = batch.video.flatten(0, 2 if cfg.shift_apart else 1)
+    by = torch.randint(-cfg.shift, cfg.shift + 1, (len(video), 2))
+    return replace(batch, video=_shift_images(video, by).reshape(batch.video.shape))
+
+# %% ../../nbs/04_models/09_direct_policy.ipynb #ee09bbfe
+@patch
+def start_from(self:DirectPolicy,
+    folder, # of a Hugging Face vision encoder, with config.json and safetensors weights
+)->DirectPolicy: # itself
+    "Initialise the vision encoder from a pretrained one."
+    kind = type(self.tower)
+    tensors = load_pretrained(kind, check_folder(folder)).state_dict()
+    take_over(self.tower, tensors, f"the encoder in {folder} does not fit this policy's "
+              f"{kind.__name__}", "give its config.json as `tower`")
+    return self
+
 # %% ../../nbs/04_models/09_direct_policy.ipynb #53003442
+def _side_of(preprocessor, path): # pixels of an encoder's images
+    sides = preprocessor.get("crop_size") or preprocessor["size"]
+    sides = {sides} if isinstance(sides, int) else {*sides.values()}
+    if len(sides) > 1:
+        raise ValueError(f"{path} asks for images of {' by '.join(map(str, sorted(sides)))} "
+                         "pixels; a direct policy's are square")
+    return sides.pop()
+
 def around_encoder(
     cfg:DirectConfig, # of which all else is kept
-    folder, # of a Hugging Face vision encoder, or of a CLIP or SigLIP with its text encoder: config.json, preprocessor_config.json, safetensors weights
+    folder, # of a vision encoder, or of a CLIP or SigLIP with its text encoder
 )->DirectConfig: # whose policy can `start_from` the folder
-    "The configuration of a policy that sees through a pretrained encoder."
+    "The configuration of a policy with a pretrained encoder (and its preprocessor_config.json)."
     folder = check_folder(folder)
     about, path = read_json(folder/"config.json"), folder/"preprocessor_config.json"
-    if not path.exists(): raise FileNotFoundError(f"{path} is not there, so how large this encoder's pictures are and how they are scaled is not known: copy it from where the weights come from")
-    given = read_json(path)
-    sides = given.get("crop_size") or given["size"]
-    sides = {sides} if isinstance(sides, int) else {*sides.values()}
-    if len(sides) > 1: raise ValueError(f"{path} asks for pictures of {' by '.join(map(str, sorted(sides)))} pixels; a direct policy's are square")
-    return replace(cfg, tower=about.get("vision_config", about), size=sides.pop(), mean=tuple(given["image_mean"]), std=tuple(given["image_std"]))
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there, so how large this encoder's images are and "
+                                "how they are scaled is not known: copy it from where the weights "
+                                "come from")
+    images = read_json(path)
+    return replace(cfg, tower=about.get("vision_config", about), size=_side_of(images, path),
+                   mean=tuple(images["image_mean"]), std=tuple(images["image_std"]))

@@ -21,7 +21,7 @@ from .layers import SpaceBlock, sincos
 class DinoForwardConfig:
     "Size of a `DinoForward`."
     in_dim:int = 384 # width of DINO's tokens (grouped), D
-    patches:int = 16 # tokens of a picture, P
+    patches:int = 16 # tokens of an image, P
     frames:int = 4 # T, the present frame included
     dim:int = 96 # width of the transformer
     blocks:int = 4 # its depth
@@ -32,21 +32,24 @@ class DinoForwardConfig:
     def tiny(cls): return cls()
 
     @classmethod
-    def paper(cls): return cls(in_dim=768, patches=256, frames=16, dim=768, blocks=12, heads=12, text_dim=512)
+    def paper(cls):
+        return cls(in_dim=768, patches=256, frames=16, dim=768, blocks=12, heads=12, text_dim=512)
 
+# %% ../../nbs/04_models/08_gfdm_dino.ipynb #d08eefa0
 def fit_dino(
     cfg:DinoForwardConfig, # a preset
     encoders, # `models.encoders.Encoders` that it will work with
-    spec:DataSpec, # picture size and frames
+    spec:DataSpec, # image size and frames
 )->DinoForwardConfig: # the same with tokens, text and frames as these have them
     "Adapt a configuration to the encoders and the data."
     dino = encoders.dino
     side = (dino.size or spec.image_size)//dino.patch//dino.group
-    return replace(cfg, in_dim=dino.dim, patches=side**2, frames=spec.frames, text_dim=encoders.clip.dim)
+    return replace(cfg, in_dim=dino.dim, patches=side**2, frames=spec.frames,
+                   text_dim=encoders.clip.dim)
 
 # %% ../../nbs/04_models/08_gfdm_dino.ipynb #2477fd48
 class DinoForward(nn.Module):
-    "Foresees DINO's tokens of the next frames from those of the present one."
+    "A predictor of DINO's tokens of the next frames from those of the present one."
     reads = "dino" # field of the batch that holds the present frame
 
     def __init__(self,
@@ -54,12 +57,15 @@ class DinoForward(nn.Module):
         clip, # `models.encoders.ClipTextEncoder`, frozen; no part of this module's weights
     ):
         super().__init__()
-        if clip.dim != cfg.text_dim: raise ValueError(f"the text encoder gives {clip.dim} numbers a token, the configuration expects {cfg.text_dim}: use fit_dino")
+        if clip.dim != cfg.text_dim:
+            raise ValueError(f"the text encoder gives {clip.dim} numbers a token, the "
+                             f"configuration expects {cfg.text_dim}: use fit_dino")
         self.cfg, self.clip = cfg, clip
         self.into = nn.Sequential(nn.LayerNorm(cfg.in_dim), nn.Linear(cfg.in_dim, cfg.dim))
         self.text = nn.Linear(cfg.text_dim, cfg.dim)
         self.frame = nn.Parameter(torch.randn(cfg.frames - 1, 1, cfg.dim))
-        self.transformer_blocks = nn.ModuleList(SpaceBlock(cfg.dim, cfg.heads) for _ in range(cfg.blocks))
+        blocks = (SpaceBlock(cfg.dim, cfg.heads) for _ in range(cfg.blocks))
+        self.transformer_blocks = nn.ModuleList(blocks)
         self.out = nn.Sequential(nn.LayerNorm(cfg.dim), nn.Linear(cfg.dim, cfg.in_dim))
         for p in self.out[1].parameters(): nn.init.zeros_(p)
 
@@ -67,10 +73,11 @@ class DinoForward(nn.Module):
         present:Tensor, # (N,P,D) DINO's tokens of the present frame
         text:Tensor, # (N,L,text_dim) CLIP's hidden states
         mask:Tensor, # (N,L) bool, True for real text tokens
-    )->Tensor: # (N,T,P,D) tokens of the present frame, as they were, and of the foreseen ones
-        P, T = self.cfg.patches, self.cfg.frames - 1
-        if tuple(present.shape[1:]) != (P, self.cfg.in_dim):
-            raise ValueError(f"present has shape {tuple(present.shape)}; this model takes (N,{P},{self.cfg.in_dim}): use fit_dino")
+    )->Tensor: # (N,T,P,D) tokens of the present frame, unchanged, and of the predicted ones
+        P, T, D = self.cfg.patches, self.cfg.frames - 1, self.cfg.in_dim
+        if tuple(present.shape[1:]) != (P, D):
+            raise ValueError(f"present has shape {tuple(present.shape)}; this model takes "
+                             f"(N,{P},{D}): use fit_dino")
         patches = self.into(present) + sincos(P, self.cfg.dim, present.device)
         x = torch.cat([(patches[:, None] + self.frame).flatten(1, 2), self.text(text)], 1)
         mask = F.pad(mask, (T*P, 0), value=True)
@@ -78,41 +85,46 @@ class DinoForward(nn.Module):
         change = self.out(x[:, :T*P]).unflatten(1, (T, P))
         return torch.cat([present[:, None], present[:, None] + change], 1)
 
-    def encode_text(self,
-        text:list, # N instructions
-    )->tuple: # hidden (N,L,text_dim), mask (N,L) bool
-        "CLIP's hidden states of instructions, on this module's device."
-        found = self.clip(text)
-        return found.hidden.to(self.frame), found.mask.to(self.frame.device)
+# %% ../../nbs/04_models/08_gfdm_dino.ipynb #e262498d
+@patch
+def encode_text(self:DinoForward,
+    text:list, # N instructions
+)->tuple: # hidden (N,L,text_dim), mask (N,L) bool
+    "CLIP's hidden states of instructions, on this module's device."
+    encoded = self.clip(text)
+    return encoded.hidden.to(self.frame), encoded.mask.to(self.frame.device)
 
 # %% ../../nbs/04_models/08_gfdm_dino.ipynb #a5d55429
 def _dino_clips(
     dino:Tensor|None, # (B,V,T,P,D) DINO's tokens
-    cfg:DinoForwardConfig, # what the model expects
+    cfg:DinoForwardConfig, # size
 )->Tensor: # (N,T,P,D) float, views folded into the batch
     "Views as clips of their own, after a check."
     if dino is None or tuple(dino.shape[2:]) != (cfg.frames, cfg.patches, cfg.in_dim):
         given = "no `dino`" if dino is None else f"`dino` of shape {tuple(dino.shape)}"
-        raise ValueError(f"the batch has {given}; this model takes (B,V,{cfg.frames},{cfg.patches},{cfg.in_dim}): give the dataset `dino` and {cfg.frames} offsets")
+        raise ValueError(f"the batch has {given}; this model takes (B,V,{cfg.frames},{cfg.patches},"
+                         f"{cfg.in_dim}): give the dataset `dino` and {cfg.frames} offsets")
     return dino.flatten(0, 1).float()
 
 @patch
 def loss(self:DinoForward,
     batch:Batch, # with dino (B,V,T,P,D) and text
 )->tuple: # scalar, logs
-    "Squared error of the foreseen tokens."
-    clips = _dino_clips(batch.dino, self.cfg)
-    text, mask = (t.repeat_interleave(batch.dino.shape[1], 0) for t in self.encode_text(batch.text))
+    "Squared error of the predicted tokens."
+    clips, views = _dino_clips(batch.dino, self.cfg), batch.dino.shape[1]
+    text, mask = (t.repeat_interleave(views, 0) for t in self.encode_text(batch.text))
     mse = F.mse_loss(self(clips[:, 0], text, mask)[:, 1:], clips[:, 1:])
-    return mse, dict(mse=mse.detach(), copy=F.mse_loss(clips[:, :1].expand_as(clips[:, 1:]), clips[:, 1:]))
+    copy = F.mse_loss(clips[:, :1].expand_as(clips[:, 1:]), clips[:, 1:])
+    return mse, dict(mse=mse.detach(), copy=copy)
 
+# %% ../../nbs/04_models/08_gfdm_dino.ipynb #c464c62f
 @patch
 def tokens(self:DinoForward,
     present:Tensor, # (N,P,D) DINO's tokens of present frames
     text:list, # N instructions
-    noise:Tensor|None=None, # a `GFDM` takes noise here; this model draws none
-)->Tensor: # (N,T,P,D) tokens of the present and the foreseen frames
-    "What a policy reads."
+    noise:Tensor|None=None, # not used
+)->Tensor: # (N,T,P,D)
+    "Tokens of the present and the predicted frames."
     return self(present, *self.encode_text(text))
 
 @patch

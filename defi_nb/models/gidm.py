@@ -23,32 +23,32 @@ from .vq import build_quantiser, latent_spread, usage_logs
 @dataclass(frozen=True)
 class GIDMConfig:
     "Size and behaviour of a `GIDM`."
-    in_dim:int = 384 # width of the features that come in (DINO's, grouped)
+    in_dim:int = 384 # width of the input features (DINO's, grouped)
     dim:int = 64 # width D
     enc_blocks:int = 2 # space-time blocks of the encoder
-    dec_blocks:int = 2 # blocks of the decoder; 0 is a GIDM that only encodes
+    dec_blocks:int = 2 # blocks of the decoder; 0: no decoder
     heads:int = 4 # must divide `dim`
     queries:int = 4 # latent-action tokens per transition, Q
     codes:int = 16 # size of the codebook
     code_dim:int = 32 # width of a code
     text_dim:int = 64 # width of T5's token features
     commitment:float = .25 # weight of the commitment loss
-    codebook_follows:bool = False # the codebook is fitted to the latents and does not shape them: the decoder learns from the latents themselves; released False
-    restart_below:float = .1 # fraction of the fair use under which a code is restarted; 0 is never, as released
-    views:tuple = ("static",) # cameras whose transitions it learns from
+    codebook_follows:bool = False # whether the codebook is fitted to latents that it does not shape
+    restart_below:float = .1 # fraction of the fair use under which a code is restarted
+    views:tuple = ("static",) # cameras that it is trained on
     text_mask:str = "rows" # "rows", or "tiled" as released
-    inverse:str = "gidm" # network that infers the latent action: "gidm", "transformer" or "mlp" (Table 7)
+    inverse:str = "gidm" # encoder: "gidm", "transformer" or "mlp" (Table 7)
     quantiser:str = "vq" # "vq", as released, or another of `models.vq.QUANTISERS` (Table 8)
-    augment:bool = False # whether frames given as `video` are cropped and coloured in training
-    texts:str = "raw" # "raw", or "normalised": lower case without punctuation, as released in pretraining
+    augment:bool = False # whether frames are cropped and coloured in training
+    texts:str = "raw" # "raw", or "normalised": lower case without punctuation
 
     @classmethod
     def tiny(cls): return cls(queries=8, codes=256, codebook_follows=True)
 
     @classmethod
     def paper(cls):
-        return cls(in_dim=768, dim=768, enc_blocks=12, dec_blocks=12, heads=12, code_dim=128, text_dim=768,
-                   restart_below=0., texts="normalised")
+        return cls(in_dim=768, dim=768, enc_blocks=12, dec_blocks=12, heads=12, code_dim=128,
+                   text_dim=768, restart_below=0., texts="normalised")
 
     @classmethod
     def printed(cls): # Table 10
@@ -57,20 +57,25 @@ class GIDMConfig:
 # %% ../../nbs/04_models/05_gidm.ipynb #cf641ab8
 def prepare_texts(
     texts:list, # B instructions
-    cfg:GIDMConfig, # which says how T5 gets them
+    cfg:GIDMConfig, # its `texts`: "raw" or "normalised"
 )->list: # B instructions
-    "Instructions as they go to the text encoder."
-    return [re.sub(r"[^\w\s]", "", t).lower() for t in texts] if cfg.texts == "normalised" else texts
+    "Instructions as the text encoder receives them."
+    if cfg.texts != "normalised": return texts
+    return [re.sub(r"[^\w\s]", "", t).lower() for t in texts]
 
 # %% ../../nbs/04_models/05_gidm.ipynb #cbecd244
+def _entrance(width, dim): # norm, linear, norm
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim), nn.LayerNorm(dim))
+
 class Encoder(nn.Module):
-    "Queries gather what happened between two frames."
+    "Space-time attention of queries to the patches of two frames."
     def __init__(self,
         cfg:GIDMConfig, # size
     ):
         super().__init__()
-        self.ffn = nn.Sequential(nn.LayerNorm(cfg.in_dim), nn.Linear(cfg.in_dim, cfg.dim), nn.LayerNorm(cfg.dim))
-        self.transformer_blocks = nn.ModuleList(SpaceTimeBlock(cfg.dim, cfg.heads) for _ in range(cfg.enc_blocks))
+        self.ffn = _entrance(cfg.in_dim, cfg.dim)
+        blocks = (SpaceTimeBlock(cfg.dim, cfg.heads) for _ in range(cfg.enc_blocks))
+        self.transformer_blocks = nn.ModuleList(blocks)
 
     def forward(self,
         queries:Tensor, # (1,1,Q,in_dim) learned
@@ -78,24 +83,25 @@ class Encoder(nn.Module):
         text:Tensor, # (B,L,D) text tokens
         mask:Tensor|None, # (B*T,Q+P+L) bool, True for tokens that may be seen
     )->Tensor: # (B,Q,D) the queries of the last frame
-        B, T = features.shape[:2]
+        (B, T), Q = features.shape[:2], queries.shape[2]
         x = self.ffn(torch.cat([queries.expand(B, T, -1, -1), features], 2))
         x = x + sincos(x.shape[2], x.shape[3], x.device)
         x = torch.cat([x, text[:, None].expand(-1, T, -1, -1)], 2)
         for i, block in enumerate(self.transformer_blocks, 1):
-            x = block(x, mask, keep=queries.shape[2] if i == len(self.transformer_blocks) else None)
-        return x[:, -1, :queries.shape[2]]
+            x = block(x, mask, keep=Q if i == len(self.transformer_blocks) else None)
+        return x[:, -1, :Q]
 
 # %% ../../nbs/04_models/05_gidm.ipynb #2ea225e8
 class TransformerEncoder(nn.Module):
-    "Both frames, text and queries in one sequence."
+    "Full attention over queries, both frames and text."
     def __init__(self,
         cfg:GIDMConfig, # size
     ):
         super().__init__()
-        self.ffn = nn.Sequential(nn.LayerNorm(cfg.in_dim), nn.Linear(cfg.in_dim, cfg.dim), nn.LayerNorm(cfg.dim))
+        self.ffn = _entrance(cfg.in_dim, cfg.dim)
         self.frame = nn.Parameter(.02*torch.randn(2, 1, cfg.dim))
-        self.transformer_blocks = nn.ModuleList(SpaceBlock(cfg.dim, cfg.heads) for _ in range(cfg.enc_blocks))
+        blocks = (SpaceBlock(cfg.dim, cfg.heads) for _ in range(cfg.enc_blocks))
+        self.transformer_blocks = nn.ModuleList(blocks)
 
     def forward(self,
         queries:Tensor, # (1,1,Q,in_dim) learned
@@ -105,20 +111,24 @@ class TransformerEncoder(nn.Module):
     )->Tensor: # (B,Q,D)
         B, T, P = features.shape[:3]
         Q, patches = queries.shape[2], self.ffn(features)
-        patches = (patches + sincos(P, patches.shape[-1], patches.device) + self.frame).flatten(1, 2)
-        x = torch.cat([self.ffn(queries[0]).expand(B, -1, -1), patches, text], 1)
-        if mask is not None: mask = F.pad(mask.unflatten(0, (B, T))[:, 0, Q + P:], (Q + T*P, 0), value=True)
+        patches = patches + sincos(P, patches.shape[-1], patches.device) + self.frame
+        x = torch.cat([self.ffn(queries[0]).expand(B, -1, -1), patches.flatten(1, 2), text], 1)
+        if mask is not None:
+            text_mask = mask.unflatten(0, (B, T))[:, 0, Q + P:]
+            mask = F.pad(text_mask, (Q + T*P, 0), value=True)
         for block in self.transformer_blocks: x = block(x, mask)
         return x[:, :Q]
 
+# %% ../../nbs/04_models/05_gidm.ipynb #0b5df794
 class MLPEncoder(nn.Module):
-    "Each patch's change, averaged."
+    "Each patch's change, averaged over the patches."
     def __init__(self,
         cfg:GIDMConfig, # size
     ):
         super().__init__()
         self.norm, self.queries = nn.LayerNorm(cfg.in_dim), nn.Linear(cfg.in_dim, cfg.dim)
-        self.change = nn.Sequential(nn.Linear(3*cfg.in_dim, cfg.dim), nn.GELU(), nn.Linear(cfg.dim, cfg.dim))
+        first, second = nn.Linear(3*cfg.in_dim, cfg.dim), nn.Linear(cfg.dim, cfg.dim)
+        self.change = nn.Sequential(first, nn.GELU(), second)
         self.fuse, self.out = feed_forward(cfg.dim), feed_forward(cfg.dim)
 
     def forward(self,
@@ -129,22 +139,25 @@ class MLPEncoder(nn.Module):
     )->Tensor: # (B,Q,D)
         (first, second), P, L = self.norm(features).unbind(1), features.shape[2], text.shape[1]
         change = self.change(torch.cat([first, second, second - first], -1))
-        change = self.fuse(change + sincos(P, change.shape[-1], change.device)).mean(1, keepdim=True)
-        real = torch.ones(text.shape[:2]).to(text) if mask is None else mask.unflatten(0, (len(text), -1))[:, 0, -L:].to(text)
-        said = (text*real[..., None]).sum(1, keepdim=True)/real.sum(1)[:, None, None]
-        return self.out(change + said + self.queries(queries[0]))
+        change = self.fuse(change + sincos(P, change.shape[-1], change.device))
+        if mask is None: real = torch.ones(text.shape[:2]).to(text)
+        else: real = mask.unflatten(0, (len(text), -1))[:, 0, -L:].to(text)
+        mean_text = (text*real[..., None]).sum(1, keepdim=True)/real.sum(1)[:, None, None]
+        return self.out(change.mean(1, keepdim=True) + mean_text + self.queries(queries[0]))
 
-ENCODERS = dict(gidm=Encoder, transformer=TransformerEncoder, mlp=MLPEncoder) # a configuration's `inverse` -> its network
+# %% ../../nbs/04_models/05_gidm.ipynb #88c7dde0
+ENCODERS = dict(gidm=Encoder, transformer=TransformerEncoder, mlp=MLPEncoder) # of `inverse`
 
 # %% ../../nbs/04_models/05_gidm.ipynb #1cdae333
 class Decoder(nn.Module):
-    "The first frame's patches and the latent action make the second frame's patches."
+    "Patches of the second frame from those of the first and the latent actions."
     def __init__(self,
         cfg:GIDMConfig, # size
     ):
         super().__init__()
-        self.ffn = nn.Sequential(nn.LayerNorm(cfg.dim), nn.Linear(cfg.dim, cfg.dim), nn.LayerNorm(cfg.dim))
-        self.transformer_blocks = nn.ModuleList(SpaceBlock(cfg.dim, cfg.heads) for _ in range(cfg.dec_blocks))
+        self.ffn = _entrance(cfg.dim, cfg.dim)
+        blocks = (SpaceBlock(cfg.dim, cfg.heads) for _ in range(cfg.dec_blocks))
+        self.transformer_blocks = nn.ModuleList(blocks)
         self.out = nn.Linear(cfg.dim, cfg.in_dim)
 
     def forward(self,
@@ -162,42 +175,56 @@ class Decoder(nn.Module):
 # %% ../../nbs/04_models/05_gidm.ipynb #661886df
 @dataclass
 class LatentActions:
-    "What GIDM infers from two frames."
+    "Latent actions of transitions, before and after quantisation."
     emb:Tensor # (B,Q,code_dim) before quantisation
     indices:Tensor|None # (B,Q) int64 codes, as the quantiser gives them (`models.vq.Quantised`)
     z_q:Tensor # (B,Q,code_dim) the codes' vectors, with straight-through gradients
-    latent_actions:Tensor # (B,Q,D) what a policy reads
+    latent_actions:Tensor # (B,Q,D) as a policy reads them
     loss:Tensor # scalar, of the quantiser
     codebook_loss:Tensor # scalar, unweighted
     commit_loss:Tensor # scalar, unweighted
 
+# %% ../../nbs/04_models/05_gidm.ipynb #9550cf38
+def _check_choices(cfg):
+    choices = dict(text_mask=("rows", "tiled"), texts=("raw", "normalised"),
+                   inverse=tuple(ENCODERS))
+    for field, allowed in choices.items():
+        if (value := getattr(cfg, field)) not in allowed:
+            raise ValueError(f"{field} is {value!r}; choose one of {allowed}")
+
 class GIDM(nn.Module):
-    "Encodes a transition into quantised latent actions and decodes it again."
+    "An autoencoder of transitions with quantised latent actions."
     def __init__(self,
         cfg:GIDMConfig, # size and behaviour
-        text_encoder = None, # frozen: list of B strings -> (hidden (B,L,text_dim), mask (B,L)); needed by `loss`
-        dino = None, # frozen: (...,3,H,W) uint8 -> (...,P,in_dim); needed where frames come as `video`
+        text_encoder = None, # frozen: B strings -> (hidden (B,L,text_dim), mask (B,L)); for `loss`
+        dino = None, # frozen: (...,3,H,W) uint8 -> (...,P,in_dim); needed where frames are `video`
     ):
         super().__init__()
-        for field, choices in dict(text_mask=("rows", "tiled"), texts=("raw", "normalised"), inverse=tuple(ENCODERS)).items():
-            if (value := getattr(cfg, field)) not in choices: raise ValueError(f"{field} is {value!r}; choose one of {choices}")
+        _check_choices(cfg)
         self.cfg, self.text_encoder, self.dino = cfg, text_encoder, dino
-        self.action_latent = nn.Parameter(torch.empty(1, 1, cfg.queries, cfg.in_dim).uniform_(-1, 1))
+        queries = torch.empty(1, 1, cfg.queries, cfg.in_dim).uniform_(-1, 1)
+        self.action_latent = nn.Parameter(queries)
         self.lang_proj = nn.Linear(cfg.text_dim, cfg.dim)
-        self.encoder, self.to_codebook = ENCODERS[cfg.inverse](cfg), nn.Linear(cfg.dim, cfg.code_dim)
-        self.vq = build_quantiser(cfg.quantiser, cfg.codes, cfg.code_dim, cfg.commitment, cfg.restart_below)
+        self.encoder = ENCODERS[cfg.inverse](cfg)
+        self.to_codebook = nn.Linear(cfg.dim, cfg.code_dim)
+        self.vq = build_quantiser(cfg.quantiser, cfg.codes, cfg.code_dim, cfg.commitment,
+                                  cfg.restart_below)
         self.action_up = nn.Linear(cfg.code_dim, cfg.dim)
-        if cfg.dec_blocks: self.patch_up, self.decoder = nn.Linear(cfg.in_dim, cfg.dim), Decoder(cfg)
+        if cfg.dec_blocks:
+            self.patch_up, self.decoder = nn.Linear(cfg.in_dim, cfg.dim), Decoder(cfg)
 
-    def token_mask(self,
-        text_mask:Tensor|None, # (B,L) bool, True for real text tokens
-        before:int, # tokens that stand before the text
-        frames:int = 1, # T
-    )->Tensor|None: # (B*T,before+L) bool
-        "Mask of all tokens of each frame: only padding of the text is hidden."
-        if text_mask is None: return None
-        mask = F.pad(text_mask.bool(), (before, 0), value=True)
-        return mask.repeat(frames, 1) if self.cfg.text_mask == "tiled" else mask.repeat_interleave(frames, 0)
+# %% ../../nbs/04_models/05_gidm.ipynb #df2f865b
+@patch
+def token_mask(self:GIDM,
+    text_mask:Tensor|None, # (B,L) bool, True for real text tokens
+    before:int, # tokens that stand before the text
+    frames:int = 1, # T
+)->Tensor|None: # (B*T,before+L) bool
+    "Mask of all tokens of each frame."
+    if text_mask is None: return None
+    mask = F.pad(text_mask.bool(), (before, 0), value=True)
+    if self.cfg.text_mask == "tiled": return mask.repeat(frames, 1)
+    return mask.repeat_interleave(frames, 0)
 
 # %% ../../nbs/04_models/05_gidm.ipynb #726d2711
 @patch
@@ -206,9 +233,10 @@ def embed(self:GIDM,
     text:Tensor, # (B,L,text_dim) T5's token features
     text_mask:Tensor|None = None, # (B,L) bool, True for real tokens; None if all are
 )->Tensor: # (B,Q,code_dim)
-    "The latents before the codebook, which is not looked into."
+    "The latents before quantisation."
     if features.ndim != 4 or features.shape[3] != self.cfg.in_dim:
-        raise ValueError(f"features have shape {tuple(features.shape)}; GIDM takes (B,T,P,{self.cfg.in_dim})")
+        raise ValueError(f"features have shape {tuple(features.shape)}; GIDM takes "
+                         f"(B,T,P,{self.cfg.in_dim})")
     mask = self.token_mask(text_mask, self.cfg.queries + features.shape[2], features.shape[1])
     return self.to_codebook(self.encoder(self.action_latent, features, self.lang_proj(text), mask))
 
@@ -216,12 +244,15 @@ def embed(self:GIDM,
 def quantise(self:GIDM,
     emb:Tensor, # (B,Q,code_dim) from `embed`
 )->LatentActions:
-    "The latent actions of latents before the codebook."
+    "The latent actions of latents before quantisation."
     follows = self.cfg.codebook_follows
     q = self.vq(emb.detach() if follows else emb)
-    loss = q.loss + F.mse_loss(q.z_q, emb.detach()) if follows else q.loss # of quantisers without a codebook loss, too
-    return LatentActions(emb, q.indices, q.z_q, self.action_up(q.z_q), loss, q.codebook_loss, q.commit_loss)
+    loss = q.loss
+    if follows: loss = loss + F.mse_loss(q.z_q, emb.detach()) # for quantisers without such a loss
+    terms = loss, q.codebook_loss, q.commit_loss
+    return LatentActions(emb, q.indices, q.z_q, self.action_up(q.z_q), *terms)
 
+# %% ../../nbs/04_models/05_gidm.ipynb #9c3bc386
 @patch
 def encode(self:GIDM,
     *given, # as for `embed`
@@ -248,56 +279,65 @@ def reconstruct(self:GIDM,
     features:Tensor, # (B,2,P,in_dim) of the two frames
     text:Tensor, # (B,L,text_dim) T5's token features
     text_mask:Tensor|None = None, # (B,L) bool, True for real tokens
-)->tuple: # (B,P,in_dim) prediction of the second frame; LatentActions
+)->tuple: # (B,P,in_dim) prediction of the second frame; `LatentActions`
     "Encode a transition and decode it."
     out = self.encode(features, text, text_mask)
     return self.decode(features[:, 0], out.latent_actions, text, text_mask), out
 
 # %% ../../nbs/04_models/05_gidm.ipynb #c5f47a6b
-_YIQ = ((.299, .587, .114), (.596, -.274, -.322), (.211, -.523, .312)) # brightness, two axes of colour
+_YIQ = ((.299, .587, .114), (.596, -.274, -.322), (.211, -.523, .312)) # of red, green, blue
 
+def _crop(clips, area, draw): # (n,T,3,H,W) -> the same shape; draw(*shape): uniform in [-1,1]
+    side, (n, T, _, H, W) = area**.5, clips.shape
+    scale = side*torch.eye(2, device=clips.device).expand(n, 2, 2)
+    theta = torch.cat([scale, (1 - side)*draw(2, 1)], -1)
+    grid = F.affine_grid(theta.repeat_interleave(T, 0), [n*T, 3, H, W], align_corners=False)
+    x = F.grid_sample(clips.flatten(0, 1), grid, padding_mode="border", align_corners=False)
+    return x.unflatten(0, (n, T))
+
+def _turn_colours(x, turn, strength): # (n,T,3,H,W); radians and factor (n,1,1,1,1)
+    yiq = torch.tensor(_YIQ, device=x.device)
+    y, i, q = torch.einsum("ck,btkhw->cbthw", yiq, x).unsqueeze(3)
+    i, q = strength*(i*turn.cos() - q*turn.sin()), strength*(i*turn.sin() + q*turn.cos())
+    return torch.einsum("kc,btchw->btkhw", torch.linalg.inv(yiq), torch.cat([y, i, q], 2))
+
+# %% ../../nbs/04_models/05_gidm.ipynb #fcf67e5e
 def augment_frames(
     video:Tensor, # (B,V,T,3,H,W) uint8; the T frames of a clip are changed alike
-    crop:float=.9, # part of the area that is kept, at a random place
+    crop:float=.9, # fraction of the area that is kept, at a random place
     brightness:float=.2, # most that is added, of the range
     contrast:float=.2, # most that contrast changes by, as a factor 1 ± contrast
     saturation:float=.2, # likewise
     hue:float=.05, # most that colours turn, of a full turn
 )->Tensor: # (B,V,T,3,H,W) uint8
     "Frames cropped and coloured at random, as the release changes GIDM's."
-    clips, n = video.flatten(0, 1).float()/255, video.shape[0]*video.shape[1]
-    draw = lambda *shape: 2*torch.rand(n, *shape, device=video.device) - 1
+    clips = video.flatten(0, 1).float()/255
+    draw = lambda *shape: 2*torch.rand(len(clips), *shape, device=video.device) - 1
     about = lambda most, middle: middle + most*draw(1, 1, 1, 1)
-    side, (T, _, H, W) = crop**.5, clips.shape[1:]
-    scale = side*torch.eye(2, device=video.device).expand(n, 2, 2)
-    theta = torch.cat([scale, (1 - side)*draw(2, 1)], -1)
-    grid = F.affine_grid(theta.repeat_interleave(T, 0), [n*T, 3, H, W], align_corners=False)
-    x = F.grid_sample(clips.flatten(0, 1), grid, padding_mode="border", align_corners=False)
-    x = x.unflatten(0, (n, T)) + about(brightness, 0.)
+    x = _crop(clips, crop, draw) + about(brightness, 0.)
     x = (x - x.mean((3, 4), keepdim=True))*about(contrast, 1.) + x.mean((3, 4), keepdim=True)
-    yiq = torch.tensor(_YIQ, device=video.device)
-    y, i, q = torch.einsum("ck,btkhw->cbthw", yiq, x).unsqueeze(3)
-    turn, strength = 2*torch.pi*about(hue, 0.), about(saturation, 1.)
-    i, q = strength*(i*turn.cos() - q*turn.sin()), strength*(i*turn.sin() + q*turn.cos())
-    turned = torch.cat([y, i, q], 2)
-    x = torch.einsum("kc,btchw->btkhw", torch.linalg.inv(yiq), turned)
+    x = _turn_colours(x, 2*torch.pi*about(hue, 0.), about(saturation, 1.))
     return (255*x).round().clamp(0, 255).to(torch.uint8).view_as(video)
 
 # %% ../../nbs/04_models/05_gidm.ipynb #0f1e889e
 @patch
 def transitions(self:GIDM,
     batch:Batch, # with `dino` (B,V,2,P,in_dim), or `video` (B,V,2,3,H,W), and `text`
-)->tuple: # features (V*B,2,P,in_dim), all transitions of a view, then of the next; their text and its mask, as `encode` takes them
-    "What a batch holds for this GIDM."
+)->tuple: # features (V*B,2,P,in_dim), view by view; their text and its mask, as for `encode`
+    "The features and texts of a batch's transitions."
     if batch.dino is None and batch.video is not None and self.dino is not None:
-        video = augment_frames(batch.video) if self.cfg.augment and self.training else batch.video
+        augment = self.cfg.augment and self.training
+        video = augment_frames(batch.video) if augment else batch.video
         batch = replace(batch, dino=self.dino(video).to(video.device))
     if batch.dino is None or batch.dino.shape[2] != 2:
-        raise ValueError("GIDM learns from `dino` features of two frames: give the dataset two offsets and `dino`")
+        raise ValueError("GIDM learns from `dino` features of two frames: give the dataset two "
+                         "offsets and `dino`")
     views = [VIEWS.index(view) for view in self.cfg.views]
     features = batch.dino[:, views].transpose(0, 1).flatten(0, 1).float()
-    return features, *(torch.cat([t.to(features.device)]*len(views)) for t in self.text_encoder(prepare_texts(batch.text, self.cfg)))
+    text = self.text_encoder(prepare_texts(batch.text, self.cfg))
+    return features, *(torch.cat([t.to(features.device)]*len(views)) for t in text)
 
+# %% ../../nbs/04_models/05_gidm.ipynb #3a536a67
 @patch
 def loss(self:GIDM,
     batch:Batch, # as for `transitions`
