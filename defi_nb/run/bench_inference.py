@@ -42,7 +42,8 @@ def plain_sample(
 )->Tensor: # (B,K,A) actions
     "A chunk of actions, with everything computed again in each step."
     network = lambda x, c_noise: adapter.decode(x, c_noise, adapter.encoder(context))
-    return diffusion.sample(lambda x, sigma: adapter.edm.denoise(network, x, sigma), noise*sigmas[0], sigmas)
+    denoise = lambda x, sigma: adapter.edm.denoise(network, x, sigma)
+    return diffusion.sample(denoise, noise*sigmas[0], sigmas)
 
 # %% ../../nbs/13_run/09_bench_inference.ipynb #d4f8fe4e
 @torch.no_grad()
@@ -52,15 +53,20 @@ def plain_tokens(
     hidden:Tensor, # (N,L,D) CLIP's hidden states
 )->Tensor: # (N,T,P,D)
     "Feature tokens, from whole passes of the network, one for each clip."
-    if gfdm.cfg.extract_step != 1: raise ValueError(f"extract_step is {gfdm.cfg.extract_step}; the plain way is written for the first step: set it to 1")
     cfg, maps, parts = gfdm.cfg, [], []
-    c_skip, c_out, c_in, c_noise = (float(s) for s in gfdm.edm.scalings(torch.tensor(cfg.extract_sigma)))
+    if cfg.extract_step != 1:
+        raise ValueError(f"extract_step is {cfg.extract_step}; the plain way is written for the "
+                         "first step: set it to 1")
+    scalings = gfdm.edm.scalings(torch.tensor(cfg.extract_sigma))
+    c_skip, c_out, c_in, c_noise = (float(s) for s in scalings)
+    keep = lambda module, args, out: maps.append(out)
     levels = gfdm.unet.up_blocks[:cfg.feature_levels]
-    handles = [block.register_forward_hook(lambda module, args, out: maps.append(out)) for block in levels]
+    handles = [block.register_forward_hook(keep) for block in levels]
     for i in range(len(latent)):
         maps.clear()
-        network, noise = gfdm.network(latent[i:i + 1], hidden[i:i + 1], cfg.extract_fps), gfdm.noise[None]
-        frame = c_skip/c_in*noise + c_out*network(noise, torch.full((1,), c_noise).to(noise))
+        network = gfdm.network(latent[i:i + 1], hidden[i:i + 1], cfg.extract_fps)
+        noise, level = gfdm.noise[None], torch.full((1,), c_noise)
+        frame = c_skip/c_in*noise + c_out*network(noise, level.to(noise))
         parts.append(gfdm.to_tokens(maps + [frame.flatten(0, 1)]*cfg.feature_frame))
     for handle in handles: handle.remove()
     return torch.cat(parts)
@@ -76,31 +82,36 @@ def plain_latent_actions(
     "Latent actions, from all tokens of all blocks."
     (B, T, P, _), Q = features.shape, gidm.cfg.queries
     x = gidm.encoder.ffn(torch.cat([gidm.action_latent.expand(B, T, -1, -1), features], 2))
-    x = torch.cat([x + sincos(Q + P, x.shape[3], x.device), gidm.lang_proj(text)[:, None].expand(-1, T, -1, -1)], 2)
-    for block in gidm.encoder.transformer_blocks: x = block(x, gidm.token_mask(text_mask, Q + P, T))
+    words = gidm.lang_proj(text)[:, None].expand(-1, T, -1, -1)
+    x = torch.cat([x + sincos(Q + P, x.shape[3], x.device), words], 2)
+    mask = gidm.token_mask(text_mask, Q + P, T)
+    for block in gidm.encoder.transformer_blocks: x = block(x, mask)
     emb = gidm.to_codebook(x[:, -1, :Q])
     q = gidm.vq(emb)
-    return LatentActions(emb, q.indices, q.z_q, gidm.action_up(q.z_q), q.loss, q.codebook_loss, q.commit_loss)
+    return LatentActions(emb, q.indices, q.z_q, gidm.action_up(q.z_q), q.loss, q.codebook_loss,
+                         q.commit_loss)
 
 # %% ../../nbs/13_run/09_bench_inference.ipynb #5d8354c2
 @torch.no_grad()
 def plain_act(
     policy, # a `CoupledPolicy` with a whole GFDM
-    batch, # one row: the newest pictures as `video` (1,V,1,3,H,W), `text`, and `proprio` where the adapter takes it
-    proprio:Tensor|None, # (1,proprio_dim) the robot's own state, from `models.policy.batch_hand_state`
+    batch, # one row: the newest frames as `video` (1,V,1,3,H,W), `text`, and `proprio` if read
+    proprio:Tensor|None, # (1,proprio_dim) the robot's own state, see `batch_hand_state`
     noise:Tensor, # (1,K,A) standard normal
 )->Tensor: # (1,K,A) actions in [-1, 1]
-    "A chunk of actions for what is seen now, nothing remembered and nothing left out."
-    encoders, cfg, (text,) = policy.encoders, policy.cfg, batch.text
+    "A chunk of actions for the present frames, nothing remembered and nothing left out."
+    encoders, cfg, adapter, (text,) = policy.encoders, policy.cfg, policy.adapter, batch.text
     latent = torch.cat([encoders.vae.encode(batch.video[0, v]) for v in range(len(VIEWS))])
     hidden = torch.stack([encoders.clip.encode(text)[0] for _ in VIEWS])
     rows = plain_tokens(policy.gfdm, latent, hidden)[:, list(cfg.frames)] # (V,T,P,D)
-    latent_actions = plain_latent_actions(policy.gidm, policy.pair_input(rows), encoders.t5.encode(text)[None])
+    words = encoders.t5.encode(text)[None]
+    latents = plain_latent_actions(policy.gidm, policy.pair_input(rows), words)
     video = policy.video_tokens(rows)
     if cfg.present: video = torch.cat([video, present_tokens(policy, batch, cfg.views)], 1)
-    context = policy.adapter.tokens(encoders.clip.encode(text)[2][None, None], video, policy.latent_tokens(latent_actions), proprio)
-    sigmas = exponential_sigmas(cfg.adapter.steps, cfg.adapter.sample_low, cfg.adapter.sigma_high)
-    return plain_sample(policy.adapter, context, noise, sigmas).clamp(-1, 1)
+    goal = encoders.clip.encode(text)[2][None, None]
+    context = adapter.tokens(goal, video, policy.latent_tokens(latents), proprio)
+    sigmas = exponential_sigmas(adapter.cfg.steps, adapter.cfg.sample_low, adapter.cfg.sigma_high)
+    return plain_sample(adapter, context, noise, sigmas).clamp(-1, 1)
 
 # %% ../../nbs/13_run/09_bench_inference.ipynb #c42cb48a
 def random_weights(
@@ -113,35 +124,46 @@ def random_weights(
     module, drawn = module.eval().requires_grad_(False), torch.Generator().manual_seed(seed)
     if str(device) == "meta": return module.to("meta")
     def draw(name, shape):
-        if len(shape) < 2: return torch.full(shape, float(not name.endswith("bias")), device=device, dtype=dtype)
+        if len(shape) < 2:
+            return torch.full(shape, float(not name.endswith("bias")), device=device, dtype=dtype)
         bound = math.sqrt(3/math.prod(shape[1:]))
         return torch.empty(shape).uniform_(-bound, bound, generator=drawn).to(device, dtype)
-    module.load_state_dict({name: draw(name, w.shape) for name, w in module.state_dict().items()}, assign=True)
+    weights = {name: draw(name, w.shape) for name, w in module.state_dict().items()}
+    module.load_state_dict(weights, assign=True)
     for name, buffer in module.named_buffers(): # those that are no part of the weights
-        if name not in module.state_dict(): module.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], buffer.to(device, dtype), persistent=False)
+        if name in weights: continue
+        where, _, own = name.rpartition(".")
+        owner, buffer = module.get_submodule(where), buffer.to(device, dtype)
+        owner.register_buffer(own, buffer, persistent=False)
     return module
 
 # %% ../../nbs/13_run/09_bench_inference.ipynb #60e652eb
-SVD_VAE = dict(in_channels=3, out_channels=3, latent_channels=4, layers_per_block=2, block_out_channels=(128, 256, 512, 512),
-               down_block_types=("DownEncoderBlock2D",)*4, sample_size=768, scaling_factor=.18215) # of Stable Video Diffusion
+SVD_VAE = dict( # of Stable Video Diffusion
+    in_channels=3, out_channels=3, latent_channels=4, layers_per_block=2,
+    block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",)*4,
+    sample_size=768, scaling_factor=.18215)
 
 def empty_models(
     preset:str, # one of `PRESETS`
     encoders=None, # `Encoders` of "tiny", whose sizes its models take
-)->tuple: # `CoupledPolicy` with GFDM and without encoders, `VAE` without decoder; on the meta device
+)->tuple: # `CoupledPolicy` with GFDM, without encoders; `VAE` without decoder; on the meta device
     "A preset's models without weights."
-    if preset == "tiny" and encoders is None: raise ValueError("the preset tiny has the sizes of its encoders: pass load_acting_encoders('tiny')")
+    if preset == "tiny" and encoders is None:
+        raise ValueError("the preset tiny has the sizes of its encoders: "
+                         "pass load_acting_encoders('tiny')")
     cfg, gfdm_cfg, vae = preset_of(PolicyConfig, preset), preset_of(GFDMConfig, preset), SVD_VAE
     if preset == "tiny":
         gfdm_cfg, vae = fit_encoders(gfdm_cfg, encoders, cfg.spec), encoders.vae.model.config
     with torch.device("meta"):
         gfdm = GFDM(gfdm_cfg)
-        return CoupledPolicy(replace(cfg, feature_dim=gfdm.feature_shape()[-1]), None, gfdm), VAE(vae_encoder(vae))
+        cfg = replace(cfg, feature_dim=gfdm.feature_shape()[-1])
+        return CoupledPolicy(cfg, None, gfdm), VAE(vae_encoder(vae))
 
+# %% ../../nbs/13_run/09_bench_inference.ipynb #04a0c527
 def share_weights(
     gfdm:GFDM, # whole
 )->GFDM: # for features only, with the same tensors
-    "The fast GFDM beside the plain one, without a second copy of the weights."
+    "The fast GFDM next to the plain one, without a second copy of the weights."
     with torch.device("meta"): light = for_features(GFDM(gfdm.cfg, gfdm.clip, gfdm.vae))
     own = gfdm.state_dict()
     light.load_state_dict({name: own[name] for name in light.state_dict()}, assign=True)
@@ -156,25 +178,32 @@ class Part:
     plain:object # function without arguments that returns a tensor
     fast:object # the same, faster
 
+def _drawn(): return torch.Generator().manual_seed(0) # the inputs of both ways
+
 def _vae_part(
     vae, # `VAE` with weights
-    size:int, # pixels of the square pictures
+    size:int, # pixels of the square frames
 )->Part:
-    "Two pictures to latents: one after the other, or both at once."
-    video = torch.randint(0, 256, (len(VIEWS), 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(vae.model.device)
+    "Two frames to latents: one after the other, or both at once."
+    shape = len(VIEWS), 3, size, size
+    video = torch.randint(0, 256, shape, dtype=torch.uint8, generator=_drawn()).to(vae.model.device)
     encode = lambda x: vae.mode(vae.fold(x))
-    return Part("VAE", lambda: torch.cat([encode(x) for x in video.split(1)]), lambda: encode(video))
+    plain = lambda: torch.cat([encode(x) for x in video.split(1)])
+    return Part("VAE", plain, lambda: encode(video))
 
+# %% ../../nbs/13_run/09_bench_inference.ipynb #f616d0c5
 def _gfdm_part(
     gfdm:GFDM, # whole, with weights
     length:int = 20, # tokens of the text
 )->Part:
     "Features of both views."
-    drawn, cfg = torch.Generator().manual_seed(0), gfdm.cfg
-    latent = torch.randn(len(VIEWS), *gfdm.noise.shape[1:], generator=drawn).to(gfdm.noise)
-    hidden = torch.randn(1, length, cfg.text_dim, generator=drawn).to(gfdm.noise).expand(len(VIEWS), -1, -1)
-    light, noise = share_weights(gfdm), gfdm.noise.expand(len(VIEWS), -1, -1, -1, -1) # both ways see one noise
-    return Part("GFDM", lambda: plain_tokens(gfdm, latent, hidden), lambda: light.to_tokens(light.feature_maps(latent, hidden, noise)))
+    drawn, V = _drawn(), len(VIEWS)
+    latent = torch.randn(V, *gfdm.noise.shape[1:], generator=drawn).to(gfdm.noise)
+    hidden = torch.randn(1, length, gfdm.cfg.text_dim, generator=drawn).to(gfdm.noise)
+    hidden = hidden.expand(V, -1, -1)
+    light, noise = share_weights(gfdm), gfdm.noise.expand(V, -1, -1, -1, -1) # both: one noise
+    fast = lambda: light.to_tokens(light.feature_maps(latent, hidden, noise))
+    return Part("GFDM", lambda: plain_tokens(gfdm, latent, hidden), fast)
 
 def _text_part(
     encoders, # with `clip` and `t5`
@@ -182,29 +211,35 @@ def _text_part(
 )->Part:
     "An instruction for GFDM, GIDM and the adapter: encoded for each of them, or remembered."
     clip, t5 = encoders.clip, encoders.t5
-    join = lambda hidden, pooled, tokens: torch.cat([x.flatten() for x in (hidden, pooled, tokens)])
-    plain = lambda: join(torch.stack([clip.encode(text)[0] for _ in VIEWS]), clip.encode(text)[2], t5.encode(text))
-    return Part("text", plain, lambda: join(clip([text]*len(VIEWS)).hidden, clip([text]).pooled, t5([text])[0]))
+    join = lambda *tensors: torch.cat([x.flatten() for x in tensors])
+    def plain():
+        hidden = torch.stack([clip.encode(text)[0] for _ in VIEWS])
+        return join(hidden, clip.encode(text)[2], t5.encode(text))
+    fast = lambda: join(clip([text]*len(VIEWS)).hidden, clip([text]).pooled, t5([text])[0])
+    return Part("text", plain, fast)
 
+# %% ../../nbs/13_run/09_bench_inference.ipynb #dc63b68c
 def _gidm_part(
     policy:CoupledPolicy, # with weights in `project`, `time_pos_emb` and `gidm`
     patches:int, # P of GFDM's features
     length:int = 8, # tokens of the text
 )->Part:
     "Latent actions from GFDM's features of two frames."
-    drawn, where = torch.Generator().manual_seed(0), policy.time_pos_emb
-    features = torch.randn(1, 2, patches, policy.cfg.feature_dim, generator=drawn).to(where)
-    text = torch.randn(1, length, policy.cfg.gidm.text_dim, generator=drawn).to(where)
+    drawn, where, cfg = _drawn(), policy.time_pos_emb, policy.cfg
+    features = torch.randn(1, 2, patches, cfg.feature_dim, generator=drawn).to(where)
+    text = torch.randn(1, length, cfg.gidm.text_dim, generator=drawn).to(where)
     entering = lambda: policy.project(features) + policy.time_pos_emb
     plain = lambda: policy.latent_tokens(plain_latent_actions(policy.gidm, entering(), text))
-    return Part("MLP and GIDM", plain, lambda: policy.latent_tokens(policy.gidm.encode(entering(), text)))
+    fast = lambda: policy.latent_tokens(policy.gidm.encode(entering(), text))
+    return Part("MLP and GIDM", plain, fast)
 
 def _former_part(
     policy:CoupledPolicy, # with weights in `video_former`
     patches:int, # P of GFDM's features
 )->Part:
     "A few tokens from both views' features; there is one way to do it."
-    features = torch.randn(1, len(policy.cfg.frames), len(VIEWS)*patches, policy.cfg.feature_dim, generator=torch.Generator().manual_seed(0)).to(policy.video_former.latents)
+    shape = 1, len(policy.cfg.frames), len(VIEWS)*patches, policy.cfg.feature_dim
+    features = torch.randn(*shape, generator=_drawn()).to(policy.video_former.latents)
     return Part("Video Former", *[lambda: policy.video_former(features)]*2)
 
 def _adapter_part(
@@ -212,11 +247,12 @@ def _adapter_part(
     context_tokens:int, # M
 )->Part:
     "A chunk of actions from a context."
-    cfg, drawn, where = adapter.cfg, torch.Generator().manual_seed(0), adapter.action_emb.weight
+    cfg, drawn, where = adapter.cfg, _drawn(), adapter.action_emb.weight
     context = torch.randn(1, context_tokens, cfg.dim, generator=drawn).to(where)
     noise = torch.randn(1, cfg.chunk, ACTION_DIM, generator=drawn).to(where.device)
     sigmas = exponential_sigmas(cfg.steps, cfg.sample_low, cfg.sigma_high).to(where.device)
-    return Part("adapter", lambda: plain_sample(adapter, context, noise, sigmas), lambda: adapter.sample(context, noise, sigmas))
+    plain = lambda: plain_sample(adapter, context, noise, sigmas)
+    return Part("adapter", plain, lambda: adapter.sample(context, noise, sigmas))
 
 # %% ../../nbs/13_run/09_bench_inference.ipynb #08c6af19
 def _in_precision(
@@ -225,12 +261,26 @@ def _in_precision(
     dtype:torch.dtype, # float32, or another for autocast
 ): # the same function
     "Without gradients, and where it is not float32 under autocast."
+    exact, kind = dtype == torch.float32 or str(device) == "meta", torch.device(device).type
     def run():
-        cast = nullcontext() if dtype == torch.float32 or str(device) == "meta" else torch.autocast(torch.device(device).type, dtype, cache_enabled=False)
+        cast = nullcontext() if exact else torch.autocast(kind, dtype, cache_enabled=False)
         with torch.no_grad(), cast: return f()
     return run
 
-PARTS = "vae", "gfdm", "text", "gidm", "former", "adapter" # in the order in which a chunk needs them
+def _fill_gidm(policy, device): # its positions are float32, so its weights are; autocast narrows
+    for module in (policy.project, policy.gidm): random_weights(module, device)
+    for name in ("time_pos_emb", "latent_pos_emb"):
+        if not hasattr(policy, name): continue
+        zeros = torch.zeros(getattr(policy, name).shape, device=device)
+        setattr(policy, name, nn.Parameter(zeros, requires_grad=False))
+
+def _context_tokens(cfg): # M of a `PolicyConfig`
+    latents = cfg.gidm.queries*(1 + (cfg.latents == "both"))
+    return 1 + len(cfg.frames)*cfg.former_queries + latents + bool(cfg.adapter.proprio_dim)
+
+# %% ../../nbs/13_run/09_bench_inference.ipynb #e8b9897d
+PARTS = "vae", "gfdm", "text", "gidm", "former", "adapter" # in a chunk's order
+_PRECISION = dict(vae=torch.float32, gfdm=torch.float32) # diffusers' networks: their weights'
 
 def bench_parts(
     preset:str, # "tiny" or "paper"
@@ -240,24 +290,27 @@ def bench_parts(
     dtype:torch.dtype = torch.float32, # of weights
 )->list: # of `Part`
     "A preset's parts with random weights."
-    if unknown := set(names) - set(PARTS): raise ValueError(f"there are no parts {sorted(unknown)}; choose from {', '.join(PARTS)}")
-    if "text" in names and encoders is None: raise ValueError("text is timed with real encoders: pass them, or leave text out of the parts")
+    if unknown := set(names) - set(PARTS):
+        raise ValueError(f"there are no parts {sorted(unknown)}; choose from {', '.join(PARTS)}")
+    if "text" in names and encoders is None:
+        raise ValueError("text is timed with real encoders: pass them, or leave text out of the "
+                         "parts")
     policy, vae = empty_models(preset, encoders)
-    fill, cfg = (lambda module: random_weights(module, device, dtype)), policy.cfg
     patches = policy.gfdm.feature_shape()[1]
-    latents = cfg.gidm.queries*(1 + (cfg.latents == "both"))
-    tokens = 1 + len(cfg.frames)*cfg.former_queries + latents + bool(cfg.adapter.proprio_dim)
-    if "gidm" in names: # its positions are float32, so its weights are, too, and autocast narrows the products
-        for module in (policy.project, policy.gidm): random_weights(module, device)
-        for name in ("time_pos_emb", "latent_pos_emb"):
-            if hasattr(policy, name): setattr(policy, name, nn.Parameter(torch.zeros(getattr(policy, name).shape, device=device), requires_grad=False))
+    fill = lambda module: random_weights(module, device, dtype)
+    if "gidm" in names: _fill_gidm(policy, device)
     if "vae" in names: fill(vae.model)
-    make = dict(vae=lambda: _vae_part(vae, cfg.spec.image_size), gfdm=lambda: _gfdm_part(fill(policy.gfdm)), text=lambda: _text_part(encoders),
-                gidm=lambda: _gidm_part(policy, patches), former=lambda: (fill(policy.video_former), _former_part(policy, patches))[1],
-                adapter=lambda: _adapter_part(fill(policy.adapter), tokens))
-    precision = dict(vae=torch.float32, gfdm=torch.float32) # diffusers' networks compute in their weights' precision as they are
-    parts = {name: make[name]() for name in PARTS if name in names}
-    return [Part(p.name, *(_in_precision(f, device, precision.get(name, dtype)) for f in (p.plain, p.fast))) for name, p in parts.items()]
+    if "former" in names: fill(policy.video_former)
+    make = dict(vae=lambda: _vae_part(vae, policy.cfg.spec.image_size),
+                gfdm=lambda: _gfdm_part(fill(policy.gfdm)), text=lambda: _text_part(encoders),
+                gidm=lambda: _gidm_part(policy, patches),
+                former=lambda: _former_part(policy, patches),
+                adapter=lambda: _adapter_part(fill(policy.adapter), _context_tokens(policy.cfg)))
+    def in_precision(name):
+        part, precision = make[name](), _PRECISION.get(name, dtype)
+        both = part.plain, part.fast
+        return Part(part.name, *(_in_precision(f, device, precision) for f in both))
+    return [in_precision(name) for name in PARTS if name in names]
 
 # %% ../../nbs/13_run/09_bench_inference.ipynb #0857fe6f
 def count_macs(
@@ -277,7 +330,8 @@ def _peak_memory(
         if start: torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device)/1e6
     own = Path("/proc/self")
-    if not (own/"clear_refs").exists(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e6 # of macOS, in bytes
+    if not (own/"clear_refs").exists(): # macOS, in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e6
     if start: (own/"clear_refs").write_text("5")
     return 1.024e-3*int((own/"status").read_text().split("VmHWM:")[1].split()[0])
 
@@ -288,7 +342,8 @@ def measure(
     device:str = "cpu", # to wait for
 )->dict: # median and p90, ms; peak, MB
     "Time and memory of a function."
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    is_gpu = torch.device(device).type == "cuda"
+    wait = torch.cuda.synchronize if is_gpu else lambda: None
     for _ in range(warm_up): f()
     _peak_memory(device, start=True)
     ms = []
@@ -306,11 +361,11 @@ def graphed(
     f, # function without arguments that only uses tensors on a GPU
 ): # function that replays it
     "The function as a CUDA graph."
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
         for _ in range(3): f()
-    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.current_stream().wait_stream(other)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph): out = f()
     def replay():
@@ -318,27 +373,31 @@ def graphed(
         return out
     return replay
 
+# %% ../../nbs/13_run/09_bench_inference.ipynb #d1a47e1a
 def ways(
     part:Part, # to be measured
     device:str, # "cpu" or "cuda"
 )->dict: # name of a way -> function
     "The ways to compute a part on a device."
-    found = dict(plain=part.plain, fast=part.fast)
-    if torch.device(device).type != "cuda" or part.name == "text": return found
-    return found | dict(compiled=torch.compile(part.fast), graph=graphed(part.fast))
+    functions = dict(plain=part.plain, fast=part.fast)
+    if torch.device(device).type != "cuda" or part.name == "text": return functions
+    return functions | dict(compiled=torch.compile(part.fast), graph=graphed(part.fast))
 
+# %% ../../nbs/13_run/09_bench_inference.ipynb #86164ea3
 def compare(
     part:Part, # on the device
     repeats:int = 20, # timed calls of each way
     device:str = "cpu", # of the part
-    counted:Part|None = None, # the same part on the meta device, to count; None counts the part itself
+    counted:Part|None = None, # the same on the meta device, to count; None counts the part itself
 )->list: # of rows, one for each way
-    "Time, operations, memory of each way, and the largest difference of its result from the plain one's."
+    "Time, operations, memory of each way, and its largest difference from the plain one."
     rows, expected = [], part.plain().float()
     for way, f in ways(part, device).items():
         difference = float((f().float() - expected).abs().max())
         macs = count_macs(getattr(counted or part, "plain" if way == "plain" else "fast"))
-        rows.append(dict(part=part.name, way=way, gmac=macs/1e9, difference=difference, scale=float(expected.std()), **measure(f, repeats, device=device)))
+        row = dict(part=part.name, way=way, gmac=macs/1e9, difference=difference)
+        row |= dict(scale=float(expected.std()), **measure(f, repeats, device=device))
+        rows.append(row)
     return rows
 
 # %% ../../nbs/13_run/09_bench_inference.ipynb #613ef320
@@ -349,11 +408,12 @@ def show_bench(
     "Median time of each part, each way a bar; lines reach to the 90th percentile."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(7, 2.6), dpi=72, layout="constrained")[1]
-    names, ways = list(dict.fromkeys(r["part"] for r in rows)), list(dict.fromkeys(r["way"] for r in rows))
+    names, ways = (list(dict.fromkeys(r[key] for r in rows)) for key in ("part", "way"))
     for i, way in enumerate(ways):
-        own = [r for r in rows if r["way"] == way]
-        at, medians = [names.index(r["part"]) + .8*(i - (len(ways) - 1)/2)/len(ways) for r in own], [r["median"] for r in own]
-        ax.bar(at, medians, .8/len(ways), yerr=[[0]*len(own), [max(0, r["p90"] - r["median"]) for r in own]], label=way)
+        own, shift = [r for r in rows if r["way"] == way], .8*(i - (len(ways) - 1)/2)/len(ways)
+        at, medians = [names.index(r["part"]) + shift for r in own], [r["median"] for r in own]
+        above = [max(0, r["p90"] - r["median"]) for r in own]
+        ax.bar(at, medians, .8/len(ways), yerr=[[0]*len(own), above], label=way)
     ax.set(xticks=range(len(names)), xticklabels=names, ylabel="ms a chunk")
     log_scale(ax)
     ax.legend(fontsize=7)
@@ -372,16 +432,25 @@ def bench_totals(
 )->dict: # way -> {"median": ms, "gmac"}
     "The sums over all parts, for each way."
     ways = dict.fromkeys(r["way"] for r in rows)
-    return {way: {key: sum(r[key] for r in rows if r["way"] == way) for key in ("median", "gmac")} for way in ways}
+    total = lambda way, key: sum(r[key] for r in rows if r["way"] == way)
+    return {way: {key: total(way, key) for key in ("median", "gmac")} for way in ways}
 
+# %% ../../nbs/13_run/09_bench_inference.ipynb #4d149182
 def bench_cells(
     rows:list, # from `compare`, of all parts
 )->list: # of rows of text, for a table
     "What each part costs in each way, and all of them together."
     plain, total = {r["part"]: r for r in rows if r["way"] == "plain"}, bench_totals(rows)
-    cells = [[r["part"], r["way"], f"{r['median']:.2f}", f"{r['p90']:.2f}", f"{plain[r['part']]['median']/r['median']:.1f}", f"{r['gmac']:.4g}",
-              f"{r['difference']:.1e}", f"{r['peak']:.0f}"] for r in rows]
-    return cells + [["sum", way, f"**{t['median']:.2f}**", "", f"{total['plain']['median']/t['median']:.1f}", f"{t['gmac']:.4g}", "", ""] for way, t in total.items()]
+    def cells(r):
+        times = f"{r['median']:.2f}", f"{r['p90']:.2f}"
+        faster = plain[r["part"]]["median"]/r["median"]
+        rest = f"{faster:.1f}", f"{r['gmac']:.4g}", f"{r['difference']:.1e}", f"{r['peak']:.0f}"
+        return [r["part"], r["way"], *times, *rest]
+    def sums(way, t):
+        faster = total["plain"]["median"]/t["median"]
+        rest = "", f"{faster:.1f}", f"{t['gmac']:.4g}", "", ""
+        return ["sum", way, f"**{t['median']:.2f}**", *rest]
+    return [*map(cells, rows), *(sums(way, t) for way, t in total.items())]
 
 # %% ../../nbs/13_run/09_bench_inference.ipynb #26a3d030
 _PAPER_PARTS = { # of Table 13 -> of PARTS

@@ -38,38 +38,41 @@ def _copy_windows(
 )->int: # frames copied
     "A small recording of some of the windows of a large one."
     root, ids, segments, windows, letters = read_index(folder, split)
-    some = [windows[i] for i in np.unique(np.linspace(0, len(windows) - 1, min(most, len(windows))).astype(int))]
-    ids, segments, some = covered_rows(ids, segments, some)
+    some = np.unique(np.linspace(0, len(windows) - 1, min(most, len(windows))).astype(int))
+    ids, segments, some = covered_rows(ids, segments, [windows[i] for i in some])
     place = Path(to)/"training"
     (place/"lang_annotations").mkdir(parents=True)
     for n in ids: shutil.copy(root/f"episode_{n:07d}.npz", place)
     notes = dict(ann=[w.text for w in some], task=[w.task for w in some])
-    np.save(place/"lang_annotations/auto_lang_ann.npy", dict(language=notes, info=dict(episodes=[], indx=[(int(ids[w.start]), int(ids[w.end])) for w in some])))
+    spans = [(int(ids[w.start]), int(ids[w.end])) for w in some]
+    annotations = dict(language=notes, info=dict(episodes=[], indx=spans))
+    np.save(place/"lang_annotations/auto_lang_ann.npy", annotations)
     np.save(place/"ep_start_end_ids.npy", ids[segments])
     return len(ids)
 
 # %% ../../nbs/13_run/10_bench_loader.ipynb #9849f14a
-_KEYS = ("rgb_static", "rgb_gripper", "rel_actions", "robot_obs", "scene_obs") # what the release's loader takes of a frame
+_KEYS = "rgb_static", "rgb_gripper", "rel_actions", "robot_obs", "scene_obs" # as released
 
 class PlainCalvin:
-    "Samples the way the release reads them; `ds[indices]` is a `Batch`, or, with pictures as recorded, a list of one for each camera."
+    "Samples the way the release reads them: a `Batch`, or one for each camera, as recorded."
     def __init__(self,
         root:Path, # folder of the split
         ids:np.ndarray, # (N,) numbers of the frames, as `read_index` gives them
         samples, # `WindowDataset` of the same recording, which says where samples begin
-        size:int|None=None, # height and width of the pictures, pixels; None: as recorded
+        size:int|None=None, # height and width of the images, pixels; None: as recorded
     ):
         self.root, self.ids, self.samples, self.size = Path(root), ids, samples, size
 
     def __len__(self): return len(self.samples)
 
     def _window(self, row, end):
-        "Everything of the frames of a chunk, read whole; frames past the window's end are its last."
+        "All of a chunk's frames, read whole; those past the window's end are its last."
         rows = np.minimum(row + np.arange(self.samples.chunk), end)
         opened = [np.load(self.root/f"episode_{self.ids[r]:07d}.npz") for r in rows]
         arrays = {k: np.stack([z[k] for z in opened]) for k in _KEYS}
         for z in opened: z.close()
-        arrays["rel_actions"][row + np.arange(len(rows)) > end, :6] = 0 # at rest, as in `WindowDataset`
+        past = row + np.arange(len(rows)) > end
+        arrays["rel_actions"][past, :6] = 0 # at rest, as in `WindowDataset`
         return arrays
 
     def __getitem__(self, indices): # integer array
@@ -77,39 +80,52 @@ class PlainCalvin:
         windows = [self.samples.windows[w] for w in which]
         read = [self._window(row, w.end) for row, w in zip(t, windows)]
         fit = (lambda p: resize_image(p, self.size)) if self.size else (lambda p: p)
-        pictures = [torch.from_numpy(np.stack([fit(x[f"rgb_{v}"][0]) for x in read])).permute(0, 3, 1, 2)[:, None, None].contiguous() for v in VIEWS]
+        stacked = lambda v: torch.from_numpy(np.stack([fit(x[f"rgb_{v}"][0]) for x in read]))
+        video = [stacked(v).permute(0, 3, 1, 2)[:, None, None].contiguous() for v in VIEWS]
         floats = lambda x: torch.from_numpy(np.stack(x).astype(np.float32))
-        rest = dict(text=[w.text for w in windows], action=floats([x["rel_actions"] for x in read]), proprio=floats([x["robot_obs"][0] for x in read]))
-        if self.size: return Batch(video=torch.cat(pictures, 1), **rest)
-        return [Batch(video=pictures[0], **rest), *(Batch(rest["text"], video=p, proprio=rest["proprio"]) for p in pictures[1:])]
+        text, proprio = [w.text for w in windows], floats([x["robot_obs"][0] for x in read])
+        rest = dict(text=text, action=floats([x["rel_actions"] for x in read]), proprio=proprio)
+        if self.size: return Batch(video=torch.cat(video, 1), **rest)
+        others = [Batch(text, video=x, proprio=proprio) for x in video[1:]]
+        return [Batch(video=video[0], **rest), *others]
 
+# %% ../../nbs/13_run/10_bench_loader.ipynb #50a054b9
 class EachCamera:
-    "Samples with pictures as recorded: `ds[indices]` is a list, a `Batch` for each camera, the first with the actions."
+    "Samples as recorded: a list with a `Batch` for each camera, the first with the actions."
     def __init__(self,
-        frames:Frames, # whose pictures have the size that was recorded
+        frames:Frames, # whose images have the size that was recorded
         chunk:int=10, # actions of a sample
     ):
-        self.parts = [WindowDataset(frames, frames.windows, views=(v,), chunk=0 if i else chunk, video=True) for i, v in enumerate(VIEWS)]
+        of = lambda v, chunk: WindowDataset(frames, frames.windows, views=(v,), chunk=chunk,
+                                            video=True)
+        self.parts = [of(v, 0 if i else chunk) for i, v in enumerate(VIEWS)]
 
     def __len__(self): return len(self.parts[0])
 
     def __getitem__(self, indices): return [part[indices] for part in self.parts]
 
 # %% ../../nbs/13_run/10_bench_loader.ipynb #67539a51
-def _pictures(frames, w, view): return np.ascontiguousarray(frames.video[view][w.start:w.end + 1])
+def _images(frames, w, view): # of a window
+    return np.ascontiguousarray(frames.video[view][w.start:w.end + 1])
 
 def write_clips(
     folder:Path, # for the videos, a folder for each camera
     frames:Frames, # a recording with windows
 ):
     "A folder of videos with captions.csv."
+    lines = ["file_name,text"]
     for i, w in enumerate(frames.windows):
-        for view in frames.video: write_video(Path(folder)/view/f"{i:05d}.mp4", _pictures(frames, w, view), CONTROL_HZ, g=12)
-    (Path(folder)/"captions.csv").write_text("file_name,text\n" + "".join(f"{i:05d}.mp4,{w.text}\n" for i, w in enumerate(frames.windows)))
+        lines.append(f"{i:05d}.mp4,{w.text}")
+        for view in frames.video:
+            images = _images(frames, w, view)
+            write_video(Path(folder)/view/f"{i:05d}.mp4", images, CONTROL_HZ, g=12)
+    (Path(folder)/"captions.csv").write_text("\n".join(lines) + "\n")
 
-def _latents(pictures):
-    x = np.stack([resize_image(p, 32) for p in pictures]).astype(np.float32)/127.5 - 1
-    return torch.from_numpy(np.concatenate([x, x.mean(-1, keepdims=True)], -1)).permute(0, 3, 1, 2).contiguous()*LATENT_SCALE
+# %% ../../nbs/13_run/10_bench_loader.ipynb #d0f1a82a
+def _latents(images):
+    x = np.stack([resize_image(p, 32) for p in images]).astype(np.float32)/127.5 - 1
+    x = torch.from_numpy(np.concatenate([x, x.mean(-1, keepdims=True)], -1))
+    return x.permute(0, 3, 1, 2).contiguous()*LATENT_SCALE
 
 def write_release(
     folder:Path, # root of the dataset
@@ -118,44 +134,60 @@ def write_release(
     "The release's annotation + video + latent format."
     root = Path(folder)
     for i, w in enumerate(frames.windows):
-        note = dict(task=w.task, texts=[w.text], episode_id=i, state=frames.robot_obs[w.start:w.end + 1].tolist(), videos=[], latent_videos=[])
+        states = frames.robot_obs[w.start:w.end + 1].tolist()
+        note = dict(task=w.task, texts=[w.text], episode_id=i, state=states)
+        note |= dict(videos=[], latent_videos=[])
         for c, view in enumerate(frames.video):
             video, latent = f"videos/train/{i}/{c}.mp4", f"latent_videos/train/{i}/{c}.pt"
-            pictures = _pictures(frames, w, view)
-            write_video(root/video, pictures, CONTROL_HZ, g=12)
+            images = _images(frames, w, view)
+            write_video(root/video, images, CONTROL_HZ, g=12)
             (root/latent).parent.mkdir(parents=True, exist_ok=True)
-            torch.save(_latents(pictures), root/latent)
+            torch.save(_latents(images), root/latent)
             note["videos"].append(dict(video_path=video))
             note["latent_videos"].append(dict(latent_video_path=latent))
         (root/"annotation/train").mkdir(parents=True, exist_ok=True)
         (root/f"annotation/train/{i}.json").write_text(json.dumps(note))
 
 # %% ../../nbs/13_run/10_bench_loader.ipynb #f09b1f5f
-RLDS_KEYS = RLDSKeys({v: f"observation/{v}" for v in VIEWS}, "language_instruction", CONTROL_HZ, action=("action",), proprio=("observation/robot_obs",))
+RLDS_KEYS = RLDSKeys({v: f"observation/{v}" for v in VIEWS}, "language_instruction", CONTROL_HZ,
+                     action=("action",), proprio=("observation/robot_obs",))
 
-def _jpeg(picture):
-    Image.fromarray(picture).save(file := io.BytesIO(), "jpeg", quality=95)
+def _jpeg(image):
+    Image.fromarray(image).save(file := io.BytesIO(), "jpeg", quality=95)
     return file.getvalue()
+
+def _rlds_features(frames): # the content of features.json
+    sizes = lambda *shape: dict(dimensions=[str(n) for n in shape])
+    tensor = lambda n: dict(tensor=dict(dtype="float32", shape=sizes(n), encoding="none"))
+    nest = lambda **features: dict(featuresDict=dict(features=features))
+    images = {v: dict(image=dict(dtype="uint8", shape=sizes(*x.shape[1:])))
+              for v, x in frames.video.items()}
+    steps = nest(observation=nest(robot_obs=tensor(15), **images), action=tensor(7),
+                 language_instruction=dict(text={}))
+    return nest(steps=dict(sequence=dict(feature=steps)))
 
 def write_rlds(
     folder:Path, # of one version, such as play/1.0.0
     frames:Frames, # a recording with windows
     per_shard:int=16, # episodes in a file
 ):
-    "TFRecord shards of RLDS episodes, with JPEG pictures."
+    "TFRecord shards of RLDS episodes, with JPEG images."
     root, windows = Path(folder), frames.windows
     shards = [windows[i:i + per_shard] for i in range(0, len(windows), per_shard)]
     def episode(w):
         rows = slice(w.start, w.end + 1)
-        pictures = {f"steps/observation/{v}": [_jpeg(p) for p in _pictures(frames, w, v)] for v in frames.video}
-        return encode_example(pictures | {"steps/language_instruction": [w.text]*len(w), "steps/action": frames.action[rows], "steps/observation/robot_obs": frames.robot_obs[rows]})
-    for i, shard in enumerate(shards): write_records(root/f"play-train.tfrecord-{i:05d}-of-{len(shards):05d}", map(episode, shard))
-    tensor = lambda n: dict(tensor=dict(dtype="float32", shape=dict(dimensions=[str(n)]), encoding="none"))
-    nest = lambda **features: dict(featuresDict=dict(features=features))
-    images = {v: dict(image=dict(dtype="uint8", shape=dict(dimensions=[str(n) for n in x.shape[1:]]))) for v, x in frames.video.items()}
-    steps = nest(observation=nest(robot_obs=tensor(15), **images), action=tensor(7), language_instruction=dict(text={}))
-    (root/"features.json").write_text(json.dumps(nest(steps=dict(sequence=dict(feature=steps)))))
-    (root/"dataset_info.json").write_text(json.dumps(dict(name="play", fileFormat="tfrecord", splits=[dict(name="train", shardLengths=[str(len(s)) for s in shards])])))
+        jpegs = lambda v: [_jpeg(p) for p in _images(frames, w, v)]
+        steps = {f"observation/{v}": jpegs(v) for v in frames.video}
+        steps |= {"language_instruction": [w.text]*len(w), "action": frames.action[rows],
+                  "observation/robot_obs": frames.robot_obs[rows]}
+        return encode_example({f"steps/{name}": values for name, values in steps.items()})
+    for i, shard in enumerate(shards):
+        path = root/f"play-train.tfrecord-{i:05d}-of-{len(shards):05d}"
+        write_records(path, map(episode, shard))
+    split = dict(name="train", shardLengths=[str(len(s)) for s in shards])
+    info = dict(name="play", fileFormat="tfrecord", splits=[split])
+    (root/"features.json").write_text(json.dumps(_rlds_features(frames)))
+    (root/"dataset_info.json").write_text(json.dumps(info))
 
 # %% ../../nbs/13_run/10_bench_loader.ipynb #3fe3c813
 def forget(
@@ -169,12 +201,14 @@ def forget(
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return True
 
+# %% ../../nbs/13_run/10_bench_loader.ipynb #4d4a903f
 def _batch_bytes(
     batch, # a `Batch`, or a list of them
 )->int: # bytes
     "What the tensors of a batch hold."
     parts = batch if isinstance(batch, list) else [batch]
-    return sum(t.nbytes for part in parts for t in vars(part).values() if isinstance(t, torch.Tensor))
+    tensors = [t for part in parts for t in vars(part).values() if isinstance(t, torch.Tensor)]
+    return sum(t.nbytes for t in tensors)
 
 def _time_samples(
     ds, # `ds[indices]` is a `Batch`
@@ -183,25 +217,26 @@ def _time_samples(
     seed:int=0, # of their choice
 )->dict: # samples_s, mb_s (of what reaches the model), ms a sample
     "How fast random samples are read, in this process."
-    batches = np.random.default_rng(seed).integers(0, len(ds), (max(1, n//batch_size), batch_size))
+    shape = max(1, n//batch_size), batch_size
+    batches = np.random.default_rng(seed).integers(0, len(ds), shape)
     begin, size = time.perf_counter(), 0
     for indices in batches: size += _batch_bytes(ds[indices])
-    seconds = time.perf_counter() - begin
-    return dict(samples_s=batches.size/seconds, mb_s=size/seconds/1e6, ms=1e3*seconds/batches.size)
+    seconds, n = time.perf_counter() - begin, batches.size
+    return dict(samples_s=n/seconds, mb_s=size/seconds/1e6, ms=1e3*seconds/n)
 
 def _time_ways(
     ways:dict, # name -> dataset
     n:int=256, # samples of a pass
-    repeats:int=3, # rounds of one pass of each way, so that a busy moment hits all alike; the fastest pass counts
+    repeats:int=3, # rounds of one pass of each way; the fastest pass counts
     before=None, # called before each pass, such as one that forgets
 )->list: # rows: way, samples_s, mb_s, ms
     "How fast each way reads the same choice of samples."
     passes = {way: [] for way in ways}
-    for _ in range(repeats):
+    for _ in range(repeats): # a busy moment of the machine hits all ways alike
         for way, ds in ways.items():
             if before: before()
             passes[way].append(_time_samples(ds, n))
-    return [dict(way=way, **min(found, key=lambda r: r["ms"])) for way, found in passes.items()]
+    return [dict(way=way, **min(of, key=lambda r: r["ms"])) for way, of in passes.items()]
 
 # %% ../../nbs/13_run/10_bench_loader.ipynb #95a85111
 def time_steps(
@@ -212,16 +247,18 @@ def time_steps(
     n_workers:int=1, # processes that read; 0: this one does, between two steps
     seed:int=0, # of the samples
     warm_up:int=3, # steps before
-)->dict: # data_wait, the share of time; steps_s
+)->dict: # data_wait, the fraction of time; steps_s
     "How long training waits for its data."
-    batches = list(np.random.default_rng(seed).integers(0, len(ds), (steps + warm_up, batch_size)))
+    shape, ahead = (steps + warm_up, batch_size), 4 if n_workers else None
+    batches = list(np.random.default_rng(seed).integers(0, len(ds), shape))
+    loader = iter(DataLoader(ds, sampler=batches, batch_size=None, num_workers=n_workers,
+                             prefetch_factor=ahead))
     waited = 0.
-    loader = iter(DataLoader(ds, sampler=batches, batch_size=None, num_workers=n_workers, prefetch_factor=4 if n_workers else None))
     for i in range(steps + warm_up):
         if i == warm_up: waited, begin = 0., time.perf_counter()
-        asked = time.perf_counter()
+        start = time.perf_counter()
         batch = next(loader)
-        waited += time.perf_counter() - asked
+        waited += time.perf_counter() - start
         step(batch)
     seconds = time.perf_counter() - begin
     return dict(data_wait=waited/seconds, steps_s=steps/seconds)
@@ -250,13 +287,19 @@ def show_rates(
 ): # the axes
     "Samples a second of each way."
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(6.5, .35*len(rows) + .9), dpi=72, layout="constrained")[1]
-    base = next(r["samples_s"] for r in rows if r["way"] == plain)
-    bars = ax.barh([r["way"] for r in rows], [r["samples_s"] for r in rows], color=["grey" if r["way"] == plain else "tab:blue" for r in rows])
-    ax.bar_label(bars, [f" {r['samples_s']:.0f}" + f" ({r['samples_s']/base:.1f} x)"*(r["way"] != plain and r["way"].startswith(compared)) for r in rows], fontsize=8)
-    ax.axvline(base, color="grey", lw=.8, ls=":")
+    size = 6.5, .35*len(rows) + .9
+    ax = ax or plt.subplots(figsize=size, dpi=72, layout="constrained")[1]
+    rates = {r["way"]: r["samples_s"] for r in rows}
+    def label(way, rate):
+        shown = way != plain and way.startswith(compared)
+        return f" {rate:.0f}" + f" ({rate/rates[plain]:.1f} x)"*shown
+    colours = ["grey" if way == plain else "tab:blue" for way in rates]
+    bars = ax.barh([*rates], [*rates.values()], color=colours)
+    ax.bar_label(bars, [label(*of) for of in rates.items()], fontsize=8)
+    ax.axvline(rates[plain], color="grey", lw=.8, ls=":")
     log_scale(ax, "x")
-    ax.set(xlabel="samples a second, one process", xlim=(min(r["samples_s"] for r in rows)/2, 12*max(r["samples_s"] for r in rows)))
+    low, high = min(rates.values()), max(rates.values())
+    ax.set(xlabel="samples a second, one process", xlim=(low/2, 12*high))
     ax.invert_yaxis()
     return ax
 
@@ -269,9 +312,11 @@ def write_formats(
     "Write some demonstrations of a recording in every format."
     copied = _copy_windows(source, folder/"calvin", windows)
     whole = open_calvin(folder/"calvin")
-    for write in (write_clips, write_release, write_lerobot, write_rlds): write(folder/write.__name__/"1.0.0", whole)
+    for write in (write_clips, write_release, write_lerobot, write_rlds):
+        write(folder/write.__name__/"1.0.0", whole)
     return copied, whole, {p.name: folder_bytes(p)[0]/1e6 for p in folder.iterdir()}
 
+# %% ../../nbs/13_run/10_bench_loader.ipynb #5aad3ee7
 PLAIN_WAY, LAZILY, UNPACKED = "CALVIN, the release's way", "CALVIN, lazily", "CALVIN, unpacked"
 
 @dataclass
@@ -282,27 +327,37 @@ class Loaders:
     stores:tuple # `LazyFrames` at both sizes, whose packs of vectors fill in the first pass
     unpacked:Frames # at a model's size
 
+def _other_formats(folder, size, spec): # way -> dataset
+    at = lambda name: folder/name/"1.0.0"
+    offsets = tuple(np.arange(spec.frames)*spec.frame_stride/CONTROL_HZ)
+    seconds = dict(offsets_seconds=offsets, stride_seconds=1/CONTROL_HZ)
+    clips = index_clips(read_folder(at("write_clips"), "captions.csv", views={v: v for v in VIEWS}))
+    notes = index_clips(read_annotations(at("write_release")), latent=True)
+    lerobot = LeRobotFolder(at("write_lerobot"), relative=tuple(range(6)))
+    rlds, robots = RLDSFolder(at("write_rlds"), RLDS_KEYS), dict(chunk=spec.chunk, size=size)
+    latents = VideoDataset(notes, video=False, latent=True, **seconds)
+    return {"LeRobot v3": RobotSamples(lerobot, **robots), "RLDS": RobotSamples(rlds, **robots),
+            f"videos, {spec.frames} frames": VideoDataset(clips, size=size, **seconds),
+            f"release's latents, {spec.frames} frames": latents}
+
 def open_formats(
     folder, # from `write_formats`
     size:int, # height and width of the frames that a model takes, pixels
     spec:DataSpec, # chunk, and the frames of a clip
 )->Loaders:
     "Open the formats, each in one process and one thread."
-    calvin, kw = folder/"calvin", dict(chunk=spec.chunk, video=True)
-    large, small = (open_calvin(calvin, size=n, cache=folder/f"pack-{n}", n_workers=1, keep_gb=0.) for n in (None, size))
-    threaded = open_calvin(calvin, size=size, cache=folder/f"pack-{size}", keep_gb=0.)
+    calvin, pack = folder/"calvin", lambda n: folder/f"pack-{n}"
+    large, small = (open_calvin(calvin, size=n, cache=pack(n), n_workers=1, keep_gb=0.)
+                    for n in (None, size))
+    threaded = open_calvin(calvin, size=size, cache=pack(size), keep_gb=0.)
     kept, unpacked = (open_calvin(calvin, size=n, cache=folder/f"kept-{n}") for n in (None, size))
-    sample, ids = WindowDataset(small, small.windows, **kw), read_index(calvin)[1]
-    seconds = dict(offsets_seconds=tuple(np.arange(spec.frames)*spec.frame_stride/CONTROL_HZ), stride_seconds=1/CONTROL_HZ)
-    clips = index_clips(read_folder(folder/"write_clips/1.0.0", "captions.csv", views={v: v for v in VIEWS}))
-    robots, notes = dict(chunk=spec.chunk, size=size), index_clips(read_annotations(folder/"write_release/1.0.0"), latent=True)
-    reading = {PLAIN_WAY: PlainCalvin(calvin/"training", ids, sample), LAZILY: EachCamera(large), UNPACKED: EachCamera(kept)}
-    ways = {PLAIN_WAY: PlainCalvin(calvin/"training", ids, sample, size), LAZILY: sample,
-            f"{LAZILY}, {min(8, os.cpu_count())} threads": WindowDataset(threaded, threaded.windows, **kw), UNPACKED: WindowDataset(unpacked, unpacked.windows, **kw),
-            "LeRobot v3": RobotSamples(LeRobotFolder(folder/"write_lerobot/1.0.0", relative=tuple(range(6))), **robots),
-            "RLDS": RobotSamples(RLDSFolder(folder/"write_rlds/1.0.0", RLDS_KEYS), **robots),
-            f"videos, {spec.frames} frames": VideoDataset(clips, size=size, **seconds),
-            f"release's latents, {spec.frames} frames": VideoDataset(notes, video=False, latent=True, **seconds)}
+    of = lambda frames: WindowDataset(frames, frames.windows, chunk=spec.chunk, video=True)
+    ids, sample, threads = read_index(calvin)[1], of(small), min(8, os.cpu_count())
+    plain = lambda *size: PlainCalvin(calvin/"training", ids, sample, *size)
+    reading = {PLAIN_WAY: plain(), LAZILY: EachCamera(large), UNPACKED: EachCamera(kept)}
+    ways = {PLAIN_WAY: plain(size), LAZILY: sample, f"{LAZILY}, {threads} threads": of(threaded),
+            UNPACKED: of(unpacked)}
+    ways |= _other_formats(folder, size, spec)
     return Loaders(reading, ways, (large, small), unpacked)
 
 # %% ../../nbs/13_run/10_bench_loader.ipynb #bd72f69d
@@ -311,24 +366,31 @@ def check_equal(
     n:int=16, # random samples
 ):
     "Raise `ValueError` where a way of reading CALVIN gives other numbers than the release's."
-    some = np.random.default_rng(1).integers(0, len(loaders.ways[LAZILY]), n)
+    reading, ways = loaders.reading, loaders.ways
+    some = np.random.default_rng(1).integers(0, len(ways[LAZILY]), n)
+    def same(x, y):
+        actions = x.action is y.action is None or torch.equal(x.action, y.action)
+        return torch.equal(x.video, y.video) and actions
     for way in (LAZILY, UNPACKED):
-        pairs = [(loaders.ways[way][some], loaders.ways[PLAIN_WAY][some]), *zip(loaders.reading[way][some], loaders.reading[PLAIN_WAY][some])]
-        same = all(torch.equal(x.video, y.video) and (x.action is y.action is None or torch.equal(x.action, y.action)) for x, y in pairs)
-        if not same: raise ValueError(f"{way}: other frames or actions than {PLAIN_WAY}")
+        pairs = [(ways[way][some], ways[PLAIN_WAY][some]),
+                 *zip(reading[way][some], reading[PLAIN_WAY][some])]
+        if not all(same(x, y) for x, y in pairs):
+            raise ValueError(f"{way}: other frames or actions than {PLAIN_WAY}")
 
+# %% ../../nbs/13_run/10_bench_loader.ipynb #63c2131c
 def time_loaders(
     loaders:Loaders, # from `open_formats`
     samples:int, # of a pass
     repeats:int, # passes of each way; the fastest counts
-    forget_in=None, # folder whose files are dropped from the system's memory before each pass; None: they stay
-)->tuple: # rows of `_time_ways`: frames as recorded, the lazy way's first pass among them; of a model's size
+    forget_in=None, # folder whose files are read from the disk in each pass; None: from memory
+)->tuple: # rows of `_time_ways`: as recorded, with a lazy first pass; of a model's size
     "Samples a second of all ways."
     again = None if forget_in is None else lambda: forget(forget_in)
     if again: again()
     first = dict(way=f"{LAZILY}, first pass", **_time_samples(loaders.reading[LAZILY], samples))
     for frames in loaders.stores: frames.action[:]
-    rows, resized = (_time_ways(ways, samples, repeats, again) for ways in (loaders.reading, loaders.ways))
+    both = loaders.reading, loaders.ways
+    rows, resized = (_time_ways(ways, samples, repeats, again) for ways in both)
     return [rows[0], first, *rows[1:]], resized
 
 # %% ../../nbs/13_run/10_bench_loader.ipynb #6cdd63b9
@@ -336,9 +398,14 @@ def rate_cells(
     parts:dict, # kind of frames -> rows of `time_loaders`
 )->list: # of rows of text, for a table
     "Rates of all ways, and how many times as fast as the release's those of CALVIN are."
-    plain = {kind: next(r["samples_s"] for r in rows if r["way"] == PLAIN_WAY) for kind, rows in parts.items()}
-    return [[r["way"], kind, f"{r['samples_s']:.0f}", f"{r['mb_s']:.1f}", f"{r['ms']:.2f}", f"{r['samples_s']/plain[kind]:.1f}" if "CALVIN" in r["way"] else ""]
-            for kind, rows in parts.items() for r in rows]
+    cells = []
+    for kind, rows in parts.items():
+        plain = next(r["samples_s"] for r in rows if r["way"] == PLAIN_WAY)
+        for r in rows:
+            faster = f"{r['samples_s']/plain:.1f}" if "CALVIN" in r["way"] else ""
+            rates = f"{r['samples_s']:.0f}", f"{r['mb_s']:.1f}", f"{r['ms']:.2f}"
+            cells.append([r["way"], kind, *rates, faster])
+    return cells
 
 def rate_ratios(
     rows:list, # of `time_loaders`
@@ -347,20 +414,26 @@ def rate_ratios(
     rates = {r["way"]: r["samples_s"] for r in rows}
     return {way: rates[way]/rates[PLAIN_WAY] for way in (LAZILY, UNPACKED)}
 
+# %% ../../nbs/13_run/10_bench_loader.ipynb #e6cb16ab
 def show_loaders(
     parts:dict, # title -> rows of `time_loaders`
 ): # figure
     "Rates of all ways as bars."
     from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(len(parts), 1, figsize=(6.8, 5), dpi=72, height_ratios=[*map(len, parts.values())], layout="constrained")
-    for ax, (title, rows) in zip(axes, parts.items()): show_rates(rows, PLAIN_WAY, "CALVIN", ax).set_title(title, fontsize=9)
+    heights = [len(rows) for rows in parts.values()]
+    figure, axes = plt.subplots(len(parts), 1, figsize=(6.8, 5), dpi=72, height_ratios=heights,
+                                layout="constrained")
+    for ax, (title, rows) in zip(axes, parts.items()):
+        show_rates(rows, PLAIN_WAY, "CALVIN", ax).set_title(title, fontsize=9)
     return figure
 
+# %% ../../nbs/13_run/10_bench_loader.ipynb #89d706ce
 def encode_store(
     frames:Frames, # with frames in memory or mapped
     encode, # (n,3,H,W) uint8 -> (n,C,h,w)
 )->np.ndarray: # (rows,V,C,h,w)
     "Latents of every frame of a store."
     of = lambda video, i: encode(torch.tensor(video[i:i + 64]).permute(0, 3, 1, 2).contiguous())
-    with torch.inference_mode():
-        return np.stack([torch.cat([of(frames.video[v], i) for i in range(0, len(frames), 64)]).numpy() for v in VIEWS], 1)
+    starts = range(0, len(frames), 64)
+    whole = lambda view: torch.cat([of(frames.video[view], i) for i in starts]).numpy()
+    with torch.inference_mode(): return np.stack([whole(v) for v in VIEWS], 1)

@@ -57,10 +57,13 @@ def find_notebook(
     name:str # such as "train_coupled"; a path to it will do too
 )->Path:
     "A run notebook's path by its name."
-    found, name = _run_notebooks_of(project_root()), Path(name).name.removesuffix(".ipynb")
-    if name not in found: raise ValueError(f"no run notebook {name!r}: {_suggest(name, found)}There are {', '.join(found)}")
-    return found[name]
+    paths, name = _run_notebooks_of(project_root()), Path(name).name.removesuffix(".ipynb")
+    if name not in paths:
+        hint = _suggest(name, paths)
+        raise ValueError(f"no run notebook {name!r}: {hint}There are {', '.join(paths)}")
+    return paths[name]
 
+# %% ../../nbs/13_run/01_cli.ipynb #ffd31f31
 def describe(
     path:Path # of a notebook
 )->str: # without the leading "> "
@@ -70,23 +73,33 @@ def describe(
     return line[1].strip() if line else ""
 
 # %% ../../nbs/13_run/01_cli.ipynb #223f2d6e
-_SWITCH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
-_TYPES = dict(int=int, float=(int, float), bool=bool, str=str, list=(list, tuple), tuple=(list, tuple), dict=dict)
+_TYPES = dict(int=int, float=(int, float), bool=bool, str=str, list=(list, tuple),
+              tuple=(list, tuple), dict=dict)
+_HINTS = dict(str="; papermill's -r passes text as it is", dict=": write it as \"{'key': value}\"",
+              list=": write it as \"['one', 'two']\"", tuple=": write it as \"('one', 'two')\"",
+              bool=": write True or False")
 
-def _check_type(name, value, kind): # the value, if it is of that kind (a name in TYPES)
-    if kind not in _TYPES: raise ValueError(f"parameter {name} is declared as {kind}: annotate it in its cell as one of {', '.join(_TYPES)}")
-    if kind == "int" and isinstance(value, float) and value.is_integer(): value = int(value) # as 1e3
+def _check_type(name, value, kind): # the value, if it is of that kind (a name in _TYPES)
+    if kind not in _TYPES:
+        raise ValueError(f"parameter {name} is declared as {kind}: annotate it in its cell as "
+                         f"one of {', '.join(_TYPES)}")
+    if kind == "int" and isinstance(value, float) and value.is_integer(): value = int(value) # 1e3
     if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):
-        hint = dict(str="; papermill's -r passes text as it is", dict=": write it as \"{'key': value}\"",
-                    list=": write it as \"['one', 'two']\"", tuple=": write it as \"('one', 'two')\"", bool=": write True or False").get(kind, "")
+        hint = _HINTS.get(kind, "")
         raise ValueError(f"parameter {name} is {value!r}, which is not of type {kind}{hint}")
     return float(value) if kind == "float" else value
 
-def _read(text, kind=""): # what someone typed, as a value; text that is no literal stays text and fails the type check
-    if kind == "bool" and str(text).strip().lower() in _SWITCH: return _SWITCH[str(text).strip().lower()]
+# %% ../../nbs/13_run/01_cli.ipynb #d00df3da
+_SWITCH = (dict.fromkeys(("true", "yes", "on", "1"), True)
+           | dict.fromkeys(("false", "no", "off", "0"), False))
+
+def _read(text, kind=""): # a typed text as a value
+    word = str(text).strip().lower()
+    if kind == "bool" and word in _SWITCH: return _SWITCH[word]
     if kind == "str" or not isinstance(text, str): return text
     for read in (literal_eval, json.loads): # Python's words, or JSON's: true, false, null
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError): return read(text.strip())
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return read(text.strip())
     return text
 
 # %% ../../nbs/13_run/01_cli.ipynb #2dee1b82
@@ -102,61 +115,80 @@ def _option_fields(
 )->dict: # key -> dict(type, default, help)
     "The keys of a dictionary parameter."
     from fastcore.docments import docments
-    docs = {name: help for c in reversed(cls.__mro__[:-1]) for name, help in docments(c).items() if help} # also those of inherited fields
+    docs = {}
+    for c in reversed(cls.__mro__[:-1]): # also those of inherited fields
+        docs |= {name: help for name, help in docments(c).items() if help}
     default = lambda f: f.default if f.default_factory is MISSING else f.default_factory()
-    return {f.name: dict(type=f.type.__name__, default=default(f), help=docs[f.name]) for f in fields(cls) if f.init}
+    return {f.name: dict(type=f.type.__name__, default=default(f), help=docs[f.name])
+            for f in fields(cls) if f.init}
 
 # %% ../../nbs/13_run/01_cli.ipynb #b66aecc9
 def _check_options(name, given, help): # a dictionary parameter's keys and their types
-    if not given and "`options." not in help and ".options." not in help: return {} # nothing to import for
+    ours = "`options." in help or ".options." in help
+    if not given and not ours: return {} # nothing to import for
     if (cls := options_of(help)) is None: return given
     known = _option_fields(cls)
     for key in given:
-        if key not in known: raise ValueError(f"{name} has no key {key!r}: {_suggest(key, known)}It takes {', '.join(known)}")
-    checked = {n: _check_type(f"{name}.{n}", _read(v, known[n]["type"]), known[n]["type"]) for n, v in given.items()}
+        if key in known: continue
+        hint = _suggest(key, known)
+        raise ValueError(f"{name} has no key {key!r}: {hint}It takes {', '.join(known)}")
+    typed = lambda n, v, kind: _check_type(f"{name}.{n}", _read(v, kind), kind)
+    checked = {n: typed(n, v, known[n]["type"]) for n, v in given.items()}
     for n, value in checked.items():
         if value != known[n]["default"]: check_value(f"{name}.{n}", value, known[n]["help"] or "")
-    return {n: d["default"] for n, d in known.items()} | checked if cls.__module__.endswith(".options") else checked
+    if not cls.__module__.endswith(".options"): return checked
+    return {n: d["default"] for n, d in known.items()} | checked
 
-def _gathered(given, declared): # parameter -> value; keys as "variant.quantiser" in their dictionaries
-    whole = {n: v for n, v in given.items() if n.partition(".")[0] not in declared or "." not in n}
+def _gathered(given, declared): # parameter -> value; keys as "variant.quantiser" in dictionaries
+    is_whole = lambda n: n.partition(".")[0] not in declared or "." not in n
+    whole = {n: v for n, v in given.items() if is_whole(n)}
     for name, value in given.items():
         outer, _, key = name.partition(".")
         if name in whole: continue
-        if declared[outer]["type"] != "dict": raise ValueError(f"{outer} is no dictionary, so it has no {key}: give {outer}")
+        if declared[outer]["type"] != "dict":
+            raise ValueError(f"{outer} is no dictionary, so it has no {key}: give {outer}")
         first = _read(whole.get(outer, declared[outer]["default"]))
         free = options_of(declared[outer]["help"]) is None
-        whole[outer] = first | {key: _read(value) if free else value} if isinstance(first, dict) else first
+        keyed = {key: _read(value) if free else value}
+        whole[outer] = first | keyed if isinstance(first, dict) else first
     return whole
 
-def _check_names(given, declared): # a name that a notebook lacks may be a key of one of its dictionaries
+# %% ../../nbs/13_run/01_cli.ipynb #126f8f11
+def _check_names(given, declared): # raise for a name that a notebook lacks
     for name in (n for n in given if n not in declared):
-        keys = {n: _option_fields(cls) for n, d in declared.items() if d["type"] == "dict" and (cls := options_of(d["help"]))}
+        classes = {n: options_of(d["help"]) for n, d in declared.items() if d["type"] == "dict"}
+        keys = {n: _option_fields(cls) for n, cls in classes.items() if cls}
         if homes := [n for n in keys if name in keys[n]]:
-            raise ValueError(f"unknown parameter {name!r}: it is a key of {homes[0]}; give -p {homes[0]}.{name} {given[name]} (to papermill: -p {homes[0]} \"{{'{name}': ...}}\")")
-        dotted = [f"{n}.{key}" for n in keys for key in keys[n]]
-        raise ValueError(f"unknown parameter {name!r}: {_suggest(name, [*declared, *dotted])}This notebook takes {', '.join(declared)}")
+            raise ValueError(
+                f"unknown parameter {name!r}: it is a key of {homes[0]}; give -p {homes[0]}.{name} "
+                f"{given[name]} (to papermill: -p {homes[0]} \"{{'{name}': ...}}\")")
+        hint = _suggest(name, [*declared, *(f"{n}.{key}" for n in keys for key in keys[n])])
+        raise ValueError(f"unknown parameter {name!r}: {hint}"
+                         f"This notebook takes {', '.join(declared)}")
 
 def _checked_values(values, declared, notebook=""): # parameter -> value of its type
     typed = {n: _check_type(n, values[n], d["type"]) for n, d in declared.items()}
-    for n, value in typed.items(): check_value(n, value, declared[n]["help"] or "", notebook, project_root())
-    return {n: _check_options(n, v, declared[n]["help"]) if declared[n]["type"] == "dict" else v for n, v in typed.items()}
+    for n, value in typed.items():
+        check_value(n, value, declared[n]["help"] or "", notebook, project_root())
+    is_dict = lambda n: declared[n]["type"] == "dict"
+    return {n: _check_options(n, v, declared[n]["help"]) if is_dict(n) else v
+            for n, v in typed.items()}
 
 # %% ../../nbs/13_run/01_cli.ipynb #89d61d40
-def _literal(path): return str(path).replace("{", "{{").replace("}", "}}") # papermill would fill in parameters
-
 def read_parameters(
     path:Path # of a run notebook
 )->dict: # name -> dict(type, default, help)
     "A run notebook's parameters, as its cell declares them."
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-    return declared_parameters(next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ())))
+    cell = next(c for c in cells if "parameters" in c["metadata"].get("tags", ()))
+    return declared_parameters("".join(cell["source"]))
 
+# %% ../../nbs/13_run/01_cli.ipynb #ffeadee1
 def check_parameters(
     name:str, # of a run notebook
-    given:dict, # parameter -> value, or the text that someone typed; a key of a dictionary as "variant.quantiser"
+    given:dict, # parameter -> value or typed text; a key of a dictionary as "variant.quantiser"
 )->dict: # every parameter -> value
-    "All of a run notebook's parameters, the given ones checked against their declared names and types."
+    "All of a run notebook's parameters, the given ones checked against the declaration."
     declared = read_parameters(find_notebook(name))
     given = _gathered(given, declared)
     _check_names(given, declared)
@@ -165,18 +197,21 @@ def check_parameters(
 
 # %% ../../nbs/13_run/01_cli.ipynb #8bc82b05
 def _help_of(name, sources): # the comment behind a parameter in the cell that declares it
-    found = re.findall(rf"^{name} *:[^=\n]+=.*?#\s*(.*)$", sources, re.M)
-    return found[-1] if found else ""
+    comments = re.findall(rf"^{name} *:[^=\n]+=.*?#\s*(.*)$", sources, re.M)
+    return comments[-1] if comments else ""
 
 def check_injected(
-    namespace:dict # the notebook's `globals()`; what was text and is a dictionary, and keys that were not given, are put into it
+    namespace:dict # the notebook's `globals()`; typed values and missing keys are put in
 )->dict: # every parameter -> value
-    "Raise `ValueError` for a parameter that papermill injected and the notebook does not declare, or that has another type."
+    "Raise `ValueError` for an injected parameter that is not declared, or has another type."
     sources = namespace.get("In", [])
-    declared = {n: dict(type=getattr(t, "__name__", str(t)), help=_help_of(n, "\n".join(sources))) for n, t in namespace["__annotations__"].items()}
+    about = lambda n, t: dict(type=getattr(t, "__name__", str(t)),
+                              help=_help_of(n, "\n".join(sources)))
+    declared = {n: about(n, t) for n, t in namespace["__annotations__"].items()}
     injected = [source for source in sources if source.startswith("# Parameters\n")]
     nodes = parse(injected[-1]).body if injected else []
-    _check_names({node.targets[0].id: unparse(node.value) for node in nodes if isinstance(node, Assign)}, declared)
+    assigned = [node for node in nodes if isinstance(node, Assign)]
+    _check_names({node.targets[0].id: unparse(node.value) for node in assigned}, declared)
     typed = {n: _read(namespace[n], d["type"]) for n, d in declared.items()}
     namespace |= (params := _checked_values(typed, declared))
     return params
@@ -185,7 +220,8 @@ def check_injected(
 _MADE_AGAIN = "delete it, and the run is made again" # the remedy for a damaged one
 
 def _write_json(path, content): # whole or not at all
-    plain = json.dumps(content, indent=1, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
+    as_plain = lambda x: x.tolist() if hasattr(x, "tolist") else str(x)
+    plain = json.dumps(content, indent=1, default=as_plain)
     write_whole(path, plain + "\n")
     return json.loads(plain)
 
@@ -193,29 +229,34 @@ def write_metrics(
     folder:Path, # of the run
     metrics:dict, # name -> number, list, dict or text; arrays and tensors become lists
 )->dict: # as they are read back
-    "Write `metrics.json`, which marks the run as finished, and `machine.json`, which says what computed them."
+    "Write `metrics.json`, which marks the run as finished, and `machine.json`, what computed them."
     _write_json(Path(folder)/"machine.json", machine_note() | dict(code=code_digest()))
     return _write_json(Path(folder)/"metrics.json", metrics)
 
+# %% ../../nbs/13_run/01_cli.ipynb #798c341e
 def earlier_run(
     folder:Path, # that may hold a run
     params:dict, # of the run that is wanted
 )->dict|None: # metrics, or None where no such run is finished
-    "The metrics of a finished run with the same parameters; `ValueError` where the folder holds another one."
-    wanted, path = json.loads(json.dumps({n: v for n, v in params.items() if n != "out"})), folder/"parameters.json"
-    if path.exists() and (found := read_own_json(path, _MADE_AGAIN)) != wanted:
-        other = [f"{n}={found.get(n)!r} and not {wanted.get(n)!r}" for n in sorted(found.keys() | wanted.keys()) if found.get(n) != wanted.get(n)]
-        raise ValueError(f"{folder} holds a run with {', '.join(other)}: choose another folder (out) or delete that one")
-    metrics = folder/"metrics.json"
+    "The metrics of a finished run; `ValueError` where the folder holds one of other parameters."
+    wanted = json.loads(json.dumps({n: v for n, v in params.items() if n != "out"}))
+    path, metrics = folder/"parameters.json", folder/"metrics.json"
+    if path.exists() and (there := read_own_json(path, _MADE_AGAIN)) != wanted:
+        differ = [n for n in sorted(there.keys() | wanted.keys()) if there.get(n) != wanted.get(n)]
+        other = ", ".join(f"{n}={there.get(n)!r} and not {wanted.get(n)!r}" for n in differ)
+        raise ValueError(f"{folder} holds a run with {other}: "
+                         "choose another folder (out) or delete that one")
     return read_own_json(metrics, _MADE_AGAIN) if metrics.exists() else None
 
 # %% ../../nbs/13_run/01_cli.ipynb #f7599718
 def _of_papermill(): # whether plain papermill started this kernel
     import psutil
     parent = psutil.Process().parent()
-    return parent is not None and any(Path(part).name == "papermill" for part in parent.cmdline()[:3])
+    if parent is None: return False
+    return any(Path(part).name == "papermill" for part in parent.cmdline()[:3])
 
-def _prepare_kernel(name, folder): # figures with twice the dots, for pages; under plain papermill, progress that can be seen
+def _prepare_kernel(name, folder):
+    "Figures with twice the dots, for pages; under plain papermill, progress that can be seen."
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     if getattr(shell, "kernel", None) is None: return
     from matplotlib_inline.backend_inline import set_matplotlib_formats
@@ -239,9 +280,11 @@ def run_folder(
     name:str, # of the run notebook
     params:dict, # from `check_injected`; `out` names the folder, relative to the project's root
 )->Path: # absolute; it exists
-    "The folder of the run that is starting: a new one, or `out`, where an interrupted run with the same parameters goes on."
+    "The folder of a run: a new one, or `out`, where one with the same parameters goes on."
     folder = project_root()/params["out"] if params.get("out") else _new_folder(name)
-    if earlier_run(folder, params) is not None: raise ValueError(f"{folder} holds a finished run: choose another folder (out) or delete that one")
+    if earlier_run(folder, params) is not None:
+        raise ValueError(f"{folder} holds a finished run: "
+                         "choose another folder (out) or delete that one")
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder/"parameters.json", {n: v for n, v in params.items() if n != "out"})
     _prepare_kernel(name, folder)
@@ -250,85 +293,114 @@ def run_folder(
     return folder
 
 # %% ../../nbs/13_run/01_cli.ipynb #20ac422c
-def _open_log(folder): # what goes to the terminal also goes to the run's log.txt, unless the terminal is that file
+def _open_log(folder): # the terminal's output also goes to log.txt, unless it is that file
     log = open(folder/"log.txt", "a", encoding="utf-8")
     return log if os.path.sameopenfile(1, log.fileno()) else Tee(sys.stdout, log)
 
 def _conclusion(metrics): # a sentence, or the first numbers
-    numbers = [f"{n} {v:.4g}" for n, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    is_number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
+    numbers = [f"{n} {v:.4g}" for n, v in metrics.items() if is_number(v)]
     return metrics.get("conclusion") or ", ".join(numbers[:8])
 
 def _cost(folder, params, seconds): # of a run that has ended in another process: markdown
-    memory = format_bytes(1024*resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-    kept = {str(folder.relative_to(project_root())): folder} if folder.is_relative_to(project_root()) else {}
-    kept |= {params[n]: project_root()/params[n] for n in ("data", "ckpts") if (params.get(n) and (project_root()/params[n]).is_dir())}
-    disk = ", ".join(f"{format_bytes(folder_bytes(f)[0])} in `{name}`" for name, f in kept.items())
-    return f"{duration(seconds)}; at most {memory} of memory in a process; on the disk {disk}. `defi-nb clean` frees what can be made again."
+    memory, root = 1024*resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, project_root()
+    kept = {str(folder.relative_to(root)): folder} if folder.is_relative_to(root) else {}
+    stores = [params[n] for n in ("data", "ckpts") if params.get(n)]
+    kept |= {name: root/name for name in stores if (root/name).is_dir()}
+    size = lambda folder: format_bytes(folder_bytes(folder)[0])
+    disk = ", ".join(f"{size(f)} in `{name}`" for name, f in kept.items())
+    return (f"{duration(seconds)}; at most {format_bytes(memory)} of memory in a process; "
+            f"on the disk {disk}. `defi-nb clean` frees what can be made again.")
 
 # %% ../../nbs/13_run/01_cli.ipynb #86dd5aab
-_RANKS = re.compile("(LOCAL_|GROUP_|NODE_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|(ACCELERATE|TORCHELASTIC|OMPI_COMM_WORLD|MV2_COMM_WORLD|PMI)_.*") # what launchers and clusters set
+_RANKS = re.compile( # what launchers and clusters set
+    "(LOCAL_|GROUP_|NODE_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|"
+    "(ACCELERATE|TORCHELASTIC|OMPI_COMM_WORLD|MV2_COMM_WORLD|PMI)_.*")
 
 def _free_cores(): # that this process may use and nobody else uses now, at least 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    may = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if may else os.cpu_count()
     return max(1, round(cores - os.getloadavg()[0]))
 
 @contextmanager
 def _kernel_environment():
-    "Variables of the shell that a run's kernel must not see: it is no rank, draws into the notebook, and reads and writes UTF-8."
+    "Without the shell's variables: no rank, figures drawn into the notebook, files in UTF-8."
     before = dict(os.environ)
     ranks = sorted(n for n in before if _RANKS.fullmatch(n))
     for name in (*ranks, "MPLBACKEND"): os.environ.pop(name, None)
     os.environ["PYTHONUTF8"] = "1"
-    if not os.environ.get("OMP_NUM_THREADS"): os.environ["OMP_NUM_THREADS"] = str(_free_cores()) # two threads that share a core are many times slower than one
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # a thread that waits leaves its core to others
-    os.environ.setdefault("DEFI_NB_PROGRESS", "10") # seconds; see `progress_bar`: lines for the terminal, not widgets
-    if ranks: print(f"{', '.join(ranks)}: set aside, because `defi-nb run` is one process; several are started with torchrun ... -m defi_nb.run.launch", flush=True)
+    # two threads that share a core are many times slower than one
+    if not os.environ.get("OMP_NUM_THREADS"): os.environ["OMP_NUM_THREADS"] = str(_free_cores())
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # a waiting thread leaves its core to others
+    os.environ.setdefault("DEFI_NB_PROGRESS", "10") # seconds: lines, not widgets (`progress_bar`)
+    if ranks:
+        print(f"{', '.join(ranks)}: set aside, because `defi-nb run` is one process; several are "
+              "started with torchrun ... -m defi_nb.run.launch", flush=True)
     try: yield
     finally:
         os.environ.clear()
         os.environ.update(before)
 
+# %% ../../nbs/13_run/01_cli.ipynb #b4f26fcd
 def _this_python():
-    "A kernel of this interpreter, whatever kernel a notebook names and whatever is installed under that name."
+    "A kernel of this interpreter, whatever a notebook names and whatever is installed so."
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     class ThisPython(AsyncKernelManager):
-        kernel_spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], display_name="Python", language="python")
+        kernel_spec = KernelSpec(argv=argv, display_name="Python", language="python")
     return ThisPython
 
 # %% ../../nbs/13_run/01_cli.ipynb #c3f0929b
 def _keep_interrupted(record): # rename the copy that an interrupted run left
     if not record.exists(): return
-    kept = next(p for i in range(1, 10_000) if not (p := record.with_name(f"{record.stem}.interrupted{i}.ipynb")).exists())
-    record.rename(kept)
+    names = (record.with_name(f"{record.stem}.interrupted{i}.ipynb") for i in range(1, 10_000))
+    record.rename(next(path for path in names if not path.exists()))
 
 def _keep_traceback(folder=None): # of the error being handled; None: where temporary files lie
     "Where the traceback was written, as the end of a line."
     for place in filter(None, (folder, tempfile.gettempdir())):
-        with suppress(OSError, UnicodeError): return f" (traceback in {write_whole(Path(place)/f'traceback-{os.getpid()}.txt', traceback.format_exc())})"
+        with suppress(OSError, UnicodeError):
+            path = Path(place)/f"traceback-{os.getpid()}.txt"
+            return f" (traceback in {write_whole(path, traceback.format_exc())})"
     return ""
 
 def _running_cell(record): # number of the cell that was running when its kernel died
     with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
-        cells = [c for c in json.loads(record.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
-        return f" in cell {[i for i, c in enumerate(cells, 1) if c['metadata']['papermill']['status'] != 'pending'][-1]}"
+        cells = json.loads(record.read_text(encoding="utf-8"))["cells"]
+        status = [c["metadata"]["papermill"]["status"] for c in cells if c["cell_type"] == "code"]
+        return f" in cell {[i for i, s in enumerate(status, 1) if s != 'pending'][-1]}"
     return ""
 
-def _failure(name, error, folder, record): # what an error in a run says
-    if type(error).__name__ == "PapermillExecutionError":
-        evalue = one_line(RuntimeError(error.evalue)) # all of its lines, and what to do about [Errno 30]
+def _failure(name, error, folder, record): # the line of an error in a run
+    kind = type(error).__name__
+    if kind == "PapermillExecutionError":
+        evalue = one_line(RuntimeError(error.evalue)) # all its lines, and the remedy of [Errno 30]
         return f"{name}: cell {error.exec_count} failed: {error.ename}: {evalue} (see {record})"
-    if type(error).__name__ == "DeadKernelError":
-        return f"{name}: its process was killed{_running_cell(record)}, mostly for want of memory: take smaller batches, or look into the system's log (dmesg) (see {record})"
+    if kind == "DeadKernelError":
+        return (f"{name}: its process was killed{_running_cell(record)}, mostly for want of "
+                "memory: take smaller batches, or look into the system's log (dmesg) "
+                f"(see {record})")
     return f"{name}: {one_line(error)}{_keep_traceback(folder)}"
+
+# %% ../../nbs/13_run/01_cli.ipynb #c49c4899
+def _literal(path): # papermill would fill in parameters
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+def _papermill(source, record, params, log): # execute a notebook; the copy is written as it goes on
+    run = needed("papermill", "lab").execute_notebook
+    run(_literal(source), _literal(record), params, cwd=project_root(), progress_bar=False,
+        stdout_file=log, stderr_file=log, kernel_name="python3", language="python",
+        kernel_manager_class=_this_python(), # without remarks on its own transport
+        extra_arguments=["--IPKernelApp.log_level=50"])
 
 def execute(
     name:str, # of a run notebook
     given:dict, # parameter -> value or text; the others keep their defaults
 )->Path: # the run's folder
-    "Execute a run notebook in a folder of its own and keep the executed copy there; `RuntimeError` in one line when it fails."
+    "Execute a run notebook, keep the copy in its folder; `RuntimeError` in one line if it fails."
     source, params, root = find_notebook(name), check_parameters(name, given), project_root()
-    execute_notebook = needed("papermill", "lab").execute_notebook # after the check, which is quick
+    needed("papermill", "lab") # after the check, which is quick
     folder = root/params["out"] if params.get("out") else _new_folder(source.stem)
     folder.mkdir(parents=True, exist_ok=True)
     record = folder/source.name
@@ -340,45 +412,52 @@ def execute(
         print(f"{name}: running, in {folder}", flush=True)
         began, log = time.monotonic(), _open_log(folder)
         if "out" in params: params["out"] = str(folder)
-        how = dict(kernel_name="python3", language="python", kernel_manager_class=_this_python(), extra_arguments=["--IPKernelApp.log_level=50"]) # no remarks on its own transport
         try:
-            execute_notebook(_literal(source), _literal(record), params, cwd=root, progress_bar=False, stdout_file=log, stderr_file=log, **how)
-            metrics = read_own_json(folder/"metrics.json", _MADE_AGAIN) if (folder/"metrics.json").exists() else {}
-            write_html(record, _conclusion(metrics), _cost(folder, params, time.monotonic() - began))
-        except KeyboardInterrupt: # the kernel has ended with the cell's error, which nobody will fetch
+            _papermill(source, record, params, log)
+            path = folder/"metrics.json"
+            metrics = read_own_json(path, _MADE_AGAIN) if path.exists() else {}
+            cost = _cost(folder, params, time.monotonic() - began)
+            write_html(record, _conclusion(metrics), cost)
+        except KeyboardInterrupt: # the kernel has ended with the cell's error, which nobody fetches
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)
             raise
         except Exception as e: raise RuntimeError(_failure(name, e, folder, record)) from None
     return folder
 
 # %% ../../nbs/13_run/01_cli.ipynb #f5a5ebb3
+_MAIN = "from defi_nb.run.cli import main; raise SystemExit(main())"
+
 def run_notebook(
     name:str, # of a run notebook
     params:dict, # parameter -> value; the others keep their defaults
     out:str|Path, # the run's folder, relative to the project's root
     threads:int=0, # for arithmetic; 0 leaves the setting as it is
 )->dict: # the run's metrics
-    "The metrics of a run: read if it is finished, otherwise made, or gone on with, in another process."
+    "The metrics of a run: read if it is finished, otherwise made, or gone on with, by a process."
     folder, params = project_root()/out, check_parameters(name, params | {"out": str(out)})
     if (metrics := earlier_run(folder, params)) is not None: return metrics
-    typed = [arg for n, v in params.items() for arg in ("-p", n, v if isinstance(v, str) else repr(v))]
-    env = {n: v for n, v in os.environ.items() if not _RANKS.fullmatch(n)} # the child is no rank of ours
+    typed = {n: v if isinstance(v, str) else repr(v) for n, v in params.items()}
+    words = [word for pair in typed.items() for word in ("-p", *pair)]
+    env = {n: v for n, v in os.environ.items() if not _RANKS.fullmatch(n)} # the child is no rank
     env |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
-    command = [sys.executable, "-c", "from defi_nb.run.cli import main; raise SystemExit(main())", "run", name, "--child", *typed]
-    with subprocess.Popen(command, cwd=project_root(), env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with subprocess.Popen([sys.executable, "-c", _MAIN, "run", name, "--child", *words],
+                          cwd=project_root(), env=env, text=True, **pipes) as child:
         last = deque(maxlen=1)
         for line in child.stdout:
             last.append(line.rstrip())
             print(f"[{folder.name}] {line}", end="", flush=True)
-    if child.returncode: raise RuntimeError(last[0].removeprefix("defi-nb: ") if last else f"{name} ended with exit status {child.returncode}")
+    if child.returncode:
+        status = f"{name} ended with exit status {child.returncode}"
+        raise RuntimeError(last[0].removeprefix("defi-nb: ") if last else status)
     return read_own_json(folder/"metrics.json", _MADE_AGAIN)
 
 # %% ../../nbs/13_run/01_cli.ipynb #4b214eaa
 def run_notebooks(
-    jobs:dict, # name -> (notebook, params, out), as `run_notebook` takes them, and a list of jobs that must be finished before, if there are any
+    jobs:dict, # name -> (notebook, params, out) of `run_notebook`, perhaps a list of jobs before
     parallel:int=2, # processes at a time
 )->tuple: # name -> metrics, in the same order; name -> seconds that it took here
-    "Several runs at a time, each as early as it can start; where one fails, those that don't need it are finished before its error is raised."
+    "Several runs at a time, as early as they can start; a failed one leaves out what needs it."
     waiting, running, done, seconds, failed = dict(jobs), {}, {}, {}, []
     threads = int(min(parallel, len(jobs)) > 1)
     def timed(notebook, params, out, *_):
@@ -386,8 +465,10 @@ def run_notebooks(
         return run_notebook(notebook, params, out, threads), time.perf_counter() - began
     with ThreadPoolExecutor(parallel) as pool:
         while waiting or running:
-            ready = [name for name, job in waiting.items() if all(n in done for n in sum(job[3:], []))]
-            for name in ready[:parallel - len(running)]: running[name] = pool.submit(timed, *waiting.pop(name))
+            is_ready = lambda job: all(n in done for n in sum(job[3:], []))
+            ready = [name for name, job in waiting.items() if is_ready(job)]
+            for name in ready[:parallel - len(running)]:
+                running[name] = pool.submit(timed, *waiting.pop(name))
             if not running: break
             wait(running.values(), return_when=FIRST_COMPLETED)
             for name in [n for n, future in running.items() if future.done()]:
@@ -400,19 +481,24 @@ def run_notebooks(
 # %% ../../nbs/13_run/01_cli.ipynb #fa47948b
 def _removable(data): # path -> what it is
     root = project_root()
-    found = {p: "encodings of frames" for p in sorted((root/data).glob("*-encoded"))}
-    found |= {p: "index of files" for p in sorted((root/data).glob("*-index"))}
-    found |= {p: "encodings of sentences" for p in [root/data/"texts"] if p.is_dir()}
-    return found | {p: "record of an interrupted run" for p in sorted((root/"runs").rglob("*.interrupted*.ipynb"))}
+    removable = {p: "encodings of frames" for p in sorted((root/data).glob("*-encoded"))}
+    removable |= {p: "index of files" for p in sorted((root/data).glob("*-index"))}
+    removable |= {p: "encodings of sentences" for p in [root/data/"texts"] if p.is_dir()}
+    records = sorted((root/"runs").rglob("*.interrupted*.ipynb"))
+    return removable | {p: "record of an interrupted run" for p in records}
 
-def _clean(data, yes):
-    found = {p: (folder_bytes(p)[0] if p.is_dir() else p.stat().st_size, what) for p, what in _removable(data).items()}
-    for p, (size, what) in found.items(): print(f"{format_bytes(size):>8}  {what}: {p.relative_to(project_root())}")
-    total = format_bytes(sum(size for size, _ in found.values()))
-    if not found: return print("nothing to free")
-    if not yes and not sys.stdin.isatty(): raise ValueError(f"{total} can be freed: confirm with --yes")
-    if not yes and input(f"free {total}? No run may be at work. [y/N] ").lower() != "y": return print("nothing is removed")
-    for p in found: shutil.rmtree(p) if p.is_dir() else p.unlink()
+def _clean(data, yes): # `defi-nb clean`
+    removable = _removable(data)
+    sizes = {p: folder_bytes(p)[0] if p.is_dir() else p.stat().st_size for p in removable}
+    for p, what in removable.items():
+        print(f"{format_bytes(sizes[p]):>8}  {what}: {p.relative_to(project_root())}")
+    total = format_bytes(sum(sizes.values()))
+    if not removable: return print("nothing to free")
+    if not yes and not sys.stdin.isatty():
+        raise ValueError(f"{total} can be freed: confirm with --yes")
+    if not yes and input(f"free {total}? No run may be at work. [y/N] ").lower() != "y":
+        return print("nothing is removed")
+    for p in removable: shutil.rmtree(p) if p.is_dir() else p.unlink()
     print(f"{total} freed; runs that need it make it again")
 
 # %% ../../nbs/13_run/01_cli.ipynb #217392cc
@@ -429,95 +515,107 @@ def _candidates(words): # what may follow these words of a command line
     if words[0] not in ("run", "params"): return ()
     if len(words) == 1: return tuple(_run_notebooks_of(project_root()))
     if words[-1] == "-p": return tuple(read_parameters(find_notebook(words[1])))
-    return ("-p", "--out") if words[0] == "run" and words[-2] != "-p" and words[-1] != "--out" else ()
+    free = words[0] == "run" and words[-2] != "-p" and words[-1] != "--out"
+    return ("-p", "--out") if free else ()
 
 # %% ../../nbs/13_run/01_cli.ipynb #17c79842
 def _print_list():
-    for name, path in _run_notebooks_of(project_root()).items(): print(f"{name:<18} {describe(path)}")
+    for name, path in _run_notebooks_of(project_root()).items():
+        print(f"{name:<18} {describe(path)}")
 
 def _print_params(name):
     for n, p in read_parameters(find_notebook(name)).items():
         print(f"{n}: {p['type']} = {p['default']!r}  # {p['help']}")
         keys = _option_fields(cls) if p["type"] == "dict" and (cls := options_of(p["help"])) else {}
-        for key, k in keys.items(): print(f"    {n}.{key}: {k['type']} = {k['default']!r}  # {k['help']}")
+        for key, k in keys.items():
+            print(f"    {n}.{key}: {k['type']} = {k['default']!r}  # {k['help']}")
 
 def _print_run_parameters(words): # of `defi-nb run NAME --help`
     for path in [p for name, p in _run_notebooks_of(project_root()).items() if name in words]:
         print(f"{path.stem}: {describe(path)}\n")
-        for n, p in read_parameters(path).items(): print(f"  -p {n:<12} {p['type']:<6} {p['default']!r:<10} {p['help']}")
+        for n, p in read_parameters(path).items():
+            print(f"  -p {n:<12} {p['type']:<6} {p['default']!r:<10} {p['help']}")
         print(f"\n`defi-nb params {path.stem}` has the keys of dictionaries, too.\n")
 
-def _ckpts(args): # imported here: the other commands need no torch
+# %% ../../nbs/13_run/01_cli.ipynb #645c8ee8
+def _ckpts(args): # `defi-nb ckpts`
     from defi_nb.weights.hub import get_checkpoint, push_checkpoint
     from defi_nb.weights.load import ckpt_table, ckpt_text, get_base_model
     ckpts = project_root()/args.ckpts
     for name in args.get:
-        print(f"{name}: {(get_checkpoint if '/' in name else get_base_model)(name, ckpts)}")
+        get = get_checkpoint if "/" in name else get_base_model
+        print(f"{name}: {get(name, ckpts)}")
     if args.push:
         folder, repo = args.push
-        print(push_checkpoint(project_root()/folder, repo,
-                              [project_root()/r for r in args.results], args.private))
+        results = [project_root()/r for r in args.results]
+        print(push_checkpoint(project_root()/folder, repo, results, args.private))
     if not args.get and not args.push: print(ckpt_text(ckpt_table(ckpts), args.ckpts))
 
-def _doctor(args): # the exit status; imported here: the other commands need no torch
+def _doctor(args): # `defi-nb doctor`; the exit status
     from defi_nb.doctor.examine import examine
     report = examine(args.dataset, args.all, args.seconds, args.format, args.hz)
     print(report, flush=True)
     if args.json: report.to_json(args.json)
     return 130 if report.interrupted else 0 if report.sound else 1
 
-def _compare(first, second, varying): # imported here: the other commands need no scipy
+def _compare(first, second, varying): # `defi-nb compare`
     from defi_nb.eval.results import EvalResult, compare, fingerprint, protocol_name
     paths = [Path(p)/"result.json" if Path(p).is_dir() else Path(p) for p in (first, second)]
     results = [EvalResult.load(path) for path in paths]
-    said = compare(*results, varying)
+    conclusion = compare(*results, varying)
     for path, r in zip(paths, results):
-        print(f"{path}: {r.policy}, average length {r.average_length:.2f} ({r.interval[0]:.2f} to {r.interval[1]:.2f}), {protocol_name(r.protocol)}, fingerprint {fingerprint(r.protocol)}")
-    print(said)
-
-def _stop_with_parent(): # end this process, and with it its kernel, when the pipe from the parent closes
-    os.read(0, 1) # not sys.stdin, whose lock would disturb a normal end
-    os._exit(1)
+        low, high, protocol = *r.interval[:2], r.protocol
+        length = f"{r.average_length:.2f} ({low:.2f} to {high:.2f})"
+        print(f"{path}: {r.policy}, average length {length}, "
+              f"{protocol_name(protocol)}, fingerprint {fingerprint(protocol)}")
+    print(conclusion)
 
 # %% ../../nbs/13_run/01_cli.ipynb #a4de9b32
-_ELSEWHERE = { # command -> the module whose `main` takes its arguments, and what it is for
-    "export": ("defi_nb.data.load", "write demonstrations of any format as a LeRobotDataset"),
-    "serve": ("defi_nb.serve.server", "answer robots and simulators with a policy's actions, over a websocket"),
-    "vla-eval": ("defi_nb.serve.vla_eval", "answer the vla-eval harness, which brings many benchmarks"),
-    "bench": ("defi_nb.benchmarks.harness", "make the environments of SimplerEnv and LIBERO, and evaluate a policy in them")}
-
 def joined_pairs(
     argv:list, # words of a command
 )->list: # likewise
-    "`-p KEY VALUE` as `-p KEY=VALUE`, so that a value may begin with a dash; no key has an equals sign."
+    "`-p KEY VALUE` as `-p KEY=VALUE`, so that a value may begin with a dash."
     words, joined = list(argv), []
     while words:
         joined.append(words.pop(0))
         if joined[-1] != "-p" or not words: continue
         key = words.pop(0)
-        if "=" not in key and not words: raise ValueError(f"-p {key} has no value: give -p {key} VALUE")
+        if "=" not in key and not words:
+            raise ValueError(f"-p {key} has no value: give -p {key} VALUE")
         joined.append(key if "=" in key else f"{key}={words.pop(0)}")
     return joined
 
 def given_pairs(pairs): return dict(pair.split("=", 1) for pair in pairs) # key -> text
 
-def _result(folder): # what a finished run says of itself in the terminal: its conclusion, and where its page is
-    pages = [str(page) for page in folder.glob("*.html")]
-    conclusion = _conclusion(read_own_json(folder/"metrics.json", _MADE_AGAIN))
-    return "\n".join(filter(None, (conclusion, f"page: {pages[0]}" if pages else "")))
+# %% ../../nbs/13_run/01_cli.ipynb #2caa90e4
+_ELSEWHERE = { # command -> the module whose `main` takes its arguments, and what it is for
+    "export": ("defi_nb.data.load", "write demonstrations of any format as a LeRobotDataset"),
+    "serve": ("defi_nb.serve.server",
+              "answer robots and simulators with a policy's actions, over a websocket"),
+    "vla-eval": ("defi_nb.serve.vla_eval",
+                 "answer the vla-eval harness, which brings many benchmarks"),
+    "bench": ("defi_nb.benchmarks.harness",
+              "make the environments of SimplerEnv and LIBERO, and evaluate a policy in them")}
 
-def _parser():
-    parser = ArgumentParser(prog="defi-nb", description="List, check and execute run notebooks; look after checkpoints and datasets.")
-    parser.add_argument("--version", action="version", version=f"defi_nb {defi_nb.__version__}")
-    sub = parser.add_subparsers(dest="command")
+def _add_run(sub):
     sub.add_parser("list", help="the run notebooks, a line each")
-    sub.add_parser("params", help="a run notebook's parameters with their defaults").add_argument("name")
-    run = sub.add_parser("run", help="execute a run notebook in a folder of its own", epilog="`defi-nb list` shows the run notebooks, `defi-nb params NAME` the parameters of one.")
+    params = sub.add_parser("params", help="a run notebook's parameters with their defaults")
+    params.add_argument("name")
+    run = sub.add_parser("run", help="execute a run notebook in a folder of its own",
+                         epilog="`defi-nb list` shows the run notebooks, `defi-nb params NAME` the "
+                                "parameters of one.")
     run.add_argument("name", help="of the notebook, or a path to it")
-    run.add_argument("-p", action="append", default=[], metavar="KEY VALUE", help="a parameter, or a key of a dictionary as variant.quantiser; KEY=VALUE will do too; may be repeated")
-    run.add_argument("--out", default="", help="the run's folder; without it, a new one: runs/NAME/TIME")
-    run.add_argument("--child", action="store_true", help=SUPPRESS) # stop when standard input closes: of a run that another one started
-    ckpts = sub.add_parser("ckpts", help="which pretrained weights are needed, which are there, and where to get the others")
+    run.add_argument("-p", action="append", default=[], metavar="KEY VALUE",
+                     help="a parameter, or a key of a dictionary as variant.quantiser; KEY=VALUE "
+                          "will do too; may be repeated")
+    run.add_argument("--out", default="", help="the run's folder; without it, a new one: "
+                                               "runs/NAME/TIME")
+    # stop when standard input closes: of a run that another one started
+    run.add_argument("--child", action="store_true", help=SUPPRESS)
+
+def _add_ckpts(sub):
+    ckpts = sub.add_parser("ckpts", help="which pretrained weights are needed, which are there, "
+                                         "and where to get the others")
     ckpts.add_argument("--get", nargs="+", default=[], metavar="NAME",
                        help="fetch these from the Hugging Face hub: names of the list, or "
                             "org/name of a checkpoint that was pushed")
@@ -526,17 +624,31 @@ def _parser():
     ckpts.add_argument("--results", nargs="+", default=[], metavar="RUN",
                        help="evaluations for the card: their runs' folders or result.json")
     ckpts.add_argument("--private", action="store_true", help="a new repository is private")
-    ckpts.add_argument("--ckpts", default="ckpts", help="folder of checkpoints, relative to the project's root")
-    doctor = sub.add_parser("doctor", help="whether a dataset is sound: what is wrong, where, and what to do; exit status 1 where there are errors")
+    ckpts.add_argument("--ckpts", default="ckpts",
+                       help="folder of checkpoints, relative to the project's root")
+
+# %% ../../nbs/13_run/01_cli.ipynb #e7a47a51
+def _add_doctor(sub):
+    doctor = sub.add_parser("doctor", help="whether a dataset is sound: what is wrong, where, and "
+                                           "what to do; exit status 1 where there are errors")
     doctor.add_argument("dataset", help="its folder")
-    doctor.add_argument("--all", action="store_true", help="look at all of it, not at a sample; Ctrl-C shows what was found until then")
+    doctor.add_argument("--all", action="store_true",
+                        help="look at all of it, not at a sample; Ctrl-C shows what was found "
+                             "until then")
     doctor.add_argument("--seconds", type=float, default=20., help="that a sample may take, about")
-    doctor.add_argument("--format", default="", help="calvin, lerobot, rlds, something, release, ego4d, own or videos; without it, as names of files tell")
-    doctor.add_argument("--hz", type=float, default=0., help="rows a second, where the files don't say")
+    doctor.add_argument("--format", default="",
+                        help="calvin, lerobot, rlds, something, release, ego4d, own or videos; "
+                             "without it, as names of files tell")
+    doctor.add_argument("--hz", type=float, default=0.,
+                        help="rows a second, where the files don't say")
     doctor.add_argument("--json", default="", metavar="FILE", help="also write the report here")
-    clean = sub.add_parser("clean", help="free disk: encodings and indices, which are made again when needed, and interrupted records")
+
+def _add_rest(sub):
+    clean = sub.add_parser("clean", help="free disk: encodings and indices, which are made again "
+                                         "when needed, and interrupted records")
     clean.add_argument("--yes", action="store_true", help="without asking")
-    clean.add_argument("--data", default="data", help="folder of recordings and encodings, relative to the project's root")
+    clean.add_argument("--data", default="data", help="folder of recordings and encodings, "
+                                                      "relative to the project's root")
     sub.add_parser("completion", help="a script for bash: source <(defi-nb completion)")
     sub.add_parser("strip", help=SUPPRESS) # the filter of .gitattributes
     sub.add_parser("complete", help=SUPPRESS).add_argument("words", nargs="*")
@@ -544,10 +656,28 @@ def _parser():
     for name, (_, what) in _ELSEWHERE.items(): sub.add_parser(name, help=what)
     compare.add_argument("first", help="its result.json, or the folder of its run")
     compare.add_argument("second", help="the other's")
-    compare.add_argument("--varying", nargs="+", default=[], metavar="FIELD", help="fields of the protocol that are meant to differ, such as steps or seed; otherwise all must be equal")
+    compare.add_argument("--varying", nargs="+", default=[], metavar="FIELD",
+                         help="fields of the protocol that are meant to differ, such as steps or "
+                              "seed; otherwise all must be equal")
+
+def _parser():
+    parser = ArgumentParser(prog="defi-nb", description="List, check and execute run notebooks; "
+                                                        "look after checkpoints and datasets.")
+    parser.add_argument("--version", action="version", version=f"defi_nb {defi_nb.__version__}")
+    sub = parser.add_subparsers(dest="command")
+    for add in (_add_run, _add_ckpts, _add_doctor, _add_rest): add(sub)
     return parser
 
 # %% ../../nbs/13_run/01_cli.ipynb #7e5d6099
+def _stop_with_parent(): # end this process and its kernel when the pipe from the parent closes
+    os.read(0, 1) # not sys.stdin, whose lock would disturb a normal end
+    os._exit(1)
+
+def _result(folder): # of a finished run, for the terminal: its conclusion, and where its page is
+    pages = [str(page) for page in folder.glob("*.html")]
+    conclusion = _conclusion(read_own_json(folder/"metrics.json", _MADE_AGAIN))
+    return "\n".join(filter(None, (conclusion, f"page: {pages[0]}" if pages else "")))
+
 def _run(name, given, child): # `defi-nb run`
     if child: threading.Thread(target=_stop_with_parent, daemon=True).start()
     folder = execute(name, given)
@@ -564,32 +694,37 @@ def _command(args): # the exit status
     if args.command == "completion": print(_COMPLETION)
     if args.command == "strip": sys.stdout.write(stripped_notebook(sys.stdin.read()))
     if args.command == "complete": print(*_candidates(args.words), sep="\n")
-    if args.command == "run": _run(args.name, given_pairs(args.p) | ({"out": args.out} if args.out else {}), args.child)
+    if args.command == "run":
+        out = {"out": args.out} if args.out else {}
+        _run(args.name, given_pairs(args.p) | out, args.child)
     return 0
 
+# %% ../../nbs/13_run/01_cli.ipynb #3a5373d3
 def one_line_exit(
     error:BaseException, # that is being handled
     prefix:str="defi-nb: ", # of the line
     again:str="", # what goes on after an interruption
 )->int: # the exit status: 130 interrupted, 1 for what failed while running, 2 for what was typed
-    "Say in one line what ended a command; the traceback of what nobody foresaw is kept in a file."
+    "Print in one line what ended a command; an unexpected error's traceback is kept in a file."
     if isinstance(error, KeyboardInterrupt):
         print(f"{prefix}interrupted{again}", file=sys.stderr)
         return 130
-    expected = ValueError, FileNotFoundError, RuntimeError, ConnectionError
-    known = isinstance(error, expected) or type(error) is ImportError or os_remedy(error)
+    expected = isinstance(error, (ValueError, FileNotFoundError, RuntimeError, ConnectionError))
+    known = expected or type(error) is ImportError or os_remedy(error)
     print(f"{prefix}{one_line(error)}{'' if known else _keep_traceback()}", file=sys.stderr)
     return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
 
+# %% ../../nbs/13_run/01_cli.ipynb #64a5f365
 def main(
     argv:list|None=None # arguments; None takes the command line's
 )->int: # exit status
     "The `defi-nb` command."
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace") # a name may not fit the terminal's encoding
+    for stream in (sys.stdout, sys.stderr): # a name may not fit the terminal's encoding
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv and argv[0] in _ELSEWHERE: return import_module(_ELSEWHERE[argv[0]][0]).main(argv[1:])
+        if argv and argv[0] in _ELSEWHERE:
+            return import_module(_ELSEWHERE[argv[0]][0]).main(argv[1:])
         if argv[:1] == ["run"] and {"-h", "--help"} & {*argv}: _print_run_parameters(argv[1:])
         args = (parser := _parser()).parse_args(joined_pairs(argv))
         if args.command: return _command(args)
@@ -598,4 +733,5 @@ def main(
     except BrokenPipeError: # whoever read has enough, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
-    except (Exception, KeyboardInterrupt) as error: return one_line_exit(error, again="; the same --out goes on where it stopped")
+    except (Exception, KeyboardInterrupt) as error:
+        return one_line_exit(error, again="; the same --out goes on where it stopped")

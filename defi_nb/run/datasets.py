@@ -38,33 +38,41 @@ def names_list(
     "The names that a run parameter lists."
     return tuple(n.strip() for n in text.split(",") if n.strip())
 
+# %% ../../nbs/13_run/04_datasets.ipynb #477a7a3b
 def label_fractions(
     counts, # numbers of demonstrations, as numbers or text
     total:int, # demonstrations that there are
 )->list: # of fractions in (0, 1], rising
     "Parts of the demonstrations by their number; more than there are is all of them."
     counts = sorted({min(int(count), total) for count in counts})
-    if not counts or counts[0] < 1: raise ValueError(f"labels are {counts}: name at least one number of demonstrations, each 1 or more")
+    if not counts or counts[0] < 1:
+        raise ValueError(f"labels are {counts}: name at least one number of demonstrations, "
+                         "each 1 or more")
     return [count/total for count in counts]
+
+# %% ../../nbs/13_run/04_datasets.ipynb #ae11aee8
+def _no_split(split, folder): # the message
+    return (f"no split is called {split!r}, and {folder} is not there; choose one of "
+            f"{', '.join(SPLITS)}, or give the folder of a dataset")
 
 def split_scenes(
     split:str, # a name of `SPLITS`, or a folder, relative to the project's root
 )->tuple: # (scenes to train in, scenes of the evaluation), see `sim.layout.scene_names`
-    "The scenes of a split; of a folder by its name, as task_ABC_D, and D where that says nothing."
+    "The scenes of a split; of a folder by its name, as task_ABC_D, otherwise D's evaluation."
     if split in SPLITS: return SPLITS[split]
     if not (folder := project_root()/split).is_dir(): raise ValueError(_no_split(split, folder))
     return named_scenes(folder)
 
-def _no_split(split, folder): return f"no split is called {split!r}, and {folder} is not there; choose one of {', '.join(SPLITS)}, or give the folder of a dataset"
-
+# %% ../../nbs/13_run/04_datasets.ipynb #293a7d8d
 def store_name(
-    split:str, # a name of `SPLITS`, a dataset's name, or another text that `data.load.read_where` reads
+    split:str, # a name of `SPLITS`, a dataset's name, or a text for `data.load.read_where`
     preset:str="tiny", # "tiny" or "paper"
 )->str: # beginning of the names of folders
     "What a split's files are called."
     name = f"playtable-{split}" if split in SPLITS else where_name(split, project_root())
     return name if name.removeprefix("playtable-") in SPLITS else f"{name}-{preset}"
 
+# %% ../../nbs/13_run/04_datasets.ipynb #c5b7c944
 def task_list(
     tasks:str, # names separated by commas, "default", or "all" of CALVIN's 34
 )->tuple: # of task names
@@ -74,38 +82,44 @@ def task_list(
 
 # %% ../../nbs/13_run/04_datasets.ipynb #1d8a41d3
 def _recorded_folder(split, tasks, demos, data, preset):
-    "The embedded default's recording, made first where it is missing: from then on it is a folder like any other."
-    if preset != "tiny": raise ValueError(f"preset is {preset!r}, and the embedded recordings have images for tiny: give split the folder of a recording in CALVIN's format")
+    "The embedded default's recording, made first where it is missing."
+    if preset != "tiny":
+        raise ValueError(f"preset is {preset!r}, and the embedded recordings have images for tiny: "
+                         "give split the folder of a recording in CALVIN's format")
     folder = project_root()/data/store_name(split)
-    record_demonstrations(folder, RecordConfig(scenes=SPLITS[split][0], tasks=task_list(tasks), per_kind=demos))
+    config = RecordConfig(scenes=SPLITS[split][0], tasks=task_list(tasks), per_kind=demos)
+    record_demonstrations(folder, config)
     return folder
 
-def _named_datasets(where, tasks="default", demos=200, data="data", preset="tiny"): # as for `run.datasets.open_pieces`
-    "A `data.load.Asked` of each dataset, and whether it is the embedded default's, which is recorded first where it is missing."
-    asked = []
+def _named_datasets(where, tasks="default", demos=200, data="data", preset="tiny"):
+    "A `data.load.Asked` of each dataset, and whether it is the embedded default's (then made)."
+    named = []
     for part in split_where(where, project_root()):
         for a in read_where(part, project_root()):
             if a.name in SPLITS and part.partition("*")[0].strip() == a.name:
                 folder = _recorded_folder(a.name, tasks, demos, data, preset)
-                asked.append((replace(a, folder=folder, format="calvin", name=store_name(a.name)), True))
-            elif a.folder.is_dir() or "/" in part: asked.append((a, False))
+                ours = replace(a, folder=folder, format="calvin", name=store_name(a.name))
+                named.append((ours, True))
+            elif a.folder.is_dir() or "/" in part: named.append((a, False))
             else: raise ValueError(_no_split(part, a.folder))
-    return asked
-
-def recorded_frames(
-    split:str, # a name of `SPLITS`, or the folder of a recording in CALVIN's format
-    tasks:str, # see `task_list`; of a folder, "default" is all that it has
-    demos:int, # demonstrations of each kind of task, over all scenes; a folder has as many as it has
-    data="data", # folder, relative to the project's root
-    preset:str="tiny", # whose image size is wanted
-)->Frames: # with images, actions and windows
-    "The demonstrations of one recording."
-    (asked, _), = _named_datasets(split, tasks, demos, data, preset)
-    return open_piece(replace(asked, format="calvin"), preset_of(DataSpec, preset).image_size, _reading_of_tasks(tasks), project_root()/data).data
+    return named
 
 def _reading_of_tasks(tasks, reading=PLAIN): # of recordings, only the windows of some tasks
     return reading if tasks == "default" else replace(reading, tasks=task_list(tasks))
 
+def recorded_frames(
+    split:str, # a name of `SPLITS`, or the folder of a recording in CALVIN's format
+    tasks:str, # see `task_list`; of a folder, "default" is all that it has
+    demos:int, # demonstrations of each kind of task, over all scenes; a folder has its own
+    data="data", # folder, relative to the project's root
+    preset:str="tiny", # whose image size is wanted
+)->Frames: # with images, actions and windows
+    "The demonstrations of one recording."
+    (named, _), = _named_datasets(split, tasks, demos, data, preset)
+    size, named = preset_of(DataSpec, preset).image_size, replace(named, format="calvin")
+    return open_piece(named, size, _reading_of_tasks(tasks), project_root()/data).data
+
+# %% ../../nbs/13_run/04_datasets.ipynb #6c817061
 def video_splits(
     split:str, # the run's own data
     video:str, # further data, separated by commas
@@ -113,16 +127,18 @@ def video_splits(
     "The data whose video a forward or inverse model is pretrained on."
     splits = (*split_where(split, project_root()), *split_where(video, project_root()))
     if len(set(splits)) < len(splits):
-        raise ValueError(f"video is {video!r}: it names further splits than the run's own, {split}, each once")
+        raise ValueError(f"video is {video!r}: it names further splits than the run's own, "
+                         f"{split}, each once")
     return splits
 
+# %% ../../nbs/13_run/04_datasets.ipynb #9eab56f8
 def _encoder_of(encoders, field): # "latent" (VAE) or "dino", of `Batch`
-    "The frozen encoder that makes a field, (...,3,H,W) uint8 -> codes, and its identity."
+    "The frozen encoder that makes a field, (...,3,H,W) uint8 -> encodings, and its identity."
     encode, name = dict(latent=(encoders.vae.encode, "vae"), dino=(encoders.dino, "dino"))[field]
     return encode, encoders.identity()[name]
 
 def encoded(
-    frames, # `data.episodes.Frames` with pictures
+    frames, # `data.episodes.Frames` with images
     encoders, # `models.encoders.Encoders`
     split:str, # names the files
     fields:tuple, # of "latent" (VAE) and "dino"
@@ -131,17 +147,22 @@ def encoded(
     n_workers:int=2, # threads
 )->dict: # field -> `data.cache.KeptImages` (N,V,...) float16
     "What the frozen encoders make of every image, each computed once and kept."
-    folder, made = project_root()/data/f"{store_name(split, preset)}-encoded", {f: _encoder_of(encoders, f) for f in fields}
-    return {f: encode_images(FrameTable(frames), encode, folder/f, identity, n_workers=n_workers) for f, (encode, identity) in made.items()}
+    folder = project_root()/data/f"{store_name(split, preset)}-encoded"
+    def kept(field):
+        encode, identity = _encoder_of(encoders, field)
+        table = FrameTable(frames)
+        return encode_images(table, encode, folder/field, identity, n_workers=n_workers)
+    return {field: kept(field) for field in fields}
 
 # %% ../../nbs/13_run/04_datasets.ipynb #b4064ff5
 def demo_recording(
     params:dict, # of `pipeline`
 )->dict: # demos, data and data_frac of the policies with few labels
-    "What the demonstration records: behind shipped models, only the demonstrations whose actions are used."
+    "What the demonstration records: behind shipped models, only what has labels."
     given, frac = {n: params[n] for n in ("demos", "data")}, params["data_frac"]
     if params["pretrain"] == "fresh": return given | dict(data_frac=frac)
-    return dict(demos=max(4, round(frac*params["demos"])), data=f"{params['data']}/few", data_frac=1.)
+    demos = max(4, round(frac*params["demos"]))
+    return dict(demos=demos, data=f"{params['data']}/few", data_frac=1.)
 
 # %% ../../nbs/13_run/04_datasets.ipynb #2fa7ba31
 def reading_of(
@@ -159,32 +180,40 @@ def reading_of(
     relative = None if relative == "default" else names_list(relative)
     return Reading(names_list(cameras), hz, names_list(columns), relative, sampling, **more)
 
+# %% ../../nbs/13_run/04_datasets.ipynb #1585a9a0
 def open_pieces(
-    where:str, # data, as `data.load.read_where` reads it, and names of `run.datasets.SPLITS` among them
-    size:int, # height and width of the pictures, pixels
+    where:str, # data, as `data.load.read_where` reads it, and names of `SPLITS` among them
+    size:int, # height and width of the images, pixels
     reading:Reading, # what the data do not say
-    tasks:str="default", # of the embedded recordings, see `run.datasets.task_list`
+    tasks:str="default", # of the embedded recordings, see `task_list`
     demos:int=200, # of the embedded recordings
     data="data", # folder of recordings, indices and encodings, relative to the project's root
-    preset:str="tiny", # of the pictures
+    preset:str="tiny", # of the images
     unchecked:bool=False, # whether data with errors is used
 )->list: # of `Piece`
     "Open everything that a run parameter names, after it has been examined."
-    pieces = []
-    for asked, ours in _named_datasets(where, tasks, demos, data, preset):
-        if not ours: require_sound(asked.folder, unchecked, format=asked.format, reading=reading, flag="-p reading.unchecked True")
-        how = replace(reading, episodes="", annotations="") if ours else reading
-        pieces.append(open_piece(asked, size, _reading_of_tasks(tasks, how), project_root()/data))
-    if len({p.name for p in pieces}) < len(pieces): raise ValueError(f"{where!r} names {[p.name for p in pieces]}: two datasets of one name; rename a folder")
-    if len({p.weight is None for p in pieces}) > 1: raise ValueError(f"{where!r}: give a weight to each of the datasets, or to none")
-    return pieces
+    datasets = []
+    for named, ours in _named_datasets(where, tasks, demos, data, preset):
+        if not ours:
+            require_sound(named.folder, unchecked, format=named.format, reading=reading,
+                          flag="-p reading.unchecked True")
+        own = replace(reading, episodes="", annotations="") if ours else reading
+        how = _reading_of_tasks(tasks, own)
+        datasets.append(open_piece(named, size, how, project_root()/data))
+    names = [d.name for d in datasets]
+    if len({*names}) < len(names):
+        raise ValueError(f"{where!r} names {names}: two datasets of one name; rename a folder")
+    if len({d.weight is None for d in datasets}) > 1:
+        raise ValueError(f"{where!r}: give a weight to each of the datasets, or to none")
+    return datasets
 
+# %% ../../nbs/13_run/04_datasets.ipynb #e43f2708
 @contextmanager
 def _encoders_on(
     encoders, # `models.encoders.Encoders`
     device, # of the training
 ): # yields a list for the datasets that are made
-    "The frozen encoders work where training will, and come back, unless a dataset needs them in each step: what is kept is read from files."
+    "The frozen encoders on the training's device, and back, unless a dataset needs them later."
     encoders.to(device)
     made = []
     try: yield made
@@ -192,7 +221,7 @@ def _encoders_on(
         if not any(ds.per_step for ds in made): encoders.to("cpu")
 
 def keep_run_texts(
-    encoders, # `models.encoders.Encoders`, that will find them
+    encoders, # `models.encoders.Encoders`, which will use them
     texts, # sentences of the data
     data="data", # folder, relative to the project's root
     clip:bool=True, # for GFDM and the policy's goal
@@ -201,83 +230,108 @@ def keep_run_texts(
     "Encode the sentences of a run once, for all runs."
     folder, identity, texts = project_root()/data/"texts", encoders.identity(), list(texts)
     if clip: keep_texts(encoders.clip, texts, folder/"clip", identity["clip"])
-    if t5: keep_texts(encoders.t5, [t for cfg in t5 for t in prepare_texts(texts, cfg)], folder/"t5", identity["t5"])
+    if not t5: return
+    prepared = [text for cfg in t5 for text in prepare_texts(texts, cfg)]
+    keep_texts(encoders.t5, prepared, folder/"t5", identity["t5"])
 
 # %% ../../nbs/13_run/04_datasets.ipynb #46ba3cf8
 def _watched_share(
     windows:list, # of recordings one after the other
     own:int, # rows of the run's own recording, which come first
-    video_frac:float, # share of each task's other windows to keep, in (0, 1]
+    video_frac:float, # fraction of each task's other windows to keep, in (0, 1]
 )->list: # of windows
-    "All windows of the run's own recording, and a share of the further ones."
-    return [w for w in windows if w.start < own] + take_fraction([w for w in windows if w.start >= own], video_frac)
+    "All windows of the run's own recording, and a fraction of the further ones."
+    first, further = ([w for w in windows if (w.start < own) == mine] for mine in (True, False))
+    return first + take_fraction(further, video_frac)
+
+# %% ../../nbs/13_run/04_datasets.ipynb #8fa600ff
+def _encoded_folders(piece, data, preset): # of a dataset, or of those that it joins
+    names = piece.names or (piece.name,)
+    return [project_root()/data/f"{store_name(name, preset)}-encoded" for name in names]
+
+def _codes(piece, sets, field, encoders, keep_gb, folders, views):
+    "Samples with encodings instead of images; of fewer cameras than there are, in other files."
+    encode, identity = _encoder_of(encoders, field)
+    whole = piece.data.by_camera or views >= len(piece.views)
+    name = field if whole else f"{field}-{piece.views[0]}"
+    places = [folder/name for folder in folders]
+    return encode_samples(sets, encode, field, places, identity, keep_gb)
+
+def _video_pair(piece, parts, field, encoders, keep_gb, folders, stride, kw):
+    "Samples with encodings; a release's own latents where they are of the right shape."
+    side, strides = kw["size"]//encoders.vae.downsampling, (stride/CONTROL_HZ, 2*stride/CONTROL_HZ)
+    shape, pairs = (encoders.vae.channels, side, side), [*zip(parts, strides)]
+    sets = lambda **more: [piece.samples(units=part, stride=s, **kw, **more) for part, s in pairs]
+    if field == "latent" and piece.data.stores_latents(shape):
+        print(f"{piece.name}: its own latents are used")
+        return sets(latent=True)
+    if field == "video" and piece.data.has_images: return sets()
+    if not piece.data.has_images:
+        raise ValueError(f"{piece.name} has latents and no videos, and they are not {field} of "
+                         f"shape {shape}, which this run reads: add the videos, or take the preset whose "
+                         "latents these are")
+    return _codes(piece, sets(), field, encoders, keep_gb, folders, kw["views"])
 
 # %% ../../nbs/13_run/04_datasets.ipynb #863d05df
+def _check_video(datasets, video_frac, chunk): # raise for what these data cannot give
+    first, *more = datasets
+    if video_frac != 1 and len(first.data.parts) < 2:
+        raise ValueError(f"video_frac is {video_frac}: a share can be taken of further recordings "
+                         "of the embedded simulator (`video`); give other data weights, as in "
+                         "data/bridge*0.3,data/ego4d*0.7")
+    if chunk and (more or not first.data.normalised):
+        named = ", ".join(f"{d.name} ({d.format})" for d in datasets)
+        raise ValueError(f"{named}: actions beside video are read from recordings of the "
+                         "simulator, or one folder in CALVIN's format; leave the labels out, or "
+                         "name such data")
+
 def video_data(
-    split:str, # what to learn from, see `open_pieces`
+    split:str, # what to train on, see `open_pieces`
     video:str, # further data, separated by commas
     field:str, # of `Batch`: "latent", "dino", or "video" for the frames as they are
     encoders, # `models.encoders.Encoders`
     cfg:TrainConfig, # of the run: steps, batch size, seed, device
     times, # seconds of a sample's frames; or a function that gives them for a `Piece`
-    tasks:str="default", # of recordings, see `run.datasets.task_list`
+    tasks:str="default", # of recordings, see `task_list`
     demos:int=200, # of the embedded recordings
     data="data", # folder, relative to the project's root
-    preset:str="tiny", # of the pictures and the encoders
+    preset:str="tiny", # of the images and the encoders
     reading:Reading=PLAIN, # what the data do not say
-    keep_gb:float=1000., # most gigabytes that a dataset's codes may take; beyond, pictures are encoded in each step
+    keep_gb:float=1000., # most gigabytes of a dataset's encodings; beyond, made in each step
     unchecked:bool=False, # whether data with errors is used
-    video_frac:float=1., # share of each task's demonstrations in `video` that are watched, in (0, 1]; nested
-    stride:int=2, # control steps between two samples of a clip, twice as many where they are held out
+    video_frac:float=1., # fraction of each task's demonstrations in `video`, in (0, 1]; nested
+    stride:int=2, # control steps between two samples of a clip, twice as many where held out
     chunk:int=0, # K, actions of a sample, where all data is recordings of CALVIN's kind; 0: none
     views:int=len(VIEWS), # most cameras that are read
-)->tuple: # (samples to learn from, samples held out, list of `Piece`)
+)->tuple: # (samples to train on, samples held out, list of `Piece`)
     "Samples for a pretraining."
     spec, where = preset_of(DataSpec, preset), ",".join(video_splits(split, video))
+    size = spec.image_size
     with _encoders_on(encoders, cfg.device_) as made:
-        pieces = join_recordings(open_pieces(where, spec.image_size, reading, tasks, demos, data, preset, unchecked))
-        (first, *more), (own, *others) = pieces, pieces[0].data.parts
-        if video_frac != 1 and not others: raise ValueError(f"video_frac is {video_frac}: a share can be taken of further recordings of the embedded simulator (`video`); give other data weights, as in data/bridge*0.3,data/ego4d*0.7")
-        if chunk and (more or not first.data.normalised):
-            raise ValueError(f"{', '.join(f'{p.name} ({p.format})' for p in pieces)}: actions beside video are read from recordings of the simulator, or one folder in CALVIN's format; leave the labels out, or name such data")
-        views, train, held = min(views, *(len(p.views) for p in pieces)), {}, {}
-        for piece in pieces:
-            units, unseen = split_units(piece)
+        opened = open_pieces(where, size, reading, tasks, demos, data, preset, unchecked)
+        datasets = join_recordings(opened)
+        _check_video(datasets, video_frac, chunk)
+        own, *others = datasets[0].data.parts
+        views, train, held = min(views, *(len(d.views) for d in datasets)), {}, {}
+        for d in datasets:
+            units, unseen = split_units(d)
             if others: units = _watched_share(units, len(own), video_frac)
-            kw = dict(times=times(piece) if callable(times) else times, chunk=chunk, size=spec.image_size, views=views)
-            made += (pair := _video_pair(piece, (units, unseen), field, encoders, keep_gb, _encoded_folders(piece, data, preset), stride, kw))
-            train[piece.name], held[piece.name] = pair
-    data_val = mix(held, pieces, where, min(4096, sum(map(len, held.values()))), cfg.seed, (field,))
-    largest = range(max(map(len, train.values())))
-    draws = cfg.over(largest).steps*cfg.batch_size
-    return mix(train, pieces, where, draws, cfg.seed, (field,)), data_val, pieces
-
-def _encoded_folders(piece, data, preset): # where the encodings of a dataset, or of those that it joins, are kept
-    return [project_root()/data/f"{store_name(name, preset)}-encoded" for name in piece.names or (piece.name,)]
-
-def _codes(piece, sets, field, encoders, keep_gb, folders, views):
-    "Samples with codes instead of images; those of fewer cameras than there are have files of their own, unless each camera's are."
-    encode, identity = _encoder_of(encoders, field)
-    name = field if piece.data.by_camera or views >= len(piece.views) else f"{field}-{piece.views[0]}"
-    return encode_samples(sets, encode, field, [folder/name for folder in folders], identity, keep_gb)
-
-def _video_pair(piece, parts, field, encoders, keep_gb, folders, stride, kw):
-    "Samples with codes; a release's own latents where they are of the right shape."
-    side, strides = kw["size"]//encoders.vae.downsampling, (stride/CONTROL_HZ, 2*stride/CONTROL_HZ)
-    sets = lambda **more: [piece.samples(units=part, stride=s, **kw, **more) for part, s in zip(parts, strides)]
-    if field == "latent" and piece.data.stores_latents((encoders.vae.channels, side, side)):
-        print(f"{piece.name}: its own latents are used")
-        return sets(latent=True)
-    if field == "video" and piece.data.has_images: return sets()
-    if not piece.data.has_images:
-        raise ValueError(f"{piece.name} has latents and no videos, and they are not {field} of shape {(encoders.vae.channels, side, side)}, which this run reads: add the videos, or take the preset whose latents these are")
-    return _codes(piece, sets(), field, encoders, keep_gb, folders, kw["views"])
+            at = times(d) if callable(times) else times
+            kw = dict(times=at, chunk=chunk, size=size, views=views)
+            folders = _encoded_folders(d, data, preset)
+            pair = _video_pair(d, (units, unseen), field, encoders, keep_gb, folders, stride, kw)
+            made += pair
+            train[d.name], held[d.name] = pair
+    n_val = min(4096, sum(map(len, held.values())))
+    data_val = mix(held, datasets, where, n_val, cfg.seed, (field,))
+    draws = cfg.over(range(max(map(len, train.values())))).steps*cfg.batch_size
+    return mix(train, datasets, where, draws, cfg.seed, (field,)), data_val, datasets
 
 # %% ../../nbs/13_run/04_datasets.ipynb #5152c845
 @dataclass
 class PolicyData:
-    "What a policy learns from."
-    train:object # samples with codes of the present frame, and actions
+    "What a policy is trained on."
+    train:object # samples with encodings of the present frame, and actions
     held:object # the same of demonstrations that are held out
     piece:Piece # that they are from
     demonstrations:list # windows, or numbers of episodes
@@ -285,19 +339,29 @@ class PolicyData:
     scale:ActionScale|None = None # of the actions; None: CALVIN's
 
     @property
-    def labels(self): return None if self.scale is None else self.scale.labels # of an action's numbers; None: CALVIN's
+    def labels(self): # of an action's numbers; None: CALVIN's
+        return None if self.scale is None else self.scale.labels
+
+# %% ../../nbs/13_run/04_datasets.ipynb #4f609ac9
+def _one_with_actions(datasets, split): # the only dataset, which has actions
+    first, *more = datasets
+    if not more and first.data.actions: return first
+    named = ", ".join(f"{d.name} ({d.format})" for d in datasets)
+    why = "" if first.data.actions else f"; {first.name} {first.data.no_action}"
+    raise ValueError(f"{split!r} is {named}{why}: a policy learns from one dataset with actions, "
+                     "in CALVIN's format, LeRobot's, RLDS, or your own (videos/ and actions/)")
 
 def policy_data(
-    split:str, # what to learn from: one dataset with actions
+    split:str, # what to train on: one dataset with actions
     field:str, # of `Batch`: "latent", "dino", or "video" as it is
     encoders, # `models.encoders.Encoders`
     cfg:TrainConfig, # of the run: seed, device
     stride:int=4, # control steps between two samples of a demonstration
-    data_frac:float=1., # share of the demonstrations
-    tasks:str="default", # of recordings, see `run.datasets.task_list`
+    data_frac:float=1., # fraction of the demonstrations
+    tasks:str="default", # of recordings, see `task_list`
     demos:int=200, # of the embedded recordings
     data="data", # folder, relative to the project's root
-    preset:str="tiny", # of the pictures and the encoders
+    preset:str="tiny", # of the images and the encoders
     reading:Reading=PLAIN, # what the data do not say
     unchecked:bool=False, # whether data with errors is used
     ahead:int=0, # control steps to a second frame of each sample; 0: the present alone
@@ -305,22 +369,25 @@ def policy_data(
     "Samples for the fine-tuning of a policy."
     spec = preset_of(DataSpec, preset)
     with _encoders_on(encoders, cfg.device_):
-        piece, *more = pieces = open_pieces(split, spec.image_size, reading, tasks, demos, data, preset, unchecked)
-        if more or not piece.data.actions:
-            why = f"; {piece.name} {piece.data.no_action}" if not piece.data.actions else ""
-            raise ValueError(f"{split!r} is {', '.join(f'{p.name} ({p.format})' for p in pieces)}{why}: a policy learns from one dataset with actions, in CALVIN's format, LeRobot's, RLDS, or your own (videos/ and actions/)")
-        train, held = split_units(piece)
-        some, hz = piece.data.fraction(train, data_frac), piece.hz
-        scale = None if piece.data.normalised else measure_scale(piece.data, episodes=sorted(some + held))
-        kw = dict(times=(0., ahead/hz) if ahead else (0.,), size=spec.image_size)
-        sets = [piece.samples(units=u, stride=s/hz, chunk=spec.chunk, scale=scale, **kw) for u, s in ((some, stride), (held, 10))]
-        if field != "video": # images of all demonstrations are encoded, whatever the share
-            every = piece.samples(units=train, stride=stride/hz, **kw)
-            sets = _codes(piece, [*sets, every], field, encoders, 1000., _encoded_folders(piece, data, preset), len(piece.views))
-        return PolicyData(*sets[:2], piece, some, held, scale)
+        size = spec.image_size
+        opened = open_pieces(split, size, reading, tasks, demos, data, preset, unchecked)
+        d = _one_with_actions(opened, split)
+        train, held = split_units(d)
+        some, hz = d.data.fraction(train, data_frac), d.hz
+        scale = None
+        if not d.data.normalised: scale = measure_scale(d.data, episodes=sorted(some + held))
+        kw = dict(times=(0., ahead/hz) if ahead else (0.,), size=size)
+        samples = lambda units, rows, **more: d.samples(units=units, stride=rows/hz, **kw, **more)
+        acting = dict(chunk=spec.chunk, scale=scale)
+        sets = [samples(some, stride, **acting), samples(held, 10, **acting)]
+        if field != "video": # images of all demonstrations are encoded, whatever the fraction
+            sets, folders = [*sets, samples(train, stride)], _encoded_folders(d, data, preset)
+            sets = _codes(d, sets, field, encoders, 1000., folders, len(d.views))
+        return PolicyData(*sets[:2], d, some, held, scale)
 
 # %% ../../nbs/13_run/04_datasets.ipynb #55dcfc94
-_LAB_LABELS = ("x_m", "y_m", "z_m", "roll_rad", "pitch_rad", "yaw_rad", "gripper") # of the made-up laboratory's actions
+_LAB_LABELS = "x_m", "y_m", "z_m", "roll_rad", "pitch_rad", "yaw_rad", "gripper" # of its actions
+_LAB_STATES = "x", "y", "z", "roll", "pitch", "yaw", "opening"
 _LAB_UNITS = np.array([POSITION_UNIT]*3 + [ROTATION_UNIT]*3 + [1.])
 
 def _lab_episodes(
@@ -331,18 +398,21 @@ def _lab_episodes(
     for i, w in enumerate(frames.windows):
         rows = slice(w.start, w.end + 1)
         yield dict(name=f"{i:04d}", text=w.text, video={view: np.asarray(frames.video[view][rows])},
-                   action=np.asarray(frames.action[rows])*_LAB_UNITS, state=np.asarray(frames.robot_obs[rows])[:, :7])
+                   action=np.asarray(frames.action[rows])*_LAB_UNITS,
+                   state=np.asarray(frames.robot_obs[rows])[:, :7])
 
 def example_lab(
     folder, # to be written, relative to the project's root
     demos:int=40, # demonstrations
-    tasks:str="open_drawer, turn_on_led", # see `run.datasets.task_list`
+    tasks:str="open_drawer, turn_on_led", # see `task_list`
     data="data", # folder of the recording
 )->Path: # of the laboratory's data
-    "Play a laboratory: record demonstrations in the simulator and write them as videos and CSV files; what is there is kept."
+    "Record demonstrations in the simulator and write them as videos and CSV files, if missing."
     folder, key = project_root()/folder, identity_key(dict(demos=demos, tasks=tasks))[:8]
     with locked(folder.with_name(f".{folder.name}.lock")):
         if (folder/"captions.csv").exists(): return folder
-        record_demonstrations(project_root()/data/f"lab-recording-{key}", RecordConfig(scenes="D", tasks=task_list(tasks), per_kind=demos//len(names_list(tasks))))
-        frames = open_calvin(project_root()/data/f"lab-recording-{key}")
-        return write_own(folder, _lab_episodes(frames), _LAB_LABELS, CONTROL_HZ, ("x", "y", "z", "roll", "pitch", "yaw", "opening"))
+        recording, each = project_root()/data/f"lab-recording-{key}", demos//len(names_list(tasks))
+        config = RecordConfig(scenes="D", tasks=task_list(tasks), per_kind=each)
+        record_demonstrations(recording, config)
+        episodes = _lab_episodes(open_calvin(recording))
+        return write_own(folder, episodes, _LAB_LABELS, CONTROL_HZ, _LAB_STATES)

@@ -19,8 +19,9 @@ from pathlib import Path
 
 from ..core.utils import (
     Tee, locked, needed, noted_process, process_note, project_root, read_own_json, write_whole)
-from .cli import (
-    _new_folder, check_parameters, earlier_run, find_notebook, given_pairs, joined_pairs, one_line_exit)
+from defi_nb.run.cli import (
+    _MAIN, _new_folder, check_parameters, earlier_run, find_notebook, given_pairs, joined_pairs,
+    one_line_exit)
 
 # %% ../../nbs/13_run/02_launch.ipynb #156b2adb
 def _run_cells(
@@ -37,36 +38,45 @@ def _run_cells(
     return namespace
 
 # %% ../../nbs/13_run/02_launch.ipynb #5e2fd4a2
-_STOPPED = "stopped" # a file in the folder of a run that was told to stop, until it goes on
+_STOPPED = "stopped" # a file in the folder of a run that was interrupted, until it goes on
+
+def _processes():
+    "The processes of this run, connected."
+    import torch
+    from accelerate import PartialState
+
+    from defi_nb.train.engine import meet_peers
+    _peers = meet_peers() # held until they are connected
+    return PartialState(cpu=not torch.cuda.is_available())
+
+def _same_folder(state, name, params): # on every process, the first one's
+    from accelerate.utils import broadcast_object_list
+    folders = [""]
+    if state.is_main_process:
+        folders[0] = str(project_root()/params["out"] if params.get("out") else _new_folder(name))
+    if state.num_processes > 1: broadcast_object_list(folders)
+    return Path(folders[0])
 
 def run_here(
     name:str, # of a run notebook
     given:dict, # parameter -> value or text; the others keep their defaults
 )->Path: # the run's folder
-    "Execute a run notebook in this process, as one of those that `accelerate launch` has started, or alone."
+    "Execute a run notebook in this process, one of those of `accelerate launch`, or alone."
     os.environ["MPLBACKEND"] = "agg" # before it is imported: the shell's may be unknown here
-    import torch
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    from defi_nb.train.engine import meet_peers
     params, source = check_parameters(name, given), find_notebook(name)
-    _peers = meet_peers() # held until they are connected
-    state = PartialState(cpu=not torch.cuda.is_available())
-    chosen = [str(project_root()/params["out"] if params.get("out") else _new_folder(name)) if state.is_main_process else ""]
-    if state.num_processes > 1: broadcast_object_list(chosen)
-    folder = Path(chosen[0])
+    state = _processes()
+    folder, main = _same_folder(state, name, params), state.is_main_process
     if earlier_run(folder, params) is not None:
-        if state.is_main_process: print(f"{name}: finished already, in {folder}", flush=True)
+        if main: print(f"{name}: finished already, in {folder}", flush=True)
         return folder
-    mine = folder if state.is_main_process else folder/f"rank{state.process_index}"
+    mine = folder if main else folder/f"rank{state.process_index}"
     mine.mkdir(parents=True, exist_ok=True)
     (mine/_STOPPED).unlink(missing_ok=True)
-    os.environ.setdefault("DEFI_NB_PROGRESS", "10") # seconds; see `progress`: lines, not bars
+    os.environ.setdefault("DEFI_NB_PROGRESS", "10") # seconds: lines, not bars (`progress_bar`)
     with ExitStack() as stack:
-        if state.is_main_process: stack.enter_context(locked(folder/".lock"))
+        if main: stack.enter_context(locked(folder/".lock"))
         log = stack.enter_context(open(mine/"log.txt", "a"))
-        stack.enter_context(redirect_stdout(Tee(sys.stdout, log) if state.is_main_process else log))
+        stack.enter_context(redirect_stdout(Tee(sys.stdout, log) if main else log))
         print(f"{name}: running on {state.num_processes} processes, in {folder}", flush=True)
         try: _run_cells(source, params | dict(out=str(mine)))
         except BaseException as e:
@@ -76,25 +86,36 @@ def run_here(
     return folder
 
 # %% ../../nbs/13_run/02_launch.ipynb #857fe2fa
+def _parser():
+    parser = ArgumentParser(prog="python -m defi_nb.run.launch",
+                            description="Execute a run notebook in this process, as one of several "
+                                        "that accelerate launch starts, or alone.")
+    parser.add_argument("name", help="a run notebook: see defi-nb list")
+    parser.add_argument("-p", action="append", default=[], metavar="KEY VALUE",
+                        help="a parameter; may be repeated")
+    parser.add_argument("--out", default="",
+                        help="the run's folder; an interrupted run in it goes on")
+    return parser
+
 def main(
     argv:list|None=None # arguments; None takes the command line's
 )->int: # exit status
     "`python -m defi_nb.run.launch`: the processes of `accelerate launch` run this."
-    parser = ArgumentParser(prog="python -m defi_nb.run.launch", description="Execute a run notebook in this process, as one of several that accelerate launch starts, or alone.")
-    parser.add_argument("name", help="a run notebook: see defi-nb list")
-    parser.add_argument("-p", action="append", default=[], metavar="KEY VALUE", help="a parameter; may be repeated")
-    parser.add_argument("--out", default="", help="the run's folder; an interrupted run in it goes on")
-    rank = os.environ.get("RANK", "0")
+    parser, rank = _parser(), os.environ.get("RANK", "0")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR") # its remarks on sockets
     try:
         args = parser.parse_args(joined_pairs(sys.argv[1:] if argv is None else argv))
-        folder = run_here(args.name, given_pairs(args.p) | (dict(out=args.out) if args.out else {}))
+        out = dict(out=args.out) if args.out else {}
+        folder = run_here(args.name, given_pairs(args.p) | out)
         if rank == "0": print(f"{args.name}: done, in {folder}", flush=True)
-    except (Exception, KeyboardInterrupt) as error: return one_line_exit(error, f"rank {rank}: ", f"; {error}" if str(error) else "; the same --out goes on")
+    except (Exception, KeyboardInterrupt) as error:
+        again = f"; {error}" if str(error) else "; the same --out goes on"
+        return one_line_exit(error, f"rank {rank}: ", again)
     return 0
 
 # %% ../../nbs/13_run/02_launch.ipynb #10183a7d
-if __name__ == "__main__" and globals().get("__package__") == "defi_nb.run": raise SystemExit(main()) # python -m defi_nb.run.launch
+if __name__ == "__main__" and globals().get("__package__") == "defi_nb.run":
+    raise SystemExit(main()) # python -m defi_nb.run.launch
 
 # %% ../../nbs/13_run/02_launch.ipynb #ff516b32
 def _launch_command(
@@ -104,15 +125,16 @@ def _launch_command(
     processes:int=1, # how many at once, on this machine
 )->list: # of words
     "The command that makes a run."
-    given = [word for k,v in params.items() for word in ("-p", k, v if isinstance(v, str) else repr(v))]
-    if processes == 1: return [sys.executable, "-c", "from defi_nb.run.cli import main; raise SystemExit(main())", "run", name, "--out", out, *given]
-    how = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *how, "-m", "defi_nb.run.launch", name, "--out", out, *given]
+    typed = {n: v if isinstance(v, str) else repr(v) for n, v in params.items()}
+    given = [word for pair in typed.items() for word in ("-p", *pair)]
+    if processes == 1: return [sys.executable, "-c", _MAIN, "run", name, "--out", out, *given]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *torchrun, "-m", "defi_nb.run.launch", name, "--out", out, *given]
 
 def start_run(
     name:str, # of a run notebook
     params:dict|None=None, # parameter -> value; the others keep their defaults
-    out:str="", # the run's folder, relative to the project's root; "": a new one. An interrupted run in it goes on
+    out:str="", # its folder, relative to the project's root, where it may go on; "": a new one
     processes:int=1, # how many at once, on this machine
 )->Path: # the run's folder
     "Start a run that goes on without this kernel."
@@ -122,11 +144,18 @@ def start_run(
     command = _launch_command(name, params or {}, str(folder), processes)
     env = os.environ | dict(PYTHONUNBUFFERED="1", DEFI_NB_PROGRESS="10", MPLBACKEND="agg")
     with open(folder/"log.txt", "a") as log:
-        child = subprocess.Popen(command, cwd=project_root(), env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        child = subprocess.Popen(command, cwd=project_root(), env=env, start_new_session=True,
+                                 **streams)
     write_whole(folder/"pid", json.dumps(process_note(child.pid)))
     return folder
 
+# %% ../../nbs/13_run/02_launch.ipynb #4de774b0
 _ENDED = "delete it, if that run has ended" # the remedy for a damaged file
+
+def _process_of(folder): # of a run, or None
+    path = Path(folder)/"pid"
+    return noted_process(read_own_json(path, _ENDED, object)) if path.exists() else None
 
 def is_running(
     folder:Path, # of a run that `start_run` started
@@ -134,10 +163,7 @@ def is_running(
     "Whether its process is alive."
     return _process_of(folder) is not None
 
-def _process_of(folder): # of a run, or None
-    path = Path(folder)/"pid"
-    return noted_process(read_own_json(path, _ENDED, object)) if path.exists() else None
-
+# %% ../../nbs/13_run/02_launch.ipynb #aee1c3e9
 def stop_run(
     folder:Path, # of a run
 )->str: # what was done
@@ -145,10 +171,12 @@ def stop_run(
     folder = Path(folder)
     if (process := _process_of(folder)) is None: return f"{folder} is not running"
     training = folder/"training.json"
-    if training.exists():
-        note = Path(read_own_json(training, _ENDED, keys=("checkpoint",))["checkpoint"])/"run.json"
-        if (found := noted_process(read_own_json(note, _ENDED))) is None: return f"the process that {note} names has ended"
-        found.send_signal(signal.SIGTERM)
-        return "the training saves at the end of this step and stops"
-    os.killpg(process.pid, signal.SIGINT)
-    return "interrupted before the training had begun"
+    if not training.exists():
+        os.killpg(process.pid, signal.SIGINT)
+        return "interrupted before the training had begun"
+    checkpoint = read_own_json(training, _ENDED, keys=("checkpoint",))["checkpoint"]
+    note = Path(checkpoint)/"run.json"
+    if (trainer := noted_process(read_own_json(note, _ENDED))) is None:
+        return f"the process that {note} names has ended"
+    trainer.send_signal(signal.SIGTERM)
+    return "the training saves at the end of this step and stops"

@@ -14,6 +14,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..core.plot import log_scale
 from ..core.utils import duration, needed, noted_process, project_root, read_own_json
 from .launch import is_running, stop_run
@@ -34,40 +36,49 @@ class TrainingState:
     def step(self): return self.rows[-1]["step"] if self.rows else 0
 
     @property
-    def status(self): return "finished" if self.steps and self.saved >= self.steps else "running" if self.alive else "stopped"
+    def status(self):
+        if self.steps and self.saved >= self.steps: return "finished"
+        return "running" if self.alive else "stopped"
 
     @property
     def seconds_left(self): # by the pace of the last ten logs; None: not known
         if len(self.rows) < 2 or not self.steps: return None
         first, last = self.rows[-min(len(self.rows), 10)], self.rows[-1]
-        return (self.steps - last["step"])*(last["seconds"] - first["seconds"])/max(last["step"] - first["step"], 1)
+        steps, seconds = last["step"] - first["step"], last["seconds"] - first["seconds"]
+        return (self.steps - last["step"])*seconds/max(steps, 1)
 
+# %% ../../nbs/13_run/03_monitor.ipynb #bcee3ffc
 def _checkpoint_of(
     folder, # of a run, or of a checkpoint that is being trained
 )->Path:
     "Where a run's training keeps its checkpoint."
     folder = Path(folder)
     if (training := folder/"training.json").exists():
-        return Path(read_own_json(training, "delete it, if that run has ended", keys=("checkpoint",))["checkpoint"])
+        note = read_own_json(training, "delete it, if that run has ended", keys=("checkpoint",))
+        return Path(note["checkpoint"])
     if (folder/"run.json").exists(): return folder
-    raise FileNotFoundError(f"{folder} has no training yet: give the folder of a run that trains, or of its checkpoint; a run that began just now may still be preparing its data (see its log.txt)")
+    raise FileNotFoundError(
+        f"{folder} has no training yet: give the folder of a run that trains, or of its "
+        "checkpoint; a run that began just now may still be preparing its data (see its log.txt)")
+
+def _alive(note, folder):
+    "Whether the process is there; on another machine, whether it wrote in the last five minutes."
+    if note.get("host") != socket.gethostname():
+        try: return time.time() - (folder/"metrics.jsonl").stat().st_mtime < 300
+        except FileNotFoundError: return False
+    return noted_process(note) is not None
 
 def training_state(
     folder, # of a run, or of its checkpoint
 )->TrainingState:
     "What is known of a training."
     folder = _checkpoint_of(folder)
-    told = read_own_json(folder/"run.json", "the next training into that folder writes it anew", keys=("steps",))
+    again = "the next training into that folder writes it anew"
+    note = read_own_json(folder/"run.json", again, keys=("steps",))
     try: saved = read_config(folder)["step"]
     except (FileNotFoundError, ValueError): saved = 0
-    return TrainingState(folder, read_metrics(folder), told.get("steps", 0), saved, _alive(told, folder))
-
-def _alive(told, folder):
-    "Whether the process is there; on another machine, whether it wrote in the last five minutes."
-    if told.get("host") != socket.gethostname():
-        try: return time.time() - (folder/"metrics.jsonl").stat().st_mtime < 300
-        except FileNotFoundError: return False
-    return noted_process(told) is not None
+    rows = read_metrics(folder)
+    return TrainingState(folder, rows, note.get("steps", 0), saved, _alive(note, folder))
 
 # %% ../../nbs/13_run/03_monitor.ipynb #df0d1b72
 def state_numbers(
@@ -76,62 +87,89 @@ def state_numbers(
     "What a person wants to know first."
     row, val = state.rows[-1] if state.rows else {}, [r for r in state.rows if "val_loss" in r]
     show = lambda k, form, scale=1.: format(row[k]*scale, form) if k in row else "?"
-    numbers = {"status": state.status, "step": f"{state.step} of {state.steps}", "loss": show("loss", ".4g"), "learning rate": show("lr", ".3g"),
-               "samples a second": show("samples_per_second", ".1f"), "waiting for data": show("data_wait", ".1f", 100.) + " %", "memory": show("memory_gb", ".2f") + " GB",
-               "time gone": duration(row.get("seconds")), "time left": duration(state.seconds_left), "last checkpoint": f"step {state.saved}"}
-    if val: numbers["validation loss"] = f"{val[-1]['val_loss']:.4g} (best {min(r['val_loss'] for r in val):.4g})"
-    if "perplexity" in row: numbers["codes"] = f"{row['perplexity']:.1f} effective, {row['codes_used']:.1f} used"
-    if "joint_perplexity" in row: numbers["code tuples"] = f"{row['joint_perplexity']:.1f} effective in a batch"
-    if "latent_spread_ratio" in row: numbers["latents' spread"] = f"{row['latent_spread_ratio']:.1%} of pretraining's"
+    numbers = {"status": state.status, "step": f"{state.step} of {state.steps}",
+               "loss": show("loss", ".4g"), "learning rate": show("lr", ".3g"),
+               "samples a second": show("samples_per_second", ".1f"),
+               "waiting for data": show("data_wait", ".1f", 100.) + " %",
+               "memory": show("memory_gb", ".2f") + " GB",
+               "time gone": duration(row.get("seconds")),
+               "time left": duration(state.seconds_left), "last checkpoint": f"step {state.saved}"}
+    if val:
+        last, best = val[-1]["val_loss"], min(r["val_loss"] for r in val)
+        numbers["validation loss"] = f"{last:.4g} (best {best:.4g})"
+    if "perplexity" in row:
+        numbers["codes"] = f"{row['perplexity']:.1f} effective, {row['codes_used']:.1f} used"
+    if "joint_perplexity" in row:
+        numbers["code tuples"] = f"{row['joint_perplexity']:.1f} effective in a batch"
+    if "latent_spread_ratio" in row:
+        numbers["latents' spread"] = f"{row['latent_spread_ratio']:.1%} of pretraining's"
     return numbers
 
+# %% ../../nbs/13_run/03_monitor.ipynb #53b3cbc9
 def show_training(
     state:TrainingState, # of a training
     axes=None, # three matplotlib axes; new ones if None
 ): # the axes
-    "Losses, learning rate, and samples a second with the share of waiting."
+    "Losses, learning rate, and samples a second."
     from matplotlib import pyplot as plt
-    if axes is None: axes = plt.subplots(1, 3, figsize=(10, 2.4), dpi=80, layout="constrained")[1]
-    series = lambda k: zip(*[(r["step"], r[k]) for r in state.rows if k in r], strict=True)
-    for ax,names in zip(axes, (("loss", "val_loss"), ("lr",), ("samples_per_second",))):
+    if axes is None:
+        axes = plt.subplots(1, 3, figsize=(10, 2.4), dpi=80, layout="constrained")[1]
+    marker = "." if len(state.rows) < 40 else None
+    curves = {"loss": ("loss", "val_loss"), "learning rate": ("lr",),
+              "samples a second": ("samples_per_second",)}
+    for ax, (label, names) in zip(axes, curves.items()):
         for name in names:
-            if any(name in r for r in state.rows): ax.plot(*series(name), label=name, marker="." if len(state.rows) < 40 else None)
-        ax.set(xlim=(0, max(state.steps, 1)), xlabel="step", ylabel={"lr": "learning rate", "samples_per_second": "samples a second"}.get(names[0], "loss"))
+            points = [(r["step"], r[name]) for r in state.rows if name in r]
+            if points: ax.plot(*zip(*points), label=name, marker=marker)
+        ax.set(xlim=(0, max(state.steps, 1)), xlabel="step", ylabel=label)
     if all(r.get("loss", 1) > 0 for r in state.rows): log_scale(axes[0])
     if any("val_loss" in r for r in state.rows): axes[0].legend(fontsize=7)
     return axes
+
+# %% ../../nbs/13_run/03_monitor.ipynb #cc55cd4f
+_BAR = ("<div style='background:#ddd;height:6px;width:100%'>"
+        "<div style='background:#1f77b4;height:6px;width:{:.1f}%'></div></div>")
+
+def _numbers_html(
+    numbers:dict, # name -> text
+    fraction:float, # of the steps that are done, in [0, 1]
+)->str:
+    "A bar and a table."
+    cell = "<td style='padding:2px 14px 2px 0'><small>{}</small><br><b>{}</b></td>"
+    cells = "".join(cell.format(html.escape(k), html.escape(v)) for k, v in numbers.items())
+    return f"{_BAR.format(100*min(fraction, 1))}<table><tr>{cells}</tr></table>"
+
+def _png_of(
+    state:TrainingState, # of a training
+)->bytes: # of a PNG file
+    "The curves as an image."
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 2.4), dpi=80, layout="constrained")
+    show_training(state, figure.subplots(1, 3))
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()
 
 # %% ../../nbs/13_run/03_monitor.ipynb #4507efdd
 class LiveView:
     "A widget that follows a training; `view` in the last line of a cell shows it."
     def __init__(self,
         folder, # of a run, or of its checkpoint
-        every:float=2., # seconds between two looks
+        every:float=2., # seconds between two readings of the files
     ):
         w = needed("ipywidgets", "lab")
         self.folder, self.every, self.closed = Path(folder), every, threading.Event()
-        self.numbers, self.curves = w.HTML(), w.Image(format="png", layout=w.Layout(display="none"))
-        self.stop = w.Button(description="Save and stop", tooltip="the training saves at the end of this step, and the same call goes on later")
-        self.said = w.Label()
-        self.stop.on_click(lambda _: setattr(self.said, "value", stop_run(self.folder)))
+        self.numbers = w.HTML()
+        self.curves = w.Image(format="png", layout=w.Layout(display="none"))
+        self.stop = w.Button(description="Save and stop",
+                             tooltip="the training saves at the end of this step, and the same "
+                                     "call goes on later")
+        self.message = w.Label()
+        self.stop.on_click(lambda _: setattr(self.message, "value", stop_run(self.folder)))
         self.stop.layout.display = "" if is_running(self.folder) else "none"
-        self.box = w.VBox([self.numbers, self.curves, w.HBox([self.stop, self.said])])
+        self.box = w.VBox([self.numbers, self.curves, w.HBox([self.stop, self.message])])
         self.thread = threading.Thread(target=self._follow, daemon=True)
         if self.refresh(): self.thread.start()
-
-    def refresh(self): # whether there may be more to see
-        "Look once."
-        try: state = training_state(self.folder)
-        except FileNotFoundError as e:
-            alive = is_running(self.folder)
-            self.numbers.value = html.escape("preparing; see log.txt" if alive else str(e))
-            return alive
-        self.numbers.value = _numbers_html(state_numbers(state), state.step/max(state.steps, 1))
-        if state.rows:
-            self.curves.value = _png_of(state)
-            self.curves.layout.display = ""
-        if state.status != "running": self.stop.layout.display = "none"
-        return state.status == "running" or is_running(self.folder)
 
     def _follow(self):
         while not self.closed.wait(self.every) and self.refresh(): pass
@@ -142,35 +180,32 @@ class LiveView:
         from IPython.display import display
         display(self.box)
 
-def _numbers_html(
-    numbers:dict, # name -> text
-    share:float, # of the steps that are done, in [0, 1]
-)->str:
-    "A bar and a table."
-    cells = "".join(f"<td style='padding:2px 14px 2px 0'><small>{html.escape(k)}</small><br><b>{html.escape(v)}</b></td>" for k,v in numbers.items())
-    bar = f"<div style='background:#ddd;height:6px;width:100%'><div style='background:#1f77b4;height:6px;width:{100*min(share, 1):.1f}%'></div></div>"
-    return f"{bar}<table><tr>{cells}</tr></table>"
-
-def _png_of(
-    state:TrainingState, # of a training
-)->bytes: # of a PNG file
-    "The curves as a picture, drawn without the notebook's own figures."
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(10, 2.4), dpi=80, layout="constrained")
-    show_training(state, figure.subplots(1, 3))
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+# %% ../../nbs/13_run/03_monitor.ipynb #c13bb1f6
+@patch
+def refresh(self:LiveView)->bool: # whether there may be more to see
+    "Read the files once, and show them."
+    try: state = training_state(self.folder)
+    except FileNotFoundError as e:
+        alive = is_running(self.folder)
+        self.numbers.value = html.escape("preparing; see log.txt" if alive else str(e))
+        return alive
+    self.numbers.value = _numbers_html(state_numbers(state), state.step/max(state.steps, 1))
+    if state.rows:
+        self.curves.value = _png_of(state)
+        self.curves.layout.display = ""
+    if state.status != "running": self.stop.layout.display = "none"
+    return state.status == "running" or is_running(self.folder)
 
 # %% ../../nbs/13_run/03_monitor.ipynb #c456c94c
 def recent_runs(
     most:int=10, # how many
 )->list: # of dicts: run, status, step, loss, time left; newest first
     "The project's last runs that train, wherever in `runs` they are."
-    found = sorted((project_root()/"runs").rglob("training.json"), key=lambda p: -p.stat().st_mtime)
-    rows = []
-    for path in found[:most]:
+    root, rows = project_root(), []
+    notes = sorted((root/"runs").rglob("training.json"), key=lambda p: -p.stat().st_mtime)
+    for path in notes[:most]:
         try: numbers = state_numbers(training_state(path.parent))
-        except (FileNotFoundError, ValueError, KeyError): continue # its checkpoint has been deleted
-        rows.append(dict(run=str(path.parent.relative_to(project_root()))) | {k: numbers[k] for k in ("status", "step", "loss", "time left")})
+        except (FileNotFoundError, ValueError, KeyError): continue # its checkpoint is deleted
+        shown = {k: numbers[k] for k in ("status", "step", "loss", "time left")}
+        rows.append(dict(run=str(path.parent.relative_to(root))) | shown)
     return rows

@@ -43,25 +43,29 @@ class Player:
     play:Callable = play_policy # how a chain is played
 
     @property
-    def training(self): # what trained its weights: commit and source of the package, machine; {} where it has none
+    def training(self): # commit and source of the package, machine; {} where there are no weights
         about = read_config(self.weights) if self.weights else {}
-        return dict(commit=about["git_commit"], **{n: about.get(n) for n in ("code", "machine")}) if about else {}
+        if not about: return {}
+        return dict(commit=about["git_commit"], **{n: about.get(n) for n in ("code", "machine")})
 
+# %% ../../nbs/13_run/08_players.ipynb #fb294dc0
 _SCRIPTS = dict(noop=NoOpPolicy(), random=RandomPolicy(), expert=Expert) # players without weights
 
 def find_player(
-    choice:str, # a name in `_SCRIPTS`; one of `run.options.POLICIES`, trained first where missing; or a checkpoint's folder
+    choice:str, # a name in `_SCRIPTS`; of `run.options.POLICIES`, made if missing; or a folder
     shared:dict, # parameters for `train_coupled`, `split` among them
     ckpts="ckpts", # folder of checkpoints, relative to the project's root
     untrained:bool=False, # the same network with random weights
 )->Player:
     "The player that a run parameter names."
-    if choice in _SCRIPTS: return Player(_SCRIPTS[choice], choice, play=play_expert if choice == "expert" else play_policy)
+    if choice in _SCRIPTS:
+        play = play_expert if choice == "expert" else play_policy
+        return Player(_SCRIPTS[choice], choice, play=play)
     weights = trained_policy(choice, shared, ckpts)
-    digest, name = checkpoint_digest(weights), weights.name
-    if not untrained: return Player(partial(load_to_act, weights), name, preset_in(weights), digest, weights=weights)
+    digest, name, preset = checkpoint_digest(weights), weights.name, preset_in(weights)
+    if not untrained: return Player(partial(load_to_act, weights), name, preset, digest, weights)
     random = partial(load_model, weights, expect=POLICY_CLASSES, trained=False)
-    return Player(random, f"{name}, untrained", preset_in(weights), f"{digest}-untrained")
+    return Player(random, f"{name}, untrained", preset, f"{digest}-untrained")
 
 # %% ../../nbs/13_run/08_players.ipynb #4f40d2d0
 def find_env(
@@ -71,8 +75,10 @@ def find_env(
 )->Callable: # make_env(config)
     "The environment that a run parameter names."
     if environment == "playtable": return playtable_env
-    return partial(real_env_here if player == "expert" else real_env, root=project_root()/environment, renderer=renderer or None)
+    make = real_env_here if player == "expert" else real_env
+    return partial(make, root=project_root()/environment, renderer=renderer or None)
 
+# %% ../../nbs/13_run/08_players.ipynb #8fbfe7f1
 def find_chains(
     tasks:str, # names separated by commas, "default", or "all": then the first of CALVIN's 1000
     chains:int, # how many
@@ -81,10 +87,13 @@ def find_chains(
 )->tuple: # sequences (initial state, task names); where they come from, in words
     "The chains that an evaluation plays."
     scenes = scene_names(split_scenes(split)[1])
-    if tasks == "all" and length == 5: found, source = first_sequences(chains), "first_sequences(chains)"
-    else: found, source = get_sequences(chains, tasks=task_list(tasks), length=length), "get_sequences(chains, tasks)"
-    if len(scenes) == 1: return found, source
-    return in_scenes(found, scenes), f"{source}, each in a scene of its own"
+    if tasks == "all" and length == 5:
+        sequences, source = first_sequences(chains), "first_sequences(chains)"
+    else:
+        sequences = get_sequences(chains, tasks=task_list(tasks), length=length)
+        source = "get_sequences(chains, tasks)"
+    if len(scenes) == 1: return sequences, source
+    return in_scenes(sequences, scenes), f"{source}, each in a scene of its own"
 
 # %% ../../nbs/13_run/08_players.ipynb #f2baa6f5
 def eval_config(
@@ -97,17 +106,21 @@ def eval_config(
     if "precision" in fields: fields["precision"] = fields["precision"] or None
     return preset_of(EvalConfig, preset, scene=split_scenes(split)[1], sequences=source, **fields)
 
+# %% ../../nbs/13_run/08_players.ipynb #7dac5793
 def earlier_evaluation(
     folder, # of a run of `eval_calvin`, relative to the project's root
     player:Player, # that must have been evaluated
     sequences:list, # that must have been played
 )->tuple: # `eval.results.EvalResult`, its `EvalConfig`, its folder
     "An evaluation that is studied further; `ValueError` where it is another one."
-    where = project_root()/folder
+    where, played = project_root()/folder, (player.identity, sequences_digest(sequences))
     result = EvalResult.load(where/"result.json")
-    if (result.checkpoint, result.protocol["digest"]) != (player.identity, sequences_digest(sequences)):
-        raise ValueError(f"{where} is an evaluation of another policy or of other chains: give policy, tasks and chains as they were given to it")
-    return result, EvalConfig(**{f.name: result.protocol[f.name] for f in fields(EvalConfig) if f.name in result.protocol}), where
+    protocol = result.protocol
+    if (result.checkpoint, protocol["digest"]) != played:
+        raise ValueError(f"{where} is an evaluation of another policy or of other chains: give "
+                         "policy, tasks and chains as they were given to it")
+    config = {f.name: protocol[f.name] for f in fields(EvalConfig) if f.name in protocol}
+    return result, EvalConfig(**config), where
 
 # %% ../../nbs/13_run/08_players.ipynb #9210d192
 def film_player(
@@ -121,7 +134,8 @@ def film_player(
     "A chain again, with the frames that the policy predicted, if it predicts any."
     tiny = player.weights and player.preset == "tiny" and make_env is playtable_env
     policy = load_model(player.weights) if tiny else None
-    if isinstance(policy, CoupledPolicy): return film_predicted(policy, record, sequence, config, path)
+    if isinstance(policy, CoupledPolicy):
+        return film_predicted(policy, record, sequence, config, path)
     return save_video(film_chain(record, sequence, config, make_env=make_env), path)
 
 # %% ../../nbs/13_run/08_players.ipynb #1ce2c7f3
@@ -137,11 +151,14 @@ def _demo_pretraining(params, at, shared): # name -> job of both pretrainings an
     shipped, jobs = params["pretrain"] == "shipped", {}
     going_on = {"variant.start": "shipped", "engine.lr": 5e-4} if shipped else {}
     for kind in ("gfdm", "gidm"):
-        steps = max(1, params[f"steps_{kind}"]//5) if shipped else params[f"steps_{kind}"]
-        jobs[f"pretrain_{kind}"] = f"pretrain_{kind}", shared | going_on | dict(steps=steps, ckpt=at(kind)), []
+        steps = params[f"steps_{kind}"]
+        given = dict(steps=max(1, steps//5) if shipped else steps, ckpt=at(kind))
+        jobs[f"pretrain_{kind}"] = f"pretrain_{kind}", shared | going_on | given, []
     start = {f"pretrained.{kind}": at(kind) for kind in ("gfdm", "gidm")}
-    given = shared | start | dict(steps=params["steps_align"], ckpt=at("aligned"), ckpts=params["ckpts"])
-    return jobs | dict(align=("align", given, [*jobs])), start
+    given = dict(steps=params["steps_align"], ckpt=at("aligned"), ckpts=params["ckpts"])
+    return jobs | dict(align=("align", shared | start | given, [*jobs])), start
+
+_NEEDS = dict(coupled=["align"], no_gidm=["pretrain_gfdm"]) # policy -> jobs before it
 
 def demo_jobs(
     params:dict, # of `pipeline`
@@ -149,26 +166,28 @@ def demo_jobs(
 )->dict: # name -> (notebook, params, out, names of jobs before), for `run.cli.run_notebooks`
     "The trainings and evaluations of the demonstration."
     split, ckpts, shipped = params["split"], params["ckpts"], params["pretrain"] == "shipped"
-    few = demo_recording(params)
-    shared = dict(split=split, tasks=params["tasks"], seed=params["seed"], demos=few["demos"], data=few["data"])
+    tasks, few = dict(split=split, tasks=params["tasks"]), demo_recording(params)
+    shared = tasks | dict(seed=params["seed"], demos=few["demos"], data=few["data"])
     at = lambda name: f"{ckpts}/demo/{name}" if shipped else f"{ckpts}/{name}-tiny-{split}"
     jobs, start = _demo_pretraining(params, at, shared)
-    played = dict(split=split, tasks=params["tasks"], chains=params["chains"], workers=1)
-    needs = dict(coupled=["align"], no_gidm=["pretrain_gfdm"])
+    played = tasks | dict(chains=params["chains"], workers=1)
     for name in demo_policies(params["pretrain"]):
         policy, labels = name.rsplit("_", 1)
         ckpt = at(policy) if labels == "all" else f"{ckpts}/demo/{name}"
-        given = shared | start | dict(policy=policy, steps=params[f"steps_{labels}"], ckpt=ckpt, ckpts=ckpts)
+        steps = params[f"steps_{labels}"]
+        given = shared | start | dict(policy=policy, steps=steps, ckpt=ckpt, ckpts=ckpts)
         given |= dict(data_frac=few["data_frac"]) if labels == "few" else {}
         given |= {"pretrained.aligned": at("aligned")} if policy == "coupled" else {}
-        jobs[name] = "train_coupled", given, needs.get(policy, [])
+        jobs[name] = "train_coupled", given, _NEEDS.get(policy, [])
         film = {} if name == "coupled_all" else dict(film=0)
         jobs[f"eval_{name}"] = "eval_calvin", played | film | dict(policy=ckpt), [name]
     if shipped: jobs["eval_shipped"] = "eval_calvin", played | dict(policy="shipped"), []
-    return {name: (notebook, given, folder/name, before) for name, (notebook, given, before) in jobs.items()}
+    return {name: (notebook, given, folder/name, before)
+            for name, (notebook, given, before) in jobs.items()}
 
 # %% ../../nbs/13_run/08_players.ipynb #27ee05be
-_KINDS = dict(plain="plain (present frames)", blind="blind (no image)", coupled="coupled", no_gidm="without GIDM", shipped="coupled, shipped")
+_KINDS = dict(plain="plain (present frames)", blind="blind (no image)", coupled="coupled",
+              no_gidm="without GIDM", shipped="coupled, shipped")
 
 def demo_results(
     folder, # of the demonstration's run
@@ -192,30 +211,41 @@ def demo_conclusion(
     named = lambda name, text: replace(results[name], policy=text)
     def sentence(labels, *others):
         coupled = named(f"coupled_{labels}", "the coupled policy")
-        return conclusion(coupled, [compare(coupled, named(f"{n}_{labels}", _KINDS[n])) for n in others])
-    few = f"With {100*params['data_frac']:g} % of the labels {sentence('few', 'plain', 'blind', 'no_gidm')}"
-    if "shipped" in results: return f"{few} {conclusion(named('shipped', 'The policy that comes with the package, trained with all labels,'))}"
-    return f"{few} With all of them {sentence('all', 'plain')}"
+        others = [named(f"{n}_{labels}", _KINDS[n]) for n in others]
+        return conclusion(coupled, [compare(coupled, other) for other in others])
+    part = f"{100*params['data_frac']:g} %"
+    few = f"With {part} of the labels {sentence('few', 'plain', 'blind', 'no_gidm')}"
+    if "shipped" not in results: return f"{few} With all of them {sentence('all', 'plain')}"
+    shipped = named("shipped", "The policy that comes with the package, trained with all labels,")
+    return f"{few} {conclusion(shipped)}"
 
 # %% ../../nbs/13_run/08_players.ipynb #d683fdbc
 def zoo_jobs(
     params:dict, # of `pretrain_zoo`
     folder, # of its run, absolute
 )->dict: # name -> (notebook, params, out, names of jobs before), for `run.cli.run_notebooks`
-    "The trainings of the models that come with the package; those of GFDM's learning curve are called gfdm_<steps>."
-    at = {kind: f"{params['ckpts']}/{kind}" for kind in ("gfdm", "gidm", "aligned", "coupled")}
+    "The trainings of the shipped models; of GFDM's learning curve they are called gfdm_<steps>."
+    ckpts, of_video = params["ckpts"], {"variant.video": params["video"]}
+    at = {kind: f"{ckpts}/{kind}" for kind in ("gfdm", "gidm", "aligned", "coupled")}
     shared = {n: params[n] for n in ("split", "tasks", "demos", "data", "seed")}
-    seen, start = {"variant.video": params["video"]}, {f"pretrained.{kind}": at[kind] for kind in ("gfdm", "gidm")}
-    def job(notebook, name, ckpt, given, *before): return notebook, shared | given | dict(ckpt=ckpt), folder/name, [*before]
-    jobs = {kind: job(f"pretrain_{kind}", kind, at[kind], seen | dict(steps=params[f"steps_{kind}"])) for kind in ("gfdm", "gidm")}
-    aligning = start | dict(steps=params["steps_align"], ckpts=params["ckpts"])
+    start = {f"pretrained.{kind}": at[kind] for kind in ("gfdm", "gidm")}
+    def job(notebook, name, ckpt, given, *before):
+        return notebook, shared | given | dict(ckpt=ckpt), folder/name, [*before]
+    def pretraining(kind, name, ckpt, steps):
+        return job(f"pretrain_{kind}", name, ckpt, of_video | dict(steps=steps))
+    jobs = {kind: pretraining(kind, kind, at[kind], params[f"steps_{kind}"])
+            for kind in ("gfdm", "gidm")}
+    aligning = start | dict(steps=params["steps_align"], ckpts=ckpts)
     jobs["aligned"] = job("align", "aligned", at["aligned"], aligning, "gfdm", "gidm")
-    acting = start | {"pretrained.aligned": at["aligned"], "variant.present": 1, "variant.latent_dropout": .5}
-    acting |= dict(steps=params["steps_policy"], ckpts=params["ckpts"])
+    acting = {"pretrained.aligned": at["aligned"], "variant.present": 1,
+              "variant.latent_dropout": .5}
+    acting = start | acting | dict(steps=params["steps_policy"], ckpts=ckpts)
     jobs["coupled"] = job("train_coupled", "coupled", at["coupled"], acting, "aligned")
-    for n in params["curve"]: jobs[f"gfdm_{n}"] = job("pretrain_gfdm", f"gfdm_{n}", f"{at['gfdm']}_{n}", seen | dict(steps=n))
+    for n in params["curve"]:
+        jobs[f"gfdm_{n}"] = pretraining("gfdm", f"gfdm_{n}", f"{at['gfdm']}_{n}", n)
     return jobs
 
+# %% ../../nbs/13_run/08_players.ipynb #1e1c9c2f
 def zoo_evaluations(
     params:dict, # of `pretrain_zoo`
     folder, # of its run, absolute
@@ -224,26 +254,52 @@ def zoo_evaluations(
     "What their cards state is measured on the shipped weights."
     shared = {n: params[n] for n in ("split", "tasks")}
     video = shared | dict(data=params["data"], demos=params["demos"])
+    of_gfdm = video | dict(gfdm=str(zoo/"gfdm"), steps="1,10", dims=0)
+    of_gidm = video | dict(model=str(zoo/"gidm"), replays=0, clips=0)
     played = shared | dict(policy=str(zoo/"coupled"), chains=params["chains"], workers=1)
-    return {"eval_gfdm": ("eval_gfdm", video | dict(gfdm=str(zoo/"gfdm"), steps="1,10", dims=0), folder/"eval_gfdm"),
-            "eval_gidm": ("eval_gidm", video | dict(model=str(zoo/"gidm"), replays=0, clips=0), folder/"eval_gidm"),
+    return {"eval_gfdm": ("eval_gfdm", of_gfdm, folder/"eval_gfdm"),
+            "eval_gidm": ("eval_gidm", of_gidm, folder/"eval_gidm"),
             "eval_coupled": ("eval_calvin", played, folder/"eval_coupled")}
 
 # %% ../../nbs/13_run/08_players.ipynb #8ee25916
-_LIMITS = "It knows this simulator, its 64-pixel images and its tasks, and nothing else. It is one training."
-
 def _psnr_rows(views): # of `eval_gfdm`'s metrics
-    kinds = {"1 step": "one denoising step", "10 steps": "ten denoising steps", "copy of the present": "copying the present frame"}
-    for view, found in views.items():
+    kinds = {"1 step": "one denoising step", "10 steps": "ten denoising steps",
+             "copy of the present": "copying the present frame"}
+    for view, metrics in views.items():
         for kind, name in kinds.items():
-            value, low, high = found["measures"][kind]["psnr"]
-            yield f"PSNR of predicted frames, {view} camera, {name}", f"{value:.2f} dB", f"{low:.2f} to {high:.2f}"
+            value, low, high = metrics["measures"][kind]["psnr"]
+            what = f"PSNR of predicted frames, {view} camera, {name}"
+            yield what, f"{value:.2f} dB", f"{low:.2f} to {high:.2f}"
 
 def _suite_rows(suite): # of `eval_gidm`'s metrics
     for name in ("reconstruction skill", "joint perplexity of the tuple", "R2 of the position"):
-        found = suite[name]
-        yield name, f"{found['value']:.2f}", f"{found['low']:.2f} to {found['high']:.2f}"
-        if before := found["references"].get("before the book"): yield f"{name}, before the codebook", f"{before['value']:.2f}", ""
+        m = suite[name]
+        yield name, f"{m['value']:.2f}", f"{m['low']:.2f} to {m['high']:.2f}"
+        before = m["references"].get("before the book")
+        if before: yield f"{name}, before the codebook", f"{before['value']:.2f}", ""
+
+def _played_rows(played, chains): # of `eval_calvin`'s metrics
+    length, low, high = (f"{played[n]:.2f}" for n in ("average_length", "low", "high"))
+    rates = ", ".join(f"{rate:.2f}" for rate in played["rates"])
+    yield "average length of five tasks in a row", length, f"{low} to {high}, {chains} chains"
+    yield "success of 1, 2, ... 5 tasks in a row", rates, ""
+
+# %% ../../nbs/13_run/08_players.ipynb #30ea0426
+_SUMMARIES = dict(
+    gfdm="Predicts the next three frames, a sixth of a second apart, from one frame and an "
+         "instruction.",
+    gidm="Infers latent actions between two frames a third of a second apart, from DINO's "
+         "features.",
+    coupled="Chooses ten actions from two camera frames, the robot's state and an instruction, "
+            "through frozen GFDM and GIDM, whose weights it holds.")
+_LIMITS = ("It knows this simulator, its 64-pixel images and its tasks, and nothing else. "
+           "It is one training.")
+
+def _recorded(params): # the recordings that a card names
+    names = names_list(f"{params['split']},{params['video']}")
+    splits = ", ".join(f"{s} ({SPLITS[s][0]})" if s in SPLITS else s for s in names)
+    return (f"of the embedded simulator's recordings {splits}: scripted demonstrations of "
+            f"{len(task_list(params['tasks']))} tasks")
 
 def zoo_cards(
     params:dict, # of `pretrain_zoo`
@@ -251,20 +307,18 @@ def zoo_cards(
     metrics:dict, # job of `zoo_jobs` or `zoo_evaluations` -> what it measured
 )->dict: # kind -> Markdown
     "A model card for each shipped model."
-    splits = ", ".join(f"{s} ({SPLITS[s][0]})" if s in SPLITS else s for s in names_list(f"{params['split']},{params['video']}"))
-    recorded = f"of the embedded simulator's recordings {splits}: scripted demonstrations of {len(task_list(params['tasks']))} tasks"
-    spent = lambda kind: f"{metrics[kind]['seconds']/60:.0f} minutes on CPU cores that other work shared; {{}}. Made by the run notebook `pretrain_zoo`."
-    played = metrics["eval_coupled"]
-    rates = ", ".join(f"{rate:.2f}" for rate in played["rates"])
-    return dict(
-        gfdm=model_card(zoo/"gfdm", "Predicts the next three frames, a sixth of a second apart, from one frame and an instruction.",
-                        f"{metrics['gfdm']['clips']:,} clips without actions, {recorded}.", spent("gfdm").format("clips are seen by both cameras"),
-                        [*_psnr_rows(metrics["eval_gfdm"]["views"])], _LIMITS),
-        gidm=model_card(zoo/"gidm", "Infers latent actions between two frames a third of a second apart, from DINO's features.",
-                        f"{metrics['gidm']['pairs']:,} pairs of frames without actions, {recorded}.", spent("gidm").format("static camera"),
-                        [*_suite_rows(metrics["eval_gidm"]["suite"])], _LIMITS),
-        coupled=model_card(zoo/"coupled", "Chooses ten actions from two camera frames, the robot's state and an instruction, through frozen GFDM and GIDM, whose weights it holds.",
-                           f"{metrics['coupled']['demonstrations']} demonstrations with actions of {params['split']}; its frozen models, what their cards say.",
-                           spent("coupled").format("fine-tuning alone"),
-                           [("average length of five tasks in a row", f"{played['average_length']:.2f}", f"{played['low']:.2f} to {played['high']:.2f}, {params['chains']} chains"),
-                            ("success of 1, 2, ... 5 tasks in a row", rates, "")], _LIMITS))
+    gfdm, gidm, coupled, recorded = *(metrics[kind] for kind in _SUMMARIES), _recorded(params)
+    data = dict(gfdm=f"{gfdm['clips']:,} clips without actions, {recorded}.",
+                gidm=f"{gidm['pairs']:,} pairs of frames without actions, {recorded}.",
+                coupled=f"{coupled['demonstrations']} demonstrations with actions of "
+                        f"{params['split']}; its frozen models, what their cards say.")
+    about = dict(gfdm="clips are seen by both cameras", gidm="static camera",
+                 coupled="fine-tuning alone")
+    rows = dict(gfdm=_psnr_rows(metrics["eval_gfdm"]["views"]),
+                gidm=_suite_rows(metrics["eval_gidm"]["suite"]),
+                coupled=_played_rows(metrics["eval_coupled"], params["chains"]))
+    def card(kind):
+        spent = (f"{metrics[kind]['seconds']/60:.0f} minutes on CPU cores that other work shared; "
+                 f"{about[kind]}. Made by the run notebook `pretrain_zoo`.")
+        return model_card(zoo/kind, _SUMMARIES[kind], data[kind], spent, [*rows[kind]], _LIMITS)
+    return {kind: card(kind) for kind in _SUMMARIES}

@@ -27,8 +27,8 @@ from .datasets import (
     SPLITS, PolicyData, keep_run_texts, names_list, policy_data, reading_of, store_name)
 from .options import POLICIES, DataReading, PolicyVariant, chosen
 from .pretrained import (
-    aligned_folder, checkpoint_name, feature_bytes, feature_file, foreseen, inferred, ingredients, load_aligned,
-    preset_in, pretrained, pretrained_folder, trained_policy)
+    aligned_folder, checkpoint_name, feature_bytes, feature_file, foreseen, inferred,
+    ingredients, load_aligned, preset_in, pretrained, pretrained_folder, trained_policy)
 from ..sim.playtable import PlayTable
 from ..train.auxiliary import inverse_beside
 from ..train.config import TrainConfig
@@ -46,15 +46,17 @@ class PolicyAuxiliary(InverseDynamicsConfig):
     pair:str = "real" # of a coupled policy: real or imagined; a direct one has its encoder's
     control:str = "" # shuffled_future or order_only: a control experiment; empty is none
 
+# %% ../../nbs/13_run/06_policies.ipynb #32f8c08a
 def policy_checkpoint(
     params:dict, # of the run
 )->Path: # absolute
     "The folder of the checkpoint that a run trains."
-    if params["policy"] not in POLICIES: raise ValueError(f"policy is {params['policy']!r}; choose {', '.join(POLICIES)}")
+    if params["policy"] not in POLICIES:
+        raise ValueError(f"policy is {params['policy']!r}; choose {', '.join(POLICIES)}")
     if params["ckpt"]: return project_root()/params["ckpt"]
     made = {n: params[n] for n in ("split", "preset", "auxiliary", "data_frac", "seed")}
-    name = checkpoint_name(params["policy"], **made, **params["variant"], vision_encoder=params["pretrained"]["vision_encoder"])
-    return project_root()/params["ckpts"]/name
+    made |= params["variant"] | dict(vision_encoder=params["pretrained"]["vision_encoder"])
+    return project_root()/params["ckpts"]/checkpoint_name(params["policy"], **made)
 
 # %% ../../nbs/13_run/06_policies.ipynb #aaf3572c
 def real_pairs(
@@ -63,88 +65,114 @@ def real_pairs(
     "Whether samples have a second frame, of the future, for the auxiliary loss."
     return bool(auxiliary) and auxiliary.get("pair") != "imagined"
 
+# %% ../../nbs/13_run/06_policies.ipynb #f6ecd83e
 def policy_demonstrations(
     params:dict, # of the run
     encoders, # `models.encoders.Encoders`
     cfg:TrainConfig, # of the training
 )->PolicyData:
-    "The demonstrations that a run's policy is trained on, and those that are held out, with what the policy reads of the present frames."
+    "The demonstrations of a run's policy, trained on and held out, with what it reads of them."
     forward = "dino" if params["variant"]["forward"] == "dino" else "latent"
-    read = dict(coupled=forward, no_gidm=forward, plain="latent", blind="video", direct="video")[params["policy"]]
-    reading, ahead = params["reading"], preset_of(DataSpec, params["preset"]).chunk*real_pairs(params["auxiliary"])
+    fields_read = dict(coupled=forward, no_gidm=forward, plain="latent", blind="video",
+                       direct="video")
+    reading, chunk = params["reading"], preset_of(DataSpec, params["preset"]).chunk
     given = {n: params[n] for n in ("stride", "data_frac", "tasks", "demos", "data", "preset")}
-    demo = policy_data(params["split"], read, encoders, cfg, **given, reading=reading_of(**reading), unchecked=reading["unchecked"], ahead=ahead)
-    return replace(demo, train=demo.train.blind, held=demo.held.blind) if params["policy"] == "blind" else demo
+    given |= dict(reading=reading_of(**reading), unchecked=reading["unchecked"])
+    given |= dict(ahead=chunk*real_pairs(params["auxiliary"]))
+    demo = policy_data(params["split"], fields_read[params["policy"]], encoders, cfg, **given)
+    if params["policy"] != "blind": return demo
+    return replace(demo, train=demo.train.blind, held=demo.held.blind)
 
+# %% ../../nbs/13_run/06_policies.ipynb #8a8c30ad
 def show_demonstrations(
     demo:PolicyData, # from `policy_demonstrations`
 ): # matplotlib axes, or None
-    "Print what a policy is trained on, with the bounds of another robot's actions; draw how many demonstrations each of CALVIN's tasks has."
-    print(demo.piece, f"of them {len(demo.demonstrations)} for training, {len(demo.held_out)} held out", sep="\n")
+    "Print what a policy is trained on, and a robot's bounds; draw the demonstrations a task."
+    print(demo.piece)
+    print(f"of them {len(demo.demonstrations)} for training, {len(demo.held_out)} held out")
     if demo.scale is None: return show_tasks(demo.demonstrations)
-    print(*(f"{n}: {low:.4g} to {high:.4g}" for n, low, high in zip(demo.labels, demo.scale.low, demo.scale.high)), sep="\n")
+    for n, low, high in zip(demo.labels, demo.scale.low, demo.scale.high):
+        print(f"{n}: {low:.4g} to {high:.4g}")
 
 # %% ../../nbs/13_run/06_policies.ipynb #3eef78b7
 def _adapter(base, params, robot):
-    "The configuration of the action adapter of a policy's preset, with what the run sets otherwise."
+    "The configuration of a preset's action adapter, with what the run sets otherwise."
     given = chosen(params["variant"], "proprio", "proprio_dropout")
     numbers = {"proprio_dim": given.pop("proprio")} if "proprio" in given else {}
-    if numbers and numbers["proprio_dim"] not in (0, 11): raise ValueError(f"variant.proprio is {numbers['proprio_dim']}; it is 0 or 11")
-    if robot and numbers.get("proprio_dim"): raise ValueError("variant.proprio is 11, which only CALVIN's robot state has: leave it out, or give 0")
+    if numbers and numbers["proprio_dim"] not in (0, 11):
+        raise ValueError(f"variant.proprio is {numbers['proprio_dim']}; it is 0 or 11")
+    if robot and numbers.get("proprio_dim"):
+        raise ValueError("variant.proprio is 11, which only CALVIN's robot state has: leave it "
+                         "out, or give 0")
     return replace(base.adapter, **given | numbers | robot)
+
+def _aligns(base, variant): # as the preset does, unless the run says
+    return base.projection_frozen if variant["align"] < 0 else bool(variant["align"])
+
+def _without_gidm(params): # whether a policy has no GIDM
+    variant, without = params["variant"], params["policy"] == "no_gidm"
+    if without and variant.get("latents", "") not in ("", "none"):
+        raise ValueError(f"variant.latents is {variant['latents']!r}, and policy no_gidm has none: "
+                         "leave it out, or take policy coupled")
+    return without or variant.get("latents") == "none"
 
 def _coupled_config(params, gfdm, views, robot):
     "The configuration of a coupled policy, but for its GIDM."
-    variant, none = params["variant"], "none" in (params["variant"].get("latents"), "none"*(params["policy"] == "no_gidm"))
-    if none and variant.get("latents", "") not in ("", "none"):
-        raise ValueError(f"variant.latents is {variant['latents']!r}, and policy no_gidm has none: leave it out, or take policy coupled")
-    frames = {n: tuple(map(int, names_list(text))) for n, text in chosen(variant, "frames", "gidm_frames").items()}
-    switches = {n: bool(v) for n, v in chosen(variant, "present", "feature_norm", "latent_positions").items()}
-    base = preset_of(PolicyConfig, params["preset"], feature_dim=gfdm.feature_shape()[-1], views=views, **switches, **chosen(variant, "latents", "latent_dropout", "vq_weight"))
-    pair, adapter = {n: frames.pop(n) for n in ("gidm_frames",) if n in frames}, _adapter(base, params, robot)
-    fresh = params["pretrained"]["gidm"] == "untrained" # then GIDM has only the actions to learn from
+    variant, without = params["variant"], _without_gidm(params)
+    frames = {n: tuple(map(int, names_list(text)))
+              for n, text in chosen(variant, "frames", "gidm_frames").items()}
+    switches = chosen(variant, "present", "feature_norm", "latent_positions")
+    given = {n: bool(v) for n, v in switches.items()}
+    given |= chosen(variant, "latents", "latent_dropout", "vq_weight")
+    base = preset_of(PolicyConfig, params["preset"], feature_dim=gfdm.feature_shape()[-1],
+                     views=views, **given)
+    pair = {n: frames.pop(n) for n in ("gidm_frames",) if n in frames}
+    fresh = params["pretrained"]["gidm"] == "untrained" # then GIDM learns from actions only
     train = names_list(variant["train"]) or (("gidm", "adapter") if fresh else base.train)
-    base = replace(base, spec=replace(base.spec, **pair), **frames, train=tuple(train), adapter=adapter)
-    if none: return base.without_gidm()
+    base = replace(base, spec=replace(base.spec, **pair), **frames, train=tuple(train),
+                   adapter=_adapter(base, params, robot))
+    if without: return base.without_gidm()
     learns = "gidm" in train or bool(params["auxiliary"]) # inverse dynamics teaches the projection
     return replace(base, projection_frozen=_aligns(base, variant) and not learns)
 
-def _aligns(base, variant): return base.projection_frozen if variant["align"] < 0 else bool(variant["align"]) # as the preset does, unless it is said
-
 # %% ../../nbs/13_run/06_policies.ipynb #8c5af3f8
-def _coupled(params, encoders, views, robot):
-    "GFDM and GIDM, pretrained first where they are missing, and the policy behind them."
-    params = params | dict(variant=asdict(PolicyVariant(**params["variant"])))
-    start, variant = params["pretrained"], PolicyVariant(**params["variant"])
-    shared = {n: params[n] for n in ("preset", "split", "tasks", "demos", "data")}
-    shared |= dict(reading={f.name: params["reading"][f.name] for f in fields(DataReading)})
-    if start["steps"]: shared["steps"] = start["steps"]
-    step = {} if variant.extract_step == 1 else dict(extract_step=variant.extract_step)
-    gfdm = pretrained("gfdm", start["gfdm"], encoders, shared, asdict(variant), params["ckpts"], **step)
-    base, used = _coupled_config(params, gfdm, views, robot), dict(gfdm=gfdm)
-    if base.latents == "none": return _starting(CoupledPolicy(base, encoders, gfdm), **used)
-    gidm = pretrained("gidm", start["gidm"], encoders, shared, asdict(variant), params["ckpts"])
-    own = dict(dec_blocks=0, texts=base.gidm.texts) | chosen(asdict(variant), "commitment", "restart_below")
-    model = CoupledPolicy(replace(base, gidm=replace(gidm.cfg, **own)), encoders, gfdm)
-    if not _aligns(preset_of(PolicyConfig, params["preset"]), asdict(variant)): return _starting(model.start_from(gidm), **used, gidm=gidm)
-    aligned = load_aligned(aligned_folder(params, shared), gfdm, gidm, encoders)
-    return _starting(model.start_from(aligned), **used, gidm=gidm, aligned=aligned)
-
 def _starting(model, **models): # a policy that knows what it starts from
     model.ingredients = ingredients([], **models)
     return model
 
+def _coupled(params, encoders, views, robot):
+    "GFDM and GIDM, pretrained first where they are missing, and the policy behind them."
+    variant = asdict(PolicyVariant(**params["variant"]))
+    params, start, ckpts = params | dict(variant=variant), params["pretrained"], params["ckpts"]
+    shared = {n: params[n] for n in ("preset", "split", "tasks", "demos", "data")}
+    shared |= dict(reading={f.name: params["reading"][f.name] for f in fields(DataReading)})
+    if start["steps"]: shared["steps"] = start["steps"]
+    step = {n: variant[n] for n in ("extract_step",) if variant[n] != 1}
+    gfdm = pretrained("gfdm", start["gfdm"], encoders, shared, variant, ckpts, **step)
+    base, used = _coupled_config(params, gfdm, views, robot), dict(gfdm=gfdm)
+    if base.latents == "none": return _starting(CoupledPolicy(base, encoders, gfdm), **used)
+    gidm = pretrained("gidm", start["gidm"], encoders, shared, variant, ckpts)
+    own = dict(dec_blocks=0, texts=base.gidm.texts) | chosen(variant, "commitment", "restart_below")
+    model = CoupledPolicy(replace(base, gidm=replace(gidm.cfg, **own)), encoders, gfdm)
+    if not _aligns(preset_of(PolicyConfig, params["preset"]), variant):
+        return _starting(model.start_from(gidm), **used, gidm=gidm)
+    aligned = load_aligned(aligned_folder(params, shared), gfdm, gidm, encoders)
+    return _starting(model.start_from(aligned), **used, gidm=gidm, aligned=aligned)
+
 def _direct(params, encoders, views, robot):
     "A vision encoder, pretrained where there is one, and the adapter behind it."
-    given, base = params["pretrained"]["vision_encoder"], preset_of(DirectConfig, params["preset"], views=views)
-    dino = f"{params['ckpts']}/{find_base_model('dino').folder}" if params["preset"] != "tiny" else ""
+    preset, given = params["preset"], params["pretrained"]["vision_encoder"]
+    base = preset_of(DirectConfig, preset, views=views)
+    dino = f"{params['ckpts']}/{find_base_model('dino').folder}" if preset != "tiny" else ""
     if given: base = around_encoder(base, project_root()/given)
     model = DirectPolicy(replace(base, adapter=_adapter(base, params, robot)), encoders)
     if not (given or dino): return model
     model.start_from(project_root()/(given or dino))
-    model.ingredients = dict(vision_encoder=dict(path=given or dino, digest=weights_digest(model.tower)))
+    digest = weights_digest(model.tower)
+    model.ingredients = dict(vision_encoder=dict(path=given or dino, digest=digest))
     return model
 
+# %% ../../nbs/13_run/06_policies.ipynb #81b88c11
 def _plain(params, encoders, views, robot):
     base = preset_of(PlainConfig, params["preset"], latent_channels=encoders.vae.channels)
     return PlainPolicy(replace(base, adapter=_adapter(base, params, robot)), encoders)
@@ -153,19 +181,23 @@ def _blind(params, encoders, views, robot):
     base = preset_of(BlindConfig, params["preset"])
     return BlindPolicy(replace(base, adapter=_adapter(base, params, robot)), encoders)
 
-# %% ../../nbs/13_run/06_policies.ipynb #81b88c11
+_BUILDERS = dict(coupled=_coupled, no_gidm=_coupled, direct=_direct, plain=_plain, blind=_blind)
+
 def build_policy(
     params:dict, # of the run
     encoders, # `models.encoders.Encoders`
     demo:PolicyData, # from `policy_demonstrations`
 )->nn.Module: # a `CoupledPolicy`, `PlainPolicy`, `BlindPolicy` or `DirectPolicy`
-    "The policy that a run trains, with the pretrained parts that it starts from; new weights are drawn from torch's generator."
+    "The policy that a run trains, from its pretrained parts; new weights of torch's generator."
     robot = {} if demo.scale is None else dict(action_dim=len(demo.labels), proprio_dim=0)
     views = names_list(params["variant"]["views"])[:len(demo.piece.views)]
-    make = dict(coupled=_coupled, no_gidm=_coupled, direct=_direct, plain=_plain, blind=_blind)[params["policy"]]
-    return make(params, encoders, views, robot)
+    return _BUILDERS[params["policy"]](params, encoders, views, robot)
 
 # %% ../../nbs/13_run/06_policies.ipynb #e5b9a6f0
+def _encoded_folder(params): # where a run's encodings are kept
+    name = store_name(params["split"], params["preset"])
+    return project_root()/params["data"]/f"{name}-encoded"
+
 def policy_samples(
     model:nn.Module, # from `build_policy`; GFDM's features are computed on the training's device
     demo:PolicyData, # its demonstrations
@@ -177,13 +209,17 @@ def policy_samples(
     pair = real_pairs(params["auxiliary"])
     room = feature_bytes(model, len(demo.train) + len(demo.held), pair)/1e9
     if "gfdm" in model.cfg.train or room > params["pretrained"]["keep_gb"]:
-        print(f"GFDM's features are computed in every step; kept, they would take {room:.1f} GB (pretrained.keep_gb)")
+        print("GFDM's features are computed in every step; kept, they would take "
+              f"{room:.1f} GB (pretrained.keep_gb)")
         return demo.train, demo.held
-    folder = project_root()/params["data"]/f"{store_name(params['split'], params['preset'])}-encoded"
     model.to(cfg.device_)
-    files = [folder/feature_file(model, part, pair) for part in (f"{params['data_frac']:g}", "held_out")]
-    seen = [foreseen(model, data, path, pair) for data, path in zip((demo.train, demo.held), files)]
-    return tuple(inferred(model, s, f"{path}-latents") for s, path in zip(seen, files)) if model.latents_frozen else tuple(seen)
+    parts = {f"{params['data_frac']:g}": demo.train, "held_out": demo.held}
+    kept = []
+    for part, data in parts.items():
+        path = _encoded_folder(params)/feature_file(model, part, pair)
+        kept.append((foreseen(model, data, path, pair), f"{path}-latents"))
+    if not model.latents_frozen: return tuple(features for features, _ in kept)
+    return tuple(inferred(model, features, path) for features, path in kept)
 
 # %% ../../nbs/13_run/06_policies.ipynb #43cd8113
 def policy_auxiliary(
@@ -191,10 +227,12 @@ def policy_auxiliary(
     demo:PolicyData, # its demonstrations
     params:dict, # of the run
 ): # `train.auxiliary.InverseBeside`, or None
-    "The auxiliary loss of a run, as its parameter `auxiliary` asks for it."
+    "The auxiliary loss that a run's parameter `auxiliary` describes."
     if not params["auxiliary"]: return None
-    return inverse_beside(model, params["auxiliary"], None if demo.scale is None else rest_action(demo.scale))
+    rest = None if demo.scale is None else rest_action(demo.scale)
+    return inverse_beside(model, params["auxiliary"], rest)
 
+# %% ../../nbs/13_run/06_policies.ipynb #b6600d50
 def keep_policy_texts(
     model:nn.Module, # from `build_policy`
     encoders, # `models.encoders.Encoders`
@@ -202,7 +240,8 @@ def keep_policy_texts(
     data, # folder, relative to the project's root
 ):
     "Encode the instructions once, for all runs."
-    keep_run_texts(encoders, demo.piece.texts, data, t5=[] if getattr(model, "gidm", None) is None else [model.cfg.gidm])
+    has_gidm = getattr(model, "gidm", None) is not None
+    keep_run_texts(encoders, demo.piece.texts, data, t5=[model.cfg.gidm] if has_gidm else [])
 
 def policy_info(
     model:nn.Module, # from `build_policy`
@@ -224,42 +263,49 @@ def row_models(
     split:str, # of the run
 )->dict: # "gfdm" and "gidm" -> name of the checkpoint
     "What a row of the tables starts from."
-    return {kind: checkpoint_name(kind, split, **given) for kind, given in (("gfdm", row.gfdm), ("gidm", row.gidm))}
+    return {kind: checkpoint_name(kind, split, **getattr(row, kind)) for kind in ("gfdm", "gidm")}
 
+# %% ../../nbs/13_run/06_policies.ipynb #712c4473
 def missing_models(
     rows:list, # of `eval.published.Row`
     split:str, # of the run
     ckpts, # folder of checkpoints, relative to the project's root
 )->dict: # name of a checkpoint -> (kind, variant)
     "The pretrained models that rows need and that are not finished."
-    needed = {row_models(row, split)[kind]: (kind, getattr(row, kind)) for row in rows for kind in row.starts_from}
-    return {name: how for name, how in needed.items() if not is_finished(project_root()/ckpts/name)}
+    needed = {}
+    for row in rows:
+        names = row_models(row, split)
+        needed |= {names[kind]: (kind, getattr(row, kind)) for kind in row.starts_from}
+    root = project_root()/ckpts
+    return {name: how for name, how in needed.items() if not is_finished(root/name)}
 
 # %% ../../nbs/13_run/06_policies.ipynb #d7fbf0d4
 def row_jobs(
     runs:list, # of `eval.published.AblationRun`
-    params:dict, # of the run notebook: split, tasks, demos, data, ckpts, steps, pretrain_steps, judge, length and chains
+    params:dict, # split, tasks, demos, data, ckpts, steps, pretrain_steps, judge, length, chains
     folder, # of its run, absolute
 )->dict: # name -> (notebook, params, out, names of jobs before), for `run.cli.run_notebooks`
     "The pretrainings, trainings and evaluations of rows."
-    shared, ckpts = {n: params[n] for n in ("split", "tasks", "data")}, params["ckpts"]
-    learn, split, jobs = shared | dict(demos=params["demos"]), params["split"], {}
-    budget = {"steps": params["pretrain_steps"]} if params["pretrain_steps"] else {}
+    split, ckpts, steps, jobs = params["split"], params["ckpts"], params["pretrain_steps"], {}
+    shared = {n: params[n] for n in ("split", "tasks", "data")}
+    training, budget = shared | dict(demos=params["demos"]), {"steps": steps} if steps else {}
     for name, (kind, variant) in missing_models([run.row for run in runs], split, ckpts).items():
-        given = learn | budget | dict(variant=variant, ckpt=f"{ckpts}/{name}")
+        given = training | budget | dict(variant=variant, ckpt=f"{ckpts}/{name}")
         out = folder/f"pretrain_{name.replace(f'-tiny-{split}', '')}"
         jobs[name] = (f"pretrain_{kind}", given, out, [])
     for run in runs:
         models, policy = row_models(run.row, split), f"{ckpts}/ablations/{run.name}"
         start = {f"pretrained.{kind}": f"{ckpts}/{name}" for kind, name in models.items()}
-        start["pretrained.steps"] = params["pretrain_steps"] # of an alignment, too
-        given = learn | start | run.row.parameters()
+        start["pretrained.steps"] = steps # of an alignment, too
+        given = training | start | run.row.parameters()
         given |= dict(data_frac=run.data_frac, seed=run.seed, steps=params["steps"], ckpt=policy)
         before = [models[kind] for kind in run.row.starts_from if models[kind] in jobs]
-        jobs[f"train-{run.name}"] = ("train_coupled", given, folder/f"train-{run.name}", before)
+        train, test = f"train-{run.name}", f"eval-{run.name}"
+        jobs[train] = ("train_coupled", given, folder/train, before)
         given = shared | dict(policy=policy, chains=params["chains"], film=0, workers=1)
-        given |= dict(tasks=params["judge"] or params["tasks"]) | {"simulation.length": params["length"]}
-        jobs[f"eval-{run.name}"] = ("eval_calvin", given, folder/f"eval-{run.name}", [f"train-{run.name}"])
+        given |= {"tasks": params["judge"] or params["tasks"],
+                  "simulation.length": params["length"]}
+        jobs[test] = ("eval_calvin", given, folder/test, [train])
     return jobs
 
 # %% ../../nbs/13_run/06_policies.ipynb #0545bedc
@@ -276,7 +322,8 @@ def env_at(
     return env
 
 # %% ../../nbs/13_run/06_policies.ipynb #51bae12c
-_FEATURE_MODELS = dict(policy=("CoupledPolicy",), gfdm=("GFDM", "DinoForward"), gidm=("GIDM",), direct=("DirectPolicy",)) # part -> classes
+_FEATURE_MODELS = dict(policy=("CoupledPolicy",), gfdm=("GFDM", "DinoForward"), gidm=("GIDM",),
+                       direct=("DirectPolicy",)) # part -> classes
 
 def feature_models(
     policy:str, # "coupled", or the folder of a coupled policy's checkpoint
@@ -285,44 +332,62 @@ def feature_models(
     ckpts="ckpts", # folder of checkpoints, relative to the project's root
 )->dict: # part -> folder of a checkpoint
     "The checkpoints that `eval_features` measures; a pretrained GIDM is always among them."
-    folders = dict(policy=trained_policy(policy, shared, ckpts)) | {n: project_root()/v for n, v in others.items() if v}
+    folders = dict(policy=trained_policy(policy, shared, ckpts))
+    folders |= {n: project_root()/v for n, v in others.items() if v}
     if "gidm" in folders: return folders
-    return folders | dict(gidm=pretrained_folder("gidm", "", shared | dict(preset=preset_in(folders["policy"])), ckpts=ckpts))
+    shared = shared | dict(preset=preset_in(folders["policy"]))
+    return folders | dict(gidm=pretrained_folder("gidm", "", shared, ckpts=ckpts))
 
+# %% ../../nbs/13_run/06_policies.ipynb #c695ec98
 def load_feature_models(
     folders:dict, # from `feature_models`
     encoders, # `models.encoders.Encoders`
     trained:bool=True, # False: the same models with random weights
 )->dict: # part -> model
-    "Load what `feature_models` found."
-    return {n: load_model(folder, encoders, _FEATURE_MODELS[n], trained=trained) for n, folder in folders.items()}
+    "The models of `feature_models`."
+    return {n: load_model(folder, encoders, _FEATURE_MODELS[n], trained=trained)
+            for n, folder in folders.items()}
 
 # %% ../../nbs/13_run/06_policies.ipynb #ec84faad
-_RUNGS = dict(policy=("coupled", "train_coupled", "Video Former's tokens, GIDM's latents of predicted pairs, and what the adapter is given"),
-              gfdm=("gfdm", "pretrain_gfdm", "GFDM's features"), gidm=("gidm", "pretrain_gidm", "GIDM's latents and codes of true pairs"))
+_OF_POLICY = ("Video Former's tokens, GIDM's latents of predicted pairs, and what the adapter is "
+              "given")
+_RUNGS = dict(policy=("coupled", "train_coupled", _OF_POLICY), # part -> kind, notebook, rungs
+              gfdm=("gfdm", "pretrain_gfdm", "GFDM's features"),
+              gidm=("gidm", "pretrain_gidm", "GIDM's latents and codes of true pairs"))
+
+def _around(gfdm, encoders, preset, views): # a policy that is not trained, to read features with
+    dim = gfdm.feature_shape()[-1]
+    base = preset_of(PolicyConfig, preset, feature_dim=dim, views=VIEWS[:views])
+    return CoupledPolicy(base.without_gidm(), encoders, gfdm).eval()
+
+def _rung_folder(kind, params): # of a finished checkpoint; None, and a line, where it is left out
+    (name, maker, rungs), choice, split = _RUNGS[kind], params[kind], params["split"]
+    default = f"{params['ckpts']}/{checkpoint_name(name, split, params['preset'])}"
+    folder = project_root()/(choice or default)
+    if choice == "none": return print(f"left out, as asked: {rungs}")
+    if is_finished(folder): return folder
+    if choice:
+        raise FileNotFoundError(f"{folder} holds no finished checkpoint: correct the path, or "
+                                f"leave {kind} empty")
+    print(f"left out: {rungs}; there is no {folder.relative_to(project_root())} "
+          f"(`defi-nb run {maker} -p split {split}` makes it), and no other is given (`-p {kind} FOLDER`)")
 
 def ladder_models(
-    params:dict, # of the run: a folder, "" for the default's where it is finished, or "none" for `policy`, `gfdm` and `gidm` each
+    params:dict, # `policy`, `gfdm`, `gidm`: a folder, "" (the default's, if finished) or "none"
     encoders, # `models.encoders.Encoders`
     views:int=2, # cameras of the data
-)->dict: # "policy", "gfdm" (inside a policy that is not trained; not with "policy", which has its own) and "gidm" -> model
+)->dict: # "policy", or "gfdm" in an untrained policy, and "gidm" -> model
     "The models whose interfaces can be read."
-    found = {}
-    for kind, (name, maker, rungs) in _RUNGS.items():
-        folder = project_root()/(params[kind] or f"{params['ckpts']}/{checkpoint_name(name, params['split'], params['preset'])}")
-        if kind == "gfdm" and "policy" in found:
-            if params[kind]: raise ValueError(f"gfdm is {params[kind]!r}, and the policy brings its own: give policy=none to read another GFDM")
-        elif params[kind] == "none": print(f"left out, as asked: {rungs}")
-        elif not (params[kind] or is_finished(folder)):
-            print(f"left out: {rungs}; there is no {folder.relative_to(project_root())} (`defi-nb run {maker} -p split {params['split']}` makes it), and no other is given (`-p {kind} FOLDER`)")
-        elif params[kind] and not is_finished(folder): raise FileNotFoundError(f"{folder} holds no finished checkpoint: correct the path, or leave {kind} empty")
-        else: found[kind] = load_model(folder, encoders, _FEATURE_MODELS[kind])
-    if "gfdm" in found: found["gfdm"] = _around(found["gfdm"], encoders, params["preset"], views)
-    return found
-
-def _around(gfdm, encoders, preset, views): # a policy that is not trained, for its way of reading features
-    base = preset_of(PolicyConfig, preset, feature_dim=gfdm.feature_shape()[-1], views=VIEWS[:views])
-    return CoupledPolicy(base.without_gidm(), encoders, gfdm).eval()
+    models = {}
+    for kind in _RUNGS:
+        if kind == "gfdm" and "policy" in models:
+            if not params[kind]: continue
+            raise ValueError(f"gfdm is {params[kind]!r}, and the policy brings its own: give "
+                             "policy=none to read another GFDM")
+        if folder := _rung_folder(kind, params):
+            models[kind] = load_model(folder, encoders, _FEATURE_MODELS[kind])
+    if "gfdm" in models: models["gfdm"] = _around(models["gfdm"], encoders, params["preset"], views)
+    return models
 
 # %% ../../nbs/13_run/06_policies.ipynb #5abe9933
 def ladder_data(
@@ -331,18 +396,24 @@ def ladder_data(
     cfg:TrainConfig, # device and seed
 )->PolicyData: # whose samples have `latent` and `dino` of two frames, and actions
     "Demonstrations with true pairs of frames."
-    reading, given = dict(params["reading"]), {n: params[n] for n in ("stride", "tasks", "demos", "data", "preset")}
-    given |= dict(unchecked=reading.pop("unchecked"), ahead=params["gap"] or preset_of(DataSpec, params["preset"]).chunk)
-    latent, dino = (policy_data(params["split"], f, encoders, cfg, **given, reading=reading_of(**reading)) for f in ("latent", "dino"))
-    return replace(latent, train=JoinedSamples(latent.train, dino.train), held=JoinedSamples(latent.held, dino.held))
+    reading, chunk = dict(params["reading"]), preset_of(DataSpec, params["preset"]).chunk
+    given = {n: params[n] for n in ("stride", "tasks", "demos", "data", "preset")}
+    given |= dict(unchecked=reading.pop("unchecked"), ahead=params["gap"] or chunk)
+    given |= dict(reading=reading_of(**reading))
+    latent, dino = (policy_data(params["split"], field, encoders, cfg, **given)
+                    for field in ("latent", "dino"))
+    return replace(latent, train=JoinedSamples(latent.train, dino.train),
+                   held=JoinedSamples(latent.held, dino.held))
 
+# %% ../../nbs/13_run/06_policies.ipynb #669d832e
 def demonstration_numbers(
     demo:PolicyData, # from `ladder_data`
 )->tuple: # (N,) of the training samples, (n,) of the held-out ones
     "The number of each sample's demonstration in its dataset."
     number = {unit: i for i, unit in enumerate(demo.piece.units)}
-    sets = (demo.train, demo.demonstrations), (demo.held, demo.held_out)
-    return tuple(np.array([number[units[w]] for w in samples.blind.inside()[0]]) for samples, units in sets)
+    def of(samples, units):
+        return np.array([number[units[w]] for w in samples.blind.inside()[0]])
+    return of(demo.train, demo.demonstrations), of(demo.held, demo.held_out)
 
 def ladder_samples(
     demo:PolicyData, # from `ladder_data`
@@ -352,9 +423,9 @@ def ladder_samples(
 )->tuple: # (training samples, held-out samples)
     "The samples with GFDM's features, computed once and kept."
     if policy is None: return demo.train, demo.held
-    folder = project_root()/params["data"]/f"{store_name(params['split'], params['preset'])}-encoded"
     read = getattr(policy.to(cfg.device_).gfdm, "reads", "latent")
     def joined(samples, part):
-        seen = next(p for p in samples.parts if getattr(p[[0]], read) is not None)
-        return JoinedSamples(*samples.parts, foreseen(policy, seen, folder/feature_file(policy, part)))
+        path = _encoded_folder(params)/feature_file(policy, part)
+        present = next(p for p in samples.parts if getattr(p[[0]], read) is not None)
+        return JoinedSamples(*samples.parts, foreseen(policy, present, path))
     return joined(demo.train, "1"), joined(demo.held, "held_out")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMED', 'KEYS', 'MINUTES', 'feature_file', 'feature_bytes', 'foreseen', 'inferred', 'StepFeatures', 'fresh_model',
-           'checkpoint_name', 'pretrained_folder', 'pretrained', 'aligned_folder', 'load_aligned', 'spread_log',
-           'trained_policy', 'model_folder', 'info_in', 'preset_in', 'ingredients', 'run_plan']
+           'checkpoint_name', 'pretrained_folder', 'pretrained', 'info_in', 'preset_in', 'aligned_folder',
+           'load_aligned', 'spread_log', 'trained_policy', 'model_folder', 'ingredients', 'run_plan']
 
 # %% ../../nbs/13_run/05_pretrained.ipynb #3402f1bf
 from contextlib import contextmanager
@@ -40,15 +40,19 @@ from ..weights.zoo import checkpoint_path
 # %% ../../nbs/13_run/05_pretrained.ipynb #1d8a4001
 def feature_file(
     policy, # `models.policy.CoupledPolicy`, whose GFDM is frozen
-    part:str, # which samples: a share of the demonstrations, or "held_out"
+    part:str, # which samples: a fraction of the demonstrations, or "held_out"
     pair:bool=False, # with the future's features too, see `train.auxiliary.pair_features`
 )->str: # the name of shards, without their key
     "Where a policy's GFDM features are kept."
-    step, views, frames = getattr(policy.gfdm.cfg, "extract_step", 1), policy.cfg.views, policy.cfg.frames
-    usual = frames in (PolicyConfig.tiny().frames, PolicyConfig.paper().frames)
-    return f"feature-{weights_digest(policy.gfdm)}-{part}" + f"-step{step}"*(step != 1) + f"-{'-'.join(views)}"*(views != VIEWS) \
-        + f"-frames_{'_'.join(map(str, frames))}"*(not usual) + "-pair"*pair
+    step, cfg = getattr(policy.gfdm.cfg, "extract_step", 1), policy.cfg
+    usual = cfg.frames in (PolicyConfig.tiny().frames, PolicyConfig.paper().frames)
+    parts = ["feature", weights_digest(policy.gfdm), part]
+    if step != 1: parts.append(f"step{step}")
+    if cfg.views != VIEWS: parts.append("-".join(cfg.views))
+    if not usual: parts.append(f"frames_{'_'.join(map(str, cfg.frames))}")
+    return "-".join(parts + ["pair"]*pair)
 
+# %% ../../nbs/13_run/05_pretrained.ipynb #be780607
 def feature_bytes(
     policy, # `models.policy.CoupledPolicy`
     samples:int, # number of samples
@@ -58,6 +62,7 @@ def feature_bytes(
     _, P, D = policy.gfdm.feature_shape()
     return 2*samples*len(policy.cfg.views)*(len(policy.cfg.frames) + pair)*P*D
 
+# %% ../../nbs/13_run/05_pretrained.ipynb #05923645
 def foreseen(
     policy, # `models.policy.CoupledPolicy`, whose GFDM is frozen
     samples, # with what GFDM reads of the present frame
@@ -65,25 +70,29 @@ def foreseen(
     pair:bool=False, # with the future's features too; then samples have frames 0 and k
 ): # the same samples with `feature` instead, or with both where the policy reads the present too
     "GFDM's one-step features of every sample, computed once and kept."
-    of = pair_features if pair else CoupledPolicy.features
+    of, cfg = pair_features if pair else CoupledPolicy.features, policy.cfg
     def compute(lo, hi): return of(policy, samples[np.arange(lo, hi)])
-    identity = dict(gfdm=weights_digest(policy.gfdm, policy.gfdm.cfg), frames=policy.cfg.frames, **samples.digest())
-    if policy.cfg.views != VIEWS: identity["views"] = policy.cfg.views
-    if pair: identity["pair"] = policy.cfg.spec.chunk
-    feature = shard_rows(path, len(samples), compute, identity, batch_size=32, most_rows=1024) # one thread: GFDM's network is stopped half-way by hooks, which threads would share
-    return RowSamples(samples if policy.cfg.present else samples.blind, feature, "feature")
+    gfdm = weights_digest(policy.gfdm, policy.gfdm.cfg)
+    identity = dict(gfdm=gfdm, frames=cfg.frames, **samples.digest())
+    if cfg.views != VIEWS: identity["views"] = cfg.views
+    if pair: identity["pair"] = cfg.spec.chunk
+    # one thread: GFDM's network is stopped half-way by hooks, which threads would share
+    feature = shard_rows(path, len(samples), compute, identity, batch_size=32, most_rows=1024)
+    return RowSamples(samples if cfg.present else samples.blind, feature, "feature")
 
+# %% ../../nbs/13_run/05_pretrained.ipynb #d7e49256
 def inferred(
     policy, # `models.policy.CoupledPolicy`, whose latent actions are frozen
     samples:RowSamples, # from `foreseen`
     path, # of the shards to make, without their key
 )->RowSamples: # the same samples with `latent_action`
-    "GIDM's latents before the codebook of every sample, computed once and kept."
+    "GIDM's latents before quantisation of every sample, computed once and kept."
     @torch.no_grad()
     def compute(lo, hi): return policy.embed_latents(samples[np.arange(lo, hi)])
-    frozen = nn.ModuleDict(dict(gidm=policy.gidm, project=policy.project))
-    gidm = weights_digest(frozen, policy.cfg.gidm, policy.cfg.spec.gidm_frames, policy.time_pos_emb.tolist())
-    identity = dict(gidm=gidm, feature=samples.rows.folder.name, t5=policy.encoders.identity()["t5"])
+    frozen, cfg = nn.ModuleDict(dict(gidm=policy.gidm, project=policy.project)), policy.cfg
+    gidm = weights_digest(frozen, cfg.gidm, cfg.spec.gidm_frames, policy.time_pos_emb.tolist())
+    t5 = policy.encoders.identity()["t5"]
+    identity = dict(gidm=gidm, feature=samples.rows.folder.name, t5=t5)
     emb = shard_rows(path, len(samples), compute, identity, batch_size=32, dtype=np.float32)
     return RowSamples(samples, emb, "latent_action")
 
@@ -103,6 +112,25 @@ class StepFeatures:
         return replace(batch, video=None, latent=None, dino=None, feature=feature)
 
 # %% ../../nbs/13_run/05_pretrained.ipynb #9f319fcf
+def _fresh_gfdm(encoders, forward, preset, ckpts, fields): # see `fresh_model`
+    spec, clip = preset_of(DataSpec, preset), encoders.clip
+    if forward == "dino":
+        cfg = fit_dino(preset_of(DinoForwardConfig, preset), encoders, spec)
+        return DinoForward(replace(cfg, **fields), clip)
+    if preset == "tiny":
+        return GFDM(replace(fit_encoders(GFDMConfig.tiny(), encoders, spec), **fields), clip)
+    folder = find_base_model("svd").folder
+    sizes = dict(frames=spec.frames, size=spec.image_size)
+    model = load_gfdm(project_root()/ckpts/folder, clip=clip, **sizes)
+    own, released = (asdict(preset_of(GFDMConfig, p)) for p in (preset, "paper"))
+    other = own.items() - released.items() # how it is trained
+    model.cfg, model.vae = replace(model.cfg, **dict(other) | fields), None # frames come encoded
+    return _from(f"{ckpts}/{folder}", model)
+
+def _from(path, model): # that remembers where its weights are from
+    model.origin = str(path)
+    return model
+
 def fresh_model(
     kind:str, # "gfdm" or "gidm"
     encoders, # `models.encoders.Encoders`
@@ -112,32 +140,31 @@ def fresh_model(
     ckpts="ckpts", # folder with Stable Video Diffusion, relative to the project's root
     **fields, # of `GFDMConfig`, `DinoForwardConfig` or `GIDMConfig` that are not the preset's
 ): # a `GFDM`, `DinoForward` or `GIDM`
-    "A model before its pretraining: with random weights, but for the paper's GFDM, which begins as Stable Video Diffusion."
+    "A model before its pretraining: random weights; the paper's GFDM begins as SVD."
     if kind not in ("gfdm", "gidm"): raise ValueError(f"kind is {kind!r}; choose gfdm or gidm")
-    if forward not in ("svd", "dino"): raise ValueError(f"forward is {forward!r}; choose svd or dino")
-    spec = preset_of(DataSpec, preset)
+    if forward not in ("svd", "dino"):
+        raise ValueError(f"forward is {forward!r}; choose svd or dino")
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None: torch.manual_seed(seed)
-        if kind == "gidm":
-            return GIDM(preset_of(GIDMConfig, preset, **fields), encoders.t5, encoders.dino)
-        if forward == "dino": return DinoForward(replace(fit_dino(preset_of(DinoForwardConfig, preset), encoders, spec), **fields), encoders.clip)
-        if preset == "tiny": return GFDM(replace(fit_encoders(GFDMConfig.tiny(), encoders, spec), **fields), encoders.clip)
-        model = load_gfdm(project_root()/ckpts/find_base_model("svd").folder, clip=encoders.clip, frames=spec.frames, size=spec.image_size)
-        own, released = (asdict(preset_of(GFDMConfig, p)) for p in (preset, "paper"))
-        other = own.items() - released.items() # how it is trained
-        model.cfg, model.vae = replace(model.cfg, **dict(other) | fields), None # pictures come encoded
-        return _from(f"{ckpts}/{find_base_model('svd').folder}", model)
+        if kind == "gfdm": return _fresh_gfdm(encoders, forward, preset, ckpts, fields)
+        return GIDM(preset_of(GIDMConfig, preset, **fields), encoders.t5, encoders.dino)
 
 # %% ../../nbs/13_run/05_pretrained.ipynb #c38ded0d
-NAMED = dict(gfdm="gfdm_", gidm="gidm_", forward="", inverse="", quantiser="", codes="codes", queries="queries", video="video_", video_frac="share", extract_step="step", camera_draw="static_", train="train_", align="align", views="", start="from_",
-             latents="", latent_dropout="drop", present="present", feature_norm="norm", latent_positions="positions", frames="frames_", gidm_frames="pair_", proprio="proprio", proprio_dropout="hidden",
-             vq_weight="vq", latent_weight="latents", commitment="commitment", restart_below="restart", augment="augment",
-             p_reverse="reverse", reversed_text="text_", antisymmetry="antisymmetry", labels="labels", label_weight="weight",
-             data_frac="frac", seed="seed", vision_encoder="") # what a checkpoint's name holds, in this order -> the word before its value
+NAMED = dict( # what a checkpoint's name holds, in this order -> the word before its value
+    gfdm="gfdm_", gidm="gidm_", forward="", inverse="", quantiser="", codes="codes",
+    queries="queries", video="video_", video_frac="share", extract_step="step",
+    camera_draw="static_", train="train_", align="align", views="", start="from_", latents="",
+    latent_dropout="drop", present="present", feature_norm="norm", latent_positions="positions",
+    frames="frames_", gidm_frames="pair_", proprio="proprio", proprio_dropout="hidden",
+    vq_weight="vq", latent_weight="latents", commitment="commitment", restart_below="restart",
+    augment="augment", p_reverse="reverse", reversed_text="text_", antisymmetry="antisymmetry",
+    labels="labels", label_weight="weight", data_frac="frac", seed="seed", vision_encoder="")
+_OF_GIDM = asdict(GIDMVariant()) | asdict(GIDMAuxiliary()) | dict(p_reverse=0.)
+_OF_POLICY = asdict(PolicyVariant()) | dict(data_frac=1., seed=0, vision_encoder="")
 KEYS = { # kind of model -> what its name may hold, with the defaults, which are left out
-    "gfdm": asdict(GFDMVariant()), "gidm": asdict(GIDMVariant()) | asdict(GIDMAuxiliary()) | dict(p_reverse=0.),
+    "gfdm": asdict(GFDMVariant()), "gidm": _OF_GIDM,
     "aligned": asdict(AlignVariant()) | dict(gfdm="", gidm=""),
-    **{kind: asdict(PolicyVariant()) | dict(data_frac=1., seed=0, vision_encoder="") for kind in POLICIES}}
+    **dict.fromkeys(POLICIES, _OF_POLICY)}
 
 def checkpoint_name(
     kind:str, # "gfdm", "gidm", "aligned", or one of `run.options.POLICIES`
@@ -147,12 +174,15 @@ def checkpoint_name(
     **made, # other parameters of the run that makes it, and keys of its dictionaries
 )->str: # such as "gidm-tiny-D_D-mlp"; what is the default is not named
     "The folder of a default checkpoint."
-    if kind not in KEYS: raise ValueError(f"no kind of model is called {kind!r}; choose {', '.join(KEYS)}")
+    if kind not in KEYS:
+        raise ValueError(f"no kind of model is called {kind!r}; choose {', '.join(KEYS)}")
     usual, parts = KEYS[kind], [kind, preset, where_name(split, project_root())]
     for name in (n for n in NAMED if n in usual and n in made):
-        value = Path(made[name]).name if name in ("vision_encoder", "gfdm", "gidm", "start") else made[name]
-        if value == usual[name] or names_list(str(value)) == names_list(str(usual[name])): continue
-        parts.append(NAMED[name] + (f"{value:g}" if name == "data_frac" else "_".join(names_list(str(value)))))
+        is_path, value = name in ("vision_encoder", "gfdm", "gidm", "start"), made[name]
+        if is_path: value = Path(value).name
+        listed = names_list(str(value))
+        if value == usual[name] or listed == names_list(str(usual[name])): continue
+        parts.append(NAMED[name] + (f"{value:g}" if name == "data_frac" else "_".join(listed)))
     return "-".join([*parts, *(f"{n}_{v}" for n, v in (auxiliary or {}).items())])
 
 # %% ../../nbs/13_run/05_pretrained.ipynb #49fe8299
@@ -160,139 +190,80 @@ def checkpoint_name(
 def _made_by_one(
     folder, # of a checkpoint that may be missing
 ): # yields whether it is missing still
-    "One process at a time finds out whether a checkpoint has to be made, and makes it; the others wait, and find it."
-    if is_finished(folder): yield False; return
+    "One process at a time looks for a checkpoint and makes it; the others wait, and use it."
+    if is_finished(folder):
+        yield False
+        return
     with locked(Path(folder).with_name(f".{Path(folder).name}.lock")): yield not is_finished(folder)
 
+def _make(notebook, folder, params): # run the notebook that makes a checkpoint, where it is missing
+    with _made_by_one(folder) as missing:
+        if not missing: return print(f"using {folder}")
+        print(f"{folder} is not there yet: running {notebook} first")
+        run_notebook(notebook, params, f"runs/{notebook}/{datetime.now():%Y%m%d-%H%M%S}")
+
+# %% ../../nbs/13_run/05_pretrained.ipynb #f3855521
 _FINE_TUNED = "commitment", "restart_below" # a policy's own, whatever its GIDM was pretrained with
 
 def _own(kind, variant): # those of a run's choices that its pretrained model depends on
     known = asdict(dict(gfdm=GFDMVariant, gidm=GIDMVariant)[kind]())
     return {n: v for n, v in (variant or {}).items() if n in known and n not in _FINE_TUNED}
 
-def _folder_name(kind, choice, shared, variant, ckpts): # as for `pretrained_folder`; relative to the project's root
-    return choice or f"{ckpts}/{checkpoint_name(kind, shared['split'], shared.get('preset', 'tiny'), **_own(kind, variant))}"
+def _folder_name(kind, choice, shared, variant, ckpts): # see `pretrained_folder`; relative
+    if choice: return choice
+    preset = shared.get("preset", "tiny")
+    return f"{ckpts}/{checkpoint_name(kind, shared['split'], preset, **_own(kind, variant))}"
 
 def pretrained_folder(
     kind:str, # "gfdm" or "gidm"
-    choice:str, # folder of a finished checkpoint, relative to the project's root; "shipped": the package's; "": the default's
-    shared:dict, # parameters for the notebook that makes a missing one, `split` and `preset` among them
-    variant:dict|None=None, # which one: keys of `run.options.GFDMVariant` or `run.options.GIDMVariant`; others are not looked at
+    choice:str, # a finished checkpoint's folder, relative; "shipped"; "": the default's
+    shared:dict, # parameters for the notebook that makes a missing one: `split`, `preset` ...
+    variant:dict|None=None, # keys of `GFDMVariant` or `GIDMVariant` (`run.options`), and others
     ckpts="ckpts", # folder of the default's checkpoints, relative to the project's root
 )->Path: # absolute folder of a finished checkpoint
     "A forward or inverse model's checkpoint; the default's is made first where it is missing."
-    own, name = _own(kind, variant), _folder_name(kind, choice, shared, variant, ckpts)
+    name = _folder_name(kind, choice, shared, variant, ckpts)
     folder = checkpoint_path(name, kind)
-    if choice and not is_finished(folder): raise FileNotFoundError(f"{folder} holds no finished {kind} checkpoint: correct the path, or leave {kind} empty for the default's")
-    with _made_by_one(folder) as missing:
-        if missing:
-            print(f"{folder} is not there yet: running pretrain_{kind} first")
-            run_notebook(f"pretrain_{kind}", shared | dict(variant=own, ckpt=name), f"runs/pretrain_{kind}/{datetime.now():%Y%m%d-%H%M%S}")
-        else: print(f"using {folder}")
+    if choice and not is_finished(folder):
+        raise FileNotFoundError(f"{folder} holds no finished {kind} checkpoint: correct the path, "
+                                f"or leave {kind} empty for the default's")
+    _make(f"pretrain_{kind}", folder, shared | dict(variant=_own(kind, variant), ckpt=name))
     return folder
 
-def _from(path, model): # that remembers where its weights are from
-    model.origin = str(path)
-    return model
+# %% ../../nbs/13_run/05_pretrained.ipynb #f771cfdc
+def _check_built(folder, model, built): # raise where a GIDM is of another kind than the run says
+    for n in ("inverse", "quantiser", "codes", "queries"):
+        if n in built and (has := getattr(model.cfg, n)) != built[n]:
+            raise ValueError(f"{folder} holds a GIDM with {n} {has!r}, and {built[n]!r} is asked "
+                             f"for: give variant.{n}={has}, or another gidm")
 
 def pretrained(
     kind:str, # "gfdm" or "gidm"
-    choice:str, # see `pretrained_folder`; also an official checkpoint, or "untrained" for `fresh_model`
+    choice:str, # see `pretrained_folder`; also an official checkpoint, or "untrained"
     encoders, # `models.encoders.Encoders`
     shared:dict, # see `pretrained_folder`
     variant:dict|None=None, # see `pretrained_folder`
     ckpts="ckpts", # folder of the default's checkpoints, relative to the project's root
-    **fields, # of its configuration: to be set where the weights do not depend on them, as `extract_step`
+    **fields, # of its configuration: to be set where the weights do not depend on them
 ): # a forward or inverse model, in evaluation mode
     "A pretrained model; the default's is made first where it is missing."
-    built = chosen(_own(kind, variant), "forward", "inverse", "quantiser", "codes", "queries")
+    names = "forward", "inverse", "quantiser", "codes", "queries"
+    built, path = chosen(_own(kind, variant), *names), project_root()/choice
     if choice == "untrained":
-        return _from(choice, fresh_model(kind, encoders, **built, preset=shared.get("preset", "tiny"), ckpts=ckpts, **fields).eval())
-    if choice and kind == "gidm" and (project_root()/choice).is_file(): return _from(choice, load_gidm(project_root()/choice))
-    if choice and kind == "gfdm" and (project_root()/choice/"unet").is_dir():
-        return _from(choice, load_gfdm(project_root()/choice, clip=encoders.clip))
+        preset = shared.get("preset", "tiny")
+        model = fresh_model(kind, encoders, **built, preset=preset, ckpts=ckpts, **fields)
+        return _from(choice, model.eval())
+    if choice and kind == "gidm" and path.is_file(): return _from(choice, load_gidm(path))
+    if choice and kind == "gfdm" and (path/"unet").is_dir():
+        return _from(choice, load_gfdm(path, clip=encoders.clip))
     folder = pretrained_folder(kind, choice, shared, variant, ckpts)
-    expect = dict(gidm="GIDM", gfdm="DinoForward" if built.get("forward") == "dino" else "GFDM")[kind]
+    is_dino = built.get("forward") == "dino"
+    expect = dict(gidm="GIDM", gfdm="DinoForward" if is_dino else "GFDM")[kind]
     model = load_model(folder, encoders, expect=(expect,), change=fields)
-    for n in ("inverse", "quantiser", "codes", "queries"):
-        if n in built and (has := getattr(model.cfg, n)) != built[n]:
-            raise ValueError(f"{folder} holds a GIDM with {n} {has!r}, and {built[n]!r} is asked for: give variant.{n}={has}, or another gidm")
+    _check_built(folder, model, built)
     return _from(folder, model)
 
-# %% ../../nbs/13_run/05_pretrained.ipynb #c0286e26
-def aligned_folder(
-    params:dict, # of a policy's run: pretrained, variant, split, preset, ckpts, and what the pretrainings share
-    shared:dict, # parameters for `align`, where it is missing
-)->Path: # absolute folder of a finished checkpoint
-    "The checkpoint of an alignment; the default's is made first where it is missing."
-    start, variant, ckpts = params["pretrained"], params["variant"], params["ckpts"]
-    if choice := start.get("aligned"):
-        if not is_finished(project_root()/choice): raise FileNotFoundError(f"{project_root()/choice} holds no finished alignment: correct the path, or leave aligned empty")
-        return project_root()/choice
-    own = {n: variant[n] for n in asdict(AlignVariant()) if n in variant}
-    names = {k: Path(start[k]).name for k in ("gfdm", "gidm")}
-    usual = {k: Path(_folder_name(k, "", shared, variant, ckpts)).name for k in names}
-    other = {k: name for k, name in names.items() if name and name != usual[k]}
-    name = f"{ckpts}/{checkpoint_name('aligned', shared['split'], shared['preset'], **own, **other)}"
-    with _made_by_one(project_root()/name) as missing:
-        if missing:
-            print(f"{project_root()/name} is not there yet: running align first")
-            given = dict(pretrained={k: start[k] for k in names}, variant=own, ckpt=name, ckpts=ckpts)
-            if pair := names_list(own.get("gidm_frames", "")):
-                given["gap"] = int(pair[-1])*preset_of(DataSpec, shared["preset"]).frame_stride
-            run_notebook("align", shared | given, f"runs/align/{datetime.now():%Y%m%d-%H%M%S}")
-        else: print(f"using {project_root()/name}")
-    return project_root()/name
-
-def load_aligned(
-    folder, # of a checkpoint of `align`
-    gfdm, # the policy's forward model
-    gidm, # the policy's pretrained inverse model
-    encoders, # `models.encoders.Encoders`
-): # `models.aligned_gidm.AlignedGIDM`, in evaluation mode
-    "An alignment, if it is one of these two models."
-    about = info_in(folder)
-    for kind, model in dict(gfdm=gfdm, gidm=gidm).items():
-        if (there := about[f"{kind}_digest"]) != (here := weights_digest(model)):
-            raise ValueError(f"{folder} was aligned with another {kind} ({there}, and this policy's is {here}): delete the folder and it is made again, or give the models of that run")
-    return _from(folder, load_model(folder, encoders, expect=("AlignedGIDM",)))
-
-# %% ../../nbs/13_run/05_pretrained.ipynb #40978f5e
-def spread_log(
-    params:dict, # of a run that trains a policy: policy, pretrained, variant, split, preset, ckpts
-)->SpreadRatio: # which logs nothing where the policy has no GIDM, or nothing is known of its pretraining
-    "A hook for `fit`: the spread of a policy's latents relative to its GIDM's pretraining."
-    if params["policy"] != "coupled": return SpreadRatio()
-    return SpreadRatio(project_root()/_folder_name("gidm", params["pretrained"]["gidm"], params, params["variant"], params["ckpts"]))
-
-# %% ../../nbs/13_run/05_pretrained.ipynb #6f2b2315
-def trained_policy(
-    choice:str, # one of `run.options.POLICIES`, the default's; "shipped", the package's; or the folder of a checkpoint
-    params:dict, # for `train_coupled`, where the default's is missing; `split` among them
-    ckpts="ckpts", # folder of the default's checkpoints, relative to the project's root
-): # absolute folder of a finished checkpoint
-    "A policy's checkpoint; the default's is trained first where it is missing."
-    default = choice in POLICIES
-    name = f"{ckpts}/{checkpoint_name(choice, params['split'])}" if default else choice
-    folder = checkpoint_path(name, "coupled")
-    if not default and not is_finished(folder): raise FileNotFoundError(f"{folder} holds no finished policy: correct the path, or choose shipped, {', '.join(POLICIES)}")
-    with _made_by_one(folder) as missing:
-        if missing:
-            print(f"{folder} is not there yet: running train_coupled first")
-            run_notebook("train_coupled", params | dict(policy=choice, ckpts=ckpts), f"runs/train_coupled/{datetime.now():%Y%m%d-%H%M%S}")
-        else: print(f"using {folder}")
-    return folder
-
-def model_folder(
-    choice:str, # "gfdm", "gidm" or one of `run.options.POLICIES`, the default's; or the folder of a checkpoint
-    shared:dict, # parameters for the notebook that makes a missing one, `split` among them
-    variant:dict|None=None, # of a forward or inverse model, see `pretrained_folder`
-    ckpts="ckpts", # folder of the default's checkpoints, relative to the project's root
-)->Path: # absolute folder of a finished checkpoint
-    "The checkpoint of any model that is evaluated; the default's is made first where it is missing."
-    if choice in ("gfdm", "gidm"): return pretrained_folder(choice, "", shared, variant, ckpts)
-    return trained_policy(choice, {n: v for n, v in shared.items() if n != "preset"}, ckpts)
-
+# %% ../../nbs/13_run/05_pretrained.ipynb #bff5b821
 def info_in(
     folder, # of a checkpoint
 )->dict: # what `fit` was given
@@ -305,48 +276,145 @@ def preset_in(
     "The preset that a checkpoint's model is of."
     return info_in(folder).get("preset", "tiny")
 
+# %% ../../nbs/13_run/05_pretrained.ipynb #c0286e26
+def _alignment_inputs(params, shared): # names of the models that are aligned; its default folder
+    start, variant, ckpts = params["pretrained"], params["variant"], params["ckpts"]
+    own = {n: variant[n] for n in asdict(AlignVariant()) if n in variant}
+    names = {k: Path(start[k]).name for k in ("gfdm", "gidm")}
+    usual = {k: Path(_folder_name(k, "", shared, variant, ckpts)).name for k in names}
+    other = {k: name for k, name in names.items() if name and name != usual[k]}
+    name = checkpoint_name("aligned", shared["split"], shared["preset"], **own, **other)
+    return own, names, f"{ckpts}/{name}"
+
+def aligned_folder(
+    params:dict, # of a policy's run: pretrained, variant, split, preset, ckpts, and shared ones
+    shared:dict, # parameters for `align`, where it is missing
+)->Path: # absolute folder of a finished checkpoint
+    "The checkpoint of an alignment; the default's is made first where it is missing."
+    start, ckpts = params["pretrained"], params["ckpts"]
+    if choice := start.get("aligned"):
+        folder = project_root()/choice
+        if is_finished(folder): return folder
+        raise FileNotFoundError(f"{folder} holds no finished alignment: correct the path, or leave "
+                                "aligned empty")
+    own, names, name = _alignment_inputs(params, shared)
+    given = dict(pretrained={k: start[k] for k in names}, variant=own, ckpt=name, ckpts=ckpts)
+    if pair := names_list(own.get("gidm_frames", "")):
+        given["gap"] = int(pair[-1])*preset_of(DataSpec, shared["preset"]).frame_stride
+    _make("align", project_root()/name, shared | given)
+    return project_root()/name
+
+# %% ../../nbs/13_run/05_pretrained.ipynb #cdda4533
+def load_aligned(
+    folder, # of a checkpoint of `align`
+    gfdm, # the policy's forward model
+    gidm, # the policy's pretrained inverse model
+    encoders, # `models.encoders.Encoders`
+): # `models.aligned_gidm.AlignedGIDM`, in evaluation mode
+    "An alignment, if it is one of these two models."
+    about = info_in(folder)
+    for kind, model in dict(gfdm=gfdm, gidm=gidm).items():
+        if (there := about[f"{kind}_digest"]) != (here := weights_digest(model)):
+            raise ValueError(f"{folder} was aligned with another {kind} ({there}, and this "
+                             f"policy's is {here}): delete the folder and it is made again, or give the "
+                             "models of that run")
+    return _from(folder, load_model(folder, encoders, expect=("AlignedGIDM",)))
+
+# %% ../../nbs/13_run/05_pretrained.ipynb #40978f5e
+def spread_log(
+    params:dict, # of a policy's run: policy, pretrained, variant, split, preset, ckpts
+)->SpreadRatio: # logs nothing where there is no GIDM, or nothing is known of its pretraining
+    "A hook for `fit`: the spread of a policy's latents relative to its GIDM's pretraining."
+    if params["policy"] != "coupled": return SpreadRatio()
+    gidm, variant, ckpts = params["pretrained"]["gidm"], params["variant"], params["ckpts"]
+    return SpreadRatio(project_root()/_folder_name("gidm", gidm, params, variant, ckpts))
+
+# %% ../../nbs/13_run/05_pretrained.ipynb #6f2b2315
+def trained_policy(
+    choice:str, # one of `run.options.POLICIES`, the default's; "shipped"; or a checkpoint's folder
+    params:dict, # for `train_coupled`, where the default's is missing; `split` among them
+    ckpts="ckpts", # folder of the default's checkpoints, relative to the project's root
+): # absolute folder of a finished checkpoint
+    "A policy's checkpoint; the default's is trained first where it is missing."
+    default = choice in POLICIES
+    name = f"{ckpts}/{checkpoint_name(choice, params['split'])}" if default else choice
+    folder = checkpoint_path(name, "coupled")
+    if not default and not is_finished(folder):
+        raise FileNotFoundError(f"{folder} holds no finished policy: correct the path, or choose "
+                                f"shipped, {', '.join(POLICIES)}")
+    _make("train_coupled", folder, params | dict(policy=choice, ckpts=ckpts))
+    return folder
+
+# %% ../../nbs/13_run/05_pretrained.ipynb #444e9b6f
+def model_folder(
+    choice:str, # "gfdm", "gidm" or one of `run.options.POLICIES`, the default's; or a folder
+    shared:dict, # parameters for the notebook that makes a missing one, `split` among them
+    variant:dict|None=None, # of a forward or inverse model, see `pretrained_folder`
+    ckpts="ckpts", # folder of the default's checkpoints, relative to the project's root
+)->Path: # absolute folder of a finished checkpoint
+    "The checkpoint of any model that is evaluated; the default's is made first if missing."
+    if choice in ("gfdm", "gidm"): return pretrained_folder(choice, "", shared, variant, ckpts)
+    return trained_policy(choice, {n: v for n, v in shared.items() if n != "preset"}, ckpts)
+
 # %% ../../nbs/13_run/05_pretrained.ipynb #651c1ec3
 def ingredients(
     pieces, # `data.load.Piece`s that a training reads
-    **models, # name -> what it starts from, of `pretrained`, `load_aligned` or `fresh_model`; those of random weights are left out
+    **models, # name -> what it starts from, see `pretrained`; random weights are left out
 )->dict: # name -> dict of path and digest, for the `info` of `fit`
     "What a training depends on besides its numbers."
     root = f"{project_root()}/"
     noted = {f"data {p.name}": (p.folder, p.data.digest()) for p in pieces}
-    noted |= {name: (model.origin, weights_digest(model)) for name, model in models.items() if hasattr(model, "origin")}
-    return {name: dict(path=path.removeprefix(root), digest=digest) for name, (path, digest) in noted.items()}
+    for name, model in models.items():
+        if hasattr(model, "origin"): noted[name] = model.origin, weights_digest(model)
+    return {name: dict(path=path.removeprefix(root), digest=digest)
+            for name, (path, digest) in noted.items()}
 
 # %% ../../nbs/13_run/05_pretrained.ipynb #155438b9
-MINUTES = dict(recording=8, gfdm=4.5, gidm=2.5, aligned=2, coupled=6.5, no_gidm=4, plain=2.5, blind=2, direct=6) # on two cores
-_GB = dict(recording=.7, gfdm=.2, gidm=1.2, coupled=.6) # of a recording, and of encodings that the training keeps
-
-_OWN = dict(pretrain_gfdm=4.5, pretrain_gidm=2.5, align=2, eval_calvin=1.5) # minutes of a run's own work
+MINUTES = dict(recording=8, gfdm=4.5, gidm=2.5, aligned=2, coupled=6.5, no_gidm=4, plain=2.5,
+               blind=2, direct=6) # on two cores
+_GB = dict(recording=.7, gfdm=.2, gidm=1.2, coupled=.6) # of a recording, and of kept encodings
+_OWN = dict(pretrain_gfdm=4.5, pretrain_gidm=2.5, align=2, eval_calvin=1.5) # minutes of own work
+_READS = dict(coupled=("gfdm", "gidm", "aligned"), no_gidm=("gfdm",), gidm=("gidm",),
+              gfdm=("gfdm",))
 
 def _needed(name, params): # kinds of models that a run reads, those that others need first
     what = params.get("policy") or params.get("model") or ""
-    parts = dict(coupled=("gfdm", "gidm", "aligned"), no_gidm=("gfdm",), gidm=("gidm",), gfdm=("gfdm",)).get(what, ())
-    if name == "align" or params.get("pretrain") == "fresh": parts = ("gfdm", "gidm") + ("aligned",)*(name == "pipeline")
+    parts = _READS.get(what, ())
+    if name == "align" or params.get("pretrain") == "fresh":
+        parts = ("gfdm", "gidm") + ("aligned",)*(name == "pipeline")
     mine = name in ("train_coupled", "own_data") or what in parts
     given = params.get("pretrained") or {}
     parts = tuple(p for p in parts if not given.get(p))
     return parts if mine or what not in POLICIES else (*parts, what)
 
+def _missing(name, params): # what has to be made first: its name -> its kind
+    split, preset = params["split"], params.get("preset", "tiny")
+    variant, root = params.get("variant", {}), project_root()
+    def made(kind):
+        own = {n: v for n, v in variant.items() if n in KEYS[kind]}
+        return checkpoint_name(kind, split, preset, **own)
+    missing = {made(k): k for k in _needed(name, params)}
+    missing = {n: k for n, k in missing.items() if not is_finished(root/params["ckpts"]/n)}
+    recorded = split not in SPLITS or (root/params["data"]/store_name(split, preset)).is_dir()
+    if recorded or not missing and name == "eval_calvin": return missing
+    return {f"recording of {split}": "recording"} | missing
+
+# %% ../../nbs/13_run/05_pretrained.ipynb #85785b3d
 def run_plan(
     name:str, # of the run notebook
     params:dict, # of the run: split, data, ckpts, and policy or model
 )->str: # one line
     "What a run has to make before its own work, with minutes and disk."
     if "pretrain" in params: params = params | demo_recording(params)
-    split, preset, variant = params["split"], params.get("preset", "tiny"), params.get("variant", {})
-    made = lambda kind: checkpoint_name(kind, split, preset, **{n: v for n, v in variant.items() if n in KEYS[kind]})
-    missing = {made(k): k for k in _needed(name, params) if not is_finished(project_root()/params["ckpts"]/made(k))}
-    recorded = split not in SPLITS or (project_root()/params["data"]/store_name(split, preset)).is_dir()
-    if not recorded and (missing or name != "eval_calvin"): missing = {f"recording of {split}": "recording"} | missing
-    own = dict(shipped=7, fresh=17).get(params.get("pretrain")) or _OWN.get(name) or (name == "train_coupled" and MINUTES.get(params["policy"]))
-    then = f"then its own work (~{own:g} min with default numbers)" if own and preset == "tiny" else "then its own work"
+    preset, missing, own = params.get("preset", "tiny"), _missing(name, params), _OWN.get(name)
+    if name == "train_coupled": own = MINUTES.get(params["policy"])
+    own, then = dict(shipped=7, fresh=17).get(params.get("pretrain"), own), "then its own work"
+    if own and preset == "tiny": then = f"{then} (~{own:g} min with default numbers)"
     if not missing: return f"plan: what it needs is there; {then}"
     if preset != "tiny": return f"plan: makes first {', '.join(missing)}"
-    cost = lambda kind, table: table.get(kind, 0)*(max(params.get("demos", 200)/200, .1) if kind == "recording" else 1)
+    part = lambda kind: max(params.get("demos", 200)/200, .1) if kind == "recording" else 1
+    cost = lambda kind, table: table.get(kind, 0)*part(kind)
     minutes, gb = (sum(cost(k, table) for k in missing.values()) for table in (MINUTES, _GB))
     parts = ", ".join(f"{n} (~{cost(k, MINUTES):.2g} min)" for n, k in missing.items())
-    return f"plan: makes first {parts}: about {minutes:.2g} min and {gb:.1f} GB, kept for later runs; {then}"
+    return (f"plan: makes first {parts}: about {minutes:.2g} min and {gb:.1f} GB, kept for later "
+            f"runs; {then}")

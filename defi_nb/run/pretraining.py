@@ -26,7 +26,8 @@ from ..models.policy import CoupledPolicy, PolicyConfig
 from .datasets import encoded, names_list, reading_of, store_name, video_data
 from .options import chosen
 from .pretrained import (
-    StepFeatures, _from, checkpoint_name, feature_file, foreseen, fresh_model, info_in, ingredients, pretrained)
+    StepFeatures, _from, checkpoint_name, feature_file, foreseen, fresh_model, info_in,
+    ingredients, pretrained)
 from ..train.auxiliary import FewLabels, LatentAuxiliaryConfig, LatentBeside
 from ..train.config import TrainConfig
 from ..viz.denoising import check_draws
@@ -41,9 +42,11 @@ def pretraining_checkpoint(
 )->Path: # absolute
     "The folder of the checkpoint that a pretraining makes."
     if params["ckpt"]: return project_root()/params["ckpt"]
-    further = params.get("auxiliary", {}) | dict(p_reverse=params.get("p_reverse", 0.))
-    further |= {n: params["pretrained"][n] for n in ("gfdm", "gidm") if "pretrained" in params}
-    return project_root()/params.get("ckpts", "ckpts")/checkpoint_name(kind, params["split"], params["preset"], **params["variant"], **further)
+    made = params["variant"] | params.get("auxiliary", {})
+    made |= dict(p_reverse=params.get("p_reverse", 0.))
+    made |= {n: params["pretrained"][n] for n in ("gfdm", "gidm") if "pretrained" in params}
+    name = checkpoint_name(kind, params["split"], params["preset"], **made)
+    return project_root()/params.get("ckpts", "ckpts")/name
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #b134eb3f
 def pair_steps(
@@ -61,15 +64,17 @@ def pretraining_info(
     **models, # what it starts from, see `run.pretrained.ingredients`
 )->dict: # for `fit(..., info=...)`
     "What a pretrained model's checkpoint notes of its run; what is the default is not noted."
+    variant, more = params["variant"], params.get("auxiliary", {})
     noted = {n: params[n] for n in ("preset", "split", "tasks", "demos") if n in params}
     if "gap" in params: noted["gap"] = pair_steps(params)
-    if params["variant"].get("start"): noted["start"] = params["variant"]["start"]
-    if params["variant"]["video"]: noted |= {n: params["variant"][n] for n in ("video", "video_frac")}
-    more = params.get("auxiliary", {})
+    if variant.get("start"): noted["start"] = variant["start"]
+    if variant["video"]: noted |= {n: variant[n] for n in ("video", "video_frac")}
     if params.get("p_reverse") or more.get("antisymmetry") or more.get("labels"):
-        noted |= dict(p_reverse=params["p_reverse"]) | {n: more[n] for n in ("reversed_text", "antisymmetry")}
+        noted["p_reverse"] = params["p_reverse"]
+        noted |= {n: more[n] for n in ("reversed_text", "antisymmetry")}
     if more.get("labels"): noted |= {n: more[n] for n in ("labels", "label_weight")}
-    return model_info(model, encoders, **noted, ingredients=ingredients(pieces, start=model, **models))
+    used = ingredients(pieces, start=model, **models)
+    return model_info(model, encoders, **noted, ingredients=used)
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #5cd10d98
 def alignment_info(
@@ -82,7 +87,8 @@ def alignment_info(
 )->dict: # for `fit(..., info=...)`
     "What an alignment's checkpoint notes of its run: which models it belongs to, too."
     info = pretraining_info(model, encoders, params, pieces, gfdm=policy.gfdm, gidm=gidm)
-    return info | {f"{kind}_digest": info["ingredients"][kind]["digest"] for kind in ("gfdm", "gidm")}
+    digest = lambda kind: info["ingredients"][kind]["digest"]
+    return info | {f"{kind}_digest": digest(kind) for kind in ("gfdm", "gidm")}
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #a66c00fa
 def clip_times(
@@ -92,57 +98,63 @@ def clip_times(
     spec = preset_of(DataSpec, params["preset"])
     return tuple(i*spec.frame_stride/CONTROL_HZ for i in range(spec.frames))
 
+# %% ../../nbs/13_run/07_pretraining.ipynb #1847ccfb
 def _read(params, encoders, cfg, field, times, **more):
     "A run's samples: for training, held out, and what they are from."
-    given = {n: params[n] for n in ("tasks", "demos", "data", "preset")}
+    variant, given = params["variant"], {n: params[n] for n in ("tasks", "demos", "data", "preset")}
     given |= {n: params["reading"][n] for n in ("keep_gb", "unchecked")} | more
+    given |= dict(video_frac=variant["video_frac"])
     reading = reading_of(**params["reading"], sampling=params.get("sampling", "seconds"))
-    return video_data(params["split"], params["variant"]["video"], field, encoders, cfg, times, reading=reading,
-                      video_frac=params["variant"]["video_frac"], **given)
+    return video_data(params["split"], variant["video"], field, encoders, cfg, times,
+                      reading=reading, **given)
 
 def forward_clips(
     params:dict, # of the run
     encoders, # `models.encoders.Encoders`
     cfg:TrainConfig, # of the training
 )->tuple: # training samples, held-out samples, list of `data.load.Piece`
-    "Clips with the VAE's latents of each frame, or DINO's features for the forward model that predicts those."
+    "Clips with the latents of each frame, or DINO's features for the model that predicts those."
     field = "dino" if params["variant"]["forward"] == "dino" else "latent"
     data = _read(params, encoders, cfg, field, clip_times(params))
     print(*data[2], f"{len(data[0])} clips, {len(data[1])} held out", sep="\n")
     return data
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #ab5a06a4
+_BUILT = ("forward", "inverse", "quantiser", "codes", "queries", "commitment", "restart_below",
+          "camera_draw", "augment") # keys of a variant that decide what is built
+
 def pretraining_model(
     kind:str, # "gfdm" or "gidm"
     params:dict, # of the run
     encoders, # `models.encoders.Encoders`
-): # a `GFDM`, `DinoForward` or `GIDM`, with weights from torch's generator, or those of `variant.start`
+): # a `GFDM`, `DinoForward` or `GIDM`: torch's generator's weights, or those of `variant.start`
     "The model that a run pretrains."
-    built = chosen(params["variant"], "forward", "inverse", "quantiser", "codes", "queries",
-                   "commitment", "restart_below", "camera_draw", "augment")
+    built = chosen(params["variant"], *_BUILT)
     model = fresh_model(kind, encoders, None, preset=params["preset"], **built)
     if not (start := params["variant"]["start"]): return model
-    found = load_model(checkpoint_path(start, kind), encoders, expect=(type(model).__name__,))
-    if differ := differing_fields(plain_config(found.cfg), plain_config(model.cfg)):
-        raise ValueError(f"variant.start is {start}, whose fields are others (there -> here: {differ}): give the variant that it was trained as, or leave start empty")
-    return _from(start, found.train())
+    trained = load_model(checkpoint_path(start, kind), encoders, expect=(type(model).__name__,))
+    if differ := differing_fields(plain_config(trained.cfg), plain_config(model.cfg)):
+        raise ValueError(f"variant.start is {start}, whose fields are others (there -> here: "
+                         f"{differ}): give the variant that it was trained as, or leave start empty")
+    return _from(start, trained.train())
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #8ed30ad1
 def forward_model(
-    gfdm:str, # folder of a checkpoint of `pretrain_gfdm`; "": the default's, made first where missing
-    policy:str, # folder of a coupled policy's checkpoint, whose forward model is taken instead; "": none
+    gfdm:str, # folder of a checkpoint of `pretrain_gfdm`; "": the default's, made first if missing
+    policy:str, # folder of a coupled policy's checkpoint, whose GFDM is taken instead; "": none
     encoders, # `models.encoders.Encoders`
     shared:dict, # parameters for `pretrain_gfdm`
     ckpts="ckpts", # folder of checkpoints, relative to the project's root
 ): # a `GFDM`
-    "The forward model that an evaluation of predicted videos asks for; one that draws no frames is refused."
+    "The forward model whose videos are evaluated; one that draws no frames is refused."
     if not policy: return check_draws(pretrained("gfdm", gfdm, encoders, shared, ckpts=ckpts))
-    return check_draws(load_model(checkpoint_path(policy, "coupled"), encoders, expect=("CoupledPolicy",)).gfdm)
+    folder = checkpoint_path(policy, "coupled")
+    return check_draws(load_model(folder, encoders, expect=("CoupledPolicy",)).gfdm)
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #c036880e
-def _cameras(cfg): return 1 + max(map(VIEWS.index, cfg.views)) # that samples need, so that a GIDM finds its own
+def _cameras(cfg): return 1 + max(map(VIEWS.index, cfg.views)) # that samples need, for its own
 
-def _pair_times(params): # function of a `Piece` to the seconds of a pair; the paper prints one for all data
+def _pair_times(params): # function of a `Piece` to the seconds of a pair; the paper prints one
     seconds = params["gap_seconds"] or float(params["preset"] == "printed")
     return lambda piece: (0, piece.pair_seconds(pair_steps(params), seconds))
 
@@ -152,19 +164,20 @@ def inverse_pairs(
     cfg:TrainConfig, # of the training
 )->tuple: # training samples, held-out samples, list of `data.load.Piece`
     "Pairs of frames with DINO's features, of the cameras that a GIDM reads."
-    labels, gap = params["auxiliary"]["labels"], pair_steps(params)
+    labels, times = params["auxiliary"]["labels"], _pair_times(params)
     views = _cameras(preset_of(GIDMConfig, params["preset"]))
-    times = _pair_times(params)
     field = "video" if params["variant"]["augment"] > 0 else "dino" # encoded in each step, or kept
-    more = dict(chunk=gap if labels else 0, views=views)
-    train, held, pieces = _read(params, encoders, cfg, field, times, **more)
+    chunk = pair_steps(params) if labels else 0
+    train, held, datasets = _read(params, encoders, cfg, field, times, chunk=chunk, views=views)
     if field == "video":
         encoders.dino.model.to(cfg.device_)
         held = StepCoded(held, encoders.dino, "dino")
     if labels: train = FewLabels(train, labels)
-    print(*(f"{piece}; pairs {times(piece)[1]:.2f} s apart" for piece in pieces), f"{len(train)} pairs, {len(held)} held out", sep="\n")
-    return train, held, pieces
+    for d in datasets: print(f"{d}; pairs {times(d)[1]:.2f} s apart")
+    print(f"{len(train)} pairs, {len(held)} held out")
+    return train, held, datasets
 
+# %% ../../nbs/13_run/07_pretraining.ipynb #1af3a50a
 def inverse_auxiliary(
     params:dict, # of the run
     cfg, # `models.gidm.GIDMConfig`
@@ -174,31 +187,38 @@ def inverse_auxiliary(
     labels, weight = more.pop("labels"), more.pop("label_weight")
     given = dict(label_weight=weight if labels else 0., chunk=pair_steps(params))
     config = LatentAuxiliaryConfig(p_reverse=params["p_reverse"], **more, **given)
-    return LatentBeside(config, cfg) if params["p_reverse"] or more["antisymmetry"] or labels else None
+    if not (params["p_reverse"] or more["antisymmetry"] or labels): return None
+    return LatentBeside(config, cfg)
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #ebbf731e
+def _alignment_config(gidm, base, variant, untrained): # `AlignConfig`
+    weight = variant["latent_weight"] if variant["latent_weight"] >= 0 else float(not untrained)
+    like = {n: getattr(base, n) for n in ("feature_dim", "project_hidden", "feature_norm")}
+    inverse = replace(gidm.cfg, dec_blocks=0, texts=base.gidm.texts)
+    return AlignConfig(inverse, latent_weight=weight, **like)
+
 def alignment_models(
     params:dict, # of the run
     encoders, # `models.encoders.Encoders`
-)->tuple: # `AlignedGIDM` to train; its GFDM inside a policy, for features of GIDM's two frames; the pretrained GIDM
+)->tuple: # `AlignedGIDM` to train; GFDM inside a policy, for its features; the pretrained GIDM
     "What is aligned; a GFDM or GIDM that is missing is made first."
-    start, variant, preset = params["pretrained"], params["variant"], params["preset"]
+    start, variant, ckpts = params["pretrained"], params["variant"], params["ckpts"]
     shared = {n: params[n] for n in ("preset", "split", "tasks", "demos", "data", "reading")}
     if start["steps"]: shared["steps"] = start["steps"]
-    step = {} if variant["extract_step"] == 1 else dict(extract_step=variant["extract_step"])
-    gfdm = pretrained("gfdm", start["gfdm"], encoders, shared, variant, params["ckpts"], **step)
-    gidm = pretrained("gidm", start["gidm"], encoders, shared, variant, params["ckpts"])
+    step = {n: variant[n] for n in ("extract_step",) if variant[n] != 1}
+    gfdm = pretrained("gfdm", start["gfdm"], encoders, shared, variant, ckpts, **step)
+    gidm = pretrained("gidm", start["gidm"], encoders, shared, variant, ckpts)
     norm = {n: bool(v) for n, v in chosen(variant, "feature_norm").items()}
-    base = preset_of(PolicyConfig, preset, feature_dim=gfdm.feature_shape()[-1], **norm)
+    dim = gfdm.feature_shape()[-1]
+    base = preset_of(PolicyConfig, params["preset"], feature_dim=dim, **norm)
     frames = tuple(map(int, names_list(variant["gidm_frames"]))) or base.spec.gidm_frames
     if frames[0]:
-        raise ValueError(f"variant.gidm_frames is {variant['gidm_frames']!r}; the first frame of an alignment is the "
-                         "present, 0: give it, or train the policy without alignment (variant.align 0)")
-    base = replace(base, frames=frames, views=gidm.cfg.views[:1]) # GIDM's camera; other video may have no second
+        raise ValueError(f"variant.gidm_frames is {variant['gidm_frames']!r}; the first frame of "
+                         "an alignment is the present, 0: give it, or train the policy without "
+                         "alignment (variant.align 0)")
+    base = replace(base, frames=frames, views=gidm.cfg.views[:1]) # other video may have no second
     policy = CoupledPolicy(base.without_gidm(), encoders, gfdm).eval()
-    weight = variant["latent_weight"] if variant["latent_weight"] >= 0 else float(start["gidm"] != "untrained")
-    like = {n: getattr(base, n) for n in ("feature_dim", "project_hidden", "feature_norm")}
-    config = AlignConfig(replace(gidm.cfg, dec_blocks=0, texts=base.gidm.texts), latent_weight=weight, **like)
+    config = _alignment_config(gidm, base, variant, start["gidm"] == "untrained")
     return AlignedGIDM(config, encoders.t5).start_from(gidm), policy, gidm
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #20780ef3
@@ -209,15 +229,19 @@ def alignment_samples(
     cfg:TrainConfig, # of the training
 )->tuple: # training samples, held-out samples, list of `data.load.Piece`
     "Samples with GFDM's features of the present and DINO's of the true frames."
-    reads, more = getattr(policy.gfdm, "reads", "latent"), dict(stride=params["stride"])
-    present = _read(params, encoders, cfg, reads, (0.,), **more)
+    reads, stride = getattr(policy.gfdm, "reads", "latent"), params["stride"]
     views = _cameras(policy.cfg) # of a policy with GIDM's camera alone
-    true = _read(params, encoders, cfg, "dino", _pair_times(params), views=views, **more)
-    folder, policy = project_root()/params["data"]/f"{store_name(params['split'], params['preset'])}-encoded", policy.to(cfg.device_)
-    kept = lambda samples, part: foreseen(policy, samples, folder/feature_file(policy, part)) if hasattr(samples, "digest") else StepFeatures(policy, samples)
-    joined = [JoinedSamples(t, kept(p, part)) for t, p, part in zip(true, present, ("video", "video_held_out"))]
-    print(*true[2], f"{len(joined[0])} samples, {len(joined[1])} held out", sep="\n")
-    return *joined, true[2]
+    present = _read(params, encoders, cfg, reads, (0.,), stride=stride)
+    true = _read(params, encoders, cfg, "dino", _pair_times(params), views=views, stride=stride)
+    store = store_name(params["split"], params["preset"])
+    folder, policy = project_root()/params["data"]/f"{store}-encoded", policy.to(cfg.device_)
+    def features(samples, part):
+        if not hasattr(samples, "digest"): return StepFeatures(policy, samples)
+        return foreseen(policy, samples, folder/feature_file(policy, part))
+    train = JoinedSamples(true[0], features(present[0], "video"))
+    held = JoinedSamples(true[1], features(present[1], "video_held_out"))
+    print(*true[2], f"{len(train)} samples, {len(held)} held out", sep="\n")
+    return train, held, true[2]
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #999be126
 def pair_clips(
@@ -227,7 +251,7 @@ def pair_clips(
     gap_seconds:float, # between those of other video; 0: the dataset's usual
     size:int, # pixels of the frames
 )->tuple: # samples of two frames in one view, a tenth of a second apart; seconds between the two
-    "Pairs of one clip, to be looked at."
+    "Pairs of one clip, to be shown."
     seconds = piece.pair_seconds(steps, gap_seconds)
     unit = piece.units[i % len(piece.units):][:1]
     return piece.samples((0, seconds), stride=.1, units=unit, size=size, views=1), seconds
@@ -247,6 +271,7 @@ def spread_batch(
     "Samples spread evenly over a dataset."
     return data[torch.linspace(0, len(data) - 1, n).long()].to(device)
 
+# %% ../../nbs/13_run/07_pretraining.ipynb #5883228a
 def spread_batches(
     data, # a dataset, indexed by arrays
     n:int, # samples
@@ -254,7 +279,8 @@ def spread_batches(
     device="cpu",
 ): # yields `Batch`
     "The same, in batches."
-    for part in torch.linspace(0, len(data) - 1, n).long().split(batch_size): yield data[part].to(device)
+    for part in torch.linspace(0, len(data) - 1, n).long().split(batch_size):
+        yield data[part].to(device)
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #5a5af561
 def held_out_codes(
@@ -268,7 +294,8 @@ def held_out_codes(
     gidm = load_model(weights, encoders, expect=("GIDM",))
     dino = encoded(frames, encoders, params["split"], ("dino",), params["data"], preset)["dino"]
     held = split_windows(frames.windows, .05)[1] or frames.windows
-    pairs = window_pairs(frames, held, dino, pair_gap(gidm, info_in(weights)), view=gidm.cfg.views[0])
+    gap, view = pair_gap(gidm, info_in(weights)), gidm.cfg.views[0]
+    pairs = window_pairs(frames, held, dino, gap, view=view)
     return pairs, infer(gidm, pairs.features, pairs.text), gidm.cfg.codes
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #14baba3a
@@ -276,9 +303,12 @@ def reversal_arms(
     params:dict, # of the run: `arms`, and the numbers of each
 )->dict: # name -> parameters of `pretrain_gidm`, the reference first
     "The ways in which a GIDM is pretrained, by name."
-    reverse, penalty = dict(p_reverse=params["p_reverse"]), {"auxiliary.antisymmetry": params["antisymmetry"]}
-    known = dict(forwards={}, reversed=reverse, kept=reverse | {"auxiliary.reversed_text": "keep"}, penalty=reverse | penalty,
-                 labels={f"auxiliary.{n}": params[n] for n in ("labels", "label_weight")})
+    reverse = dict(p_reverse=params["p_reverse"])
+    arms = dict(forwards={}, reversed=reverse, kept=reverse | {"auxiliary.reversed_text": "keep"},
+                penalty=reverse | {"auxiliary.antisymmetry": params["antisymmetry"]},
+                labels={f"auxiliary.{n}": params[n] for n in ("labels", "label_weight")})
     names = names_list(params["arms"])
-    if not names or set(names) - set(known): raise ValueError(f"arms is {params['arms']!r}; choose from {', '.join(known)}, separated by commas")
-    return {name: known[name] for name in names}
+    if not names or set(names) - set(arms):
+        raise ValueError(f"arms is {params['arms']!r}; choose from {', '.join(arms)}, separated by "
+                         "commas")
+    return {name: arms[name] for name in names}
