@@ -1,4 +1,4 @@
-# make demo, make test, make lab, make docs. The virtual environment is made on first use, and again when the pins change.
+# make demo, make test, make gpu, make lab, make docs. The virtual environment is made on first use, and again when the pins change.
 #   OUT=runs/demo      folder of the demo's run; an interrupted run in it goes on, a finished one is shown
 #   ARGS="-p k v"      other parameters of the pipeline, see `defi-nb params pipeline`
 #   VENV=.venv         where the environment is, or shall be
@@ -14,7 +14,7 @@ SUITABLE := import sys, venv, ensurepip; raise SystemExit(not (3, 11) <= sys.ver
 RECORDS ?= doctor eval_gfdm eval_gidm eval_features denoising attention ladder explore failures own_data eval_simulators \
   bench_evaluation bench_inference bench_loader bench_serve
 
-.PHONY: demo test lab docs records install clean
+.PHONY: demo test gpu lab docs records install clean
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -24,6 +24,10 @@ demo: install
 # two processes at a time, each with one thread for arithmetic; the tests of a file stay together, because they share what is slow to make
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# what only a GPU can show, made for about ten minutes on one; the table of the benchmark at full size is runs/gpu/table.md
+gpu: install
+	$(BIN)/python -m pytest -m gpu -rs -s tests/test_gpu.py tests/test_attention.py $(PYTEST_ARGS)
 
 lab: install
 	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs/index.ipynb \

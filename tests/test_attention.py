@@ -156,6 +156,7 @@ def test_maps_leave_the_policy_as_it_was(policy):
     assert all(p.grad is None for p in policy.parameters())
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_fused_kernels_of_a_gpu(dtype):

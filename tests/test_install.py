@@ -42,6 +42,7 @@ def test_every_imported_package_is_declared():
 @pytest.mark.parametrize("module,extra,what", [
     ("papermill", "lab", lambda: main(["run", "doctor"])),
     ("pyarrow.parquet", "lerobot", lambda: import_module("defi_nb.data.lerobot")._arrow()),
+    ("peft", "lora", lambda: import_module("defi_nb.weights.lora")._peft()),
     ("nbconvert", "lab", lambda: import_module("defi_nb.core.page").write_html(RUNS[0]))])
 def test_a_missing_extra_is_named_in_one_line(module, extra, what, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)

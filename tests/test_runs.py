@@ -21,6 +21,7 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "monitor": {},
     "pretrain_gfdm": DATA | TRAIN | {"ckpt": "ckpts/forward"},
     "pretrain_gidm": DATA | TRAIN | {"ckpt": "ckpts/inverse"},
+    "adapt_gfdm": {"tasks": "open_drawer", "demos": 2, "test_demos": 1, "steps": 2, "engine.batch_size": 2, "chains": 1, "parallel": 1},
     "align": DATA | TRAIN | {"pretrained.gfdm": "ckpts/forward", "pretrained.gidm": "ckpts/inverse", "ckpt": "ckpts/aligned"},
     "eval_gidm": DATA | {"stride": 10, "probes": "{'pairs': 40, 'steps': 2, 'gaps': '5', 'fractions': '1'}", "replays": 12, "scenes": "AD", "clips": 1},
     "eval_features": DATA | {"probes": "{'train_demos': 4, 'test_demos': 3, 'stride': 8, 'project': 4, 'hidden': 4, 'steps': 2}",

@@ -18,7 +18,7 @@ FLOORS = sorted(NBS.glob("[0-9]*/"))
 RUNS = [p for p in sorted(NBS.glob("[a-z]*.ipynb")) if p.stem != "index"]
 REGION = re.compile(r"(<!-- (\w+) -->\n).*?(\n?<!-- end -->)", re.S)
 PAPERS = {  # run notebook -> what of DeFI's paper it answers, or of the second one on inverse dynamics (IDL)
-    "ablations": "Tables 4 to 9, Figures 5, 7, 8", "attention": "Figure 12",
+    "ablations": "Tables 4 to 9, Figures 5, 7, 8", "adapt_gfdm": "its future work: light adaptation", "attention": "Figure 12",
     "bench_inference": "Table 13", "data_efficiency": "Figure 4, Table 4", "denoising": "Figure 9",
     "eval_calvin": "Table 1", "eval_features": "IDL: Tables 4, 5",
     "eval_frozen": "IDL: Tables 3, 4", "eval_real": "Table 3", "eval_simulators": "Table 2",
@@ -97,7 +97,7 @@ def demo(name, base):
 def stored(name): return lambda base: (ROOT/"results"/name/"table.md").read_text(encoding="utf-8").strip()
 
 
-TABLES = {"floors": floors, "library": library, "runs": runs, "demo": partial(demo, "demo"), "demo_fresh": partial(demo, "demo_fresh"), "coupling": stored("coupling"), "long": stored("long")}
+TABLES = {"floors": floors, "library": library, "runs": runs, "demo": partial(demo, "demo"), "demo_fresh": partial(demo, "demo_fresh"), "coupling": stored("coupling"), "long": stored("long"), "lora": stored("lora")}
 
 
 def filled(text, base): return REGION.sub(lambda m: m[1] + TABLES[m[2]](base) + "\n<!-- end -->", text)

@@ -21,6 +21,10 @@ class GFDMVariant:
     video:str = "" # further splits or data, separated by commas; empty: own scenes only (Table 5)
     video_frac:float = 1. # fraction of the simulator's demonstrations in it, in (0, 1] (Figure 8)
     camera_draw:float = -1. # the static camera's probability if one of two is drawn; 0: both
+    train:str = "all" # or lora, low-rank adapters of a pretrained model (`weights.lora`)
+    rank:int = 8 # of the adapters, 1 or more
+    alpha:float = 16. # the product of an adapter's matrices counts alpha/rank times
+    targets:str = "attention" # layers with adapters: attention, convolutions, or both
 
 # %% ../../nbs/13_run/00_options.ipynb #6d1ce4c5
 @dataclass(frozen=True)
@@ -235,6 +239,7 @@ CHOICES = { # parameter or key -> what it can be called
     "auxiliary.pair": ("real", "imagined"),
     "dtype": ("float32", "bfloat16", "float16"),
     "latents": ("code", "embedding", "both", "none"),
+    "pretrain_gfdm.variant.train": ("all", "lora"),
     "train_coupled.policy": POLICIES,
     "own_data.policy": ("plain", "coupled"),
 }

@@ -153,7 +153,7 @@ def fresh_model(
 NAMED = dict( # what a checkpoint's name holds, in this order -> the word before its value
     gfdm="gfdm_", gidm="gidm_", forward="", inverse="", quantiser="", codes="codes",
     queries="queries", video="video_", video_frac="share", extract_step="step",
-    camera_draw="static_", train="train_", align="align", views="", start="from_", latents="",
+    camera_draw="static_", train="train_", rank="rank", alpha="alpha", targets="on_", align="align", views="", start="from_", latents="",
     latent_dropout="drop", present="present", feature_norm="norm", latent_positions="positions",
     frames="frames_", gidm_frames="pair_", proprio="proprio", proprio_dropout="hidden",
     vq_weight="vq", latent_weight="latents", commitment="commitment", restart_below="restart",
@@ -203,7 +203,7 @@ def _make(notebook, folder, params): # run the notebook that makes a checkpoint,
         run_notebook(notebook, params, f"runs/{notebook}/{datetime.now():%Y%m%d-%H%M%S}")
 
 # %% ../../nbs/13_run/05_pretrained.ipynb #f3855521
-_FINE_TUNED = "commitment", "restart_below" # a policy's own, whatever its GIDM was pretrained with
+_FINE_TUNED = "commitment", "restart_below", "train" # a policy's own, not its models'
 
 def _own(kind, variant): # those of a run's choices that its pretrained model depends on
     known = asdict(dict(gfdm=GFDMVariant, gidm=GIDMVariant)[kind]())
@@ -391,7 +391,8 @@ def _missing(name, params): # what has to be made first: its name -> its kind
     split, preset = params["split"], params.get("preset", "tiny")
     variant, root = params.get("variant", {}), project_root()
     def made(kind):
-        own = {n: v for n, v in variant.items() if n in KEYS[kind]}
+        known = {n for n in KEYS[kind] if kind in POLICIES or n not in _FINE_TUNED}
+        own = {n: v for n, v in variant.items() if n in known}
         return checkpoint_name(kind, split, preset, **own)
     missing = {made(k): k for k in _needed(name, params)}
     missing = {n: k for n, k in missing.items() if not is_finished(root/params["ckpts"]/n)}

@@ -21,6 +21,7 @@ from ..data.cache import JoinedSamples, StepCoded
 from ..data.episodes import show_tasks, split_windows
 from ..models.aligned_gidm import AlignConfig, AlignedGIDM
 from ..models.encoders import load_encoders
+from ..models.gfdm import GFDM
 from ..models.gidm import GIDMConfig
 from ..models.policy import CoupledPolicy, PolicyConfig
 from .datasets import encoded, names_list, reading_of, store_name, video_data
@@ -31,8 +32,10 @@ from .pretrained import (
 from ..train.auxiliary import FewLabels, LatentAuxiliaryConfig, LatentBeside
 from ..train.config import TrainConfig
 from ..viz.denoising import check_draws
-from ..weights.checkpoint import differing_fields, plain_config
+from ..weights.checkpoint import (
+    differing_fields, has_checkpoint, plain_config, read_config)
 from ..weights.load import load_model, model_info
+from ..weights.lora import adapt
 from ..weights.zoo import checkpoint_path
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #8a1cdb32
@@ -123,6 +126,20 @@ def forward_clips(
 _BUILT = ("forward", "inverse", "quantiser", "codes", "queries", "commitment", "restart_below",
           "camera_draw", "augment") # keys of a variant that decide what is built
 
+def _adapted(model, variant): # with adapters, where the run trains those
+    if variant.get("train") != "lora": return model
+    if not isinstance(model, GFDM):
+        raise ValueError(f"variant.train is lora, and a {type(model).__name__} takes no adapters: "
+                         "choose variant.forward=svd")
+    if not hasattr(model, "origin"):
+        raise ValueError("variant.train is lora, which adapts a pretrained model, and this one has "
+                         "random weights: give variant.start, a checkpoint's folder or shipped")
+    folder = checkpoint_path(model.origin, "gfdm")
+    if has_checkpoint(folder) and read_config(folder)["class"] == "LoraGFDM":
+        raise ValueError(f"variant.start is {model.origin}, which holds adapters: merge them first "
+                         "(weights.zoo.ship), and give the folder of the merged model")
+    return adapt(model, model.origin, **chosen(variant, "rank", "alpha", "targets"))
+
 def pretraining_model(
     kind:str, # "gfdm" or "gidm"
     params:dict, # of the run
@@ -131,12 +148,12 @@ def pretraining_model(
     "The model that a run pretrains."
     built = chosen(params["variant"], *_BUILT)
     model = fresh_model(kind, encoders, None, preset=params["preset"], **built)
-    if not (start := params["variant"]["start"]): return model
+    if not (start := params["variant"]["start"]): return _adapted(model, params["variant"])
     trained = load_model(checkpoint_path(start, kind), encoders, expect=(type(model).__name__,))
     if differ := differing_fields(plain_config(trained.cfg), plain_config(model.cfg)):
         raise ValueError(f"variant.start is {start}, whose fields are others (there -> here: "
                          f"{differ}): give the variant that it was trained as, or leave start empty")
-    return _from(start, trained.train())
+    return _adapted(_from(start, trained.train()), params["variant"])
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #8ed30ad1
 def forward_model(
