@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLAIN', 'DataSource', 'rows_of', 'Reading', 'choose_cameras', 'role_keys', 'is_depth', 'pick_episodes', 'Window',
            'Frames', 'fake_frames', 'check_frames', 'Rows', 'concat_frames', 'take_fraction', 'split_windows',
-           'show_tasks', 'Samples', 'FrameTable', 'ImageTable', 'CodedSamples', 'WindowDataset', 'frames_identity',
+           'show_tasks', 'FrameTable', 'ImageTable', 'Samples', 'CodedSamples', 'WindowDataset', 'frames_identity',
            'evenly_spaced']
 
 # %% ../../nbs/02_data/00_episodes.ipynb #cea97d89
@@ -24,104 +24,133 @@ from ..core.spec import ACTION_DIM, CONTROL_HZ, VIEWS, Batch
 from ..core.utils import json_digest
 
 # %% ../../nbs/02_data/00_episodes.ipynb #3957cfed
+def _check_fraction(data_frac):
+    "Raise `ValueError` for what is no fraction of the demonstrations."
+    if not 0 < data_frac <= 1:
+        raise ValueError(f"data_frac is {data_frac}; it is a fraction of the demonstrations, "
+                         "above 0 and up to 1")
+
 class DataSource:
-    "What a dataset of any format offers; `units`, `texts`, `views` and `samples` are each format's own."
+    "A dataset of any format; each format defines `units`, `texts`, `views` and `samples`."
     unit, hz, actions, normalised = "episodes", 0., True, False
-    by_camera = False # whether the encodings of each camera are kept by themselves
-    no_action = "has no actions" # what to say of a dataset without
+    by_camera = False # whether the encodings of each camera are cached separately
+    no_action = "has no actions" # for messages about a dataset without
 
     @property
     def parts(self): return [self] # the recordings that it joins, each with encodings of its own
 
-    def stores_latents(self, shape): return False # whether samples can give latents (C,h,w) without an encoder
+    def stores_latents(self, shape): return False # whether samples give latents (C,h,w) as stored
 
     @property
     def has_images(self): return True # whether samples can give images
 
-    def split(self, val_frac=.05, seed=0): # (units to train on, units held out)
-        units, order = self.units, np.random.default_rng([seed, 1]).permutation(len(self.units))
-        held = set(order[:max(1, round(val_frac*len(units)))].tolist())
-        return [u for i, u in enumerate(units) if i not in held], [u for i, u in enumerate(units) if i in held]
+    def split(self, val_frac=.05, seed=0):
+        "Units to train on and units held out, at least one."
+        n = len(self.units)
+        order = np.random.default_rng([seed, 1]).permutation(n)
+        held = set(order[:max(1, round(val_frac*n))].tolist())
+        train = [u for i, u in enumerate(self.units) if i not in held]
+        return train, [u for i, u in enumerate(self.units) if i in held]
 
-    def fraction(self, units, data_frac): # a deterministic part of the units; a smaller one is part of a larger one
+    def fraction(self, units, data_frac):
+        "A deterministic part of the units; a smaller one is part of a larger one."
         _check_fraction(data_frac)
-        return sorted(np.random.default_rng(0).permutation(units)[:max(1, round(data_frac*len(units)))].tolist())
+        order = np.random.default_rng(0).permutation(units)
+        return sorted(order[:max(1, round(data_frac*len(units)))].tolist())
 
-def _check_fraction(data_frac):
-    "Raise `ValueError` for what is no fraction of the demonstrations."
-    if not 0 < data_frac <= 1: raise ValueError(f"data_frac is {data_frac}; it is a share of the demonstrations, above 0 and up to 1")
-
+# %% ../../nbs/02_data/00_episodes.ipynb #807a74a6
 def rows_of(
-    seconds, # times, s
+    seconds, # times, s, 0 or more
     hz:float, # rows a second
 )->np.ndarray: # int64, the nearest rows
     "Times as rows; half a row rounds up."
     seconds = np.atleast_1d(np.asarray(seconds, np.float64))
     if not np.isfinite(seconds).all() or (seconds < 0).any() or not 0 < hz < np.inf:
-        raise ValueError(f"times {seconds.tolist()} s at {hz} rows a second: give finite times of 0 or more, and a positive rate")
+        raise ValueError(f"times {seconds.tolist()} s at {hz} rows a second: give finite times of "
+                         "0 or more, and a positive rate")
     return np.floor(seconds*hz + .5 + 1e-6).astype(np.int64)
 
 # %% ../../nbs/02_data/00_episodes.ipynb #9d1e8877
 @dataclass(frozen=True)
 class Reading:
     "How to read data where it does not say."
-    cameras:tuple = () # the data's cameras that take the places of `core.spec.VIEWS`, by name; (): one that is not on the hand, and one that is
+    cameras:tuple = () # names of those for `core.spec.VIEWS`, in order; (): `choose_cameras`
     hz:float = 0. # steps a second; 0: as the data or Table 12 say
     columns:tuple = () # numbers of an action to take, by label or position; (): all
-    relative:tuple|None = None # those of them that are changes, by label or position; None: see above
-    sampling:str = "seconds" # "seconds", or "release": whole clips for Bridge, RT-1 and Something-Something, else every other frame
+    relative:tuple|None = None # those that are changes, by label or position; None: see above
+    sampling:str = "seconds" # "seconds", or "release": see below
     tasks:tuple = () # of recordings in CALVIN's format, whose windows are wanted; (): all
-    action:str = "" # key of the actions, where LeRobot's data has several; "": the one that there is
+    action:str = "" # key of the actions, where LeRobot's data has several; "": the only one
     episodes:str = "" # episodes, clips or recordings to read, see `pick_episodes`; "": all
-    annotations:str = "" # folder of the instructions in CALVIN's format; "": lang_annotations, or the only one
+    annotations:str = "" # folder of CALVIN's instructions; "": lang_annotations, or the only one
 
     def __post_init__(self):
-        if self.sampling not in ("seconds", "release"): raise ValueError(f"sampling is {self.sampling!r}; choose seconds or release")
+        if self.sampling not in ("seconds", "release"):
+            raise ValueError(f"sampling is {self.sampling!r}; choose seconds or release")
 
-PLAIN = Reading() # data that says everything itself
+PLAIN = Reading() # of data that says everything itself
 
+# %% ../../nbs/02_data/00_episodes.ipynb #919dabde
 def choose_cameras(
     names, # of the data's cameras
-    wanted:tuple=(), # those to take; (): see `Reading`
+    wanted:tuple=(), # those to take; (): one that is not on the end effector, and one that is
 )->tuple: # one or two names, static before gripper
     "The cameras that take the places of `core.spec.VIEWS`."
     names = list(names)
-    if unknown := [c for c in wanted if c not in names]: raise ValueError(f"there is no camera {unknown[0]!r}; there are {', '.join(names)}: give `cameras` of reading some of them")
+    if unknown := [c for c in wanted if c not in names]:
+        raise ValueError(f"there is no camera {unknown[0]!r}; there are {', '.join(names)}: give "
+                         "`cameras` of reading some of them")
     if wanted: return tuple(wanted)
-    hand = [n for n in names if re.search("wrist|hand|gripper", n, re.I)]
-    return tuple(([n for n in names if n not in hand] + hand)[:1] + hand[:1]) if hand and len(names) > len(hand) else tuple(names[:len(VIEWS)])
+    on_hand = [n for n in names if re.search("wrist|hand|gripper", n, re.I)]
+    static = [n for n in names if n not in on_hand]
+    return (static[0], on_hand[0]) if static and on_hand else tuple(names[:len(VIEWS)])
 
 # %% ../../nbs/02_data/00_episodes.ipynb #ba99efdd
-_ROLES = {"action": ("action", {"action", "actions"}), "state": ("observation.state", {"state", "states", "proprio"})} # role -> usual key, words
-_ASIDE = {"pad", "mask", "masked", "valid", "terminate", "mode", "timestamp", "index", "dict"} # of keys that are about a role
+_ROLES = { # role -> usual key, words
+    "action": ("action", {"action", "actions"}),
+    "state": ("observation.state", {"state", "states", "proprio"})}
+_ABOUT = {"pad", "mask", "masked", "valid", "terminate", "mode", "timestamp", "index", "dict"}
+_NEUTRAL = {"observation", "observations", "robot"} # words that add nothing to a role
 _words = lambda key: re.findall(r"[a-z]+|\d+", key.lower())
 
 def role_keys(
     keys, # names of features, such as observation.state
     role:str, # "action" or "state"
-)->list: # of keys: one, if it is clear; several with an equal claim; none
-    "The keys that may hold a role."
+)->list: # of keys: one if it is clear, several with an equal claim, or none
+    "The keys that may hold the actions or the states."
     usual, words = _ROLES[role]
-    fits = {k: w for k in keys if words & set(w := _words(k)) and not _ASIDE & set(w)}
-    plain = [k for k, w in fits.items() if set(w) <= words | {"observation", "observations", "robot"}]
-    return [usual] if usual in fits else plain or list(fits)
+    fits = {k: set(_words(k)) for k in keys}
+    fits = {k: w for k, w in fits.items() if words & w and not _ABOUT & w}
+    if usual in fits: return [usual]
+    return [k for k, w in fits.items() if w <= words | _NEUTRAL] or list(fits)
 
-def is_depth(key:str): # of a camera: whether its images are distances
+# %% ../../nbs/02_data/00_episodes.ipynb #c36fd0e3
+def is_depth(key:str): # of a camera
+    "Whether a camera's images are distances."
     return "depth" in key.lower()
 
 # %% ../../nbs/02_data/00_episodes.ipynb #9fbdea03
+def _match(part, names):
+    "The names that one part of `episodes` means: a name, a number, or a range of numbers."
+    span = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
+    low, high = (int(span[1]), int(span[2] or span[1])) if span else (1, 0)
+    return {n for n in names if n == part or n.isdigit() and low <= int(n) <= high}
+
 def pick_episodes(
     names, # numbers or names of the episodes
-    wanted:str="", # numbers, ranges and names separated by commas, as 0-49,60; with "not" before them all others, as not 4,7; "": all
-)->list: # of bool, one for each
-    "Which episodes a text asks for."
+    wanted:str="", # numbers, ranges, names: "0-49,60"; "not 4,7": all others; "": all
+)->list: # of bool, one an episode
+    "Which episodes a text selects."
     names, hit = [normalize("NFC", str(n)) for n in names], set()
-    negated, text = re.fullmatch(r"\s*(not\b)?\s*(.*?)\s*", normalize("NFC", str(wanted)), re.S).groups()
+    text = normalize("NFC", str(wanted))
+    negated, text = re.fullmatch(r"\s*(not\b)?\s*(.*?)\s*", text, re.S).groups()
     for part in filter(None, (p.strip() for p in text.split(","))):
-        a, b = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part).groups() if re.fullmatch(r"\d+(\s*-\s*\d+)?", part) else (None, None)
-        found = [n for n in names if n == part or a and n.isdigit() and int(a) <= int(n) <= int(b or a)]
-        if not found and not negated: raise ValueError(f"episodes is {wanted!r}, and there is no {part}; there are {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}: name some of them")
-        hit |= set(found)
+        matches = _match(part, names)
+        if not matches and not negated:
+            some = ", ".join(names[:3]) + " ..."*(len(names) > 3)
+            raise ValueError(f"episodes is {wanted!r}, and there is no {part}; there are {some}: "
+                             "name some of them")
+        hit |= matches
     return [not text or (n in hit) != bool(negated) for n in names]
 
 # %% ../../nbs/02_data/00_episodes.ipynb #dde92d38
@@ -140,11 +169,11 @@ class Window:
 @dataclass
 class Frames(DataSource):
     "Recorded frames, one row per control step, and the annotated windows in them."
-    video:dict # view -> (N,H,W,3) uint8 array, RGB; may be a memmap, and {} when only encodings are read
-    action:np.ndarray|None = None # (N,7) float32 in [-1, 1], the action taken at each row; None for bare video
+    video:dict # view -> (N,H,W,3) uint8 RGB, perhaps a memmap; {} where only encodings are read
+    action:np.ndarray|None = None # (N,7) float32 in [-1, 1], taken at each row; None for bare video
     robot_obs:np.ndarray|None = None # (N,15) float32, CALVIN's robot_obs
     scene_obs:np.ndarray|None = None # (N,24) float32, CALVIN's scene_obs
-    segments:np.ndarray|None = None # (S,2) int64, rows of uninterrupted recordings, end inclusive
+    segments:np.ndarray|None = None # (S,2) int64, rows of unbroken recordings, end inclusive
     windows:list = field(default_factory=list) # of `Window`
     joined:list = field(default_factory=list, repr=False) # the stores that `concat_frames` joined
     unit, hz, normalised, by_camera = "windows", CONTROL_HZ, True, True
@@ -165,69 +194,81 @@ class Frames(DataSource):
 
     def fraction(self, units, data_frac): return take_fraction(units, data_frac)
 
-    def digest(self): return json_digest([frames_identity(self), [repr(w) for w in self.windows]])[:16] # of its content
+    def digest(self): # of rows and windows
+        return json_digest([frames_identity(self), [repr(w) for w in self.windows]])[:16]
 
     def __len__(self):
         arrays = [*self.video.values(), self.action, self.robot_obs, self.scene_obs]
         return max((len(a) for a in arrays if a is not None), default=0)
 
-    def __repr__(self): return f"Frames of {len(self)} rows, views {list(self.video)}, {len(self.windows)} windows"
+    def __repr__(self):
+        return (f"Frames of {len(self)} rows, views {list(self.video)}, "
+                f"{len(self.windows)} windows")
 
 # %% ../../nbs/02_data/00_episodes.ipynb #68bb7504
+def _fake_video(rows, image_size):
+    "view -> (N,H,W,3) uint8: a moving white square; red counts rows, blue views."
+    video = {v: np.zeros((len(rows), image_size, image_size, 3), np.uint8) for v in VIEWS}
+    for i, images in enumerate(video.values()):
+        images[..., 0] = (rows % 256)[:, None, None]
+        images[..., 2] = 200*i
+        for n in rows: images[n, 4:8, n % image_size] = 255
+    return video
+
 def fake_frames(
     tasks:dict, # task -> number of windows
     length:int=20, # rows of a window
-    image_size:int=16, # height and width of a picture, pixels
+    image_size:int=16, # height and width of an image, pixels
     seed:int=0, # of the actions and observations
 )->Frames: # one segment a window
-    "A small store of made-up recordings, for examples and tests."
-    rng, names = np.random.default_rng(seed), [t for t,n in tasks.items() for _ in range(n)]
-    N, rows = length*len(names), np.arange(length*len(names))
-    video = {v: np.zeros((N,image_size,image_size,3), np.uint8) for v in VIEWS}
-    for i,pictures in enumerate(video.values()):
-        pictures[..., 0] = (rows % 256)[:,None,None]
-        pictures[..., 2] = 200*i
-        for n in rows: pictures[n, 4:8, n % image_size] = 255
-    action = rng.uniform(-1, 1, (N,ACTION_DIM)).astype(np.float32)
-    action[:, -1] = np.where(rows % length < length//2, 1, -1) # the hand closes half-way through a window
-    starts = np.arange(0, N, length)
-    windows = [Window(int(s), int(s)+length-1, t, t.replace("_", " "), "fake") for s,t in zip(starts, names)]
-    return Frames(video, action, rng.normal(size=(N,15)).astype(np.float32), rng.normal(size=(N,24)).astype(np.float32),
-                  np.stack([starts, starts+length-1], 1), windows)
+    "A small store of artificial recordings, for examples and tests."
+    rng, names = np.random.default_rng(seed), [t for t, n in tasks.items() for _ in range(n)]
+    N = length*len(names)
+    rows, starts = np.arange(N), np.arange(0, N, length)
+    action = rng.uniform(-1, 1, (N, ACTION_DIM)).astype(np.float32)
+    action[:, -1] = np.where(rows % length < length//2, 1, -1) # closes half-way through a window
+    robot, scene = (rng.normal(size=(N, n)).astype(np.float32) for n in (15, 24))
+    windows = [Window(int(s), int(s) + length - 1, t, t.replace("_", " "), "fake")
+               for s, t in zip(starts, names)]
+    segments = np.stack([starts, starts + length - 1], 1)
+    return Frames(_fake_video(rows, image_size), action, robot, scene, segments, windows)
 
 # %% ../../nbs/02_data/00_episodes.ipynb #d8915e0b
 def check_frames(
     frames:Frames, # to be checked
-    name:str="the recording", # what error messages call it
+    name:str="the recording", # for error messages
 )->Frames: # the same store
     "Raise `ValueError` naming what is wrong with a store, if something is."
-    N = len(frames)
-    expected = dict(action=(N,ACTION_DIM), robot_obs=(N,15), scene_obs=(N,24))
+    N, action = len(frames), frames.action
     if N == 0: raise ValueError(f"{name} has no frames: record it again, or restore a whole copy")
-    for view,v in frames.video.items():
+    for view, v in frames.video.items():
         if len(v) != N or v.ndim != 4 or v.shape[-1] != 3 or v.dtype != np.uint8:
-            raise ValueError(f"{name}: view {view!r} has shape {tuple(v.shape)} and type {v.dtype}; "
-                             f"expected ({N},H,W,3) uint8")
-    for key,shape in expected.items():
+            raise ValueError(f"{name}: view {view!r} has shape {tuple(v.shape)} and type "
+                             f"{v.dtype}; expected ({N},H,W,3) uint8")
+    for key, size in dict(action=ACTION_DIM, robot_obs=15, scene_obs=24).items():
         a = getattr(frames, key)
-        if a is not None and a.shape != shape: raise ValueError(f"{name}: {key} has shape {a.shape}; expected {shape}")
-    if isinstance(frames.action, np.ndarray) and not np.abs(frames.action).max() <= 1.001: # what is read on demand is checked when it is read
-        raise ValueError(f"{name}: an action of {np.abs(frames.action).max():.3g}; relative actions lie in [-1, 1]")
+        if a is not None and a.shape != (N, size):
+            raise ValueError(f"{name}: {key} has shape {a.shape}; expected {(N, size)}")
+    if isinstance(action, np.ndarray) and not (largest := np.abs(action).max()) <= 1.001:
+        raise ValueError(f"{name}: an action of {largest:.3g}; relative actions lie in [-1, 1]")
     for w in frames.windows:
-        if not 0 <= w.start <= w.end < N: raise ValueError(f"{name}: {w} lies outside its {N} rows")
+        if not 0 <= w.start <= w.end < N:
+            raise ValueError(f"{name}: {w} lies outside its {N} rows")
     return frames
 
 # %% ../../nbs/02_data/00_episodes.ipynb #a8fe6be2
 class Rows:
-    "Several arrays of rows, read as one without copying them together."
+    "Several arrays of rows, read as one without a copy."
     def __init__(self,
         parts:list, # arrays (n,...), equal but for n
     ):
         self.parts, self.ends = parts, np.cumsum([len(p) for p in parts])
-        self.shape, self.dtype, self.ndim = (int(self.ends[-1]), *parts[0].shape[1:]), parts[0].dtype, parts[0].ndim
+        first = parts[0]
+        self.shape, self.dtype = (int(self.ends[-1]), *first.shape[1:]), first.dtype
+        self.ndim = first.ndim
         if any(p.shape[1:] != self.shape[1:] for p in parts):
-            raise ValueError(f"rows of shapes {[p.shape[1:] for p in parts]} cannot be read as one: "
-                             "bring them to one size first")
+            raise ValueError(f"rows of shapes {[p.shape[1:] for p in parts]} cannot be read as "
+                             "one: bring them to one size first")
 
     def __len__(self): return self.shape[0]
 
@@ -243,54 +284,63 @@ class Rows:
     def __array__(self, dtype=None, copy=None): return np.asarray(self[:], dtype=dtype)
 
 # %% ../../nbs/02_data/00_episodes.ipynb #e8c23272
+def _join(arrays, shifts):
+    "Arrays of rows as one, each plus its shift; None if one is missing."
+    if any(a is None for a in arrays): return None
+    if not all(isinstance(a, np.ndarray) for a in arrays): return Rows(arrays)
+    return np.concatenate([a + n if n else a for a, n in zip(arrays, shifts)])
+
 def concat_frames(
     stores:list, # of `Frames` with the same views
 )->Frames: # rows in the order given
-    "One store of several; a field that one of them lacks is None."
+    "Join stores; a field that one of them lacks is None."
     if not stores: raise ValueError("no recordings to join: give at least one `Frames`")
     if len({tuple(s.video) for s in stores}) > 1:
         raise ValueError(f"stores of views {[tuple(s.video) for s in stores]} do not go together")
-    shifts = np.cumsum([0] + [len(s) for s in stores])
-    def join(key, shift=False):
-        parts = [getattr(s, key) for s in stores]
-        if any(p is None for p in parts): return None
-        if not all(isinstance(p, np.ndarray) for p in parts): return Rows(parts)
-        return np.concatenate([p + n if shift else p for p,n in zip(parts, shifts)])
-    move = lambda w, n: replace(w, start=w.start+int(n), end=w.end+int(n))
-    windows = [move(w, n) for s,n in zip(stores, shifts) for w in s.windows]
+    shifts = np.cumsum([0] + [len(s) for s in stores]).tolist()
+    move = lambda w, n: replace(w, start=w.start + n, end=w.end + n)
+    windows = [move(w, n) for s, n in zip(stores, shifts) for w in s.windows]
     video = {v: Rows([s.video[v] for s in stores]) for v in stores[0].video}
-    return Frames(video, join("action"), join("robot_obs"), join("scene_obs"), join("segments", shift=True), windows, list(stores))
+    small = [_join([getattr(s, key) for s in stores], [0]*len(stores))
+             for key in ("action", "robot_obs", "scene_obs")]
+    segments = _join([s.segments for s in stores], shifts)
+    return Frames(video, *small, segments, windows, list(stores))
 
 # %% ../../nbs/02_data/00_episodes.ipynb #32455f14
 def _ranked(windows, seed):
-    "task -> positions of its windows, in an order that depends on the seed and the task's name only."
+    "task -> positions of its windows, in an order that depends on the seed and the name only."
     tasks = {}
-    for i,w in enumerate(windows): tasks.setdefault(w.task, []).append(i)
-    return {t: np.random.default_rng([seed, zlib.crc32(t.encode())]).permutation(i) for t,i in tasks.items()}
+    for i, w in enumerate(windows): tasks.setdefault(w.task, []).append(i)
+    rng = lambda task: np.random.default_rng([seed, zlib.crc32(task.encode())])
+    return {t: rng(t).permutation(i) for t, i in tasks.items()}
 
 def take_fraction(
     windows:list, # of `Window`
-    data_frac:float, # share of each task's windows to keep, in (0, 1]
+    data_frac:float, # fraction of each task's windows to keep, in (0, 1]
     seed:int=0, # of the ranking; 0 or more
 )->list: # of `Window`, at least one a task, in the order given
-    "A deterministic share of the windows of every task; a smaller share is part of a larger one."
+    "A deterministic fraction of every task's windows; a smaller one is part of a larger one."
     _check_fraction(data_frac)
-    keep = {i for ranked in _ranked(windows, seed).values() for i in ranked[:max(1, round(data_frac*len(ranked)))]}
-    return [w for i,w in enumerate(windows) if i in keep]
+    keep = set()
+    for ranked in _ranked(windows, seed).values():
+        keep.update(ranked[:max(1, round(data_frac*len(ranked)))])
+    return [w for i, w in enumerate(windows) if i in keep]
 
 # %% ../../nbs/02_data/00_episodes.ipynb #74af1888
 def split_windows(
     windows:list, # of `Window`
-    val_frac:float=.1, # share of each task's windows to hold out, in [0, 1)
+    val_frac:float=.1, # fraction of each task's windows to hold out, in [0, 1)
     seed:int=0, # of the ranking
 )->tuple: # (training windows, held-out windows)
     "Hold out whole windows of every task that has at least two."
     if not 0 <= val_frac < 1:
-        raise ValueError(f"val_frac is {val_frac}; it is a share of the windows, at least 0 and below 1")
-    share = lambda n: min(n - 1, max(1, round(val_frac*n))) if val_frac else 0
+        raise ValueError(f"val_frac is {val_frac}; it is a fraction of the windows, at least 0 "
+                         "and below 1")
+    count = lambda n: min(n - 1, max(1, round(val_frac*n))) if val_frac else 0
     ranks = _ranked(windows, seed + 1).values() # + 1: another ranking than that of data_frac
-    held = {i for ranked in ranks for i in ranked[:share(len(ranked))]}
-    return [w for i,w in enumerate(windows) if i not in held], [w for i,w in enumerate(windows) if i in held]
+    held = {i for ranked in ranks for i in ranked[:count(len(ranked))]}
+    train = [w for i, w in enumerate(windows) if i not in held]
+    return train, [w for i, w in enumerate(windows) if i in held]
 
 # %% ../../nbs/02_data/00_episodes.ipynb #2d599c50
 def _count_tasks(
@@ -321,9 +371,10 @@ def show_tasks(
 def _anchors(windows, stride, min_left):
     "(S,2) window and row of every sample."
     if stride < 1: raise ValueError(f"stride is {stride}; it is at least 1")
+    if not windows: return np.zeros((0,2), np.int64)
     rows = [np.arange(w.start, w.end + 1 - min_left, stride) for w in windows]
     which = np.repeat(np.arange(len(windows)), [len(r) for r in rows])
-    return np.stack([which, np.concatenate(rows)], 1) if windows else np.zeros((0,2), np.int64)
+    return np.stack([which, np.concatenate(rows)], 1)
 
 def _to_bvt(x_btv):
     "Float (B,V,T,...) tensor of a (B,T,V,...) array."
@@ -331,82 +382,110 @@ def _to_bvt(x_btv):
 
 def _check_samples(ds):
     "Raise `ValueError` if there is nothing to sample or an array does not fit the store."
+    N, video = len(ds.frames), ds.frames.video
     if ds.offsets.min() < 0 or ds.min_left < 0:
-        raise ValueError(f"min_left is {ds.min_left} and the offsets are {ds.offsets}; none may be negative")
+        raise ValueError(f"min_left is {ds.min_left} and the offsets are {ds.offsets}; none may "
+                         "be negative")
     if not len(ds):
-        raise ValueError(f"no samples: {len(ds.windows)} windows, none of more than min_left = {ds.min_left} rows")
-    if missing := [v for v in ds.views if ds.video and v not in ds.frames.video]:
-        raise ValueError(f"the recording has no view {missing}; it has {list(ds.frames.video)}")
+        raise ValueError(f"no samples: {len(ds.windows)} windows, none of more than min_left = "
+                         f"{ds.min_left} rows")
+    if missing := [v for v in ds.views if ds.video and v not in video]:
+        raise ValueError(f"the recording has no view {missing}; it has {list(video)}")
     if ds.chunk and ds.frames.action is None:
         raise ValueError(f"chunk is {ds.chunk}, but this recording has no actions: use chunk=0")
-    for name,a in ds.arrays.items():
-        if name not in {f.name for f in fields(Batch)}: raise ValueError(f"Batch has no field {name!r}")
-        if len(a) != len(ds.frames): raise ValueError(f"{name} has {len(a)} entries for {len(ds.frames)} rows: make its cache again")
+    for name, a in ds.arrays.items():
+        if name not in {f.name for f in fields(Batch)}:
+            raise ValueError(f"Batch has no field {name!r}")
+        if len(a) != N:
+            raise ValueError(f"{name} has {len(a)} entries for {N} rows: make its cache again")
 
 # %% ../../nbs/02_data/00_episodes.ipynb #dace6c87
-class Samples:
-    "What samples of every kind offer besides `ds[indices]`, so that each image is encoded once."
-    per_step = False # whether an encoder is at work when a sample is read
-
-    def tables(self, datasets): return [ImageTable(datasets)] # the images that datasets of this kind show, in one order
-
-    def coded(self, field, codes, table): return CodedSamples(self, field, codes, table) # these samples with codes instead of images
-
 class FrameTable:
     "Images of a recording, in the order of its rows."
-    def __init__(self, frames, views=VIEWS, rows=None): # a recording with its video; cameras, in the order of axis V; increasing numbers of the rows wanted, None: all
-        self.frames, self.views, self.rows = frames, tuple(views), np.arange(len(frames)) if rows is None else np.asarray(rows)
+    def __init__(self,
+        frames:Frames, # with its video
+        views=VIEWS, # cameras, in the order of axis V
+        rows=None, # increasing row numbers of the images; None: all
+    ):
+        self.frames, self.views = frames, tuple(views)
+        self.rows = np.arange(len(frames)) if rows is None else np.asarray(rows)
         if missing := [v for v in self.views if v not in frames.video]:
             raise ValueError(f"the recording has no view {missing}; it has {list(frames.video)}")
 
     def __len__(self): return len(self.rows)
 
-    def images(self, lo, hi): # (hi-lo,V,3,H,W) uint8
-        return np.stack([self.frames.video[v][self.rows[lo:hi]] for v in self.views], 1).transpose(0, 1, 4, 2, 3)
+    def images(self, lo, hi):
+        "Images lo to hi-1 as (hi-lo,V,3,H,W) uint8."
+        x_vthwc = [self.frames.video[v][self.rows[lo:hi]] for v in self.views]
+        return np.stack(x_vthwc, 1).transpose(0, 1, 4, 2, 3)
 
-    def identity(self): return frames_identity(self.frames) # what the recording's images depend on; JSON values
+    def identity(self): return frames_identity(self.frames) # JSON values that images depend on
 
 # %% ../../nbs/02_data/00_episodes.ipynb #5935bc31
 class ImageTable:
     "All images that some datasets show, in one order."
-    def __init__(self, datasets): # of one source and image size, with `shown`, `places`, `items`, `read` and `content`
+    def __init__(self,
+        datasets, # of one source and size, with `shown`, `places`, `items`, `read` and `content`
+    ):
         self.samples, rows, self.items = datasets[0], {}, {}
         for ds in datasets:
             for unit, needed in ds.shown(): rows.setdefault(unit, []).append(needed)
             self.items |= ds.items()
         self.rows = {u: np.unique(np.concatenate(r)) for u, r in sorted(rows.items())}
-        self.units, self.ends = list(self.rows), np.cumsum([len(r) for r in self.rows.values()])
-        self.first = dict(zip(self.units, (self.ends - [len(r) for r in self.rows.values()]).tolist()))
+        counts = [len(r) for r in self.rows.values()]
+        self.units, self.ends = list(self.rows), np.cumsum(counts)
+        self.first = dict(zip(self.units, (self.ends - counts).tolist()))
 
     def __len__(self): return int(self.ends[-1])
 
     def locate(self, units, rows): # B units and (B,T) rows -> (B,T) numbers in this order
-        return np.stack([self.first[u] + np.searchsorted(self.rows[u], r) for u, r in zip(units, rows)])
+        return np.stack([self.first[u] + np.searchsorted(self.rows[u], r)
+                         for u, r in zip(units, rows)])
 
-    def images(self, lo, hi): # (hi-lo,V,3,H,W) uint8
-        parts = []
-        for i in range(np.searchsorted(self.ends, lo, side="right"), np.searchsorted(self.ends, hi - 1, side="right") + 1):
-            u = self.units[i]
-            parts.append(self.samples.read(self.items[u], self.rows[u][max(lo - self.first[u], 0):hi - self.first[u]]))
-        return np.concatenate([x.swapaxes(0, 1) for x in parts])
+    def images(self, lo, hi):
+        "Images lo to hi-1 as (hi-lo,V,3,H,W) uint8."
+        parts, begin = [], np.searchsorted(self.ends, lo, side="right")
+        for u in self.units[begin:np.searchsorted(self.ends, hi - 1, side="right") + 1]:
+            rows = self.rows[u][max(lo - self.first[u], 0):hi - self.first[u]]
+            parts.append(self.samples.read(self.items[u], rows).swapaxes(0, 1))
+        return np.concatenate(parts)
 
-    def identity(self): # what its images depend on; JSON values
-        rows = hashlib.sha256(repr(self.units).encode() + b"".join(r.tobytes() for r in self.rows.values())).hexdigest()[:16]
+    def identity(self):
+        "JSON values that the images depend on."
+        content = repr(self.units).encode() + b"".join(r.tobytes() for r in self.rows.values())
+        rows = hashlib.sha256(content).hexdigest()[:16]
         return dict(self.samples.content(self.items), pictures=len(self), rows=rows)
 
+# %% ../../nbs/02_data/00_episodes.ipynb #e7954dd1
+class Samples:
+    "Samples of every kind, besides `ds[indices]`: each image is encoded once."
+    per_step = False # whether an encoder is at work when a sample is read
+
+    def tables(self, datasets): return [ImageTable(datasets)] # the images that datasets show
+
+    def coded(self, field, codes, table): return CodedSamples(self, field, codes, table)
+
 class CodedSamples(Samples):
-    "Samples whose images come as codes."
-    def __init__(self, samples, field, codes, table): # field of `Batch`; (N,V,...) codes in the order of the table
-        self.samples, self.field, self.codes, self.table, self.blind = samples, field, codes, table, samples.blind
+    "Samples with encodings instead of images."
+    def __init__(self,
+        samples, # with `places`, and `blind`: the same ones without images
+        field:str, # of `Batch` that the encodings become
+        codes, # (N,V,...) encodings in the order of the table
+        table, # `ImageTable` that numbers the images
+    ):
+        self.samples, self.field, self.codes, self.table = samples, field, codes, table
+        self.blind = samples.blind
 
     def __len__(self): return len(self.samples)
 
     def __getitem__(self, indices): # int, slice, list, integer array or tensor
-        i = np.atleast_1d(np.arange(len(self))[indices] if isinstance(indices, slice) else np.asarray(indices))
+        every = isinstance(indices, slice)
+        i = np.atleast_1d(np.arange(len(self))[indices] if every else np.asarray(indices))
         x_btv = self.codes[self.table.locate(*self.samples.places(i))]
         return replace(self.blind[i], **{self.field: _to_bvt(x_btv)})
 
-    def digest(self): return dict(codes=self.codes.folder.name, samples=self.samples.digest()) # what samples depend on; JSON values
+    def digest(self): # JSON values that samples depend on
+        return dict(codes=self.codes.folder.name, samples=self.samples.digest())
 
 # %% ../../nbs/02_data/00_episodes.ipynb #958a2267
 class WindowDataset(Samples):
@@ -419,26 +498,29 @@ class WindowDataset(Samples):
         stride:int=1, # control steps between two anchors of a window
         views:tuple=VIEWS, # cameras, in the order of axis V
         min_left:int=0, # control steps that must remain between an anchor and its window's end
-        video:bool=False, # whether samples carry pictures
+        video:bool=False, # whether samples carry images
         arrays:dict=None, # field of `Batch` -> (N,V,...) array, one entry a row of the store
     ):
-        self.frames, self.windows, self.views, self.chunk, self.video = frames, list(windows), views, chunk, video
-        self.offsets, self.arrays = np.asarray(offsets), arrays or {}
-        self.stride, self.min_left, self.anchors = stride, min_left, _anchors(self.windows, stride, min_left)
-        self.index = np.arange(len(self.anchors)) # which of the anchors are samples: all, until `select`
+        self.frames, self.windows, self.views = frames, list(windows), views
+        self.chunk, self.video, self.arrays = chunk, video, arrays or {}
+        self.offsets, self.stride, self.min_left = np.asarray(offsets), stride, min_left
+        self.anchors = _anchors(self.windows, stride, min_left)
+        self.index = np.arange(len(self.anchors)) # the anchors that are samples; see `select`
         self.ends = np.array([w.end for w in self.windows])
         _check_samples(self)
 
     def __len__(self): return len(self.index)
 
     def __getitem__(self, indices): # int, slice, list, integer array or tensor
-        which, t = self.anchors[np.atleast_1d(self.index[indices if isinstance(indices, slice) else np.asarray(indices)])].T
-        rows = np.minimum(t[:,None] + self.offsets, self.ends[which][:,None])
-        floats = lambda a: torch.from_numpy(np.asarray(a, np.float32))
-        out = {name: _to_bvt(a[rows]) for name,a in self.arrays.items()}
+        i = self.index[indices if isinstance(indices, slice) else np.asarray(indices)]
+        which, t = self.anchors[np.atleast_1d(i)].T
+        end, robot_obs = self.ends[which], self.frames.robot_obs
+        rows = np.minimum(t[:,None] + self.offsets, end[:,None])
+        out = {name: _to_bvt(a[rows]) for name, a in self.arrays.items()}
         if self.video: out["video"] = self.pictures(rows)
-        if self.chunk: out |= dict(action=self.actions(t, self.ends[which]), left=torch.from_numpy(self.ends[which] - t))
-        if self.frames.robot_obs is not None: out["proprio"] = floats(self.frames.robot_obs[t])
+        if self.chunk: out |= dict(action=self.actions(t, end), left=torch.from_numpy(end - t))
+        if robot_obs is not None:
+            out["proprio"] = torch.from_numpy(np.asarray(robot_obs[t], np.float32))
         return Batch(text=[self.windows[w].text for w in which], **out)
 
 # %% ../../nbs/02_data/00_episodes.ipynb #8dfdbd99
@@ -446,7 +528,7 @@ class WindowDataset(Samples):
 def pictures(self:WindowDataset,
     rows:np.ndarray, # (B,T) rows of the store
 )->torch.Tensor: # (B,V,T,3,H,W) uint8
-    "The pictures of some rows."
+    "The images of some rows."
     x_vbthwc = np.stack([self.frames.video[v][rows] for v in self.views])
     return torch.from_numpy(np.ascontiguousarray(x_vbthwc.transpose(1,0,2,5,3,4)))
 
@@ -461,48 +543,6 @@ def actions(self:WindowDataset,
     action[..., :-1] *= (rows <= end[:,None])[..., None]
     return torch.from_numpy(action)
 
-@patch
-def tables(self:WindowDataset, datasets):
-    rows, tables, first = np.unique(np.concatenate([ds.shown() for ds in datasets])), [], 0
-    for part in self.frames.parts:
-        own = rows[(first <= rows) & (rows < first + len(part))] - first
-        tables.append(FrameTable(part, self.views, own if len(own) else [0])) # codes of one frame, where none is shown, have the others' shape
-        first += len(part)
-    return tables
-
-@patch
-def shown(self:WindowDataset):
-    "Increasing numbers of the rows whose images samples show."
-    which, t = self.anchors[self.index].T
-    return np.unique(np.minimum(t[:,None] + self.offsets, self.ends[which][:,None]))
-
-@patch
-def coded(self:WindowDataset, field, codes, table=None):
-    ds = copy(self)
-    ds.video, ds.arrays = False, {**self.arrays, field: codes}
-    _check_samples(ds)
-    return ds
-
-@patch(as_prop=True)
-def blind(self:WindowDataset):
-    "The same samples without images and codes."
-    ds = copy(self)
-    ds.video, ds.arrays = False, {}
-    return ds
-
-@patch
-def inside(self:WindowDataset):
-    "(S,) window of each sample, and whether all its frames lie in it."
-    which, row = self.anchors[self.index].T
-    return which, row + self.offsets[-1] <= self.ends[which]
-
-@patch
-def digest(self:WindowDataset):
-    "What samples depend on; JSON values."
-    codes = {name: a.folder.name for name, a in self.arrays.items() if hasattr(a, "folder")}
-    samples = hashlib.sha256(self.anchors.tobytes() + repr(self.windows).encode()).hexdigest()[:16]
-    return dict(data=frames_identity(self.frames), codes=codes, samples=samples)
-
 # %% ../../nbs/02_data/00_episodes.ipynb #a50adca8
 @patch
 def select(self:WindowDataset,
@@ -511,10 +551,59 @@ def select(self:WindowDataset,
     "The samples of some of the windows."
     keep = set(windows)
     if missing := keep - set(self.windows):
-        raise ValueError(f"{len(missing)} windows are not in this dataset, such as {next(iter(missing))}")
+        raise ValueError(f"{len(missing)} windows are not in this dataset, such as "
+                         f"{next(iter(missing))}")
     chosen, ds = np.array([w in keep for w in self.windows]), copy(self)
     ds.index = self.index[chosen[self.anchors[self.index, 0]]]
     return ds
+
+# %% ../../nbs/02_data/00_episodes.ipynb #3dbcde0e
+@patch
+def inside(self:WindowDataset):
+    "(S,) window of each sample, and whether all its frames lie in it."
+    which, row = self.anchors[self.index].T
+    return which, row + self.offsets[-1] <= self.ends[which]
+
+@patch(as_prop=True)
+def blind(self:WindowDataset):
+    "The same samples without images and encodings."
+    ds = copy(self)
+    ds.video, ds.arrays = False, {}
+    return ds
+
+# %% ../../nbs/02_data/00_episodes.ipynb #203a8c80
+@patch
+def shown(self:WindowDataset):
+    "Increasing numbers of the rows whose images samples show."
+    which, t = self.anchors[self.index].T
+    return np.unique(np.minimum(t[:,None] + self.offsets, self.ends[which][:,None]))
+
+@patch
+def tables(self:WindowDataset, datasets):
+    "One `FrameTable` a joined recording, of the images that datasets show."
+    rows, tables, first = np.unique(np.concatenate([ds.shown() for ds in datasets])), [], 0
+    for part in self.frames.parts:
+        own = rows[(first <= rows) & (rows < first + len(part))] - first
+        tables.append(FrameTable(part, self.views, own if len(own) else [0]))
+        first += len(part)
+    return tables
+
+# %% ../../nbs/02_data/00_episodes.ipynb #519daee9
+@patch
+def coded(self:WindowDataset, field, codes, table=None):
+    "The same samples with encodings, one a row of the store, instead of images."
+    ds = copy(self)
+    ds.video, ds.arrays = False, {**self.arrays, field: codes}
+    _check_samples(ds)
+    return ds
+
+@patch
+def digest(self:WindowDataset):
+    "JSON values that samples depend on."
+    codes = {name: a.folder.name for name, a in self.arrays.items() if hasattr(a, "folder")}
+    anchors = self.anchors.tobytes() + repr(self.windows).encode()
+    samples = hashlib.sha256(anchors).hexdigest()[:16]
+    return dict(data=frames_identity(self.frames), codes=codes, samples=samples)
 
 # %% ../../nbs/02_data/00_episodes.ipynb #d3093008
 @patch
@@ -523,25 +612,33 @@ def samples(self:Frames,
     chunk:int=0, # K, actions of a sample; 0: none
     stride:float=0., # seconds between two starts; 0: every row
     units:list=None, # some of the windows; None: all
-    scale=None, # none is needed: the actions are CALVIN's
-    size:int=None, # images have the size that the recording was opened at
+    scale=None, # not needed: the actions are CALVIN's
+    size:int=None, # not needed: images have the size that the recording was opened at
     views:int=2, # most cameras
     latent:bool=False, # a recording has no stored latents
 )->WindowDataset:
     "Samples of some of the windows."
-    stride, steps = max(1, int(rows_of(stride, CONTROL_HZ)[0])), tuple(rows_of(times, CONTROL_HZ).tolist())
-    return WindowDataset(self, self.windows if units is None else units, steps, chunk, stride, self.views[:views], video=True)
+    stride = max(1, int(rows_of(stride, CONTROL_HZ)[0]))
+    steps = tuple(rows_of(times, CONTROL_HZ).tolist())
+    windows = self.windows if units is None else units
+    return WindowDataset(self, windows, steps, chunk, stride, self.views[:views], video=True)
 
 # %% ../../nbs/02_data/00_episodes.ipynb #73beb85f
+def _array_parts(a):
+    "The arrays that one of a store's fields joins."
+    return [] if a is None else a.parts if isinstance(a, Rows) else [a]
+
 def frames_identity(
     frames:Frames, # the store
-)->dict: # sizes and a digest
-    "What a cache of this store depends on: its sizes, all states, actions and images (of those read on demand, what they say of themselves)."
+)->dict: # JSON values: sizes and a digest
+    "What a cache of this store depends on: sizes, and all states, actions and images."
     digest = hashlib.sha256()
-    for a in (frames.action, frames.robot_obs, frames.scene_obs, frames.segments, *frames.video.values()):
-        for part in [] if a is None else a.parts if isinstance(a, Rows) else [a]:
-            digest.update(part.identity.encode() if hasattr(part, "identity") else np.ascontiguousarray(part).tobytes())
-    views = {k: list(v.shape[1:]) for k,v in frames.video.items()}
+    small = frames.action, frames.robot_obs, frames.scene_obs, frames.segments
+    for part in (p for a in (*small, *frames.video.values()) for p in _array_parts(a)):
+        on_demand = hasattr(part, "identity")
+        digest.update(part.identity.encode() if on_demand
+                      else np.ascontiguousarray(part).tobytes())
+    views = {k: list(v.shape[1:]) for k, v in frames.video.items()}
     return dict(rows=len(frames), views=views, digest=digest.hexdigest()[:16])
 
 # %% ../../nbs/02_data/00_episodes.ipynb #014a6433

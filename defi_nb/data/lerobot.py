@@ -26,303 +26,485 @@ def _arrow(): # pyarrow with its Parquet files
     return sys.modules["pyarrow"]
 
 # %% ../../nbs/02_data/06_lerobot.ipynb #97f3eb04
+def _row_groups(path, file, first, rows):
+    "The row groups that hold some rows, and the number of rows before them; all rows if None."
+    sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    ends = np.cumsum([0, *sizes])
+    last = ends[-1] if rows is None else first + rows
+    if last > ends[-1]:
+        raise ValueError(f"{path} has {ends[-1]} rows, {last} are needed: it does not belong to "
+                         "meta/; restore a whole copy")
+    lo, hi = np.searchsorted(ends[1:], [first, max(last, first + 1) - 1], side="right")
+    return list(range(lo, min(hi + 1, len(sizes)))), int(ends[lo]), last - first
+
 def _read_parquet(path, columns, first=0, rows=None, others=False):
     "Some columns and rows of a Parquet file; only the row groups that hold them are read."
     pyarrow = _arrow()
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if missing := set(columns) - set(file.schema_arrow.names):
-                raise ValueError(f"{path} has no column {sorted(missing)}; it has {file.schema_arrow.names}: choose other keys, or restore a whole copy")
-            ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
-            rows = (ends[-1] if len(ends) else 0) - first if rows is None else rows
-            if first + rows > (ends[-1] if len(ends) else 0):
-                raise ValueError(f"{path} has {ends[-1] if len(ends) else 0} rows, {first + rows} are needed: it does not belong to meta/; restore a whole copy")
-            lo, hi = np.searchsorted(ends, [first, first + max(rows, 1) - 1], side="right")
-            before = int(ends[lo - 1]) if lo else 0
-            groups = list(range(lo, min(hi + 1, len(ends))))
-            return file.read_row_groups(groups, None if others else columns).slice(first - before, rows)
-    except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: restore a whole copy") from None
-    except (pyarrow.ArrowException, OSError) as e:
-        if type(e) is ValueError: raise
-        raise ValueError(f"{path} is damaged ({str(e).splitlines()[0]}): restore a whole copy") from None
+            names = file.schema_arrow.names
+            if missing := set(columns) - set(names):
+                raise ValueError(f"{path} has no column {sorted(missing)}; it has {names}: choose "
+                                 "other keys, or restore a whole copy")
+            groups, before, rows = _row_groups(path, file, first, rows)
+            table = file.read_row_groups(groups, None if others else columns)
+            return table.slice(first - before, rows)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: restore a whole copy") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): restore a whole "
+                         "copy") from None
+
+# %% ../../nbs/02_data/06_lerobot.ipynb #acbdfe1f
+_FIELD = r"\{(chunk_index|file_index|video_key|episode_chunk|episode_index)(:0?\d{1,2}d)?\}"
+
+def _check_pattern(path, pattern):
+    "Raise `ValueError` for a pattern of paths that is none of LeRobot's."
+    plain = re.sub(_FIELD, "0", str(pattern))
+    if "{" in plain or plain.startswith("/") or ".." in plain.split("/"):
+        raise ValueError(f"{path} names files by {str(pattern)[:80]!r}, which is no pattern of "
+                         "LeRobot's: restore a whole copy")
+
+def _is_feature(f): return isinstance(f, dict) and "dtype" in f and "shape" in f
 
 # %% ../../nbs/02_data/06_lerobot.ipynb #c0603c41
 def read_info(
     folder:Path, # that holds meta/, data/ and videos/
 )->dict: # info.json
-    "The description of a dataset; raise `ValueError` if it is of a version that is not read here, or incomplete."
+    "The description of a dataset; raise `ValueError` for an unknown version or missing parts."
     path = Path(folder)/"meta"/"info.json"
-    if not path.exists(): raise FileNotFoundError(f"{path} is missing: give the folder that holds meta/, data/ and videos/")
-    info = read_json(path)
-    if missing := {"codebase_version", "fps", "features", "data_path"} - set(info if isinstance(info, dict) else ()): raise ValueError(f"{path} lacks {sorted(missing)}: it is no LeRobotDataset's; restore a whole copy")
-    if info["codebase_version"] not in ("v2.0", "v2.1", "v3.0"):
-        raise ValueError(f"{path} is of version {info['codebase_version']!r}; v2.0, v2.1 and v3.0 can be read: convert it with lerobot's own script")
-    features = info["features"]
-    if not isinstance(features, dict) or not all(isinstance(f, dict) and "dtype" in f and "shape" in f for f in features.values()):
-        raise ValueError(f"{path}: features are not names with dtype and shape: restore a whole copy")
-    for pattern in filter(None, (info["data_path"], info.get("video_path"))): _check_pattern(path, pattern)
-    if not isinstance(info["fps"], (int, float)) or not 0 < info["fps"] < 1e4: raise ValueError(f"{path}: fps is {info['fps']!r}; it is a number of frames a second")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: give the folder that holds meta/, data/ and "
+                                "videos/")
+    info, needs = read_json(path), {"codebase_version", "fps", "features", "data_path"}
+    if missing := needs - set(info if isinstance(info, dict) else ()):
+        raise ValueError(f"{path} lacks {sorted(missing)}: it is no LeRobotDataset's; restore a "
+                         "whole copy")
+    version, features, fps = info["codebase_version"], info["features"], info["fps"]
+    if version not in ("v2.0", "v2.1", "v3.0"):
+        raise ValueError(f"{path} is of version {version!r}; v2.0, v2.1 and v3.0 can be read: "
+                         "convert it with lerobot's own script")
+    if not isinstance(features, dict) or not all(map(_is_feature, features.values())):
+        raise ValueError(f"{path}: features are not names with dtype and shape: restore a whole "
+                         "copy")
+    for pattern in filter(None, (info["data_path"], info.get("video_path"))):
+        _check_pattern(path, pattern)
+    if not isinstance(fps, (int, float)) or not 0 < fps < 1e4:
+        raise ValueError(f"{path}: fps is {fps!r}; it is a number of frames a second")
     return info
 
-def _check_pattern(path, pattern):
-    "A pattern of paths must not lead out of the dataset, nor ask for a name of a million zeros."
-    plain = re.sub(r"\{(chunk_index|file_index|video_key|episode_chunk|episode_index)(:0?\d{1,2}d)?\}", "0", str(pattern))
-    if "{" in plain or plain.startswith("/") or ".." in plain.split("/"):
-        raise ValueError(f"{path} names files by {str(pattern)[:80]!r}, which is no pattern of LeRobot's: restore a whole copy")
+# %% ../../nbs/02_data/06_lerobot.ipynb #210d5c18
+def _episodes_v2(folder, info, video_keys, on_problem):
+    "Columns of the episodes' table: each episode has files of its own."
+    rows = read_json_lines(folder/"meta"/"episodes.jsonl", on_problem)
+    rows, size = sorted(rows, key=lambda r: r["episode_index"]), info.get("chunks_size", 1000)
+    numbers = [r["episode_index"] for r in rows]
+    places = [dict(episode_chunk=n//size, episode_index=n) for n in numbers]
+    videos = {k: ([info["video_path"].format(video_key=k, **p) for p in places], [0.]*len(rows))
+              for k in video_keys}
+    return dict(index=numbers, length=[r["length"] for r in rows], tasks=[r["tasks"] for r in rows],
+                data=[info["data_path"].format(**p) for p in places], first=[0]*len(rows),
+                videos=videos)
+
+def _read_tables_of(folder, columns, on_problem):
+    "Columns of all files of meta/episodes, in the order of the episodes."
+    paths, tables = sorted(walk_files(folder/"meta"/"episodes", (".parquet",))), []
+    if not paths:
+        raise FileNotFoundError(f"{folder}/meta/episodes has no Parquet files: restore a whole "
+                                "copy")
+    for path in paths:
+        try: tables.append(_read_parquet(path, columns))
+        except ValueError as error: on_problem(path, str(error))
+    if tables: return _arrow().concat_tables(tables).sort_by("episode_index").to_pydict()
+    raise ValueError(f"{folder}/meta/episodes has no table that can be read: restore a whole copy")
+
+# %% ../../nbs/02_data/06_lerobot.ipynb #ab6be2cd
+def _episodes_v3(folder, info, video_keys, on_problem):
+    "Columns of the episodes' table: many episodes share a file."
+    place = lambda kind: [f"{kind}/chunk_index", f"{kind}/file_index"]
+    columns = ["episode_index", "length", "tasks", "dataset_from_index", *place("data")]
+    for k in video_keys: columns += [*place(f"videos/{k}"), f"videos/{k}/from_timestamp"]
+    table = _read_tables_of(folder, columns, on_problem)
+    def files(kind, pattern, **kw):
+        chunks, numbers = (table[k] for k in place(kind))
+        return [pattern.format(chunk_index=c, file_index=f, **kw) for c, f in zip(chunks, numbers)]
+    data, begins, starts = files("data", info["data_path"]), table["dataset_from_index"], {}
+    for path, begin in zip(data, begins): starts[path] = min(begin, starts.get(path, begin))
+    videos = {k: (files(f"videos/{k}", info["video_path"], video_key=k),
+                  table[f"videos/{k}/from_timestamp"]) for k in video_keys}
+    return dict(index=table["episode_index"], length=table["length"], tasks=table["tasks"],
+                data=data, first=[begin - starts[p] for begin, p in zip(begins, data)],
+                videos=videos)
 
 def _episodes(folder, info, video_keys, on_problem):
-    "Columns of the episodes' table: length, tasks, data file and first row, and for each video key file and first second."
-    if info["codebase_version"] != "v3.0":
-        rows = sorted(read_json_lines(folder/"meta"/"episodes.jsonl", on_problem), key=lambda r: r["episode_index"])
-        where = [dict(episode_chunk=r["episode_index"]//info.get("chunks_size", 1000), episode_index=r["episode_index"]) for r in rows]
-        videos = {k: ([info["video_path"].format(video_key=k, **w) for w in where], [0.]*len(rows)) for k in video_keys}
-        return dict(index=[r["episode_index"] for r in rows], length=[r["length"] for r in rows], tasks=[r["tasks"] for r in rows],
-                    data=[info["data_path"].format(**w) for w in where], first=[0]*len(rows), videos=videos)
-    part = lambda kind: [f"{kind}/chunk_index", f"{kind}/file_index"]
-    wanted = ["episode_index", "length", "tasks", "dataset_from_index", *part("data")]
-    for k in video_keys: wanted += [*part(f"videos/{k}"), f"videos/{k}/from_timestamp"]
-    if not (paths := sorted(walk_files(folder/"meta"/"episodes", (".parquet",)))): raise FileNotFoundError(f"{folder}/meta/episodes has no Parquet files: restore a whole copy")
-    tables = []
-    for p in paths:
-        try: tables.append(_read_parquet(p, wanted))
-        except ValueError as e: on_problem(p, str(e))
-    if not tables: raise ValueError(f"{folder}/meta/episodes has no table that can be read: restore a whole copy")
-    t = _arrow().concat_tables(tables).sort_by("episode_index").to_pydict()
-    files = lambda kind, pattern, **kw: [pattern.format(chunk_index=c, file_index=f, **kw) for c,f in zip(*(t[k] for k in part(kind)))]
-    data, starts = files("data", info["data_path"]), {}
-    for path, at in zip(data, t["dataset_from_index"]): starts[path] = min(at, starts.get(path, at))
-    videos = {k: (files(f"videos/{k}", info["video_path"], video_key=k), t[f"videos/{k}/from_timestamp"]) for k in video_keys}
-    return dict(index=t["episode_index"], length=t["length"], tasks=t["tasks"], data=data, first=[at - starts[p] for at,p in zip(t["dataset_from_index"], data)], videos=videos)
+    "Columns of the episodes' table."
+    read = _episodes_v3 if info["codebase_version"] == "v3.0" else _episodes_v2
+    return read(folder, info, video_keys, on_problem)
 
 def _tasks(folder, info, on_problem):
     "task_index -> instruction."
-    if info["codebase_version"] != "v3.0": return {r["task_index"]: r["task"] for r in read_json_lines(folder/"meta"/"tasks.jsonl", on_problem)}
-    t = _read_parquet(folder/"meta"/"tasks.parquet", ["task_index"], others=True).to_pydict()
-    text = next((n for n in t if n != "task_index"), "task") # pandas calls an index without a name __index_level_0__
-    return dict(zip(t["task_index"], t[text]))
+    if info["codebase_version"] != "v3.0":
+        rows = read_json_lines(folder/"meta"/"tasks.jsonl", on_problem)
+        return {r["task_index"]: r["task"] for r in rows}
+    path = folder/"meta"/"tasks.parquet"
+    table = _read_parquet(path, ["task_index"], others=True).to_pydict()
+    text = next((n for n in table if n != "task_index"), "task") # pandas' __index_level_0__
+    return dict(zip(table["task_index"], table[text]))
+
+# %% ../../nbs/02_data/06_lerobot.ipynb #4c0b0dca
+def _is_camera(key, feature):
+    "Whether a feature is images of colour."
+    depth = is_depth(key) or (feature.get("info") or {}).get("video.is_depth_map")
+    return feature["dtype"] in ("video", "image") and not depth
+
+def camera_keys(
+    features:dict, # of info.json
+)->dict: # name of a camera -> key
+    "The cameras, each by the shortest end of its key that no other key has."
+    keys, ends = [k for k, f in features.items() if _is_camera(k, f)], {}
+    for k in keys:
+        parts = re.split("[./]", k)
+        ends[k] = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+    def name(key):
+        taken = {e for k in keys if k != key for e in ends[k]}
+        return next((e for e in ends[key] if e not in taken), key)
+    return {name(k): k for k in keys}
+
+# %% ../../nbs/02_data/06_lerobot.ipynb #6033e578
+def _numeric(features):
+    "The keys of features that are numbers."
+    return [k for k, f in features.items() if str(f["dtype"]).startswith(("float", "int", "uint"))]
+
+def _position(labels, which, name):
+    "Position of a number of an action, given its label or position."
+    if which in labels: return labels.index(which)
+    if isinstance(which, int) and 0 <= which < len(labels): return which
+    raise ValueError(f"{name} has no number {which!r}; it has {list(labels)}")
+
+def _labels(feature):
+    "A label for each number of a vector: its name, or else its position."
+    size, names = int(np.prod(feature["shape"])), feature.get("names")
+    if isinstance(names, dict):
+        groups = [g if isinstance(g, list) else [g] for g in names.values()]
+        names = [n for group in groups for n in group]
+    named = isinstance(names, list) and len(set(map(str, names))) == size
+    return tuple(map(str, names if named else range(size)))
+
+def _choose(feature, columns, name):
+    "Labels and positions of the chosen numbers of a vector."
+    labels = _labels(feature)
+    if columns is None: return labels, list(range(len(labels)))
+    positions = [_position(labels, c, name) for c in columns]
+    return tuple(labels[i] for i in positions), positions
+
+def _choose_views(folder, features, views):
+    "name of a view -> key of its camera; all cameras if None."
+    cameras = camera_keys(features)
+    if views is None: return cameras
+    for key in views.values():
+        if key not in cameras.values():
+            raise ValueError(f"{folder} has no camera {key!r} for a view; it has "
+                             f"{[*cameras.values()]}")
+    return dict(views)
 
 # %% ../../nbs/02_data/06_lerobot.ipynb #2506908b
-def camera_keys(features): # of info.json: name of a camera, the shortest end of its key that no other has -> key
-    depth = lambda k, f: is_depth(k) or (f.get("info") or {}).get("video.is_depth_map")
-    keys = [k for k, f in features.items() if f["dtype"] in ("video", "image") and not depth(k, f)]
-    ends = {k: [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)] for k in keys if (parts := re.split("[./]", k))}
-    return {next((e for e in ends[k] if not any(e in ends[other] for other in keys if other != k)), k): k for k in keys}
-
-def _numeric(features): return [k for k, f in features.items() if str(f["dtype"]).startswith(("float", "int", "uint"))]
-
 class LeRobotFolder(RobotSource):
     "A LeRobotDataset on disk, as a source of `RobotSamples`."
     def __init__(self,
         folder:Path, # that holds meta/, data/ and videos/
-        views:dict|None=None, # name of a view -> key of its feature, in the order of axis V; None: all cameras
-        action:str|None="", # key of the actions; "": the one that there is; None: there are none
-        columns:tuple|None=None, # numbers of the action to take, by name or position; None: all
-        relative:tuple=(), # which of those are changes rather than targets, by name or position
-        proprio:str|None="", # key of the robot's state; "": the one that there is; None: none
+        views:dict|None=None, # view -> key of its feature, in the order of axis V; None: all
+        action:str|None="", # key of the actions; "": the only one; None: there are none
+        columns:tuple|None=None, # numbers of the action to take, by label or position; None: all
+        relative:tuple=(), # those that are changes rather than targets, by label or position
+        proprio:str|None="", # key of the robot's state; "": the only one; None: none
         keep_unlabelled:bool=False, # whether to keep episodes without an instruction
-        episodes:str="", # numbers of the episodes to read, see `data.episodes.pick_episodes`; "": all
-        on_problem=refuse, # or a `Skipped()`: then each episode's files are looked at, and those that are not whole are left out
-        cache=None, # folder for what was seen of them; None: they are looked at each time
+        episodes:str="", # numbers of those to read, see `data.episodes.pick_episodes`; "": all
+        on_problem=refuse, # `Skipped()`: check all files, leave out episodes that are not whole
+        cache=None, # folder for the results of these checks; None: they are not kept
     ):
         self.folder, self.info = Path(folder), read_info(folder)
-        self.name, self.hz, self.features = str(folder), float(self.info["fps"]), self.info["features"]
-        found = camera_keys(self.features)
-        cameras, self.view_keys = [*found.values()], found if views is None else dict(views)
-        self.views, self.action, self.proprio = tuple(self.view_keys), self._key("action", action), self._key("state", proprio)
-        for kind, key in (("view", v) for v in self.view_keys.values()):
-            if key not in cameras: raise ValueError(f"{folder} has no camera {key!r} for a {kind}; it has {cameras}")
-        action, self.actions = self.action, self.action is not None
-        self.labels, self.columns = _choose(self.features[action], columns, f"{folder}: {action}") if action else ((), None)
-        self.relative = np.isin(np.arange(len(self.labels)), [_position(self.labels, r, f"{folder}: {action}") for r in relative])
+        self.name, self.hz = str(folder), float(self.info["fps"])
+        self.features = self.info["features"]
+        self.view_keys = _choose_views(folder, self.features, views)
+        self.views = tuple(self.view_keys)
+        self.action, self.proprio = self._key("action", action), self._key("state", proprio)
+        self.actions, name = self.action is not None, f"{folder}: {self.action}"
+        feature = self.features.get(self.action)
+        self.labels, self.columns = _choose(feature, columns, name) if feature else ((), None)
+        changes = [_position(self.labels, r, name) for r in relative]
+        self.relative = np.isin(np.arange(len(self.labels)), changes)
         self._read_tables(keep_unlabelled, episodes, on_problem)
         if on_problem is not refuse: self._leave_out(on_problem, cache)
         self.recent, self.clips = Recent(16), Recent(8)
-
-    def _key(self, role, wanted): # of the actions or the state; None: there are none, or several and none is named
-        if wanted is None or wanted in self.features: return wanted
-        if wanted: raise ValueError(f"{self.folder} has no {role} {wanted!r}; it has {list(self.features)}: give its key, or None")
-        keys = role_keys(_numeric(self.features), role)
-        if role == "action" and len(keys) > 1: self.no_action = f"has several keys of actions, {', '.join(keys)}: give `action` of reading one of them"
-        return keys[0] if len(keys) == 1 else None
 
     def episode_name(self, e): return str(self.table["index"][self.kept[e]])
 
     @property
     def texts(self): return sorted({str(t) for t in self.tasks.values() if t})
 
-    def __repr__(self): return f"{self.folder.name}: {len(self.lengths)} episodes, {self.lengths.sum()} rows at {self.hz:g} Hz, views {self.view_keys}, action {self.labels}, state {self.proprio or 'none'}"
-
-def _position(labels, which, name):
-    "Place of a number of an action."
-    if which not in labels and not (isinstance(which, int) and 0 <= which < len(labels)): raise ValueError(f"{name} has no number {which!r}; it has {list(labels)}")
-    return labels.index(which) if which in labels else which
-
-def _choose(feature, columns, name):
-    "Labels and positions of the wanted numbers of a vector."
-    size, names = int(np.prod(feature["shape"])), feature.get("names")
-    if isinstance(names, dict): names = [n for group in names.values() for n in (group if isinstance(group, list) else [group])]
-    labels = tuple(map(str, names)) if isinstance(names, list) and len(set(map(str, names))) == size else tuple(map(str, range(size)))
-    places = list(range(size)) if columns is None else [_position(labels, c, name) for c in columns]
-    return tuple(labels[i] for i in places), places
-
-# %% ../../nbs/02_data/06_lerobot.ipynb #a81776e1
-def _names(labels): return tuple(int(n) if str(n).isdigit() else n for n in labels or ())
-
-def open_lerobot(folder, reading=PLAIN, cache=None, on_problem=None): # cameras, action, columns, relative and episodes of a `Reading`
-    "A LeRobotDataset as a run reads it: without the episodes that are not whole."
-    keys = camera_keys(read_info(folder)["features"])
-    views = {c: keys[c] for c in choose_cameras(keys, reading.cameras)}
-    skipped = Skipped() if on_problem is None else on_problem
-    source = LeRobotFolder(folder, views, reading.action, _names(reading.columns) or None, _names(reading.relative),
-                           episodes=reading.episodes, on_problem=skipped, cache=cache)
-    if on_problem is None and skipped: print(f"{folder}: {len(source.lengths)} episodes; {skipped}")
-    return source
+    def __repr__(self):
+        return (f"{self.folder.name}: {len(self.lengths)} episodes, {self.lengths.sum()} rows at "
+                f"{self.hz:g} Hz, views {self.view_keys}, action {self.labels}, state "
+                f"{self.proprio or 'none'}")
 
 # %% ../../nbs/02_data/06_lerobot.ipynb #0770b0b5
 @patch
-def _read_tables(self:LeRobotFolder, keep_unlabelled, episodes, on_problem):
-    "The tables of meta/."
-    videos = [k for k in self.view_keys.values() if self.features[k]["dtype"] == "video"]
-    try: self.table, self.tasks = _episodes(self.folder, self.info, videos, on_problem), _tasks(self.folder, self.info, on_problem)
-    except (KeyError, TypeError, AttributeError) as e: raise ValueError(f"{self.folder}/meta is not in LeRobot's layout ({e!r}): restore a whole copy") from None
-    for what, found in (("episodes", len(self.table["length"])), ("tasks", len(self.tasks))):
-        if found < (said := self.info.get(f"total_{what}") or found): on_problem(what, f"{self.folder}/meta lists {found} {what}, info.json says {said}: the others can't be read; restore a whole copy")
-    labelled = np.array([any(str(t or "").strip() for t in tasks or ()) for tasks in self.table["tasks"]], bool)
-    self.kept = np.flatnonzero((labelled | keep_unlabelled) & np.array(pick_episodes(self.table["index"], episodes), bool))
-    self.lengths = np.array(self.table["length"], np.int64)[self.kept]
-    if not len(self.kept): raise ValueError(f"{self.folder} has {len(labelled)} episodes, {labelled.sum()} with an instruction{' among those chosen'*bool(episodes)}: write instructions into meta/, or give keep_unlabelled=True to LeRobotFolder")
-    if self.lengths.min() < 1 and on_problem is refuse: raise ValueError(f"{self.folder}: episode {self.table['index'][self.kept[self.lengths.argmin()]]} has {self.lengths.min()} rows: restore a whole copy of meta/")
+def _key(self:LeRobotFolder, role, wanted):
+    "Key of the actions or the state; None: there are none, or several and none is named."
+    if wanted is None or wanted in self.features: return wanted
+    if wanted:
+        raise ValueError(f"{self.folder} has no {role} {wanted!r}; it has {list(self.features)}: "
+                         "give its key, or None")
+    keys = role_keys(_numeric(self.features), role)
+    if role == "action" and len(keys) > 1:
+        self.no_action = (f"has several keys of actions, {', '.join(keys)}: give `action` of "
+                          "reading one of them")
+    return keys[0] if len(keys) == 1 else None
 
-def _scan_data(path): # what the index keeps of a data file
+@patch
+def _check_counts(self:LeRobotFolder, on_problem):
+    "Report episodes and tasks that info.json counts and the tables lack."
+    for name, n in (("episodes", len(self.table["length"])), ("tasks", len(self.tasks))):
+        total = self.info.get(f"total_{name}") or n
+        if n < total:
+            on_problem(name, f"{self.folder}/meta lists {n} {name}, info.json says {total}: the "
+                             "others can't be read; restore a whole copy")
+
+# %% ../../nbs/02_data/06_lerobot.ipynb #2b7f3468
+@patch
+def _read_tables(self:LeRobotFolder, keep_unlabelled, episodes, on_problem):
+    "Read the tables of meta/, and choose episodes."
+    videos = [k for k in self.view_keys.values() if self.features[k]["dtype"] == "video"]
+    try:
+        self.table = _episodes(self.folder, self.info, videos, on_problem)
+        self.tasks = _tasks(self.folder, self.info, on_problem)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{self.folder}/meta is not in LeRobot's layout ({error!r}): restore a "
+                         "whole copy") from None
+    self._check_counts(on_problem)
+    has_text = lambda tasks: any(str(t or "").strip() for t in tasks or ())
+    labelled = np.array([has_text(tasks) for tasks in self.table["tasks"]], bool)
+    chosen = np.array(pick_episodes(self.table["index"], episodes), bool)
+    self.kept = np.flatnonzero((labelled | keep_unlabelled) & chosen)
+    self.lengths = np.array(self.table["length"], np.int64)[self.kept]
+    if not len(self.kept):
+        raise ValueError(f"{self.folder} has {len(labelled)} episodes, {labelled.sum()} with an "
+                         f"instruction{' among those chosen'*bool(episodes)}: write instructions "
+                         "into meta/, or give keep_unlabelled=True to LeRobotFolder")
+    if self.lengths.min() < 1 and on_problem is refuse:
+        shortest = self.table["index"][self.kept[self.lengths.argmin()]]
+        raise ValueError(f"{self.folder}: episode {shortest} has {self.lengths.min()} rows: "
+                         "restore a whole copy of meta/")
+
+# %% ../../nbs/02_data/06_lerobot.ipynb #580bf872
+def _scan_data(path):
+    "Rows and columns of a data file."
     rows = len(_read_parquet(Path(path), ["episode_index"]))
     with _arrow().parquet.ParquetFile(path) as file:
         return dict(rows=rows, columns=file.schema_arrow.names)
 
+def _result(index, path):
+    "What `index_files` has of a file; raise `ValueError` with the error of one that can't be read."
+    if "error" in (row := index[str(path)]): raise ValueError(row["error"])
+    return row["found"]
+
+@patch
+def _check_data(self:LeRobotFolder, i, tables):
+    "Raise `ValueError` where the rows of an episode are missing."
+    path, n = self.folder/self.table["data"][i], self.table["length"][i]
+    data, end = _result(tables, path), self.table["first"][i] + max(n, 1)
+    images = [k for k in self.view_keys.values() if self.features[k]["dtype"] == "image"]
+    needs = "timestamp", "task_index", self.action, self.proprio, *images
+    if missing := [k for k in needs if k and k not in data["columns"]]:
+        raise ValueError(f"{path} has no column {missing[0]}; it has {data['columns']}: restore a "
+                         "whole copy")
+    if n < 1 or end > data["rows"]:
+        raise ValueError(f"{path} has {data['rows']} rows, {end} are needed: restore a whole copy")
+
+@patch
+def _check_videos(self:LeRobotFolder, i, videos):
+    "Raise `ValueError` where a video of an episode is too short."
+    for paths, starts in self.table["videos"].values():
+        path = self.folder/paths[i]
+        end, last = _result(videos, path), starts[i] + (self.table["length"][i] - 1)/self.hz
+        if end < last - .5/self.hz:
+            raise ValueError(f"{path} ends at {end:.2f} s, {last:.2f} s are needed: restore a "
+                             "whole copy")
+
+# %% ../../nbs/02_data/06_lerobot.ipynb #69996178
 @patch
 def _leave_out(self:LeRobotFolder, on_problem, cache):
     "Keep the episodes whose files are there and long enough."
     kept, part = self.kept.tolist(), lambda name: cache and Path(cache)/f"{name}.jsonl"
-    tables = index_files([self.folder/self.table["data"][i] for i in kept], _scan_data, part("tables"))
-    videos = index_files([self.folder/paths[i] for paths, _ in self.table["videos"].values() for i in kept], lambda p: OpenVideo(p).end(), part("ends"))
+    data = [self.folder/self.table["data"][i] for i in kept]
+    films = [self.folder/paths[i] for paths, _ in self.table["videos"].values() for i in kept]
+    tables = index_files(data, _scan_data, part("tables"))
+    videos = index_files(films, lambda p: OpenVideo(p).end(), part("ends"))
     good = []
     for i in kept:
-        try: self._check_episode(i, tables, videos)
-        except ValueError as e: on_problem(f"episode {self.table['index'][i]}", str(e))
+        try:
+            self._check_data(i, tables)
+            self._check_videos(i, videos)
+        except ValueError as error: on_problem(f"episode {self.table['index'][i]}", str(error))
         else: good.append(i)
-    if not good: raise ValueError(f"{self.folder}: none of {len(kept)} episodes can be used: {on_problem}")
+    if not good:
+        raise ValueError(f"{self.folder}: none of {len(kept)} episodes can be used: {on_problem}")
     self.kept, self.lengths = np.array(good), np.array(self.table["length"], np.int64)[good]
 
-@patch
-def _check_episode(self:LeRobotFolder, i, tables, videos):
-    "Raise `ValueError` where a file of an episode is missing, damaged or too short."
-    first, n, path = self.table["first"][i], self.table["length"][i], self.folder/self.table["data"][i]
-    def found(index, path):
-        if "error" in (row := index[str(path)]): raise ValueError(row["error"])
-        return row["found"]
-    data, image = found(tables, path), [k for k in self.view_keys.values() if self.features[k]["dtype"] == "image"]
-    if missing := [k for k in ("timestamp", "task_index", self.action, self.proprio, *image) if k and k not in data["columns"]]:
-        raise ValueError(f"{path} has no column {missing[0]}; it has {data['columns']}: restore a whole copy")
-    if n < 1 or first + n > data["rows"]: raise ValueError(f"{path} has {data['rows']} rows, {first + max(n, 1)} are needed: restore a whole copy")
-    for paths, starts in self.table["videos"].values():
-        end = found(videos, self.folder/paths[i])
-        if end < (last := starts[i] + (n - 1)/self.hz) - .5/self.hz: raise ValueError(f"{self.folder/paths[i]} ends at {end:.2f} s, {last:.2f} s are needed: restore a whole copy")
-
+# %% ../../nbs/02_data/06_lerobot.ipynb #27c1f72d
 @patch
 def _rows(self:LeRobotFolder, e, columns):
-    "Columns of an episode, as a table."
-    i = int(self.kept[e])
-    path, n = self.folder/self.table["data"][i], int(self.lengths[e])
-    table = _read_parquet(path, ["episode_index", *columns], self.table["first"][i], n)
-    if not (np.asarray(table["episode_index"]) == self.table["index"][i]).all():
-        raise ValueError(f"{path}: rows {self.table['first'][i]} to {self.table['first'][i] + n - 1} are not those of episode {self.table['index'][i]}: meta/ and data/ do not belong together; restore whole copies")
+    "Columns of an episode, as a table, and their file."
+    i, n = int(self.kept[e]), int(self.lengths[e])
+    path = self.folder/self.table["data"][i]
+    first, index = self.table["first"][i], self.table["index"][i]
+    table = _read_parquet(path, ["episode_index", *columns], first, n)
+    if not (np.asarray(table["episode_index"]) == index).all():
+        raise ValueError(f"{path}: rows {first} to {first + n - 1} are not those of episode "
+                         f"{index}: meta/ and data/ do not belong together; restore whole copies")
     return table, path
 
-def _matrix(column, path, key):
-    "(n,size) float32 array of a column of numbers or of lists of numbers, nested or not."
-    n, values, pyarrow = len(column), column.combine_chunks(), _arrow()
-    while pyarrow.types.is_nested(values.type): # an extension type or a list
-        if not hasattr(values, "flatten") or values.null_count or pyarrow.types.is_struct(values.type): break
+def _flat(column):
+    "The values of a column of numbers or of lists of numbers, nested or not."
+    values, types = column.combine_chunks(), _arrow().types
+    while types.is_nested(values.type): # an extension type or a list
+        if not hasattr(values, "flatten") or values.null_count: break
+        if types.is_struct(values.type): break
         values = values.flatten()
-    values = getattr(values, "storage", values)
-    kind = values.type
-    if not (pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind) or pyarrow.types.is_boolean(kind)) or values.null_count or len(values) % n:
-        raise ValueError(f"{path}: {key} has type {column.type} and {len(values)} values, {values.null_count} of them missing, in {n} rows; expected as many numbers in each: choose another key")
+    return getattr(values, "storage", values)
+
+def _matrix(column, path, key):
+    "(n,size) float32 array of a column of numbers or of lists of numbers."
+    n, values, types = len(column), _flat(column), _arrow().types
+    kinds = types.is_integer, types.is_floating, types.is_boolean
+    if not any(f(values.type) for f in kinds) or values.null_count or len(values) % n:
+        raise ValueError(f"{path}: {key} has type {column.type} and {len(values)} values, "
+                         f"{values.null_count} of them missing, in {n} rows; expected as many "
+                         "numbers in each: choose another key")
     return values.to_numpy(zero_copy_only=False).reshape(n, -1).astype(np.float32)
 
 # %% ../../nbs/02_data/06_lerobot.ipynb #f2b96d8a
+@patch
+def _check_times(self:LeRobotFolder, e, t, path): # (n,) s
+    "Raise `ValueError` if time stamps do not fit the rate."
+    expected = np.arange(len(t))/self.hz
+    late = np.flatnonzero(~(np.abs(t - expected) < .5/self.hz))
+    if late.size:
+        row = late[0]
+        raise ValueError(f"{path}: row {row} of episode {self.episode_name(e)} has time "
+                         f"{t[row]:.3f} s, {expected[row]:.3f} s at {self.hz:g} rows a second: "
+                         "correct fps in meta/info.json, or the time stamps")
+
 @patch
 def _numbers(self:LeRobotFolder, e):
     "action, proprio and task_index of an episode, after its time stamps have been checked."
     keys = [k for k in (self.action, self.proprio) if k]
     table, path = self._rows(e, ["timestamp", "task_index", *keys])
-    t, n = _matrix(table["timestamp"], path, "timestamp")[:, 0], len(table)
-    if (late := np.flatnonzero(~(np.abs(t - np.arange(n)/self.hz) < .5/self.hz))).size:
-        raise ValueError(f"{path}: row {late[0]} of episode {self.table['index'][self.kept[e]]} has time {t[late[0]]:.3f} s, {late[0]/self.hz:.3f} s at {self.hz:g} rows a second: correct fps in meta/info.json, or the time stamps")
-    found = {k: _matrix(table[k], path, k) for k in keys}
-    for k, x in found.items():
-        if x.shape[1] != (size := int(np.prod(self.features[k]["shape"]))): raise ValueError(f"{path}: {k} has {x.shape[1]} numbers a row, meta/info.json says {size}: they do not belong together; restore whole copies")
-    action = found[self.action][:, self.columns] if self.action else None
-    return action, found.get(self.proprio), np.asarray(table["task_index"])
+    self._check_times(e, _matrix(table["timestamp"], path, "timestamp")[:, 0], path)
+    arrays = {k: _matrix(table[k], path, k) for k in keys}
+    for k, x in arrays.items():
+        if x.shape[1] != (size := int(np.prod(self.features[k]["shape"]))):
+            raise ValueError(f"{path}: {k} has {x.shape[1]} numbers a row, meta/info.json says "
+                             f"{size}: they do not belong together; restore whole copies")
+    action = arrays[self.action][:, self.columns] if self.action else None
+    return action, arrays.get(self.proprio), np.asarray(table["task_index"])
 
 @patch
 def vectors(self:LeRobotFolder,
     e:int, # episode
 )->tuple: # action (n,A), proprio (n,P), float32; None if there is none
-    "The numbers of an episode."
+    "The actions and states of an episode."
     return self.recent.get(("numbers", e), lambda: self._numbers(e))[:2]
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #20da8a84
 @patch
 def instructions(self:LeRobotFolder,
     e:int, # episode
     rows, # of the episode
 )->list: # of strings
     "The instructions at some rows."
-    index = self.recent.get(("numbers", e), lambda: self._numbers(e))[2]
-    if unknown := set(index[list(rows)].tolist()) - set(self.tasks): raise ValueError(f"{self.folder}: task_index {min(unknown)} of episode {e} is not in meta/tasks: restore a whole copy of meta/")
-    return [str(self.tasks[i] or "") for i in index[list(rows)].tolist()]
+    _, _, index = self.recent.get(("numbers", e), lambda: self._numbers(e))
+    index = index[list(rows)].tolist()
+    if unknown := set(index) - set(self.tasks):
+        raise ValueError(f"{self.folder}: task_index {min(unknown)} of episode {e} is not in "
+                         "meta/tasks: restore a whole copy of meta/")
+    return [str(self.tasks[i] or "") for i in index]
 
 # %% ../../nbs/02_data/06_lerobot.ipynb #04df3d1a
+@patch
+def _stored(self:LeRobotFolder, value, name):
+    "An image from a column: bytes, or the path of a file inside the folder."
+    data, path = value, None
+    if isinstance(value, dict): data, path = value.get("bytes"), value.get("path")
+    if data is None and path:
+        full = (self.folder/path).resolve()
+        if not full.is_relative_to(self.folder.resolve()):
+            raise ValueError(f"{name} points to {path}, outside the dataset: it is not read")
+        if not full.exists():
+            raise FileNotFoundError(f"{name} is in {full}, which is missing: restore a whole copy")
+        data = full.read_bytes()
+    if isinstance(data, bytes): return decode_picture(data, name)
+    raise ValueError(f"{name} is a {type(data).__name__}, not the bytes of an image: choose "
+                     "another key")
+
 @patch
 def pictures(self:LeRobotFolder,
     e:int, # episode
     rows, # of the episode
     view:str, # one of `views`
 )->list: # of (H,W,3) uint8, one for each row
-    "Pictures of one view."
+    "Images of one view."
     key, i = self.view_keys[view], int(self.kept[e])
     if self.features[key]["dtype"] == "video":
         path, start = (x[i] for x in self.table["videos"][key])
         clip = self.clips.get(path, lambda: OpenVideo(self.folder/path))
         return clip.at(start + np.asarray(rows)/self.hz, .5/self.hz)
     table, path = self.recent.get((key, e), lambda: self._rows(e, [key]))
-    return [self._stored(table[key][int(row)].as_py(), f"{path}: {key} of row {row} of episode {self.table['index'][i]}") for row in rows]
+    name = lambda row: f"{path}: {key} of row {row} of episode {self.episode_name(e)}"
+    return [self._stored(table[key][int(row)].as_py(), name(row)) for row in rows]
 
-@patch
-def _stored(self:LeRobotFolder, value, where):
-    "A picture from a column: bytes, or the path of a file inside the folder."
-    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-    if data is None and path:
-        if not (full := (self.folder/path).resolve()).is_relative_to(self.folder.resolve()): raise ValueError(f"{where} points to {path}, outside the dataset: it is not read")
-        if not full.exists(): raise FileNotFoundError(f"{where} is in {full}, which is missing: restore a whole copy")
-        data = full.read_bytes()
-    if not isinstance(data, bytes): raise ValueError(f"{where} is a {type(data).__name__}, not the bytes of a picture: choose another key")
-    return decode_picture(data, where)
+# %% ../../nbs/02_data/06_lerobot.ipynb #a81776e1
+def _names(labels): return tuple(int(n) if str(n).isdigit() else n for n in labels or ())
+
+def open_lerobot(
+    folder:Path, # that holds meta/, data/ and videos/
+    reading=PLAIN, # cameras, action, columns, relative and episodes
+    cache=None, # folder for the results of the checks; None: they are not kept
+    on_problem=None, # function of an episode and its problem; None: a summary is printed
+)->LeRobotFolder:
+    "A LeRobotDataset as a run reads it: without the episodes that are not whole."
+    keys = camera_keys(read_info(folder)["features"])
+    views = {c: keys[c] for c in choose_cameras(keys, reading.cameras)}
+    skipped = Skipped() if on_problem is None else on_problem
+    columns, relative = _names(reading.columns) or None, _names(reading.relative)
+    source = LeRobotFolder(folder, views, reading.action, columns, relative,
+                           episodes=reading.episodes, on_problem=skipped, cache=cache)
+    if on_problem is None and skipped: print(f"{folder}: {len(source.lengths)} episodes; {skipped}")
+    return source
 
 # %% ../../nbs/02_data/06_lerobot.ipynb #4594c464
+def _stored_stats(folder):
+    "The statistics in meta/: of the dataset, or of each episode."
+    whole, each = folder/"meta"/"stats.json", folder/"meta"/"episodes_stats.jsonl"
+    if whole.exists(): return [read_json(whole)]
+    return [row.get("stats", {}) for row in read_json_lines(each)] if each.exists() else []
+
 def stored_scale(
     source:LeRobotFolder, # with actions
     how:str="q01_q99", # "q01_q99" (v3.0 of late 2025 and after) or "min_max"
 )->ActionScale: # of the chosen numbers of the action
     "The scale in a dataset's own statistics; raise `ValueError` if they lack it."
     low, high = how.split("_")
-    whole, each = source.folder/"meta"/"stats.json", source.folder/"meta"/"episodes_stats.jsonl"
-    stats = [read_json(whole)] if whole.exists() else [r.get("stats", {}) for r in read_json_lines(each)] if each.exists() else []
-    found = [(s[source.action][low], s[source.action][high]) for s in stats if {low, high} <= set(s.get(source.action, ()))]
-    if not found or len(found) < len(stats) or (len(found) > 1 and how != "min_max"):
-        raise ValueError(f"{source.folder}/meta has no {low} and {high} of {source.action!r} over all episodes: use measure_scale(source, {how!r})")
-    bounds = np.array(found, np.float64).reshape(len(found), 2, -1)[:, :, source.columns]
-    low, high = (tuple(x.tolist()) for x in (bounds[:, 0].min(0), bounds[:, 1].max(0)))
-    return ActionScale(low, high, source.labels, how, source.name)
+    stats = _stored_stats(source.folder)
+    pairs = [(s[source.action][low], s[source.action][high]) for s in stats
+             if {low, high} <= set(s.get(source.action, ()))]
+    complete = pairs and len(pairs) == len(stats)
+    if not complete or len(pairs) > 1 and how != "min_max": # quantiles of parts do not combine
+        raise ValueError(f"{source.folder}/meta has no {low} and {high} of {source.action!r} over "
+                         f"all episodes: use measure_scale(source, {how!r})")
+    bounds = np.array(pairs, np.float64).reshape(len(pairs), 2, -1)[:, :, source.columns]
+    lows, highs = bounds[:, 0].min(0).tolist(), bounds[:, 1].max(0).tolist()
+    return ActionScale(tuple(lows), tuple(highs), source.labels, how, source.name)
 
 # %% ../../nbs/02_data/06_lerobot.ipynb #11b98365
 _CHUNK = 1000 # files in a folder
@@ -331,7 +513,8 @@ _FILES = dict(data_path="data/chunk-{chunk_index:03d}/file-{file_index:03d}.parq
 
 def _file(number): return dict(chunk_index=number//_CHUNK, file_index=number%_CHUNK)
 
-def _groups(lengths, frame_bytes, most=2**28): # episodes that share a file, in order
+def _groups(lengths, frame_bytes, most=2**28):
+    "Numbers of the episodes that share a file, in order."
     groups, size = [[]], 0
     for e, n in enumerate(lengths):
         if groups[-1] and size + n*frame_bytes > most: groups, size = [*groups, []], 0
@@ -340,46 +523,54 @@ def _groups(lengths, frame_bytes, most=2**28): # episodes that share a file, in 
     return groups
 
 # %% ../../nbs/02_data/06_lerobot.ipynb #f0727e2a
-def _statistics(values): # (n,...) numbers -> what meta/stats.json says of them
+def _statistics(values): # (n,...) numbers
+    "What meta/stats.json has of some numbers."
     x, levels = np.asarray(values, np.float64), (1, 10, 50, 90, 99)
-    found = dict(min=x.min(0), max=x.max(0), mean=x.mean(0), std=x.std(0))
+    stats = dict(min=x.min(0), max=x.max(0), mean=x.mean(0), std=x.std(0))
     quantiles = np.quantile(x, np.array(levels)/100, axis=0)
-    found |= {f"q{q:02d}": level for q, level in zip(levels, quantiles)}
-    return {k: v.tolist() for k, v in found.items()} | dict(count=[len(x)])
+    stats |= {f"q{q:02d}": level for q, level in zip(levels, quantiles)}
+    return {k: v.tolist() for k, v in stats.items()} | dict(count=[len(x)])
 
-def _image_statistics(source, view, most=100): # per colour, (3,1,1), in [0, 1]
+def _image_statistics(source, view, most=100):
+    "Statistics of a camera's colours, (3,1,1), in [0, 1]."
     ends, pixels = np.cumsum(source.lengths), []
     for row in np.unique(np.linspace(0, ends[-1] - 1, min(most, ends[-1])).astype(int)):
         e = int(np.searchsorted(ends, row, side="right"))
         x, = source.pictures(e, [row - ends[e] + source.lengths[e]], view)
-        pixels.append(x[::max(1, len(x)//64), ::max(1, len(x)//64)].reshape(-1, 3)/255)
-    found = _statistics(np.concatenate(pixels))
-    shaped = {k: np.reshape(v, (3, 1, 1)).tolist() for k, v in found.items() if k != "count"}
+        step = max(1, len(x)//64)
+        pixels.append(x[::step, ::step].reshape(-1, 3)/255)
+    stats = _statistics(np.concatenate(pixels))
+    shaped = {k: np.reshape(v, (3, 1, 1)).tolist() for k, v in stats.items() if k != "count"}
     return shaped | dict(count=[len(pixels)])
 
 # %% ../../nbs/02_data/06_lerobot.ipynb #c9cdc890
-def _features(source): # what info.json says of the columns
-    one = lambda dtype: dict(dtype=dtype, shape=[1], names=None)
+_VIDEO = {"video.codec": "h264", "video.pix_fmt": "yuv420p", "video.is_depth_map": False,
+          "video.channels": 3, "has_audio": False}
+
+def _video_feature(source, view):
+    "What info.json has of a camera."
+    height, width, _ = shape = list(source.pictures(0, [0], view)[0].shape)
+    info = _VIDEO | {"video.fps": int(source.hz), "video.height": height, "video.width": width}
+    return dict(dtype="video", shape=shape, names=["height", "width", "channels"], info=info)
+
+def _features(source):
+    "What info.json has of the columns."
     action, state = source.vectors(0)
     if action is None:
-        raise ValueError(f"{source.name} {source.no_action}: there is nothing to learn from it "
-                         f"with LeRobot")
-    found = {"action": dict(dtype="float32", shape=[action.shape[1]], names=list(source.labels))}
-    if state is not None:
-        found["observation.state"] = dict(dtype="float32", shape=[state.shape[1]], names=None)
-    video = {"video.fps": int(source.hz), "video.codec": "h264", "video.pix_fmt": "yuv420p",
-             "video.is_depth_map": False, "has_audio": False}
+        raise ValueError(f"{source.name} {source.no_action}: LeRobot has nothing to train on in it")
+    vector = lambda x, names: dict(dtype="float32", shape=[x.shape[1]], names=names)
+    features = {"action": vector(action, list(source.labels))}
+    if state is not None: features["observation.state"] = vector(state, None)
     for view in source.views:
-        shape = list(source.pictures(0, [0], view)[0].shape)
-        about = dict(names=["height", "width", "channels"],
-                     info=video | {"video.height": shape[0], "video.width": shape[1],
-                                   "video.channels": 3})
-        found[f"observation.images.{view}"] = dict(dtype="video", shape=shape) | about
-    numbers = "frame_index", "episode_index", "index", "task_index"
-    return found | dict(timestamp=one("float32")) | dict.fromkeys(numbers, one("int64"))
+        features[f"observation.images.{view}"] = _video_feature(source, view)
+    for name in ("timestamp", "frame_index", "episode_index", "index", "task_index"):
+        dtype = "float32" if name == "timestamp" else "int64"
+        features[name] = dict(dtype=dtype, shape=[1], names=None)
+    return features
 
 # %% ../../nbs/02_data/06_lerobot.ipynb #c3c06595
-def _episode_columns(source, e, first, tasks): # `first` is its first row's index; text -> number
+def _episode_columns(source, e, first, tasks):
+    "Columns of an episode from row `first` of the dataset on; tasks, text -> number, grows."
     with source.reading(e): vectors, n = source.vectors(e), int(source.lengths[e])
     texts = source.instructions(e, np.arange(n))
     which = [tasks.setdefault(text, len(tasks)) for text in texts]
@@ -390,9 +581,10 @@ def _episode_columns(source, e, first, tasks): # `first` is its first row's inde
                    index=first + np.arange(n), task_index=np.array(which))
     return columns | {k: x.astype(np.int64) for k, x in numbers.items()}
 
-def _arrow_table(columns): # of name -> (n,) or (n,size) array
+def _arrow_table(columns): # name -> (n,) or (n,size) array
     pyarrow = _arrow()
-    vectors = lambda x: pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(x.ravel()), x.shape[1])
+    flat = lambda x: pyarrow.array(x.ravel())
+    vectors = lambda x: pyarrow.FixedSizeListArray.from_arrays(flat(x), x.shape[1])
     column = lambda x: pyarrow.array(x) if x.ndim == 1 else vectors(x)
     return pyarrow.table({k: column(x) for k, x in columns.items()})
 
@@ -400,40 +592,68 @@ def _write_parquet(path, table):
     path.parent.mkdir(parents=True, exist_ok=True)
     _arrow().parquet.write_table(table, path)
 
-def _write_tasks(path, tasks): # the text is the index of pandas, which LeRobot reads
+# %% ../../nbs/02_data/06_lerobot.ipynb #e0a044a5
+def _write_tasks(path, tasks):
+    "Write text -> number; the text is pandas' index, which LeRobot reads."
     note = lambda name, kind, numpy: dict(name=name, field_name=name, pandas_type=kind,
                                           numpy_type=numpy, metadata=None)
     columns = [note("task_index", "int64", "int64"), note("task", "unicode", "object")]
-    about = dict(index_columns=["task"], column_indexes=[], columns=columns, pandas_version="2.0.0")
+    about = dict(index_columns=["task"], column_indexes=[], columns=columns,
+                 pandas_version="2.0.0")
     table = _arrow().table(dict(task_index=[*tasks.values()], task=[*tasks]))
     _write_parquet(path, table.replace_schema_metadata({"pandas": json.dumps(about)}))
 
-# %% ../../nbs/02_data/06_lerobot.ipynb #04627c06
 def _write_videos(root, source, episodes, number, quality):
     "A file a camera for a group of episodes; the columns of meta/episodes."
     lengths = source.lengths[episodes]
-    ends, found = np.cumsum(lengths)/source.hz, {}
+    ends, columns = np.cumsum(lengths)/source.hz, {}
     for view in source.views:
         key, images = f"observation.images.{view}", []
         for e in episodes:
             with source.reading(e): images += source.pictures(e, np.arange(source.lengths[e]), view)
-        write_video(root/_FILES["video_path"].format(video_key=key, **_file(number)),
-                    np.stack(images), int(source.hz), g=2, crf=quality)
-        found |= {f"videos/{key}/{k}": [v]*len(episodes) for k, v in _file(number).items()}
-        found |= {f"videos/{key}/from_timestamp": (ends - lengths/source.hz).tolist(),
-                  f"videos/{key}/to_timestamp": ends.tolist()}
-    return found
+        path = root/_FILES["video_path"].format(video_key=key, **_file(number))
+        write_video(path, np.stack(images), int(source.hz), g=2, crf=quality)
+        columns |= {f"videos/{key}/{k}": [v]*len(episodes) for k, v in _file(number).items()}
+        columns |= {f"videos/{key}/from_timestamp": (ends - lengths/source.hz).tolist(),
+                    f"videos/{key}/to_timestamp": ends.tolist()}
+    return columns
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #04627c06
 def _check_source(folder, source):
     "Raise `ValueError` for what LeRobot's format can't hold."
     if not hasattr(source, "vectors"):
         raise ValueError(f"{folder}: what is to be written has no episodes with actions: give "
-                         f"demonstrations")
+                         "demonstrations")
     if source.hz != int(source.hz):
         raise ValueError(f"{source.name} has {source.hz:g} rows a second; LeRobot's format takes "
-                         f"whole numbers")
+                         "whole numbers")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds something already: choose another folder, or delete it")
+
+def _episode_table(source, tasks, joined, videos):
+    "Columns of meta/episodes."
+    n, ends, texts = len(source.lengths), np.cumsum(source.lengths), [*tasks]
+    starts, first = ends - source.lengths, _file(0).items()
+    own = [[texts[i] for i in np.unique(joined["task_index"][a:b])] for a, b in zip(starts, ends)]
+    files = {f"{kind}/{k}": [v]*n for kind in ("data", "meta/episodes") for k, v in first}
+    spans = dict(length=source.lengths.tolist(),
+                 dataset_from_index=starts.tolist(), dataset_to_index=ends.tolist())
+    return dict(episode_index=[*range(n)], tasks=own) | spans | files | videos
+
+def _write_meta(root, source, features, tasks, joined, videos):
+    "Write episodes, tasks, statistics, and last the description."
+    table = _arrow().table(_episode_table(source, tasks, joined, videos))
+    _write_parquet(root/"meta/episodes/chunk-000/file-000.parquet", table)
+    _write_tasks(root/"meta/tasks.parquet", tasks)
+    stats = {k: _statistics(x.reshape(len(x), -1)) for k, x in joined.items()}
+    for view in source.views: stats[f"observation.images.{view}"] = _image_statistics(source, view)
+    write_whole(root/"meta/stats.json", json.dumps(stats, indent=1))
+    n, rows = len(source.lengths), int(source.lengths.sum())
+    info = dict(codebase_version="v3.0", robot_type=None, fps=int(source.hz), features=features,
+                total_episodes=n, total_frames=rows, total_tasks=len(tasks),
+                splits=dict(train=f"0:{n}"), chunks_size=_CHUNK, data_files_size_in_mb=100,
+                video_files_size_in_mb=200) | _FILES
+    write_whole(root/"meta/info.json", json.dumps(info, indent=1))
 
 # %% ../../nbs/02_data/06_lerobot.ipynb #e2a14996
 def write_lerobot(
@@ -445,10 +665,9 @@ def write_lerobot(
     source = WindowEpisodes(source) if hasattr(source, "windows") else source
     _check_source(root := Path(folder), source)
     features, tasks, rows, videos, first = _features(source), {}, [], {}, 0
-    largest = max((int(np.prod(f["shape"])) for f in features.values() if f["dtype"] == "video"),
-                  default=1)
-    for number, episodes in enumerate(progress_bar(_groups(source.lengths, largest),
-                                                   desc=root.name, unit="file", delay=5)):
+    shapes = [f["shape"] for f in features.values() if f["dtype"] == "video"]
+    groups = _groups(source.lengths, max((int(np.prod(s)) for s in shapes), default=1))
+    for number, episodes in enumerate(progress_bar(groups, desc=root.name, unit="file", delay=5)):
         for e in episodes:
             rows.append(_episode_columns(source, e, first, tasks))
             first += int(source.lengths[e])
@@ -458,25 +677,3 @@ def write_lerobot(
     _write_parquet(root/_FILES["data_path"].format(**_file(0)), _arrow_table(joined))
     _write_meta(root, source, features, tasks, joined, videos)
     return root
-
-def _write_meta(root, source, features, tasks, joined, videos):
-    "Episodes, tasks, statistics, and last what describes them."
-    n, ends, texts = len(source.lengths), np.cumsum(source.lengths), [*tasks]
-    starts, first = ends - source.lengths, _file(0).items()
-    own = [[texts[i] for i in np.unique(joined["task_index"][a:b])] for a, b in zip(starts, ends)]
-    files = {f"{kind}/{k}": [v]*n for kind in ("data", "meta/episodes") for k, v in first}
-    spans = dict(length=source.lengths.tolist(),
-                 dataset_from_index=starts.tolist(), dataset_to_index=ends.tolist())
-    episodes = dict(episode_index=[*range(n)], tasks=own) | spans | files | videos
-    _write_parquet(root/"meta/episodes/chunk-000/file-000.parquet", _arrow().table(episodes))
-    _write_tasks(root/"meta/tasks.parquet", tasks)
-    stats = {k: _statistics(x.reshape(len(x), -1)) for k, x in joined.items()}
-    stats |= {f"observation.images.{view}": _image_statistics(source, view)
-              for view in source.views}
-    write_whole(root/"meta/stats.json", json.dumps(stats, indent=1))
-    counts = dict(total_episodes=n, total_frames=int(ends[-1]), total_tasks=len(tasks),
-                  splits=dict(train=f"0:{n}"))
-    sizes = dict(chunks_size=_CHUNK, data_files_size_in_mb=100, video_files_size_in_mb=200)
-    info = dict(codebase_version="v3.0", robot_type=None, fps=int(source.hz), features=features)
-    info |= counts | sizes | _FILES
-    write_whole(root/"meta/info.json", json.dumps(info, indent=1))

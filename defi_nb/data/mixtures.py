@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.plot import new_axes
@@ -20,9 +21,6 @@ from ..core.printed import printed_table
 from ..core.spec import Batch
 
 # %% ../../nbs/02_data/01_mixtures.ipynb #404d8df9
-def _printed_shares(number): # of a table of DeFI's
-    return shares_of({name: share for name, (share,) in printed_table("DeFI", number).rows.items()})
-
 def shares_of(
     weights:dict, # dataset -> weight or share
     names=None, # the datasets that are there; None: all
@@ -30,18 +28,24 @@ def shares_of(
     "The shares of some of a mixture's datasets."
     names = list(weights if names is None else names)
     if unknown := [n for n in names if n not in weights]:
-        raise ValueError(f"dataset {unknown[0]!r} is not in the mixture of {', '.join(weights)}: give it a weight of your own")
+        raise ValueError(f"dataset {unknown[0]!r} is not in the mixture of {', '.join(weights)}: "
+                         "give it a weight of your own")
     if not names or not all(math.isfinite(weights[n]) and weights[n] > 0 for n in names):
-        raise ValueError(f"weights {({n: weights[n] for n in names})}: give at least one dataset, and weights above 0")
+        raise ValueError(f"weights {({n: weights[n] for n in names})}: give at least one dataset, "
+                         "and weights above 0")
     total = sum(weights[n] for n in names)
     return {n: weights[n]/total for n in names}
+
+def _printed_shares(number): # of a table of DeFI's
+    rows = printed_table("DeFI", number).rows
+    return shares_of({name: share for name, (share,) in rows.items()})
 
 MIXTURES = { # name -> dataset -> share of the samples
     "paper_table_11": _printed_shares(11), "paper_table_12": _printed_shares(12),
     "release_gfdm": {"ssv2": .40, "bridge": .20, "fractal": .20, "calvin_abc": .20},
 }
 
-# %% ../../nbs/02_data/01_mixtures.ipynb #b4b86b62
+# %% ../../nbs/02_data/01_mixtures.ipynb #20f2cd6f
 @dataclass(frozen=True)
 class RobotSet:
     "One of the 27 datasets of the paper's Table 12."
@@ -49,27 +53,29 @@ class RobotSet:
     weight:float # of the release, to be multiplied by the number of samples
     hz:float # frames a second
     image:str = "image" # of the main camera, below steps/observation/
-    wrist:str|None = None # of the wrist camera, below steps/observation/; None: the dataset has none, or none is listed
+    wrist:str|None = None # of the wrist camera, below steps/observation/; None: none is listed
     text:str = "language_instruction" # the instruction, below steps/
-    window:tuple = (10, 10) # frames from the first to the last of the release's pair, smallest and largest
+    window:tuple = (10, 10) # frames of the release's pair, smallest and largest
     builder:str = "" # name under which the dataset is published, where it differs from `name`
 
     @property
     def gap_seconds(self): return tuple((w - 1)/self.hz for w in self.window)
 
-_IN_OBSERVATION, _SLOW, _FAST = "observation/natural_language_instruction", (3, 5), (15, 20)
-RLDS = "_converted_externally_to_rlds"
+RLDS = "_converted_externally_to_rlds" # end of many published names
+_TEXT, _SLOW, _FAST = "observation/natural_language_instruction", (3, 5), (15, 20)
+
+# %% ../../nbs/02_data/01_mixtures.ipynb #b4b86b62
 TABLE_12 = {d.name: d for d in (
-    RobotSet("fractal20220817_data", .5, 3, text=_IN_OBSERVATION, window=_SLOW),
-    RobotSet("kuka", .1, 10, text=_IN_OBSERVATION),
+    RobotSet("fractal20220817_data", .5, 3, text=_TEXT, window=_SLOW),
+    RobotSet("kuka", .1, 10, text=_TEXT),
     RobotSet("bridge_dataset", 1., 5, "image_0"),
-    RobotSet("taco_play", 2., 15, "rgb_static", "rgb_gripper", _IN_OBSERVATION),
-    RobotSet("jaco_play", 1., 10, wrist="image_wrist", text=_IN_OBSERVATION),
-    RobotSet("berkeley_cable_routing", 1., 10, wrist="wrist45_image", text=_IN_OBSERVATION),
-    RobotSet("roboturk", 2., 10, "front_rgb", text=_IN_OBSERVATION),
-    RobotSet("viola", 2., 20, "agentview_rgb", "eye_in_hand_rgb", _IN_OBSERVATION, _FAST),
-    RobotSet("berkeley_autolab_ur5", 2., 5, wrist="hand_image", text=_IN_OBSERVATION, window=_SLOW),
-    RobotSet("toto", 1., 30, text=_IN_OBSERVATION, window=_FAST), # in both of the release's lists; the fast one wins
+    RobotSet("taco_play", 2., 15, "rgb_static", "rgb_gripper", _TEXT),
+    RobotSet("jaco_play", 1., 10, wrist="image_wrist", text=_TEXT),
+    RobotSet("berkeley_cable_routing", 1., 10, wrist="wrist45_image", text=_TEXT),
+    RobotSet("roboturk", 2., 10, "front_rgb", text=_TEXT),
+    RobotSet("viola", 2., 20, "agentview_rgb", "eye_in_hand_rgb", _TEXT, _FAST),
+    RobotSet("berkeley_autolab_ur5", 2., 5, wrist="hand_image", text=_TEXT, window=_SLOW),
+    RobotSet("toto", 1., 30, text=_TEXT, window=_FAST),
     RobotSet("language_table", .1, 10, "rgb", text="observation/instruction"),
     RobotSet("stanford_hydra", 2., 10, wrist="wrist_image", builder="stanford_hydra_dataset" + RLDS),
     RobotSet("austin_buds", 1., 20, wrist="wrist_image", builder="austin_buds_dataset" + RLDS),
@@ -78,17 +84,18 @@ TABLE_12 = {d.name: d for d in (
     RobotSet("ucsd_kitchen", 2., 2, window=_SLOW, builder="ucsd_kitchen_dataset" + RLDS),
     RobotSet("austin_sailor", 1., 20, wrist="wrist_image", window=_FAST, builder="austin_sailor_dataset" + RLDS),
     RobotSet("austin_sirius", 1., 20, wrist="wrist_image", builder="austin_sirius_dataset" + RLDS),
-    RobotSet("bc_z", .2, 10, text=_IN_OBSERVATION),
+    RobotSet("bc_z", .2, 10, text=_TEXT),
     RobotSet("dlr_edan_shared_control", 1., 5, window=_SLOW, builder="dlr_edan_shared_control" + RLDS),
-    RobotSet("iamlab_cmu_pickup_insert", 1., 20, wrist="wrist_image", window=_FAST, builder="iamlab_cmu_pickup_insert" + RLDS),
+    RobotSet("iamlab_cmu_pickup_insert", 1., 20, wrist="wrist_image", window=_FAST,
+             builder="iamlab_cmu_pickup_insert" + RLDS),
     RobotSet("utaustin_mutex", 1., 20, wrist="wrist_image", window=_FAST),
     RobotSet("berkeley_fanuc_manipulation", 2., 10, wrist="wrist_image"),
     RobotSet("cmu_stretch", 1., 10),
     RobotSet("fmb", 1., 10, "image_side_1", "image_wrist_1", builder="fmb_dataset"),
     RobotSet("dobbe", .2, 30, "wrist_image", window=_SLOW),
-    RobotSet("ego4d", 1., 2, window=(2, 2), builder="ego4d_split_1 ego4d_split_2 ego4d_split_3 ego4d_split_4"),
+    RobotSet("ego4d", 1., 2, window=(2, 2), builder=" ".join(f"ego4d_split_{i}" for i in (1, 2, 3, 4))),
 )}
-GIDM_WEIGHTS = {d.name: d.weight for d in TABLE_12.values()} # without "ego4d": the release's variant without people
+GIDM_WEIGHTS = {d.name: d.weight for d in TABLE_12.values()} # without people: no ego4d
 
 # %% ../../nbs/02_data/01_mixtures.ipynb #0e7fe7a3
 def shares_by_size(
@@ -99,6 +106,11 @@ def shares_by_size(
     return shares_of({n: weights[n]*size for n, size in sizes.items() if n in weights}, sizes)
 
 # %% ../../nbs/02_data/01_mixtures.ipynb #cb351cd5
+def _mixed(x): # the finaliser of splitmix64 on an array
+    x = (x ^ x >> np.uint64(30))*np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27))*np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
+
 def shuffled(
     places, # (B,) integers from 0 to n-1
     n:int, # numbers to be shuffled
@@ -116,11 +128,6 @@ def shuffled(
         todo = todo[x[todo] >= n]
     return x.astype(np.int64)
 
-def _mixed(x): # the finaliser of splitmix64 on an array
-    x = (x ^ x >> np.uint64(30))*np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ x >> np.uint64(27))*np.uint64(0x94D049BB133111EB)
-    return x ^ x >> np.uint64(31)
-
 # %% ../../nbs/02_data/01_mixtures.ipynb #d4c836ac
 BLOCK = 1024 # draws among which the shares hold to within one draw
 
@@ -134,7 +141,8 @@ class Mixture:
         keep:tuple=None, # fields of `Batch` that samples have; None: those that all datasets give
     ):
         if missing := [n for n in weights if n not in datasets]:
-            raise ValueError(f"the mixture names {missing[0]!r}, which is not among {', '.join(datasets)}: add it, or see shares_of")
+            raise ValueError(f"the mixture names {missing[0]!r}, which is not among "
+                             f"{', '.join(datasets)}: add it, or see shares_of")
         if empty := [n for n, ds in datasets.items() if len(ds) == 0]:
             raise ValueError(f"dataset {empty[0]!r} has no samples: leave it out of the mixture")
         self.shares = shares_of(weights, datasets)
@@ -150,58 +158,68 @@ class Mixture:
 
     def _starts(self, blocks):
         "(blocks,D+1) where each dataset's slots begin in some blocks."
-        offset = np.modf(.5 + np.asarray(blocks)*.6180339887498949)[0][:, None] # evenly spread over the blocks
+        golden = np.asarray(blocks)*.6180339887498949 # spreads the offsets evenly over the blocks
+        offset = np.modf(.5 + golden)[0][:, None]
         ends = np.clip(np.ceil(self.edges*BLOCK - offset), 0, BLOCK).astype(np.int64)
         ends[:, -1] = BLOCK
         return np.concatenate([np.zeros((len(ends), 1), np.int64), ends], 1)
 
-    def turns(self, indices): # (B,) numbers of draws
-        "Which dataset, by its place, and how many draws from it came before: two (B,) arrays; a pure function."
-        i = np.arange(self.draws)[indices] if isinstance(indices, slice) else np.atleast_1d(np.asarray(indices, np.int64))
-        if len(i) and not (-self.draws <= i.min() and i.max() < self.draws):
-            raise IndexError(f"draw {i.max()} of a mixture of {self.draws}: give it more draws")
-        block, place = np.divmod(i % self.draws, BLOCK)
-        which, nth = np.empty_like(place), np.empty_like(place)
-        for b, now in _groups(block):
-            slot, starts = shuffled(place[now], BLOCK, (self.seed, 0, b)), self._starts([b])[0]
-            which[now] = d = np.searchsorted(starts[1:], slot, side="right")
-            nth[now] = self.before[b, d] + slot - starts[d]
-        return which, nth
-
-    def locate(self, indices): # (B,) numbers of draws
-        "Which dataset, by its place, and which of its samples: two (B,) arrays; a pure function."
-        which, nth = self.turns(indices)
-        sample, datasets = np.empty_like(nth), list(self.datasets.items())
-        for d, mine in _groups(which):
-            name, n = datasets[d][0], len(datasets[d][1])
-            passes, place = np.divmod(nth[mine], n)
-            for t, now in _groups(passes): sample[mine[now]] = shuffled(place[now], n, (self.seed, 1, zlib.crc32(name.encode()), t))
-        return which, sample
-
-    def __getitem__(self, indices): # int, slice, list, integer array or tensor: numbers of draws
-        which, sample = self.locate(indices)
-        names = list(self.datasets)
-        parts = {names[d]: (np.flatnonzero(which == d), self.datasets[names[d]][sample[which == d]]) for d in np.unique(which)}
-        return _joined(parts, len(which), self.keep)
-
+# %% ../../nbs/02_data/01_mixtures.ipynb #402c4899
 def _groups(x):
     "Each value of an integer array, and the (n,) places where it stands."
     order = np.argsort(x, kind="stable")
     values, begins = np.unique(x[order], return_index=True)
     return zip(values.tolist(), np.split(order, begins[1:]))
 
+@patch
+def turns(self:Mixture,
+    indices, # (B,) numbers of draws
+)->tuple: # two (B,) arrays
+    "Which dataset, by its place, and how many draws from it came before; a pure function."
+    every = isinstance(indices, slice)
+    i = np.arange(self.draws)[indices] if every else np.atleast_1d(np.asarray(indices, np.int64))
+    if len(i) and not (-self.draws <= i.min() and i.max() < self.draws):
+        raise IndexError(f"draw {i.max()} of a mixture of {self.draws}: give it more draws")
+    block, place = np.divmod(i % self.draws, BLOCK)
+    which, nth = np.empty_like(place), np.empty_like(place)
+    for b, now in _groups(block):
+        slot, starts = shuffled(place[now], BLOCK, (self.seed, 0, b)), self._starts([b])[0]
+        which[now] = d = np.searchsorted(starts[1:], slot, side="right")
+        nth[now] = self.before[b, d] + slot - starts[d]
+    return which, nth
+
+@patch
+def locate(self:Mixture,
+    indices, # (B,) numbers of draws
+)->tuple: # two (B,) arrays
+    "Which dataset, by its place, and which of its samples; a pure function."
+    which, nth = self.turns(indices)
+    sample, datasets = np.empty_like(nth), list(self.datasets.items())
+    for d, mine in _groups(which):
+        name, n = datasets[d][0], len(datasets[d][1])
+        passes, place = np.divmod(nth[mine], n)
+        for t, now in _groups(passes):
+            key = self.seed, 1, zlib.crc32(name.encode()), t
+            sample[mine[now]] = shuffled(place[now], n, key)
+    return which, sample
+
 # %% ../../nbs/02_data/01_mixtures.ipynb #bd8e7d5c
 def _common_fields(datasets, keep):
     "The fields that samples have, after a look at the first sample of each dataset."
-    first = {name: ds[[0]] for name, ds in datasets.items()}
-    given = {name: {f.name: tuple(v.shape[1:]) for f in fields(Batch) if isinstance(v := getattr(b, f.name), Tensor)} for name, b in first.items()}
-    keep = [f.name for f in fields(Batch) if all(f.name in g for g in given.values())] if keep is None else [k for k in keep if k != "text"]
+    names, given = [f.name for f in fields(Batch)], {}
+    for name, ds in datasets.items():
+        values = {f: x for f, x in vars(ds[[0]]).items() if isinstance(x, Tensor)}
+        given[name] = {f: tuple(values[f].shape[1:]) for f in names if f in values}
+    common = [f for f in names if all(f in g for g in given.values())]
+    keep = common if keep is None else [k for k in keep if k != "text"]
     for field in keep:
         if lacking := [n for n, g in given.items() if field not in g]:
-            raise ValueError(f"dataset {lacking[0]!r} gives no {field}; it gives {', '.join(given[lacking[0]])}: leave it out of `keep`")
-        if len(set(shapes := {n: g[field] for n, g in given.items()}.values())) > 1:
-            raise ValueError(f"{field} of one sample differs in shape: {dict(zip(given, shapes))}; read all datasets at one size, "
-                             "with as many cameras and frames")
+            raise ValueError(f"dataset {lacking[0]!r} gives no {field}; it gives "
+                             f"{', '.join(given[lacking[0]])}: leave it out of `keep`")
+        shapes = {n: g[field] for n, g in given.items()}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(f"{field} of one sample differs in shape: {shapes}; read all "
+                             "datasets at one size, with as many cameras and frames")
     return tuple(keep)
 
 def _joined(parts, B, keep):
@@ -213,10 +231,21 @@ def _joined(parts, B, keep):
             v = getattr(batch, field)
             x = out.setdefault(field, torch.empty(B, *v.shape[1:], dtype=v.dtype))
             if x.shape[1:] != v.shape[1:] or x.dtype != v.dtype:
-                raise ValueError(f"{field} of dataset {name!r} has shape {tuple(v.shape[1:])} and type {v.dtype}, another's "
-                                 f"{tuple(x.shape[1:])} and {x.dtype}: read all at one size")
+                raise ValueError(f"{field} of dataset {name!r} has shape {tuple(v.shape[1:])} and "
+                                 f"type {v.dtype}, another's {tuple(x.shape[1:])} and {x.dtype}: "
+                                 "read all at one size")
             x[torch.from_numpy(places)] = v
     return Batch(text=text, **out)
+
+# %% ../../nbs/02_data/01_mixtures.ipynb #166fe4fd
+@patch
+def __getitem__(self:Mixture, indices): # int, slice, list, integer array or tensor: of draws
+    which, sample = self.locate(indices)
+    parts = {}
+    for d, name in enumerate(self.datasets):
+        places = np.flatnonzero(which == d)
+        if len(places): parts[name] = places, self.datasets[name][sample[places]]
+    return _joined(parts, len(which), self.keep)
 
 # %% ../../nbs/02_data/01_mixtures.ipynb #1e6fdbb9
 def indices_of(
@@ -228,14 +257,16 @@ def indices_of(
     "The draws of a step, in their own order; other ones on each rank."
     return (step*ranks + rank)*batch_size + np.arange(batch_size)
 
+# %% ../../nbs/02_data/01_mixtures.ipynb #c8569f5c
 def count_draws(
     mixture:Mixture, # of datasets
     indices=None, # (N,) numbers of the draws done; None: all
 )->dict: # name -> number of draws from it
     "The realised shares, as numbers."
     i = np.arange(len(mixture)) if indices is None else np.asarray(indices).ravel()
-    counts = np.zeros(len(mixture.datasets), int)
-    for part in np.array_split(i, 1 + len(i)//10**6): counts += np.bincount(mixture.turns(part)[0], minlength=len(counts))
+    counts, n = np.zeros(len(mixture.datasets), int), len(mixture.datasets)
+    for part in np.array_split(i, 1 + len(i)//10**6):
+        counts += np.bincount(mixture.turns(part)[0], minlength=n)
     return dict(zip(mixture.datasets, counts.tolist()))
 
 def show_shares(
@@ -248,7 +279,8 @@ def show_shares(
     counts = count_draws(mixture, indices)
     total = max(sum(counts.values()), 1)
     ax.barh(list(counts), [100*n/total for n in counts.values()], label=f"of {total} draws")
-    ax.plot([100*s for s in mixture.shares.values()], range(len(counts)), "k|", ms=14, label="wanted")
+    wanted = [100*s for s in mixture.shares.values()]
+    ax.plot(wanted, range(len(counts)), "k|", ms=14, label="wanted")
     ax.set_xlabel("share, %")
     ax.invert_yaxis()
     ax.legend(fontsize=7)

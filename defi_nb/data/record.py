@@ -30,18 +30,23 @@ from ..sim.playtable import PlayTable
 from ..sim.layout import scene_names
 
 # %% ../../nbs/02_data/05_record.ipynb #4fc71001
+def _expected_shape(key, array, n):
+    "The shape that an array of a segment of n frames must have."
+    if key in VECTORS: return n, VECTORS[key]
+    return (n, *array.shape[1:-1], 3) if key.startswith("rgb_") else (n, *array.shape[1:])
+
 def _stacked(arrays):
     "A segment's arrays, checked, with the vectors in float64 and `actions` filled in."
     arrays = {k: np.asarray(v, np.float64 if k in VECTORS else None) for k, v in arrays.items()}
     if missing := {"rel_actions", "robot_obs", "scene_obs"} - set(arrays):
         raise ValueError(f"a segment needs {', '.join(sorted(missing))} too")
     robot = arrays["robot_obs"]
+    n = len(robot)
     for k, v in arrays.items():
-        is_picture = k.startswith("rgb_")
-        shape = (len(robot), *((VECTORS[k],) if k in VECTORS else v.shape[1:-1] + (3,) if is_picture else v.shape[1:]))
-        if v.shape != shape or is_picture and (v.ndim, v.dtype) != (4, np.uint8):
-            raise ValueError(f"{k} of a segment has shape {v.shape} and type {v.dtype}; "
-                             f"expected {'(N,H,W,3) uint8' if is_picture else shape} for {len(robot)} frames")
+        shape, is_image = _expected_shape(k, v, n), k.startswith("rgb_")
+        if v.shape != shape or is_image and (v.ndim, v.dtype) != (4, np.uint8):
+            raise ValueError(f"{k} of a segment has shape {v.shape} and type {v.dtype}; expected "
+                             f"{'(N,H,W,3) uint8' if is_image else shape} for {n} frames")
     if "actions" not in arrays:
         reached = np.concatenate([robot[1:, :6], robot[-1:, :6]])
         arrays["actions"] = np.concatenate([reached, arrays["rel_actions"][:, 6:]], 1)
@@ -50,12 +55,20 @@ def _stacked(arrays):
 # %% ../../nbs/02_data/05_record.ipynb #404530d1
 def _sums(x):
     "What the statistics of all segments need from one."
-    return dict(sum=x.sum(0).tolist(), squares=(x**2).sum(0).tolist(), low=x.min(0).tolist(), high=x.max(0).tolist())
+    return dict(sum=x.sum(0).tolist(), squares=(x**2).sum(0).tolist(),
+                low=x.min(0).tolist(), high=x.max(0).tolist())
+
+def _note(start, arrays, scene, windows):
+    "JSON values that describe a complete segment."
+    rows = [[w.start + start, w.end + start, w.task, w.text] for w in windows]
+    sizes = {k: v.shape[1:] for k, v in arrays.items() if k.startswith("rgb_")}
+    return dict(start=start, end=start + len(arrays["robot_obs"]) - 1, scene=scene, windows=rows,
+                sizes=sizes, sums={k: _sums(arrays[k]) for k in VECTORS})
 
 def write_segment(
     folder:Path, # of the split, such as data/play/training
     start:int, # number of its first frame, 0 to 9999999
-    arrays:dict, # rel_actions (N,7), robot_obs (N,15), scene_obs (N,24), rgb_... (N,H,W,3) uint8, others (N,...)
+    arrays:dict, # as in a frame: rel_actions (N,7), rgb_... (N,H,W,3) uint8, others (N,...)
     scene:str, # see `sim.layout.layout_of`
     windows:list=(), # of `Window`, in rows of this segment
     level:int=1, # of compression, 0 to 9
@@ -64,56 +77,72 @@ def write_segment(
     folder, arrays = Path(folder), _stacked(arrays)
     n = len(arrays["robot_obs"])
     if not 0 <= start < start + n <= 10**7:
-        raise ValueError(f"a segment of {n} frames from number {start}: give it a frame, and numbers from 0 to 9999999")
+        raise ValueError(f"a segment of {n} frames from number {start}: give it a frame, and "
+                         "numbers from 0 to 9999999")
     check_tasks(w.task for w in windows)
     for w in windows:
-        if not 0 <= w.start <= w.end < n: raise ValueError(f"{w} lies outside the segment's {n} rows")
-    for i in range(n): write_npz(folder/f"episode_{start + i:07d}.npz", {k: v[i] for k, v in arrays.items()}, level)
-    note = dict(start=int(start), end=int(start) + n - 1, scene=scene,
-                windows=[[w.start + int(start), w.end + int(start), w.task, w.text] for w in windows],
-                sizes={k: v.shape[1:] for k, v in arrays.items() if k.startswith("rgb_")},
-                sums={k: _sums(arrays[k]) for k in VECTORS})
-    with atomic(folder/"segments"/f"{start:07d}.json") as file: file.write(json.dumps(note).encode())
+        if not 0 <= w.start <= w.end < n:
+            raise ValueError(f"{w} lies outside the segment's {n} rows")
+    for i in range(n):
+        path = folder/f"episode_{start + i:07d}.npz"
+        write_npz(path, {k: v[i] for k, v in arrays.items()}, level)
+    with atomic(folder/"segments"/f"{start:07d}.json") as file:
+        file.write(json.dumps(_note(int(start), arrays, scene, windows)).encode())
 
+# %% ../../nbs/02_data/05_record.ipynb #2d650c47
 def finished_segments(
     folder:Path, # of the split
 )->dict: # number of the first frame -> the note of a complete segment
-    "What has been recorded completely."
+    "The segments that have been recorded completely."
     again, keys = "delete it, and its segment is recorded again", ("start", "end", "windows")
-    notes = [read_own_json(path, again, keys=keys) for path in sorted(Path(folder).glob("segments/*.json"))]
+    paths = sorted(Path(folder).glob("segments/*.json"))
+    notes = [read_own_json(path, again, keys=keys) for path in paths]
     return {note["start"]: note for note in notes}
 
 # %% ../../nbs/02_data/05_record.ipynb #93e844d9
 def _statistics(notes):
     "The text of statistics.yaml."
     n, lines = sum(note["end"] - note["start"] + 1 for note in notes), []
-    total = lambda key, name, how=np.sum: how([note["sums"][key][name] for note in notes], axis=0)
+    def total(key, name, how=np.sum):
+        return how([note["sums"][key][name] for note in notes], axis=0)
     for key in ("robot_obs", "scene_obs"):
         mean = total(key, "sum")/n
         std = np.sqrt(np.maximum(total(key, "squares")/n - mean**2, 0))
-        lines += [f"{key}:", "  - _target_: calvin_models.calvin_agent.utils.transforms.NormalizeVector",
+        lines += [f"{key}:",
+                  "  - _target_: calvin_models.calvin_agent.utils.transforms.NormalizeVector",
                   f"    mean: {mean.tolist()}", f"    std: {std.tolist()}"]
-    bounds = (("act_min_bound", "low", np.min), ("act_max_bound", "high", np.max))
-    return "\n".join(lines + [f"{name}: {total('actions', side, how).tolist()}" for name, side, how in bounds]) + "\n"
+    lines += [f"act_min_bound: {total('actions', 'low', np.min).tolist()}",
+              f"act_max_bound: {total('actions', 'high', np.max).tolist()}"]
+    return "\n".join(lines) + "\n"
 
 def _config(notes):
-    "The text of a small merged_config.yaml: what the pictures are, not enough to build CALVIN's environment."
+    "The text of a small merged_config.yaml: scenes and cameras, not all of CALVIN's environment."
     scenes = ", ".join(dict.fromkeys(f"calvin_scene_{note['scene']}" for note in notes))
-    cameras = [f"  {k.removeprefix('rgb_')}: {{width: {w}, height: {h}}}" for k, (h, w, _) in notes[0]["sizes"].items()]
-    return "\n".join([f"scene: {scenes}", f"control_freq: {CONTROL_HZ}", "cameras:", *cameras]) + "\n"
+    cameras = [f"  {k.removeprefix('rgb_')}: {{width: {w}, height: {h}}}"
+               for k, (h, w, _) in notes[0]["sizes"].items()]
+    lines = f"scene: {scenes}", f"control_freq: {CONTROL_HZ}", "cameras:", *cameras
+    return "\n".join(lines) + "\n"
 
+# %% ../../nbs/02_data/05_record.ipynb #8d7485ec
 def _scenes(notes, folder):
     "Scene -> [first, last] frame; each scene must have numbers of its own."
     spans = {}
     for i, note in enumerate(notes):
         name = f"calvin_scene_{note['scene']}"
         if i and note["start"] <= notes[i - 1]["end"]:
-            raise ValueError(f"{folder}: segments {notes[i - 1]['start']} and {note['start']} overlap; "
-                             "leave more numbers between them and record them again")
+            raise ValueError(f"{folder}: segments {notes[i - 1]['start']} and {note['start']} "
+                             "overlap; leave more numbers between them and record them again")
         if name in spans and next(reversed(spans)) != name:
-            raise ValueError(f"{folder}: the frames of {name} are not in one range; give each scene numbers of its own")
+            raise ValueError(f"{folder}: the frames of {name} are not in one range; give each "
+                             "scene numbers of its own")
         spans[name] = [spans.get(name, [note["start"]])[0], note["end"]]
     return spans
+
+def _annotations(windows):
+    "CALVIN's dictionary of instructions, without embeddings."
+    emb, texts = np.zeros((len(windows), 1, 0), np.float32), [w[3] for w in windows]
+    language = dict(ann=texts, task=[w[2] for w in windows], emb=emb)
+    return dict(language=language, info=dict(episodes=[], indx=[(w[0], w[1]) for w in windows]))
 
 def finish_split(
     folder:Path, # of the split
@@ -124,60 +153,68 @@ def finish_split(
     if not notes: raise ValueError(f"{folder} has no complete segment: call write_segment first")
     windows = [w for note in notes for w in note["windows"]]
     ids = np.array([[note["start"], note["end"]] for note in notes], np.int64)
-    no_embedding = np.zeros((len(windows), 1, 0), np.float32)
-    language = dict(ann=[w[3] for w in windows], task=[w[2] for w in windows], emb=no_embedding)
-    info = dict(episodes=[], indx=[(w[0], w[1]) for w in windows])
+    texts = {"statistics.yaml": _statistics(notes), ".hydra/merged_config.yaml": _config(notes)}
     arrays = {"scene_info.npy": _scenes(notes, folder), "ep_lens.npy": ids[:, 1] - ids[:, 0] + 1,
-              "lang_annotations/auto_lang_ann.npy": dict(language=language, info=info), "ep_start_end_ids.npy": ids}
-    for name, text in (("statistics.yaml", _statistics(notes)), (".hydra/merged_config.yaml", _config(notes))):
+              "lang_annotations/auto_lang_ann.npy": _annotations(windows),
+              "ep_start_end_ids.npy": ids}
+    for name, text in texts.items():
         with atomic(folder/name) as file: file.write(text.encode())
     for name, value in arrays.items():
         with atomic(folder/name) as file: np.save(file, value)
 
 # %% ../../nbs/02_data/05_record.ipynb #1412f489
-LAPTOP_TASKS = ("open_drawer", "close_drawer", "move_slider_left", "move_slider_right", "turn_on_led", "turn_off_led",
-                "turn_on_lightbulb", "turn_off_lightbulb", "lift_red_block_table", "push_pink_block_right")
+LAPTOP_TASKS = ("open_drawer", "close_drawer", "move_slider_left", "move_slider_right",
+                "turn_on_led", "turn_off_led", "turn_on_lightbulb", "turn_off_lightbulb",
+                "lift_red_block_table", "push_pink_block_right")
 
 @dataclass(frozen=True)
 class RecordConfig:
-    "All that decides what a recording contains."
+    "All parameters that decide what a recording contains."
     scenes:str = "D" # in the order of recording, see `sim.layout.scene_names`
     tasks:tuple = LAPTOP_TASKS # names of the tasks to be demonstrated
-    per_kind:int = 200 # demonstrations of each kind of task (`sim.calvin_tasks.CATEGORIES`), shared by its tasks, all scenes together
+    per_kind:int = 200 # demonstrations of each kind of task (`sim.calvin_tasks.CATEGORIES`)
     chain:int = 5 # tasks in a row at most
-    static_size:int = 64 # pixels of the static camera's square picture
+    static_size:int = 64 # pixels of the static camera's square image
     gripper_size:int = 64 # pixels of the gripper camera's
-    depth:bool = False # whether depth pictures are recorded too
+    depth:bool = False # whether depth images are recorded too
     annotate:bool = True # False: free play, the same frames without any window
-    noise:float = .2 # standard deviation of the disturbance of an action, as a part of the action's size
-    memory:float = .7 # of the disturbance, from one step to the next, 0 to 1
-    overrun:int = 10 # a task goes on after success for 0 to this many steps, drawn for each
-    speed:float = .7 # of the hand, as a part of the greatest
+    noise:float = .2 # standard deviation of the disturbance of an action, relative to its size
+    memory:float = .7 # correlation of the disturbance from one step to the next, 0 to 1
+    overrun:int = 10 # a task continues after success for 0 to this many steps, drawn for each
+    speed:float = .7 # of the end effector, as a fraction of the greatest
     limit:int = 240 # steps that a task may take
     seed:int = 0 # of everything that is drawn
 
     def __post_init__(self):
-        object.__setattr__(self, "tasks", check_tasks(self.tasks)) # a list from a file or a notebook's parameter
+        object.__setattr__(self, "tasks", check_tasks(self.tasks)) # a notebook may give a list
         scene_names(self.scenes)
         most = max(Counter(CATEGORIES[t] for t in self.tasks).values(), default=1)
-        if self.per_kind < most: raise ValueError(f"per_kind is {self.per_kind}: ask for at least {most}, so that every task gets one")
+        if self.per_kind < most:
+            raise ValueError(f"per_kind is {self.per_kind}: ask for at least {most}, so that "
+                             "every task gets one")
         if not 0 <= self.noise < 1 or not 0 <= self.memory < 1:
-            raise ValueError(f"noise is {self.noise} and memory {self.memory}: both must be at least 0 and less than 1")
+            raise ValueError(f"noise is {self.noise} and memory {self.memory}: both must be at "
+                             "least 0 and less than 1")
 
 # %% ../../nbs/02_data/05_record.ipynb #6cb1870a
+def _part(total, parts, i):
+    "The i-th of nearly equal whole parts."
+    return total*(i + 1)//parts - total*i//parts
+
 def demonstrations_of(
     config:RecordConfig, # what to record
 )->dict: # scene -> {task: number of demonstrations}
-    "How often each task is wanted in each scene."
+    "The number of demonstrations of each task in each scene."
     scenes, kinds = scene_names(config.scenes), Counter(CATEGORIES[t] for t in config.tasks)
-    def share(total, parts, i): return total*(i + 1)//parts - total*i//parts # the i-th of nearly equal parts
-    seen, each = Counter(), {}
+    n_scenes, seen, each = len(scenes), Counter(), {}
     for t in config.tasks:
         kind = CATEGORIES[t]
-        each[t] = share(config.per_kind, kinds[kind], seen[kind])
+        each[t] = _part(config.per_kind, kinds[kind], seen[kind])
         seen[kind] += 1
-    def at(i, k, n): return (i + k)%len(scenes) if n < len(scenes) else i # fewer than scenes: not all tasks in the same ones
-    return {scene: {t: share(n, len(scenes), at(i, k, n)) for k, (t, n) in enumerate(each.items())} for i, scene in enumerate(scenes)}
+    def in_scene(i, k, n): # i-th scene, k-th task of n demonstrations
+        return _part(n, n_scenes, (i + k) % n_scenes if n < n_scenes else i)
+    return {scene: {t: in_scene(i, k, n) for k, (t, n) in enumerate(each.items())}
+            for i, scene in enumerate(scenes)}
 
 # %% ../../nbs/02_data/05_record.ipynb #f49db38c
 @dataclass(frozen=True)
@@ -189,31 +226,38 @@ class Chain:
     state:dict # symbolic start, see `sim.calvin_tasks.initial_states`
     tasks:tuple # of (task, whether it gets a window)
 
+# %% ../../nbs/02_data/05_record.ipynb #f2495393
 def _draw(missing, rng):
-    "A task, in proportion to how often it is missing."
+    "A task, with a probability in proportion to its missing demonstrations."
     weights = np.array(list(missing.values()), float)
     return list(missing)[rng.choice(len(missing), p=weights/weights.sum())]
 
+def _possible(missing, state, tasks):
+    "The missing tasks that can follow in a state, of other kinds than those of the chain."
+    kinds = {CATEGORIES[task] for task, _ in tasks}
+    fits = lambda t: CATEGORIES[t] not in kinds and state_after(state, t)
+    return {t: n for t, n in missing.items() if n > 0 and fits(t)}
+
 def plan_chains(
-    missing:dict, # task -> how many demonstrations are wanted
+    missing:dict, # task -> number of demonstrations
     length:int, # tasks in a chain at most
     rng:np.random.Generator, # draws states and tasks
 )->list: # of (symbolic state, tuple of (task, whether it gets a window))
-    "Chains in which each task gets as many windows as are wanted."
+    "Chains in which each task gets its number of windows."
     missing, plans = dict(missing), []
     while any(missing.values()):
         task = _draw(missing, rng)
         start, lift = start_for(task, rng)
         state, tasks = state_after(start, lift) if lift else start, []
         if lift:
-            tasks.append((lift, missing.get(lift, 0) > 0))
-            missing |= {lift: missing[lift] - 1} if tasks[0][1] else {}
+            wanted = missing.get(lift, 0) > 0
+            tasks.append((lift, wanted))
+            if wanted: missing[lift] -= 1
         for _ in range(length):
             tasks.append((task, True))
             missing[task] -= 1
             state = state_after(state, task)
-            kinds = {CATEGORIES[done] for done, _ in tasks}
-            options = {t: n for t, n in missing.items() if n > 0 and CATEGORIES[t] not in kinds and state_after(state, t)}
+            options = _possible(missing, state, tasks)
             if not options: break
             task = _draw(options, rng)
         plans.append((start, tuple(tasks)))
@@ -221,43 +265,52 @@ def plan_chains(
 
 # %% ../../nbs/02_data/05_record.ipynb #ede377c8
 class Disturbance:
-    "Turns a clean action into the one that is executed."
+    "Correlated noise that turns a clean action into the executed one."
     def __init__(self,
         rng:np.random.Generator, # of the noise
-        noise:float, # standard deviation, as a part of the action's largest entry
+        noise:float, # standard deviation, relative to the action's largest entry
         memory:float, # correlation from one step to the next
     ): self.rng, self.noise, self.memory, self.now = rng, noise, memory, np.zeros(6)
 
     def __call__(self,
         action:np.ndarray, # (7,) in [-1, 1]
-    )->np.ndarray: # (7,) in [-1, 1]; the gripper is left alone
-        self.now = self.memory*self.now + np.sqrt(1 - self.memory**2)*self.rng.normal(size=6)
-        size = np.abs(action[:6]).reshape(2, 3).max(1).repeat(3) # of the translation, of the rotation
+    )->np.ndarray: # (7,) in [-1, 1]; the gripper is unchanged
+        fresh = np.sqrt(1 - self.memory**2)*self.rng.normal(size=6)
+        self.now = self.memory*self.now + fresh
+        size = np.abs(action[:6]).reshape(2, 3).max(1).repeat(3) # of translation and rotation
         motion = action[:6] + self.noise*size*self.now
         return np.concatenate([np.clip(motion, -1, 1), action[6:]])
 
 # %% ../../nbs/02_data/05_record.ipynb #d561c9d0
+def _row(obs, action, kinds):
+    "The arrays of a frame, as CALVIN names them."
+    images = {f"{kind}_{view}": obs[f"{kind}_obs"][f"{kind}_{view}"]
+              for kind in kinds for view in VIEWS}
+    vectors = {key: obs[key] for key in ("robot_obs", "scene_obs")}
+    return dict(rel_actions=action, **vectors, **images)
+
 def record_chain(
-    env:PlayTable, # of the chain's scene, with the configured picture sizes
-    chain:Chain, # what to do
+    env:PlayTable, # of the chain's scene, with the configured image sizes
+    chain:Chain, # the tasks
     config:RecordConfig, # how
 )->tuple: # arrays for `write_segment`, list of `Window`
-    "Do the tasks of a chain; frame t holds the observation before action t, and the clean action."
-    rng, rows, windows = np.random.default_rng([config.seed, *chain.scene.encode(), chain.number]), [], []
+    "Do the tasks of a chain with the scripted expert, and record them."
+    rng = np.random.default_rng([config.seed, *chain.scene.encode(), chain.number])
     env.reset(scene_obs=start_of(chain.state, chain.scene, rng))
     kinds = ("rgb", "depth") if config.depth else ("rgb",)
-    def keep(obs, action):
-        rows.append({"rel_actions": action, "robot_obs": obs["robot_obs"], "scene_obs": obs["scene_obs"],
-                     **{f"{kind}_{view}": obs[f"{kind}_obs"][f"{kind}_{view}"] for kind in kinds for view in VIEWS}})
+    rows, windows = [], []
+    def keep(obs, action): rows.append(_row(obs, action, kinds))
     disturb = Disturbance(rng, config.noise, config.memory)
     for task, window in chain.tasks:
-        first, overrun, text = len(rows), int(rng.integers(config.overrun + 1)), str(rng.choice(INSTRUCTIONS[task]))
-        if not Expert(env, config.speed, config.limit, overrun, disturb, keep).run(task)[0]: break
+        first, overrun = len(rows), int(rng.integers(config.overrun + 1))
+        text = str(rng.choice(INSTRUCTIONS[task]))
+        expert = Expert(env, config.speed, config.limit, overrun, disturb, keep)
+        if not expert.run(task)[0]: break
         if window: windows.append(Window(first, len(rows) - 1, task, text, chain.scene))
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}, windows
 
 # %% ../../nbs/02_data/05_record.ipynb #48e63431
-_ROUNDS = 8 # in which failed tasks are planned again, before it is given up
+_ROUNDS = 8 # in which failed tasks are planned again, before the recording fails
 
 def _chains(config, scene, missing, first, turn):
     "The chains of one round in one scene, numbered from `first`."
@@ -267,9 +320,13 @@ def _chains(config, scene, missing, first, turn):
     room = (config.chain + 1)*(config.limit + config.overrun) # a chain may begin with a lift
     plans = plan_chains(missing, config.chain, rng)
     if (first + len(plans))*room > span:
-        raise ValueError(f"{first + len(plans)} chains of up to {room} frames do not fit in the seven digits of frame numbers: lower per_kind, limit or the number of scenes")
-    return [Chain(scene, first + i, scenes.index(scene)*span + (first + i)*room, *plan) for i, plan in enumerate(plans)]
+        raise ValueError(f"{first + len(plans)} chains of up to {room} frames do not fit in the "
+                         "seven digits of frame numbers: lower per_kind, limit or the number of "
+                         "scenes")
+    start = scenes.index(scene)*span
+    return [Chain(scene, i, start + i*room, *plan) for i, plan in enumerate(plans, first)]
 
+# %% ../../nbs/02_data/05_record.ipynb #4497a3fc
 @lru_cache(maxsize=4)
 def _environment(scene, static_size, gripper_size):
     "This process's environment of a scene; building one takes longer than resetting it."
@@ -290,13 +347,13 @@ def _leave_with_parent():
     threading.Thread(target=watch, daemon=True).start()
 
 def _run(config, root, chains, n_workers, bar):
-    "Record chains, here or in processes."
-    do = partial(_do_chain, config, root)
-    if min(n_workers, len(chains)) < 2:
+    "Record chains, in this process or in several."
+    do, n = partial(_do_chain, config, root), min(n_workers, len(chains))
+    if n < 2:
         for chain in chains: bar.update(do(chain))
         return
-    with ProcessPoolExecutor(min(n_workers, len(chains)), get_context("spawn"), _leave_with_parent) as pool:
-        for n in pool.map(do, chains): bar.update(n)
+    with ProcessPoolExecutor(n, get_context("spawn"), _leave_with_parent) as pool:
+        for n_windows in pool.map(do, chains): bar.update(n_windows)
 
 # %% ../../nbs/02_data/05_record.ipynb #713e88b2
 def _claim(root, config):
@@ -304,57 +361,74 @@ def _claim(root, config):
     path, mine = root/"recording.json", json.loads(json.dumps(asdict(config)))
     if not path.exists():
         if root.exists() and any(root.iterdir()):
-            raise ValueError(f"{root} is not empty and has no recording.json: choose another folder, what is there may not be ours")
+            raise ValueError(f"{root} is not empty and has no recording.json: choose another "
+                             "folder, what is there may not be ours")
         with atomic(path) as file: file.write(json.dumps(mine, indent=1).encode())
     theirs = read_own_json(path, "restore it, choose another folder, or delete this one")
-    if differ := [f"{k} is {theirs.get(k)!r} there, {mine.get(k)!r} here" for k in mine | theirs if mine.get(k) != theirs.get(k)]:
-        raise ValueError(f"{root} was recorded otherwise: {'; '.join(differ)}. Use the same values, choose another folder or delete this one")
+    if differ := [f"{k} is {theirs.get(k)!r} there, {mine.get(k)!r} here"
+                  for k in mine | theirs if mine.get(k) != theirs.get(k)]:
+        raise ValueError(f"{root} was recorded otherwise: {'; '.join(differ)}. Use the same "
+                         "values, choose another folder or delete this one")
 
 def _counts(notes, starts):
     "Task -> windows in the segments that begin at these frames."
     return Counter(task for start in starts for *_, task, _ in notes[start]["windows"])
 
 def _summary(root):
-    "What a complete recording holds."
+    "Folder, chains, frames and windows of each task of a complete recording."
     notes = finished_segments(root)
-    return dict(folder=str(root), chains=len(notes), frames=sum(note["end"] - note["start"] + 1 for note in notes.values()),
-                tasks=dict(sorted(_counts(notes, notes).items())))
+    frames = sum(note["end"] - note["start"] + 1 for note in notes.values())
+    tasks = dict(sorted(_counts(notes, notes).items()))
+    return dict(folder=str(root), chains=len(notes), frames=frames, tasks=tasks)
 
-def record_demonstrations(
-    folder:Path, # of the data set; the recording goes into folder/split
-    config:RecordConfig, # what to record
-    split:str="training", # or "validation"; give that another seed
-    n_workers:int|None=None, # processes; None: one a core. The recording does not depend on it
-)->dict: # folder, chains, frames, and windows of each task
-    "Record what is missing of a recording, and say what there is."
-    if getattr(current_process(), "_inheriting", False): # a worker is importing the script that started it, and would wait here for ever
-        raise RuntimeError("record_demonstrations is called while this script is imported by one of its own workers: put the script's code under `if __name__ == \"__main__\":`, or record with n_workers=1")
-    root = Path(folder)/split
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with locked(root.with_name(f".{split}.lock")): return _record(root, config, split, n_workers) # another process waits, and finds it recorded
+# %% ../../nbs/02_data/05_record.ipynb #61ae86fc
+def _rounds(root, config, wanted, made, n_workers, bar):
+    "Record chains until every task has its demonstrations."
+    missing, starts = wanted, {scene: [] for scene in wanted}
+    for turn in range(_ROUNDS):
+        chains = [c for scene in wanted for c in
+                  _chains(config, scene, missing[scene], len(starts[scene]), turn)]
+        bar.update(_counts(made, [c.start for c in chains if c.start in made]).total())
+        _run(config, root, [c for c in chains if c.start not in made], n_workers, bar)
+        made = finished_segments(root)
+        for c in chains: starts[c.scene].append(c.start)
+        counts = {scene: _counts(made, starts[scene]) for scene in wanted}
+        missing = {scene: {t: max(n - counts[scene][t], 0) for t, n in tasks.items()}
+                   for scene, tasks in wanted.items()}
+        lacking = {t for tasks in missing.values() for t, n in tasks.items() if n}
+        if not config.annotate or not lacking: return
+    raise RuntimeError(f"{root}: after {_ROUNDS} rounds there are still too few of "
+                       f"{', '.join(sorted(lacking))}: lower noise or raise limit")
 
 def _record(root, config, split, n_workers):
+    "Complete a recording; the caller holds the lock of the folder."
     _claim(root, config)
     if (root/"ep_start_end_ids.npy").exists():
-        found = _summary(root)
-        print(f"{root}: using the {found['frames']} frames that are there")
-        return found
-    wanted = demonstrations_of(config)
-    total, missing = sum(n for share in wanted.values() for n in share.values()), wanted
-    made, starts = finished_segments(root), {scene: [] for scene in wanted}
-    print(f"{root}: recording {total} demonstrations of {len(config.tasks)} tasks in scene {config.scenes}"
-          + (f"; {len(made)} chains are there already" if made else ""))
+        summary = _summary(root)
+        print(f"{root}: using the {summary['frames']} frames that are there")
+        return summary
+    wanted, made = demonstrations_of(config), finished_segments(root)
+    total = sum(n for tasks in wanted.values() for n in tasks.values())
+    print(f"{root}: recording {total} demonstrations of {len(config.tasks)} tasks in scene "
+          f"{config.scenes}" + (f"; {len(made)} chains are there already" if made else ""))
     with progress_bar(total=total, desc=f"recording {split}", unit="task") as bar:
-        for turn in range(_ROUNDS):
-            chains = [c for scene in wanted for c in _chains(config, scene, missing[scene], len(starts[scene]), turn)]
-            bar.update(_counts(made, [c.start for c in chains if c.start in made]).total())
-            _run(config, root, [c for c in chains if c.start not in made], n_workers or os.cpu_count(), bar)
-            made = finished_segments(root)
-            for c in chains: starts[c.scene].append(c.start)
-            missing = {scene: {t: max(n - _counts(made, starts[scene])[t], 0) for t, n in share.items()} for scene, share in wanted.items()}
-            if not config.annotate or not any(n for scene in missing.values() for n in scene.values()): break
-        else:
-            failed = sorted({t for scene in missing.values() for t, n in scene.items() if n})
-            raise RuntimeError(f"{root}: after {_ROUNDS} rounds there are still too few of {', '.join(failed)}: lower noise or raise limit")
+        _rounds(root, config, wanted, made, n_workers, bar)
     finish_split(root)
     return _summary(root)
+
+# %% ../../nbs/02_data/05_record.ipynb #84dbe26e
+def record_demonstrations(
+    folder:Path, # of the dataset; the recording goes into folder/split
+    config:RecordConfig, # what to record
+    split:str="training", # or "validation"; give that another seed
+    n_workers:int|None=None, # processes, of which the recording is independent; None: one a core
+)->dict: # folder, chains, frames, and windows of each task
+    "Record what is missing of a recording, and summarise it."
+    if getattr(current_process(), "_inheriting", False): # a worker imports the script
+        raise RuntimeError("record_demonstrations is called while this script is imported by one "
+                           "of its own workers: put the script's code under "
+                           "`if __name__ == \"__main__\":`, or record with n_workers=1")
+    root = Path(folder)/split
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with locked(root.with_name(f".{split}.lock")):
+        return _record(root, config, split, n_workers or os.cpu_count())

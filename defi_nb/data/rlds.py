@@ -46,48 +46,55 @@ def write_records(
 
 def _open(path):
     try: return open(path, "rb")
-    except FileNotFoundError: raise FileNotFoundError(f"{path} is missing: restore it, or read another split") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: restore it, or read another split") from None
 
 def scan_records(
     path:Path, # of the file
-)->np.ndarray: # (n,2) int64, place and length of each payload, bytes
-    "Find the records of a file without reading them; raise `ValueError` if the file is cut or damaged."
-    found, at = [], 0
+)->np.ndarray: # (n,2) int64, offset and length of each payload, bytes
+    "Find the records of a file without reading them; raise `ValueError` if it is damaged."
+    records, at = [], 0
     with _open(path) as file:
         end = os.fstat(file.fileno()).st_size
         while at < end:
             file.seek(at)
-            head = file.read(12)
+            head, name = file.read(12), f"record {len(records)} (byte {at})"
             if len(head) == 12 and _masked(head[:8]) != head[8:]:
-                raise ValueError(f"{path}: the length of record {len(found)} (byte {at}) does not fit its checksum: "
-                                 "the file is damaged, or compressed, or no TFRecord; restore a whole copy, or unpack it")
+                raise ValueError(f"{path}: the length of {name} does not fit its checksum: the "
+                                 "file is damaged, or compressed, or no TFRecord; restore a whole "
+                                 "copy, or unpack it")
             length = int.from_bytes(head[:8], "little")
             if len(head) < 12 or at + 16 + length > end:
-                raise ValueError(f"{path}: record {len(found)} (byte {at}) needs {length if len(head) == 12 else 12} bytes, "
-                                 f"the file has {end - at} left: it is cut short; restore a whole copy")
-            found.append((at + 12, length))
+                raise ValueError(f"{path}: {name} needs {length if len(head) == 12 else 12} bytes, "
+                                 f"the file has {end - at} left: it is cut short; restore a whole "
+                                 "copy")
+            records.append((at + 12, length))
             at += 16 + length
-    return np.array(found, np.int64).reshape(-1, 2)
+    return np.array(records, np.int64).reshape(-1, 2)
 
+# %% ../../nbs/02_data/07_rlds.ipynb #9c504302
 def read_record(
     path:Path, # of the file
-    offset:int, # place of the payload, from `scan_records`
+    offset:int, # of the payload, from `scan_records`
     length:int, # of the payload, bytes
     check:bool=True, # whether to compare the checksum, which reads all of it
 )->memoryview: # the payload, mapped from the file
     "One record; raise `ValueError` if it is damaged."
+    end = offset + length
     with _open(path) as file:
-        if os.fstat(file.fileno()).st_size < offset + length + 4:
-            raise ValueError(f"{path} ends before byte {offset + length + 4}: it has changed since it was indexed; make the index again")
+        if os.fstat(file.fileno()).st_size < end + 4:
+            raise ValueError(f"{path} ends before byte {end + 4}: it has changed since it was "
+                             "indexed; make the index again")
         view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    data = view[offset:offset + length]
-    if check and _masked(data) != view[offset + length:offset + length + 4]:
-        raise ValueError(f"{path}: the record at byte {offset} does not fit its checksum: the file is damaged; restore a whole copy")
+    data = view[offset:end]
+    if check and _masked(data) != view[end:end + 4]:
+        raise ValueError(f"{path}: the record at byte {offset} does not fit its checksum: the "
+                         "file is damaged; restore a whole copy")
     return data
 
 # %% ../../nbs/02_data/07_rlds.ipynb #7455a684
 def _varint(data, at):
-    "(value, place after it)."
+    "(value, position after it)."
     value = shift = 0
     while True:
         byte = data[at]
@@ -105,7 +112,8 @@ def _fields(data):
         elif kind == 0: value, at = _varint(data, at)
         elif size is None: raise ValueError(f"a field of wire type {kind} at byte {at}")
         if kind != 0:
-            if size > end - at: raise ValueError(f"a field of {size} bytes at byte {at}, {end - at} are left")
+            if size > end - at:
+                raise ValueError(f"a field of {size} bytes at byte {at}, {end - at} are left")
             value, at = data[at:at + size], at + size
         yield key >> 3, value
 
@@ -113,7 +121,8 @@ def _ints(packed):
     "int64 values of packed varints."
     x = np.frombuffer(packed, np.uint8)
     ends = np.flatnonzero(x < 128)
-    if len(x) and (not len(ends) or ends[-1] != len(x) - 1): raise ValueError("a number that does not end")
+    if len(x) and (not len(ends) or ends[-1] != len(x) - 1):
+        raise ValueError("a number that does not end")
     starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)[:len(ends)]
     sizes, out = ends - starts + 1, np.zeros(len(ends), np.uint64)
     if len(ends) and sizes.max() > 10: raise ValueError("a number of more than 10 bytes")
@@ -128,25 +137,31 @@ def _feature(data):
     kind, items = [(0, b""), *_fields(data)][-1] # a oneof: the last one counts
     values = [v for number, v in _fields(items) if number == 1]
     if kind == 1: return values
-    if kind == 2: return np.concatenate([np.zeros(0, np.float32), *(np.frombuffer(v, "<f4") for v in values)])
-    if kind == 3: return np.concatenate([np.zeros(0, np.int64), *(_ints(v) if isinstance(v, memoryview) else
-                                                                [np.array(v, np.uint64).astype(np.int64)] for v in values)])
+    if kind == 2:
+        floats = (np.frombuffer(v, "<f4") for v in values)
+        return np.concatenate([np.zeros(0, np.float32), *floats])
+    if kind == 3:
+        one = lambda v: np.array([v], np.uint64).astype(np.int64)
+        ints = (_ints(v) if isinstance(v, memoryview) else one(v) for v in values)
+        return np.concatenate([np.zeros(0, np.int64), *ints])
     return []
 
 def decode_example(
     data, # bytes or memoryview of a `tf.train.Example`
-    keys=None, # names wanted, a set; None: all. Others cost nothing
+    keys=None, # names of the features, a set; None: all. Others cost nothing
 )->dict: # name -> list of memoryviews, (n,) float32 array or (n,) int64 array
     "The features of a record; raise `ValueError` if it is not an Example."
-    found = {}
+    out, inner = {}, lambda message: (v for number, v in _fields(message) if number == 1)
     try:
-        for features in (v for number, v in _fields(memoryview(data)) if number == 1):
-            for entry in (dict(_fields(v)) for number, v in _fields(features) if number == 1):
+        for features in inner(memoryview(data)):
+            for entry in map(dict, map(_fields, inner(features))):
                 name = str(entry.get(1, b""), "utf8")
-                if keys is None or name in keys: found[name] = _feature(entry.get(2, memoryview(b"")))
-    except (IndexError, ValueError, TypeError, OverflowError) as e:
-        raise ValueError(f"not a tf.train.Example ({e}): the file is damaged or holds other records") from None
-    return found
+                if keys is None or name in keys:
+                    out[name] = _feature(entry.get(2, memoryview(b"")))
+    except (IndexError, ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"not a tf.train.Example ({error}): the file is damaged or holds other "
+                         "records") from None
+    return out
 
 # %% ../../nbs/02_data/07_rlds.ipynb #d3487119
 def _number(n):
@@ -157,63 +172,91 @@ def _number(n):
 
 def _nested(number, data): return _number(number << 3 | 2) + _number(len(data)) + data
 
+def _encode_values(name, values):
+    "Kind and encoding of a feature's values."
+    strings = bytes, str, memoryview
+    if isinstance(values, (list, tuple)) and all(isinstance(v, strings) for v in values):
+        items = (v.encode() if isinstance(v, str) else bytes(v) for v in values)
+        return 1, b"".join(_nested(1, item) for item in items)
+    values = np.asarray(values)
+    if values.dtype.kind not in "fiub":
+        raise ValueError(f"feature {name!r} has type {values.dtype}; give floats, integers, bools, "
+                         "or a list of bytes")
+    if values.dtype.kind == "f": return 2, _nested(1, values.astype("<f4").tobytes())
+    return 3, _nested(1, b"".join(map(_number, values.ravel())))
+
 def encode_example(
     features:dict, # name -> list of bytes or strings, or array of floats, integers or bools
 )->bytes: # a `tf.train.Example`
     "A record that TensorFlow reads; arrays are flattened, as TensorFlow Datasets does."
     out = b""
     for name, values in features.items():
-        if isinstance(values, (list, tuple)) and all(isinstance(v, (bytes, str, memoryview)) for v in values):
-            kind, items = 1, b"".join(_nested(1, v.encode() if isinstance(v, str) else bytes(v)) for v in values)
-        else:
-            values = np.asarray(values)
-            if values.dtype.kind not in "fiub":
-                raise ValueError(f"feature {name!r} has type {values.dtype}; give floats, integers, bools, or a list of bytes")
-            kind = 2 if values.dtype.kind == "f" else 3
-            items = _nested(1, values.astype("<f4").tobytes() if kind == 2 else b"".join(map(_number, values.ravel())))
-        out += _nested(1, _nested(1, name.encode()) + _nested(2, _nested(kind, items)))
+        feature = _nested(*_encode_values(name, values))
+        out += _nested(1, _nested(1, name.encode()) + _nested(2, feature))
     return _nested(1, out)
 
 # %% ../../nbs/02_data/07_rlds.ipynb #15ab3899
 @dataclass(frozen=True)
 class RLDSKeys:
-    "Where a dataset keeps things; keys are those of a step, such as observation/image."
-    views:dict # name of a view -> key of its pictures, in the order of axis V
+    "The keys of a dataset, which are those of a step, such as observation/image."
+    views:dict # name of a view -> key of its images, in the order of axis V
     instruction:str # key of the text
     hz:float # steps a second
     action:tuple=() # keys whose numbers make an action, one after the other; (): no actions
     columns:tuple|None=None # positions to take of these numbers; None: all
-    relative:tuple=(0, 1, 2, 3, 4, 5) # which of the taken ones are changes (0 is rest) rather than targets
+    relative:tuple=(0, 1, 2, 3, 4, 5) # those taken that are changes (0 is rest), not targets
     proprio:tuple=() # keys whose numbers make the robot's state
 
 # %% ../../nbs/02_data/07_rlds.ipynb #269ef0ab
 def _read_json(path):
-    if not path.exists(): raise FileNotFoundError(f"{path} is missing: give the folder of one version, such as bridge/1.0.0, downloaded whole")
-    return read_json(path)
+    if path.exists(): return read_json(path)
+    raise FileNotFoundError(f"{path} is missing: give the folder of one version, such as "
+                            "bridge/1.0.0, downloaded whole")
+
+def _leaf(node):
+    "(kind, shape, dtype) of one feature."
+    kind = next((k for k in ("image", "text", "tensor") if k in node), "other")
+    content = node.get(kind, {})
+    shape = tuple(int(n) for n in content.get("shape", {}).get("dimensions", ()))
+    if kind == "tensor" and content.get("encoding", "none").lower() != "none": kind = "other"
+    return kind, shape, content.get("dtype", "")
 
 def _flat(node, prefix=""):
     "(name, (kind, shape, dtype)) of the features under a node."
     inner = node.get("sequence") or node.get("dataset")
     if "featuresDict" in node:
-        for name, child in node["featuresDict"]["features"].items(): yield from _flat(child, f"{prefix}/{name}")
+        for name, child in node["featuresDict"]["features"].items():
+            yield from _flat(child, f"{prefix}/{name}")
     elif inner and prefix == "/steps": yield from _flat(inner["feature"], prefix)
-    elif inner: yield prefix[1:], ("list", (), "")
-    else:
-        kind = next((k for k in ("image", "text", "tensor") if k in node), "other")
-        content = node.get(kind, {})
-        shape = tuple(int(n) for n in content.get("shape", {}).get("dimensions", ()))
-        if kind == "tensor" and content.get("encoding", "none").lower() != "none": kind = "other"
-        yield prefix[1:], (kind, shape, content.get("dtype", ""))
+    else: yield prefix[1:], ("list", (), "") if inner else _leaf(node)
 
 def read_features(
     folder:Path, # of one version of a dataset
 )->dict: # name, such as steps/observation/image -> (kind, shape, dtype)
-    "What is in an episode, from features.json."
+    "The features of an episode, from features.json."
     path = Path(folder)/"features.json"
     try: return dict(_flat(_read_json(path)))
-    except (AttributeError, KeyError, TypeError) as e: raise ValueError(f"{path} is not in TensorFlow Datasets' layout ({e!r}): restore a whole copy") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not in TensorFlow Datasets' layout ({error!r}): restore a "
+                         "whole copy") from None
 
 # %% ../../nbs/02_data/07_rlds.ipynb #2e805fff
+def _shards(folder, info, split):
+    "Paths of a split's shards, and the episodes in each, as dataset_info.json has them."
+    splits = {s["name"]: s for s in info["splits"]}
+    if split not in splits:
+        raise ValueError(f"{folder} has no split {split!r}; it has {sorted(splits)}")
+    lengths = [int(n) for n in splits[split]["shardLengths"]]
+    usual = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    pattern = splits[split].get("filepathTemplate", usual)
+    if (kind := info.get("fileFormat", "tfrecord")) != "tfrecord":
+        raise ValueError(f"{folder}/dataset_info.json: files of format {kind!r} are not read: "
+                         "convert them to tfrecord with TensorFlow Datasets")
+    n, names = f"{len(lengths):05d}", dict(DATASET=info["name"], SPLIT=split, FILEFORMAT="tfrecord")
+    place = lambda i: dict(SHARD_X_OF_Y=f"{i:05d}-of-{n}", SHARD_INDEX=f"{i:05d}", NUM_SHARDS=n)
+    paths = [Path(folder)/pattern.format(**names, **place(i)) for i in range(len(lengths))]
+    return paths, lengths
+
 def find_shards(
     folder:Path, # of one version of a dataset
     split:str, # such as "train"
@@ -222,27 +265,28 @@ def find_shards(
     "The shards of a split; raise an error naming those that are missing."
     path = Path(folder)/"dataset_info.json"
     info = _read_json(path)
-    try:
-        splits = {s["name"]: s for s in info["splits"]}
-        if split not in splits: raise ValueError(f"{folder} has no split {split!r}; it has {sorted(splits)}")
-        lengths = [int(n) for n in splits[split]["shardLengths"]]
-        pattern = splits[split].get("filepathTemplate", "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}")
-        if (kind := info.get("fileFormat", "tfrecord")) != "tfrecord": raise ValueError(f"{path}: files of format {kind!r} are not read: convert them to tfrecord with TensorFlow Datasets")
-        names = dict(DATASET=info["name"], SPLIT=split, FILEFORMAT="tfrecord")
-        paths = [Path(folder)/pattern.format(**names, SHARD_X_OF_Y=f"{i:05d}-of-{len(lengths):05d}", SHARD_INDEX=f"{i:05d}", NUM_SHARDS=f"{len(lengths):05d}")
-                 for i in range(len(lengths))]
-    except (KeyError, TypeError, AttributeError) as e: raise ValueError(f"{path} is not in TensorFlow Datasets' layout ({e!r}): restore a whole copy") from None
+    try: paths, lengths = _shards(folder, info, split)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not in TensorFlow Datasets' layout ({error!r}): restore a "
+                         "whole copy") from None
     if (missing := [p.name for p in paths if not p.exists()]) and not partial:
-        raise FileNotFoundError(f"{folder}: {len(missing)} of {len(paths)} shards of split {split!r} are missing, such as {missing[0]}: restore them, or read another split")
+        raise FileNotFoundError(f"{folder}: {len(missing)} of {len(paths)} shards of split "
+                                f"{split!r} are missing, such as {missing[0]}: restore them, or "
+                                "read another split")
     return paths, lengths
 
 # %% ../../nbs/02_data/07_rlds.ipynb #dcef9a82
-def _stamp(path): return dict(name=path.name, size=path.stat().st_size, mtime=path.stat().st_mtime_ns)
+def _stamp(path):
+    "Name, size and time of a file."
+    stat = path.stat()
+    return dict(name=path.name, size=stat.st_size, mtime=stat.st_mtime_ns)
 
 def _text(value, at, width):
-    "The instruction of a step: bytes, or numbers of letters (Language Table's way), `width` of them a step."
-    if isinstance(value, list): return str(bytes(value[at]), "utf8", "replace") if at < len(value) else ""
-    return "".join(map(chr, (c for c in value[at*width:(at + 1)*width].tolist() if 0 < c < 0x110000)))
+    "The instruction of a step: bytes, or `width` numbers of letters a step, as in Language Table."
+    if isinstance(value, list):
+        return str(bytes(value[at]), "utf8", "replace") if at < len(value) else ""
+    letters = value[at*width:(at + 1)*width].tolist()
+    return "".join(chr(c) for c in letters if 0 < c < 0x110000)
 
 def index_shard(
     path:Path, # of a shard
@@ -250,163 +294,260 @@ def index_shard(
     width:int=1, # letters of a step, where the text is stored as numbers
 )->dict: # name, size, mtime of the file; place, length, steps and text of each episode
     "Find the episodes of one shard."
-    records = scan_records(path).tolist()
-    found = dict(_stamp(path), place=[], length=[], steps=[], text=[])
+    key, records = f"steps/{instruction}", scan_records(path).tolist()
+    line = dict(_stamp(path), place=[], length=[], steps=[], text=[])
     for place, length in records:
-        try: example = decode_example(read_record(path, place, length, check=False), {f"steps/{instruction}"})
-        except ValueError as e: raise ValueError(f"{path}, byte {place}: {e}") from None
-        if (value := example.get(f"steps/{instruction}")) is None: raise ValueError(f"{path}, byte {place}: no steps/{instruction} in an episode: give the right `instruction`")
-        for key, x in zip(("place", "length", "steps", "text"), (place, length, len(value)//(1 if isinstance(value, list) else width), _text(value, 0, width))): found[key].append(x)
-    return found
+        try: example = decode_example(read_record(path, place, length, check=False), {key})
+        except ValueError as error: raise ValueError(f"{path}, byte {place}: {error}") from None
+        if (value := example.get(key)) is None:
+            raise ValueError(f"{path}, byte {place}: no {key} in an episode: give the right "
+                             "`instruction`")
+        steps = len(value)//(1 if isinstance(value, list) else width)
+        episode = dict(place=place, length=length, steps=steps, text=_text(value, 0, width))
+        for name, x in episode.items(): line[name].append(x)
+    return line
+
+# %% ../../nbs/02_data/07_rlds.ipynb #0528ce00
+_LINE = {"name", "size", "mtime", "place", "length", "steps", "text"} # keys of a shard's line
 
 def _kept_lines(path):
-    "name -> line of an index file; what cannot be read is left out."
+    "name -> line of an index file; lines that cannot be read are left out."
     lines = {}
     for text in path.read_text().splitlines() if path.exists() else ():
         try: line = json.loads(text)
         except (ValueError, RecursionError): continue
-        if isinstance(line, dict) and {"name", "size", "mtime", "place", "length", "steps", "text"} <= set(line): lines[line["name"]] = line
+        if isinstance(line, dict) and _LINE <= set(line): lines[line["name"]] = line
     return lines
 
-def index_split(
-    paths:list, # of the shards
-    instruction:str, # key of the text of a step
-    cache:Path|None=None, # folder that keeps the index for the next time; None: it is made anew each time
-    width:int=1, # letters of a step, where the text is stored as numbers
-    on_problem=refuse, # or a `Skipped()`: then a shard that can't be read has no episodes
-)->list: # what `index_shard` gives, for each shard
-    "Find the episodes of all shards, those that are not in the cache or have changed."
-    name = hashlib.sha256(repr((str(paths[0].resolve()), len(paths), instruction)).encode()).hexdigest()[:16]
-    file = None if cache is None else Path(cache)/f"{paths[0].name.split('.')[0]}-{name}.jsonl"
-    if file is None: return _index(paths, {}, instruction, width, lambda line: None, on_problem)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with locked(str(file) + ".lock"), open(file, "ab") as out: # appended whole; a line that a kill cut off is closed first
-        def keep(line): out.write(b"\n" + json.dumps(line).encode() + b"\n"); out.flush()
-        return _index(paths, _kept_lines(file), instruction, width, keep, on_problem)
-
 def _index(paths, kept, instruction, width, keep, on_problem):
+    "Lines of the shards: kept ones that are still valid, and new ones."
     lines = []
     for path in progress_bar(paths, desc=f"index of {paths[0].parent}", unit="shard", delay=5):
-        line, stamp = kept.get(path.name, {}), _stamp(path) if path.exists() else dict(name="") # a missing one says so below
+        line = kept.get(path.name, {})
+        stamp = _stamp(path) if path.exists() else dict(name="") # missing: an error below
         try:
-            if {k: line.get(k) for k in stamp} != stamp: keep(line := index_shard(path, instruction, width))
-        except (ValueError, FileNotFoundError) as e:
+            if {k: line.get(k) for k in stamp} != stamp:
+                keep(line := index_shard(path, instruction, width))
+        except (ValueError, FileNotFoundError) as error:
             if on_problem is refuse: raise
-            on_problem(path.name, str(e))
+            on_problem(path.name, str(error))
             line = dict(place=[], length=[], steps=[], text=[])
         lines.append(line)
     return lines
 
+# %% ../../nbs/02_data/07_rlds.ipynb #a7e00f84
+def index_split(
+    paths:list, # of the shards
+    instruction:str, # key of the text of a step
+    cache:Path|None=None, # folder that keeps the index; None: it is made each time
+    width:int=1, # letters of a step, where the text is stored as numbers
+    on_problem=refuse, # or a `Skipped()`: then a shard that can't be read has no episodes
+)->list: # what `index_shard` gives, for each shard
+    "Find the episodes of all shards, of which the cache has those that did not change."
+    if cache is None: return _index(paths, {}, instruction, width, lambda line: None, on_problem)
+    about = str(paths[0].resolve()), len(paths), instruction
+    digest = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
+    file = Path(cache)/f"{paths[0].name.split('.')[0]}-{digest}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with locked(str(file) + ".lock"), open(file, "ab") as out: # appended whole
+        def keep(line): # on a line of its own, even after one that a kill cut off
+            out.write(b"\n" + json.dumps(line).encode() + b"\n")
+            out.flush()
+        return _index(paths, _kept_lines(file), instruction, width, keep, on_problem)
+
 # %% ../../nbs/02_data/07_rlds.ipynb #cebfe899
-def step_features(features): # of `read_features`, those of a step
+def step_features(
+    features:dict, # of `read_features`
+)->dict: # key -> (kind, shape, dtype)
+    "The features of a step."
     return {k.removeprefix("steps/"): f for k, f in features.items() if k.startswith("steps/")}
 
-def image_keys(steps): # keys of the images, below steps/
-    stored = lambda kind, shape, dtype: kind == "image" or kind == "tensor" and dtype == "uint8" and len(shape) == 3
-    return [k for k, f in steps.items() if not is_depth(k) and stored(*f)]
+def _is_image(kind, shape, dtype):
+    return kind == "image" or kind == "tensor" and dtype == "uint8" and len(shape) == 3
 
-def text_keys(steps, known=None): # keys that may hold the instruction, the likeliest first
-    letters = lambda k, dtype: "instruction" in k and dtype.startswith("int") # Language Table's way
-    found = [k for k, f in steps.items() if f[0] == "text" or f[2] in ("string", "object") or letters(k, f[2])]
-    return sorted(found, key=lambda k: (not known or k != known.text, "instruction" not in k))
+def image_keys(
+    steps:dict, # of `step_features`
+)->list:
+    "The keys of images, depth aside."
+    return [k for k, f in steps.items() if not is_depth(k) and _is_image(*f)]
 
-def action_keys(steps): # keys whose numbers make an action
-    keys = [k for k, f in steps.items() if f[0] == "tensor" and f[2].startswith("float") and "terminate" not in k]
+# %% ../../nbs/02_data/07_rlds.ipynb #d872863b
+def text_keys(
+    steps:dict, # of `step_features`
+    known=None, # the dataset in Table 12
+)->list:
+    "The keys that may hold the instruction, the likeliest first."
+    def is_text(key, kind, shape, dtype):
+        letters = "instruction" in key and dtype.startswith("int") # in Language Table
+        return kind == "text" or dtype in ("string", "object") or letters
+    keys = [k for k, f in steps.items() if is_text(k, *f)]
+    return sorted(keys, key=lambda k: (not known or k != known.text, "instruction" not in k))
+
+def action_keys(
+    steps:dict, # of `step_features`
+)->list:
+    "The keys whose numbers make an action."
+    is_float = lambda kind, shape, dtype: kind == "tensor" and dtype.startswith("float")
+    keys = [k for k, f in steps.items() if is_float(*f) and "terminate" not in k]
     groups = role_keys(dict.fromkeys(k.split("/")[0] for k in keys), "action")
     return [k for k in keys if len(groups) == 1 and k.split("/")[0] == groups[0]]
 
-def known_set(name): # of Table 12; None: another
+# %% ../../nbs/02_data/07_rlds.ipynb #9d538d9b
+def known_set(
+    name:str, # of a dataset, in Table 12 or in TensorFlow Datasets
+): # its row of Table 12; None for another dataset
+    "The dataset of Table 12 that has a name."
     return next((d for d in TABLE_12.values() if name in (d.name, *d.builder.split())), None)
+
+# %% ../../nbs/02_data/07_rlds.ipynb #ad90af60
+def _cameras(images, known, reading):
+    "The keys of the chosen cameras."
+    if known and not reading.cameras:
+        return [f"observation/{k}" for k in (known.image, known.wrist) if k]
+    chosen = choose_cameras([k.split("/")[-1] for k in images], reading.cameras)
+    return [next(k for k in images if k.endswith(c)) for c in chosen]
 
 def _rlds_keys(
     folder:Path, # of one version of a dataset
     name:str, # of the dataset; in `TABLE_12`, or it is guessed from the features
     reading:Reading=PLAIN, # cameras, hz, columns, relative
 )->RLDSKeys:
-    "Where an RLDS dataset keeps images, instruction and action."
+    "The keys of a dataset's images, instruction and action."
     steps, known = step_features(read_features(folder)), known_set(name)
-    images, texts, numbers = image_keys(steps), text_keys(steps, known), action_keys(steps)
-    if known and not reading.cameras: cameras = [f"observation/{k}" for k in (known.image, known.wrist) if k]
-    else: cameras = [next(k for k in images if k.endswith(c)) for c in choose_cameras([k.split("/")[-1] for k in images], reading.cameras)]
+    texts, numbers = text_keys(steps, known), action_keys(steps)
+    cameras = _cameras(image_keys(steps), known, reading)
     hz = reading.hz or (known.hz if known else 0)
-    if not texts: raise ValueError(f"{folder} has no instruction among {', '.join(steps)}: it cannot be learned from by language")
-    if not hz: raise ValueError(f"{folder} does not say how many steps a second it has, and {name!r} is not in Table 12: give hz")
+    if not texts:
+        raise ValueError(f"{folder} has no instruction among {', '.join(steps)}: give a dataset "
+                         "with instructions")
+    if not hz:
+        raise ValueError(f"{folder} does not say how many steps a second it has, and {name!r} is "
+                         "not in Table 12: give hz")
     size = sum(int(np.prod(steps[k][1])) for k in numbers)
-    if odd := [c for c in (*reading.columns, *(reading.relative or ())) if not str(c).isdigit()]: raise ValueError(f"{folder}: the numbers of an action have no names, so none is {odd[0]!r}: give `columns` and `relative` of reading positions, 0 to {size - 1}")
-    relative = tuple(range(size - 1)) if reading.relative is None else tuple(map(int, reading.relative))
-    return RLDSKeys({k.split("/")[-1]: k for k in cameras}, texts[0], hz, tuple(numbers), tuple(map(int, reading.columns)) or None, relative)
+    given = *reading.columns, *(reading.relative or ())
+    if odd := [c for c in given if not str(c).isdigit()]:
+        raise ValueError(f"{folder}: the numbers of an action have no names, so none is "
+                         f"{odd[0]!r}: give `columns` and `relative` of reading positions, 0 to "
+                         f"{size - 1}")
+    whole = lambda numbers: tuple(map(int, numbers))
+    relative = tuple(range(size - 1)) if reading.relative is None else whole(reading.relative)
+    views = {k.split("/")[-1]: k for k in cameras}
+    return RLDSKeys(views, texts[0], hz, tuple(numbers), whole(reading.columns) or None, relative)
+
+# %% ../../nbs/02_data/07_rlds.ipynb #c78860e7
+def _is_number(kind, shape, dtype): return kind == "tensor" and dtype not in ("string", "uint8")
+
+def _is_instruction(kind, shape, dtype):
+    stored = dtype in ("string", "object") or dtype.startswith("int")
+    return kind == "text" or kind == "tensor" and stored
+
+def _check_keys(keys, features, folder):
+    "Raise `ValueError` if a key is not in the dataset, or holds something else."
+    wanted = [("views", k, _is_image) for k in keys.views.values()]
+    wanted += [("instruction", keys.instruction, _is_instruction)]
+    for field in ("action", "proprio"):
+        wanted += [(field, k, _is_number) for k in getattr(keys, field)]
+    steps = step_features(features)
+    for field, key, fits in wanted:
+        if key in steps and fits(*steps[key]): continue
+        kind = " ".join(map(str, steps.get(key, ("not in this dataset",))))
+        others = [k for k, f in steps.items() if fits(*f)]
+        raise ValueError(f"{folder}: {field} {key!r} is {kind}; it has {others} for that: correct "
+                         "the keys")
+    if not 0 < keys.hz < 1e4:
+        raise ValueError(f"{folder}: hz is {keys.hz}; it is the number of steps a second")
 
 # %% ../../nbs/02_data/07_rlds.ipynb #5303aa59
 class RLDSFolder(RobotSource):
     "A split of an RLDS dataset on disk, as a source of `RobotSamples`."
     def __init__(self,
         folder:Path, # of one version, such as bridge/1.0.0
-        keys:RLDSKeys, # where the dataset keeps things
+        keys:RLDSKeys, # of images, instruction, actions and state
         split:str="train", # which of its splits
-        cache:Path|None=None, # folder that keeps the index for the next time; None: it is made anew each time
+        cache:Path|None=None, # folder that keeps the index; None: it is made each time
         check:bool=True, # whether to compare each record's checksum when it is read first
         keep_unlabelled:bool=False, # whether to keep episodes without an instruction
         episodes:str="", # numbers of those to read, see `data.episodes.pick_episodes`; "": all
         on_problem=refuse, # or a `Skipped()`: then shards that can't be read are left out
     ):
-        self.folder, self.keys, self.name, self.hz = Path(folder), keys, f"{folder}, {split}", float(keys.hz)
-        self.views, self.features, self.check = tuple(keys.views), read_features(folder), check
+        self.folder, self.keys, self.name = Path(folder), keys, f"{folder}, {split}"
+        self.hz, self.views, self.actions = float(keys.hz), tuple(keys.views), bool(keys.action)
+        self.features, self.check = read_features(folder), check
         _check_keys(keys, self.features, folder)
         self.paths, lengths = find_shards(folder, split, on_problem is not refuse)
-        lines, self.actions = index_split(self.paths, keys.instruction, cache, self._size(keys.instruction), on_problem), bool(keys.action)
-        for path, line, n in zip(self.paths, lines, lengths):
-            if line.get("name") and len(line["place"]) != n: on_problem(path.name, f"{path} has {len(line['place'])} episodes, dataset_info.json says {n}: restore a whole copy")
-        self.numbers = [first + i for first, line in zip(np.cumsum([0, *lengths]), lines) for i in range(len(line["place"]))]
-        self.text = [t for line in lines for t in line["text"]]
-        steps = np.array([n for line in lines for n in line["steps"]], np.int64)
-        self.kept = np.flatnonzero((np.array([bool(t.strip()) for t in self.text], bool) | keep_unlabelled) & (steps > 0) & np.array(pick_episodes(self.numbers, episodes), bool))
-        self.place = np.array([(i, a, n) for i, line in enumerate(lines) for a, n in zip(line["place"], line["length"])], np.int64).reshape(-1, 3)[self.kept]
-        self.lengths = steps[self.kept]
-        if not len(self.kept): raise ValueError(f"{self.name} has {len(steps)} episodes, none with an instruction{' among those chosen'*bool(episodes)}: choose others, or give keep_unlabelled=True to RLDSFolder{f'; {on_problem}' if on_problem is not refuse else ''}")
-        sizes = [(k, self._size(k)) for k in keys.action]
-        labels = [k if n == 1 else f"{k}[{i}]" for k, n in sizes for i in range(n)]
-        self.columns = list(range(len(labels)) if keys.columns is None else keys.columns)
-        if bad := [c for c in self.columns if not 0 <= c < len(labels)]: raise ValueError(f"{folder}: an action has {len(labels)} numbers {labels}, so no number {bad[0]}: give other `columns`")
-        self.labels = tuple(labels[c] for c in self.columns)
-        self.relative = np.isin(np.arange(len(self.labels)), keys.relative)
+        width = self._size(keys.instruction)
+        lines = index_split(self.paths, keys.instruction, cache, width, on_problem)
+        self._choose_episodes(lines, lengths, keep_unlabelled, episodes, on_problem)
+        self._choose_columns()
         self.recent, self.checked = Recent(16), set()
 
-    def episode_name(self, e): return str(self.numbers[self.kept[e]]) # its number in the split
+    def episode_name(self, e): return str(self.numbers[self.kept[e]])
 
     def _size(self, key): return int(np.prod(self.features[f"steps/{key}"][1]))
 
-    def __repr__(self): return f"{self.name}: {len(self.lengths)} of {len(self.text)} episodes, {self.lengths.sum()} steps at {self.hz:g} Hz, views {self.keys.views}, action {self.labels}"
+    def __repr__(self):
+        return (f"{self.name}: {len(self.lengths)} of {len(self.text)} episodes, "
+                f"{self.lengths.sum()} steps at {self.hz:g} Hz, views {self.keys.views}, action "
+                f"{self.labels}")
 
     def __getstate__(self): return self.__dict__ | dict(checked=set())
 
-# %% ../../nbs/02_data/07_rlds.ipynb #c78860e7
-def _check_keys(keys, features, folder):
-    "Raise `ValueError` if a key is not in the dataset, or holds something else."
-    numbers = lambda f: f[0] == "tensor" and f[2] not in ("string", "uint8")
-    picture = lambda f: f[0] == "image" or f[0] == "tensor" and f[2] == "uint8" and len(f[1]) == 3
-    text = lambda f: f[0] == "text" or f[0] == "tensor" and (f[2] in ("string", "object") or f[2].startswith("int"))
-    wanted = [("views", k, picture) for k in keys.views.values()] + [("instruction", keys.instruction, text)]
-    wanted += [(field, k, numbers) for field in ("action", "proprio") for k in getattr(keys, field)]
-    steps = step_features(features)
-    for field, key, fits in wanted:
-        if key not in steps or not fits(steps[key]):
-            what = f"is {' '.join(map(str, steps[key]))}" if key in steps else "is not in this dataset"
-            raise ValueError(f"{folder}: {field} {key!r} {what}; it has {[k for k, f in steps.items() if fits(f)]} for that: correct the keys")
-    if not 0 < keys.hz < 1e4: raise ValueError(f"{folder}: hz is {keys.hz}; it is the number of steps a second")
+# %% ../../nbs/02_data/07_rlds.ipynb #87f3bf0a
+@patch
+def _choose_episodes(self:RLDSFolder, lines, lengths, keep_unlabelled, wanted, on_problem):
+    "Keep the episodes with steps and an instruction, of those that are wanted."
+    for path, line, n in zip(self.paths, lines, lengths):
+        if line.get("name") and len(line["place"]) != n:
+            on_problem(path.name, f"{path} has {len(line['place'])} episodes, dataset_info.json "
+                                  f"says {n}: restore a whole copy")
+    firsts = np.cumsum([0, *lengths])
+    self.numbers = [first + i for first, line in zip(firsts, lines)
+                    for i in range(len(line["place"]))]
+    self.text = [t for line in lines for t in line["text"]]
+    steps = np.array([n for line in lines for n in line["steps"]], np.int64)
+    labelled = np.array([bool(t.strip()) for t in self.text], bool) | keep_unlabelled
+    chosen = np.array(pick_episodes(self.numbers, wanted), bool)
+    self.kept = np.flatnonzero(labelled & (steps > 0) & chosen)
+    places = [(i, place, n) for i, line in enumerate(lines)
+              for place, n in zip(line["place"], line["length"])]
+    self.place = np.array(places, np.int64).reshape(-1, 3)[self.kept]
+    self.lengths = steps[self.kept]
+    if not len(self.kept):
+        reasons = "" if on_problem is refuse else f"; {on_problem}"
+        raise ValueError(f"{self.name} has {len(steps)} episodes, none with an instruction"
+                         f"{' among those chosen'*bool(wanted)}: choose others, or give "
+                         f"keep_unlabelled=True to RLDSFolder{reasons}")
 
-def open_rlds(version, name, reading=PLAIN, cache=None, on_problem=None): # folder of one version; the run's name for it
-    "An RLDS dataset as a run reads it; Table 12 may know it by the run's name, its folder's, or its own."
-    own = str(_read_json(version/"dataset_info.json").get("name"))
-    called = (name, version.resolve().parent.name, version.name, own)
-    keys = _rlds_keys(version, next(filter(known_set, called), name), reading)
-    skipped = Skipped() if on_problem is None else on_problem
-    source = RLDSFolder(version, keys, cache=cache, episodes=reading.episodes, on_problem=skipped)
-    if on_problem is None and skipped: print(f"{version}: {len(source.lengths)} episodes; {skipped}")
-    return source
+# %% ../../nbs/02_data/07_rlds.ipynb #b028e0c6
+@patch
+def _choose_columns(self:RLDSFolder):
+    "Labels of the chosen numbers of an action, and which of them are changes."
+    sizes = {k: self._size(k) for k in self.keys.action}
+    labels = [k if n == 1 else f"{k}[{i}]" for k, n in sizes.items() for i in range(n)]
+    columns = self.keys.columns
+    self.columns = list(range(len(labels)) if columns is None else columns)
+    if bad := [c for c in self.columns if not 0 <= c < len(labels)]:
+        raise ValueError(f"{self.folder}: an action has {len(labels)} numbers {labels}, so no "
+                         f"number {bad[0]}: give other `columns`")
+    self.labels = tuple(labels[c] for c in self.columns)
+    self.relative = np.isin(np.arange(len(self.labels)), self.keys.relative)
+
+# %% ../../nbs/02_data/07_rlds.ipynb #29a4331b
+@patch
+def _check_value(self:RLDSFolder, e, key, value, record):
+    "Raise `ValueError` if a key has other values than features.json says."
+    kind, shape, dtype = self.features[f"steps/{key}"]
+    n = int(self.lengths[e])*(int(np.prod(shape)) if kind == "tensor" else 1)
+    is_list = isinstance(value, list)
+    if len(value) != n or is_list != (kind != "tensor" or dtype in ("string", "object")):
+        raise ValueError(f"{record}: {key} has {len(value)} "
+                         f"{'byte strings' if is_list else 'numbers'}; features.json says {n} of "
+                         f"{kind} {shape} {dtype} for {self.lengths[e]} steps: the files do not "
+                         "belong together; restore a whole copy")
 
 @patch
 def _episode(self:RLDSFolder, e):
-    "The wanted features of an episode, by key; those of fixed size have one row a step."
+    "The features of an episode, by key; those of fixed size have one row a step."
     shard, place, length = self.place[e].tolist()
     path, keys = self.paths[shard], self.keys
     wanted = [*keys.views.values(), keys.instruction, *keys.action, *keys.proprio]
@@ -414,12 +555,8 @@ def _episode(self:RLDSFolder, e):
     self.checked.add((shard, place))
     try: example = decode_example(data, {f"steps/{k}" for k in wanted})
     except ValueError as error: raise ValueError(f"{path}, byte {place}: {error}") from None
-    for key in wanted:
-        kind, shape, dtype = self.features[f"steps/{key}"]
-        value, n = example.get(f"steps/{key}", []), int(self.lengths[e])*(int(np.prod(shape)) if kind == "tensor" else 1)
-        if len(value) != n or isinstance(value, list) != (kind != "tensor" or dtype in ("string", "object")):
-            raise ValueError(f"{path}, byte {place}: {key} has {len(value)} {'byte strings' if isinstance(value, list) else 'numbers'}; "
-                             f"features.json says {n} of {kind} {shape} {dtype} for {self.lengths[e]} steps: the files do not belong together; restore a whole copy")
+    for k in wanted:
+        self._check_value(e, k, example.get(f"steps/{k}", []), f"{path}, byte {place}")
     return {k: example[f"steps/{k}"] for k in wanted}
 
 @patch
@@ -434,9 +571,11 @@ def read(self:RLDSFolder,
 def vectors(self:RLDSFolder,
     e:int, # episode
 )->tuple: # action (n,A), proprio (n,P), float32; None if there is none
-    "The numbers of an episode."
+    "The actions and states of an episode."
     episode, n = self.read(e), int(self.lengths[e])
-    join = lambda keys: np.concatenate([episode[k].reshape(n, -1).astype(np.float32) for k in keys], 1) if keys else None
+    def join(keys):
+        if not keys: return None
+        return np.concatenate([episode[k].reshape(n, -1).astype(np.float32) for k in keys], 1)
     action = join(self.keys.action)
     return None if action is None else action[:, self.columns], join(self.keys.proprio)
 
@@ -449,15 +588,36 @@ def instructions(self:RLDSFolder,
     key = self.keys.instruction
     return [_text(self.read(e)[key], int(row), self._size(key)) for row in rows]
 
+# %% ../../nbs/02_data/07_rlds.ipynb #9ab932e9
 @patch
 def pictures(self:RLDSFolder,
     e:int, # episode
     rows, # of the episode
     view:str, # one of `views`
 )->list: # of (H,W,3) uint8, one for each row
-    "Pictures of one view."
+    "Images of one view."
     key, (shard, place, _) = self.keys.views[view], self.place[e].tolist()
     kind, shape, _ = self.features[f"steps/{key}"]
-    value = self.read(e)[key]
-    if kind == "tensor": return [np.ascontiguousarray(value.reshape(-1, *shape)[int(row)].astype(np.uint8)) for row in rows]
-    return [decode_picture(value[int(row)], f"{self.paths[shard].name}, byte {place}: {key} of step {row}") for row in rows]
+    value, name = self.read(e)[key], f"{self.paths[shard].name}, byte {place}: {key}"
+    if kind == "tensor":
+        images = value.reshape(-1, *shape)
+        return [np.ascontiguousarray(images[int(row)].astype(np.uint8)) for row in rows]
+    return [decode_picture(value[int(row)], f"{name} of step {row}") for row in rows]
+
+# %% ../../nbs/02_data/07_rlds.ipynb #1d1a193d
+def open_rlds(
+    version:Path, # folder of one version
+    name:str, # of the dataset in the run
+    reading=PLAIN, # cameras, hz, columns, relative and episodes
+    cache=None, # folder that keeps the index; None: it is made each time
+    on_problem=None, # function of a shard and its problem; None: a summary is printed
+)->RLDSFolder:
+    "An RLDS dataset as a run reads it; Table 12 may have its name, its folder's, or TFDS' own."
+    own = str(_read_json(version/"dataset_info.json").get("name"))
+    names = name, version.resolve().parent.name, version.name, own
+    keys = _rlds_keys(version, next(filter(known_set, names), name), reading)
+    skipped = Skipped() if on_problem is None else on_problem
+    source = RLDSFolder(version, keys, cache=cache, episodes=reading.episodes, on_problem=skipped)
+    if on_problem is None and skipped:
+        print(f"{version}: {len(source.lengths)} episodes; {skipped}")
+    return source
