@@ -31,6 +31,7 @@ gpu: install
 
 lab: install
 	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs/index.ipynb \
+	  --ContentsManager.pre_save_hook=defi_nb.core.page.keep_clean \
 	  $(if $(filter 0,$(shell id -u)),--allow-root)
 
 # the experiments that take a laptop minutes each, on the demo's models; their executed copies are what make docs shows

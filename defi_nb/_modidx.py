@@ -982,6 +982,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'defi_nb.core.page._with_text': ('00_core/page.html#_with_text', 'defi_nb/core/page.py'),
                                    'defi_nb.core.page.declared_parameters': ( '00_core/page.html#declared_parameters',
                                                                               'defi_nb/core/page.py'),
+                                   'defi_nb.core.page.keep_clean': ('00_core/page.html#keep_clean', 'defi_nb/core/page.py'),
                                    'defi_nb.core.page.kept_lines': ('00_core/page.html#kept_lines', 'defi_nb/core/page.py'),
                                    'defi_nb.core.page.kept_outputs': ('00_core/page.html#kept_outputs', 'defi_nb/core/page.py'),
                                    'defi_nb.core.page.page_notebook': ('00_core/page.html#page_notebook', 'defi_nb/core/page.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['declared_parameters', 'parameters_table', 'kept_lines', 'kept_outputs', 'page_notebook', 'write_html',
-           'stripped_notebook']
+           'stripped_notebook', 'keep_clean']
 
 # %% ../../nbs/00_core/08_page.ipynb #f10391cf
 import ast
@@ -175,3 +175,24 @@ def stripped_notebook(
         cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags"}
         if cell["cell_type"] == "code": cell |= dict(outputs=[], execution_count=None)
     return json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+# %% ../../nbs/00_core/08_page.ipynb #664c1511
+def keep_clean(
+    model:dict, # of Jupyter's contents manager; its `content` is replaced
+    path:str, # of the file, relative to the manager's root
+    contents_manager, # it has `root_dir`
+    **others, # what else Jupyter gives
+)->None:
+    "Jupyter's hook before a save, with which running a notebook leaves its file as it was."
+    file = Path(contents_manager.root_dir)/path
+    if model["type"] != "notebook" or not file.exists(): return
+    old = file.read_text(encoding="utf-8")
+    try: there = json.loads(old)
+    except ValueError: return # whatever it is, saving it is the user's wish
+    joined = lambda source: source if isinstance(source, str) else "".join(source)
+    texts = lambda nb: [(c["cell_type"], joined(c["source"])) for c in nb.get("cells", [])]
+    is_run = "cells" in there and stripped_notebook(old) == old
+    if texts(there) == texts(model["content"]): kept = there
+    elif is_run: kept = json.loads(stripped_notebook(json.dumps(model["content"])))
+    else: return
+    model["content"] = needed("nbformat", "lab").from_dict(kept)

@@ -94,7 +94,7 @@ def published_markdown(
                           [row for _, row in sorted(cells, key=lambda c: c[0])])
 
 # %% ../../nbs/07_eval/10_published.ipynb #91696190
-_UNTRAINED = "untrained"
+_UNTRAINED, _SHIPPED = "untrained", "shipped"
 
 @dataclass(frozen=True)
 class Row:
@@ -123,10 +123,10 @@ class Row:
         return self.train | {f"variant.{n}": v for n, v in variant.items()}
 
     @property
-    def starts_from(self): # kinds of pretrained models that it needs
+    def starts_from(self): # kinds of pretrained models that have to be made for it
         kinds = dict(coupled=("gfdm", "gidm"), no_gidm=("gfdm",))
         parts = kinds.get(self.train.get("policy", "coupled"), ())
-        return tuple(k for k in parts if self.train.get(f"pretrained.{k}") != _UNTRAINED)
+        return tuple(k for k in parts if self.train.get(f"pretrained.{k}") not in (_UNTRAINED, _SHIPPED))
 
     @property
     def video_share(self): # fraction of the further video, 0..1; None: not the same for both models
@@ -162,6 +162,12 @@ _PRETRAINING_ROWS = (
         train={"pretrained.gfdm": _UNTRAINED, "pretrained.gidm": _UNTRAINED}),
     # in half of the training samples
     Row("latent actions hidden in half", train={"variant.latent_dropout": .5}),
+    # long training, all labels, behind the models that come with the package
+    Row("coupled, present frames too", train={
+        "pretrained.gfdm": _SHIPPED, "pretrained.gidm": _SHIPPED,
+        "variant.present": 1, "variant.latent_dropout": .5}),
+    Row("without GIDM, present frames too", train={
+        "policy": "no_gidm", "pretrained.gfdm": _SHIPPED, "variant.present": 1}),
     Row("other scenes for both", (5,), "both with human video", gfdm=_OTHER, gidm=_OTHER),
     Row("other scenes for GIDM", (5,), "GFDM without human video", gidm=_OTHER),
     Row("other scenes for GFDM", (5,), "GIDM without human video", gfdm=_OTHER),

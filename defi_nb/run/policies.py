@@ -34,6 +34,7 @@ from ..train.auxiliary import inverse_beside
 from ..train.config import TrainConfig
 from ..train.inverse_dynamics import InverseDynamicsConfig, rest_action
 from ..weights.load import find_base_model, is_finished, load_model, model_info
+from ..weights.zoo import checkpoint_path
 
 # %% ../../nbs/13_run/06_policies.ipynb #557f3b55
 @dataclass(frozen=True)
@@ -363,7 +364,8 @@ def _around(gfdm, encoders, preset, views): # a policy that is not trained, to r
 def _rung_folder(kind, params): # of a finished checkpoint; None, and a line, where it is left out
     (name, maker, rungs), choice, split = _RUNGS[kind], params[kind], params["split"]
     default = f"{params['ckpts']}/{checkpoint_name(name, split, params['preset'])}"
-    folder = project_root()/(choice or default)
+    folder = project_root()/default
+    if choice not in ("", "none"): folder = checkpoint_path(choice, "coupled" if kind == "policy" else kind)
     if choice == "none": return print(f"left out, as asked: {rungs}")
     if is_finished(folder): return folder
     if choice:
