@@ -31,7 +31,7 @@ def forward(encoders):
 @pytest.fixture(scope="module")
 def policy(encoders, forward):
     torch.manual_seed(0)
-    made = CoupledPolicy(PolicyConfig(feature_dim=forward.feature_shape()[2], adapter=AdapterConfig(steps=3, drops=(.2, .1, .1))), encoders, forward).eval()
+    made = CoupledPolicy(PolicyConfig(feature_dim=forward.feature_shape()[2], adapter=AdapterConfig(steps=3, dropout=(.2, .1, .1))), encoders, forward).eval()
     torch.nn.init.normal_(made.adapter.action_pred.weight) # it starts at zero, which would make all actions equal
     return made
 

@@ -125,7 +125,7 @@ SMALL = dict(size=32, stem=(8, 16), dim=32, depth=1)
 def direct(tmp_path_factory):
     "A direct policy trained alone, with the auxiliary loss at weight 0, with it, and with its options, each in its folder."
     from defi_nb.models.action_adapter import AdapterConfig
-    from defi_nb.train.auxiliary import InverseBeside, encoder_pair, fit_inverse
+    from defi_nb.train.auxiliary import InverseAuxiliary, encoder_pair, fit_inverse
     from defi_nb.models.direct_policy import DirectConfig, DirectPolicy
     from defi_nb.models.encoders import load_acting_encoders
     from defi_nb.data.episodes import WindowDataset, fake_frames
@@ -140,8 +140,8 @@ def direct(tmp_path_factory):
     for name, changes in dict(alone=None, unweighted=dict(weight=0.), together=dict(weight=.3), options=options).items():
         torch.manual_seed(0)
         policy = DirectPolicy(DirectConfig(**SMALL, shift=3 if name == "options" else 0, adapter=AdapterConfig(dim=32, enc_blocks=1, dec_blocks=1, latent_dim=0, proprio_dim=0)), encoders)
-        beside = None if changes is None else InverseBeside(fit_inverse(InverseDynamicsConfig.tiny(**changes), policy), encoder_pair)
-        rows[name] = fit(policy, data, cfg, folder/name, info=model_info(policy, encoders), beside=beside)
+        auxiliary = None if changes is None else InverseAuxiliary(fit_inverse(InverseDynamicsConfig.tiny(**changes), policy), encoder_pair)
+        rows[name] = fit(policy, data, cfg, folder/name, info=model_info(policy, encoders), auxiliary=auxiliary)
         policies[name] = policy
     return folder, policies, rows
 

@@ -24,7 +24,7 @@ from defi_nb.doctor.examine import NOTE, dataset_state, examine, require_sound
 from defi_nb.data.episodes import Reading, Window
 from defi_nb.data.robot_dataset import measure_scale
 from defi_nb.run.cli import main
-from defi_nb.data.load import Asked, open_piece
+from defi_nb.data.load import DatasetRef, open_dataset
 from defi_nb.data.clips import scan_latent
 
 FIXTURES, REAL = Path(__file__).parent/"fixtures", Path(__file__).resolve().parents[2]/"shared"/"data"
@@ -294,7 +294,7 @@ def test_damage_is_found_and_named(sets, tmp_path, name, what, damage, severity,
 
 def read_as_a_run(folder):
     "How many windows, clips or episodes a run gets of a folder, every sample of which is read."
-    piece = open_piece(Asked(folder, name=folder.name), 32, Reading(hz=10.))
+    piece = open_dataset(DatasetRef(folder, name=folder.name), 32, Reading(hz=10.))
     acts, clip = piece.data.actions, piece.units[0]
     scale = measure_scale(piece.data) if acts and not piece.data.normalised else None
     sets = [piece.samples((0., .2), chunk=2*acts, scale=scale, size=32)]

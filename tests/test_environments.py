@@ -26,7 +26,7 @@ from defi_nb.benchmarks.subprocess_env import EnvProcess
 from defi_nb.eval.evaluate import evaluate, read_records
 from defi_nb.sim.experts import Expert, start_for, start_of
 from defi_nb.sim.render import euler_to_quat
-from defi_nb.sim.playtable import PlayTable, waving
+from defi_nb.sim.playtable import PlayTable, waving_action
 from defi_nb.benchmarks.calvin_env import RealCalvin, real_env, real_env_here, rollout_digest
 from defi_nb.eval.rollout import EvalConfig, RandomPolicy, play_expert, playtable_env
 
@@ -73,7 +73,7 @@ def check_observation(obs, sizes=(64, 48)):
 
 def test_observations(env):
     check_observation(env.reset(*START))
-    for k in range(20): obs, reward, done, info = env.step(waving(k))
+    for k in range(20): obs, reward, done, info = env.step(waving_action(k))
     check_observation(obs)
     assert reward == 0 and done is False
     again = env.get_obs()
@@ -84,7 +84,7 @@ def test_observations(env):
 
 def test_infos_have_one_form(env):
     env.reset(*START)
-    info = env.step(waving(0))[3]
+    info = env.step(waving_action(0))[3]
     scene, robot = info["scene_info"], info["robot_info"]
     assert {*robot} == {"tcp_pos", "tcp_orn", "gripper_opening_width", "arm_joint_states", "gripper_action", "contacts"}
     assert {*scene["movable_objects"]} == {f"block_{c}" for c in COLOURS}
@@ -104,7 +104,7 @@ def test_infos_have_one_form(env):
 def test_pictures_are_drawn_when_they_are_read_and_once(env):
     obs = env.reset(*START)
     with mock.patch.object(type(env), "_draw", autospec=True, side_effect=type(env)._draw) as draw:
-        for k in range(5): obs = env.step(waving(k))[0]
+        for k in range(5): obs = env.step(waving_action(k))[0]
         assert draw.call_count == 0
         first = obs["rgb_obs"]["rgb_static"]
         assert obs["rgb_obs"]["rgb_static"] is first and draw.call_count == 1
@@ -115,9 +115,9 @@ def test_pictures_are_drawn_when_they_are_read_and_once(env):
 
 def test_a_picture_is_of_its_moment_or_refused(env):
     env.reset(*START)
-    before, kept = env.step(waving(0))[0], env.get_obs()
+    before, kept = env.step(waving_action(0))[0], env.get_obs()
     true = kept["rgb_obs"]["rgb_gripper"].copy()
-    for k in range(15): obs = env.step(waving(k))[0]
+    for k in range(15): obs = env.step(waving_action(k))[0]
     assert (obs["rgb_obs"]["rgb_gripper"] != true).any() # the hand has moved
     np.testing.assert_array_equal(kept["rgb_obs"]["rgb_gripper"], true) # was drawn in time
     if env.kind == "embedded": np.testing.assert_array_equal(before["rgb_obs"]["rgb_gripper"], true)
@@ -130,7 +130,7 @@ def test_reset_is_exact_whatever_came_before(env):
     other = initial_obs(initial_states()[100])
     rollout_digest(env, *other)
     env.reset()
-    for k in range(30): env.step(-waving(k))
+    for k in range(30): env.step(-waving_action(k))
     assert rollout_digest(env, *START, look=10) == first != rollout_digest(env, *other, look=10)
     unseen = rollout_digest(env, *START)
     [*env.reset(*other)["rgb_obs"].values()]
@@ -139,7 +139,7 @@ def test_reset_is_exact_whatever_came_before(env):
     for look in (False, True): # drawing changes nothing
         obs = env.reset(*START)
         for k in range(30):
-            obs = env.step(waving(k))[0]
+            obs = env.step(waving_action(k))[0]
             if look: [*obs["rgb_obs"].values()]
         states.append(np.append(obs["robot_obs"], obs["scene_obs"]))
     np.testing.assert_array_equal(*states)
@@ -159,7 +159,7 @@ def test_states_round_trip(env):
     obs = env.reset(robot, scene)
     np.testing.assert_allclose(obs["robot_obs"], robot, atol=2e-3)
     np.testing.assert_allclose(obs["scene_obs"], scene, atol=6e-3) # blocks settle
-    for k in range(60): obs = env.step(waving(k) * [1, 1, 1, 1, 1, 1, -1])[0]
+    for k in range(60): obs = env.step(waving_action(k) * [1, 1, 1, 1, 1, 1, -1])[0]
     assert obs["robot_obs"][14] == env.gripper_action
     again = env.reset(obs["robot_obs"], obs["scene_obs"])
     np.testing.assert_allclose(again["robot_obs"][7:14], obs["robot_obs"][7:14], atol=2e-2) # the arm was moving

@@ -30,7 +30,7 @@ def project(tmp_path_factory):
     from defi_nb.data.episodes import Window
     from defi_nb.models.gfdm import GFDM, GFDMConfig, fit_encoders
     from defi_nb.weights.load import model_info
-    from defi_nb.sim.playtable import PlayTable, waving
+    from defi_nb.sim.playtable import PlayTable, waving_action
     from defi_nb.models.policy import CoupledPolicy, PlainConfig, PlainPolicy, PolicyConfig
     from defi_nb.core.spec import DataSpec
     root, env = tmp_path_factory.mktemp("project"), PlayTable("D", 64, 64)
@@ -39,8 +39,8 @@ def project(tmp_path_factory):
     obs, rows = env.reset(), []
     for k in range(14):
         images = {f"rgb_{v}": obs["rgb_obs"][f"rgb_{v}"] for v in ("static", "gripper")}
-        rows.append(images | dict(rel_actions=waving(k), robot_obs=obs["robot_obs"], scene_obs=obs["scene_obs"]))
-        obs = env.step(waving(k))[0]
+        rows.append(images | dict(rel_actions=waving_action(k), robot_obs=obs["robot_obs"], scene_obs=obs["scene_obs"]))
+        obs = env.step(waving_action(k))[0]
     write_segment(root/"data/waves_D_D/training", 0, {k: np.stack([row[k] for row in rows]) for k in rows[0]}, "D", [Window(0, 13, "open_drawer", "open the drawer")])
     finish_split(root/"data/waves_D_D/training")
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ from defi_nb.models.diffusion import exponential_sigmas
 from defi_nb.models.encoders import load_acting_encoders, load_encoders, read_weights
 from defi_nb.models.gfdm import GFDM, GFDMConfig, fit_encoders, for_features
 from defi_nb.models.gidm import GIDM, GIDMConfig
-from defi_nb.models.policy import CoupledPolicy, PolicyConfig, batch_hand_state
+from defi_nb.models.policy import CoupledPolicy, PolicyConfig, batch_ee_state
 from defi_nb.core.spec import DataSpec, fake_batch
 
 
@@ -95,7 +95,7 @@ def test_a_policy_read_for_acting_only(tiny, tmp_path):
     assert encoders.dino is None and numbers(encoders.vae.model) < numbers(tiny.encoders.vae.model)
     for seed in range(3):
         batch, noise = fake_batch(DataSpec.tiny(), B=1, seed=seed), drawn(1, 10, 7, seed=seed)
-        plain = plain_act(tiny, batch, batch_hand_state(batch, tiny.cfg.adapter, "cpu"), noise)
+        plain = plain_act(tiny, batch, batch_ee_state(batch, tiny.cfg.adapter, "cpu"), noise)
         torch.testing.assert_close(policy.act(batch, noise), plain, rtol=0, atol=1e-4)
         torch.testing.assert_close(tiny.act(batch, noise), plain, rtol=0, atol=1e-4)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from defi_nb.analysis.alignment import (
     _left_over, feature_distances, partial_spearman, pose_distance, thumbnails)
-from defi_nb.train.auxiliary import InverseBeside
+from defi_nb.train.auxiliary import InverseAuxiliary
 from defi_nb.train.inverse_dynamics import (
     InverseDynamicsConfig, InverseDynamicsHead, draw_reversed, inverse_dynamics_loss, pair_loss,
     rest_action, reverse_batch, time_reverse)
@@ -198,9 +198,9 @@ def test_loss_of_two_cameras_and_of_a_policy(vectors):
 
     class Policy(nn.Module):
         def loss(self, batch): return torch.tensor(total["L_policy"]).double(), {}
-    beside = InverseBeside(replace(cfg, weight=total["lambda_inv"]), lambda policy, batch: (*policy.loss(batch), z[:1].requires_grad_(), z[:1], None)).double()
-    beside.head.load_state_dict(head.state_dict())
-    found, logs = beside.loss(Policy(), Batch([""], action=chunk(total["L_inv"])))
+    auxiliary = InverseAuxiliary(replace(cfg, weight=total["lambda_inv"]), lambda policy, batch: (*policy.loss(batch), z[:1].requires_grad_(), z[:1], None)).double()
+    auxiliary.head.load_state_dict(head.state_dict())
+    found, logs = auxiliary.loss(Policy(), Batch([""], action=chunk(total["L_inv"])))
     np.testing.assert_allclose([found.item(), logs["inverse"].item()], [total["L"], total["L_inv"]], **close)
 
 

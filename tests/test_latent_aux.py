@@ -6,7 +6,7 @@ from safetensors import safe_open
 from defi_nb.models.encoders import load_encoders
 from defi_nb.data.episodes import WindowDataset, fake_frames
 from defi_nb.models.gidm import GIDM, GIDMConfig
-from defi_nb.train.auxiliary import FewLabels, LatentAuxiliaryConfig, LatentBeside
+from defi_nb.train.auxiliary import FewLabels, LatentAuxiliaryConfig, LatentAuxiliary
 from defi_nb.weights.load import load_model, model_info
 from defi_nb.train.config import TrainConfig
 from defi_nb.train.fit import fit
@@ -24,9 +24,9 @@ def train(encoders, out, cfg, **kw):
     data = WindowDataset(frames, frames.windows, offsets=(0, 10), chunk=10, arrays=dict(dino=torch.randn(len(frames), 2, 9, 24, generator=g).numpy()))
     torch.manual_seed(0)
     model = GIDM(SMALL, encoders.t5)
-    beside = None if cfg is None else LatentBeside(cfg, SMALL)
-    rows = fit(model, FewLabels(data, .5), TrainConfig(steps=8, batch_size=8, warmup=1, log_every=1, save_every=4, device="cpu"), out, info=model_info(model, encoders), beside=beside, **kw)
-    return model, rows, beside
+    auxiliary = None if cfg is None else LatentAuxiliary(cfg, SMALL)
+    rows = fit(model, FewLabels(data, .5), TrainConfig(steps=8, batch_size=8, warmup=1, log_every=1, save_every=4, device="cpu"), out, info=model_info(model, encoders), auxiliary=auxiliary, **kw)
+    return model, rows, auxiliary
 
 
 def same(a, b): return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))

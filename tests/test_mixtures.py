@@ -10,8 +10,8 @@ from conftest import ENV
 from torch.utils.data import DataLoader
 
 from defi_nb.data.mixtures import (
-    BLOCK, GIDM_WEIGHTS, MIXTURES, TABLE_12, Mixture, count_draws, indices_of, shares_by_size,
-    shares_of, shuffled)
+    BLOCK, GIDM_WEIGHTS, MIXTURES, TABLE_12, Mixture, count_draws, indices_of, weights_by_size,
+    normalise_weights, shuffled)
 from defi_nb.core.spec import Batch
 from defi_nb.train.config import StepSampler, TrainConfig
 from defi_nb.train.fit import fit
@@ -122,6 +122,6 @@ def test_what_does_not_fit_is_named():
 def test_named_mixtures():
     assert all(abs(sum(shares.values()) - 1) < 1e-9 for shares in MIXTURES.values())
     assert len(TABLE_12) == 27 == len(GIDM_WEIGHTS) and all(d.name == name and d.hz > 0 and d.image and d.text for name, d in TABLE_12.items())
-    assert shares_of(MIXTURES["release_gfdm"], ["ssv2", "bridge"]) == {"ssv2": .4/(.4 + .2), "bridge": .2/(.4 + .2)}
-    shares = shares_by_size(GIDM_WEIGHTS, dict(viola=100, toto=200))
+    assert normalise_weights(MIXTURES["release_gfdm"], ["ssv2", "bridge"]) == {"ssv2": .4/(.4 + .2), "bridge": .2/(.4 + .2)}
+    shares = weights_by_size(GIDM_WEIGHTS, dict(viola=100, toto=200))
     assert shares == dict(viola=.5, toto=.5)

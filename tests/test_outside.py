@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from defi_nb.core.video import fake_video, read_numbers, write_video
-from defi_nb.data.csv_folder import write_own
+from defi_nb.data.csv_folder import write_csv_folder
 from defi_nb.data.episodes import PLAIN, ImageTable, Reading, Window
 from defi_nb.data.lerobot import open_lerobot
-from defi_nb.data.load import open_piece, read_where
+from defi_nb.data.load import open_dataset, parse_data_spec
 from defi_nb.data.record import finish_split, write_segment
 from defi_nb.data.robot_dataset import measure_scale
 from defi_nb.doctor.examine import examine
@@ -37,7 +37,7 @@ def video(e): return fake_video(N, start=60*e) # its frames carry their numbers
 
 def own(folder):
     episodes = ({"name": f"größe{e}", "text": TEXTS[e], "video": {"front": video(e)}, "action": actions(e)} for e in range(4))
-    return write_own(folder, episodes, ("x", "y"), 10)
+    return write_csv_folder(folder, episodes, ("x", "y"), 10)
 
 
 def clips(folder):
@@ -76,8 +76,8 @@ def write_lines(path, rows): path.write_text("".join(json.dumps(r, ensure_ascii=
 
 def opened(folder, reading=PLAIN):
     "What a run reads: text -> number of the first frame and, where there are actions, the first of an episode's or clip's."
-    (asked,) = read_where(str(folder))
-    piece = open_piece(asked, 32, reading)
+    (asked,) = parse_data_spec(str(folder))
+    piece = open_dataset(asked, 32, reading)
     found = {}
     if piece.format == "videos":
         for clip in piece.units:
@@ -308,7 +308,7 @@ def test_a_replaced_file_makes_other_data(sets, tmp_path, kind):
                               lambda f: [p.write_text(p.read_text(encoding="utf-8").replace("lift the cup", "take the cup"), encoding="utf-8") for p in _files(f, ".csv", ".jsonl")]]):
         folder = Path(shutil.copytree(sets[kind], tmp_path/str(i)/"set")) # with the files' times
         edit(folder)
-        data = open_piece(read_where(str(folder))[0], 32).data
+        data = open_dataset(parse_data_spec(str(folder))[0], 32).data
         digests.append((data.digest(), json.dumps(ImageTable([data.samples((0.,), size=32)]).identity()).replace(str(folder), "")))
     for mine in (d[0] for d in digests[1:]): assert (mine == digests[0][0]) == (mine == digests[1][0])
     assert len({d[0] for d in digests}) == 4 and digests[0][0] == digests[1][0]
@@ -400,9 +400,9 @@ def test_captions_that_fit_no_video_say_why(sets, tmp_path):
 def test_names_of_folders(sets, tmp_path, name):
     folder = Path(shutil.copytree(sets["own"], tmp_path/name))
     assert opened(folder) == expected("own")
-    both = read_where(f"{folder}*0.5, {sets['videos']}*0.5")
+    both = parse_data_spec(f"{folder}*0.5, {sets['videos']}*0.5")
     assert [(a.folder, a.weight) for a in both] == [(folder, .5), (sets["videos"], .5)]
-    with pytest.raises(ValueError, match="a comma stands between several, an asterisk before a weight"): open_piece(read_where(f"{tmp_path}/not, there")[0], 32)
+    with pytest.raises(ValueError, match="a comma stands between several, an asterisk before a weight"): open_dataset(parse_data_spec(f"{tmp_path}/not, there")[0], 32)
 
 
 def one_line(error): # that names a file or folder and what to do
@@ -472,7 +472,7 @@ def calvin(folder):
 
 
 def windows(folder, reading=PLAIN):
-    piece = open_piece(read_where(str(folder))[0], 24, reading)
+    piece = open_dataset(parse_data_spec(str(folder))[0], 24, reading)
     return {w.text: read_numbers(piece.samples((0.,), units=[w], stride=1.)[0].video[0, 0]).tolist() for w in piece.units}
 
 
@@ -515,6 +515,6 @@ def test_missing_frames_cost_their_windows(tmp_path, capsys):
     assert windows(folder) == {"open the drawer": [0]} and not sound(folder)
     assert "1 of 60 frames are missing, such as episode_0000040.npz; 1 of 2 windows are left out" in capsys.readouterr().out
     (folder/"training/episode_0000003.npz").write_bytes(b"")
-    with pytest.raises(ValueError, match="episode_0000003.npz is damaged .*; or move the file away, and a run leaves its windows out"): open_piece(read_where(str(folder))[0], 24).data.video["static"][3]
+    with pytest.raises(ValueError, match="episode_0000003.npz is damaged .*; or move the file away, and a run leaves its windows out"): open_dataset(parse_data_spec(str(folder))[0], 24).data.video["static"][3]
     (folder/"training/episode_0000003.npz").unlink()
     with pytest.raises(ValueError, match="has no windows"): windows(folder)

@@ -10,7 +10,7 @@ from conftest import ROOT, RUNS, command
 from test_runs import arguments
 
 from defi_nb.weights.load import find_base_model
-from defi_nb.models.encoders import TWINS
+from defi_nb.models.encoders import TINY_ENCODERS
 from defi_nb.data.record import RecordConfig, record_demonstrations
 
 pytestmark = pytest.mark.slow
@@ -27,13 +27,13 @@ def base_models(ckpts):
     EulerDiscreteScheduler(sigma_min=.002, sigma_max=700., use_karras_sigmas=True, prediction_type="v_prediction", timestep_type="continuous",
                            timestep_spacing="leading").save_pretrained(folder["svd"]/"scheduler")
     small = dict(num_hidden_layers=1, num_attention_heads=8, intermediate_size=64)
-    vocabulary = {name: json.loads((TWINS/name/"config.json").read_text())["vocab_size"] for name in ("clip", "t5")}
+    vocabulary = {name: json.loads((TINY_ENCODERS/name/"config.json").read_text())["vocab_size"] for name in ("clip", "t5")}
     CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=vocabulary["clip"], hidden_size=512, projection_dim=512, **small)).save_pretrained(folder["clip"])
     T5EncoderModel(T5Config(vocab_size=vocabulary["t5"], d_model=768, d_kv=64, d_ff=64, num_layers=1, num_heads=12)).save_pretrained(folder["t5"])
     Dinov2WithRegistersModel(Dinov2WithRegistersConfig(hidden_size=768, num_hidden_layers=1, num_attention_heads=12, mlp_ratio=1, image_size=224, patch_size=14,
                                                        num_register_tokens=4)).save_pretrained(folder["dino"])
     for name in ("clip", "t5"):
-        for path in (TWINS/name).iterdir():
+        for path in (TINY_ENCODERS/name).iterdir():
             if "token" in path.name or path.suffix == ".txt" or path.name in ("vocab.json",): shutil.copy(path, folder[name])
 
 

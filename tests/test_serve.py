@@ -37,7 +37,7 @@ from defi_nb.serve.protocol import Client, pack, unpack
 CODE = "from defi_nb.serve.server import main; raise SystemExit(main())"
 
 
-class Looks:
+class PairMaps:
     "A policy whose actions depend on all it is given, and that takes its time."
     seconds = 0.
 
@@ -68,7 +68,7 @@ def command(*argv, **env):
 
 
 def test_round_trip():
-    with serving(PolicyServer(Looks(), contract())) as url, Client(url) as client:
+    with serving(PolicyServer(PairMaps(), contract())) as url, Client(url) as client:
         assert client.metadata["cameras"] == {"static": "observation/image", "gripper": "observation/wrist_image"} and client.metadata["state"]["size"] == 15
         a, b = client.infer(observation(1)), client.infer(observation(1))
         assert a["actions"].shape == (10, 7) and a["actions"].dtype == np.float32 and np.abs(a["actions"]).max() <= 1
@@ -78,7 +78,7 @@ def test_round_trip():
 def test_stock_client():
     client = pytest.importorskip("openpi_client.websocket_client_policy")
     broker = pytest.importorskip("openpi_client.action_chunk_broker")
-    with serving(PolicyServer(Looks(), contract(), key="secret")) as url:
+    with serving(PolicyServer(PairMaps(), contract(), key="secret")) as url:
         host, port = url.removeprefix("ws://").split(":")
         policy = client.WebsocketClientPolicy(host, int(port), api_key="secret")
         assert policy.get_server_metadata()["horizon"] == 10
@@ -115,7 +115,7 @@ def test_web_pages_are_refused():
 
 
 def test_too_large():
-    with serving(PolicyServer(Looks(), contract(), max_bytes=20_000)) as url, Client(url) as client:
+    with serving(PolicyServer(PairMaps(), contract(), max_bytes=20_000)) as url, Client(url) as client:
         right = client.infer(observation())["actions"]
         with pytest.raises(ConnectionError, match="1009"): client.infer(observation() | {"more": bytes(30_000)})
         np.testing.assert_array_equal(client.infer(observation())["actions"], right)
@@ -139,13 +139,13 @@ def test_wrong_arguments(argv, said, capsys):
 def test_clients_share_batches_and_get_what_they_get_alone():
     def ask(url, k):
         with Client(url) as client: return [client.infer(observation(k) | {"reset": i == 2})["actions"] for i in range(4)]
-    slow = Looks()
+    slow = PairMaps()
     slow.seconds = .01
     together = PolicyServer(slow, contract(), window=.1)
     with serving(together) as url, ThreadPoolExecutor(6) as pool: found = list(pool.map(lambda k: ask(url, k), range(6)))
     assert max(together.batches) > 1 and sum(n*k for n, k in together.batches.items()) == 24
     for k in range(6):
-        alone = PolicyServer(Looks(), contract(), batch=1)
+        alone = PolicyServer(PairMaps(), contract(), batch=1)
         with serving(alone) as url: np.testing.assert_allclose(found[k], ask(url, k), atol=1e-5)
         assert set(alone.batches) == {1}
 
@@ -155,8 +155,8 @@ def test_a_chain_over_the_wire_is_the_chain_at_home():
     from defi_nb.eval.rollout import Chain, EvalConfig, play_policy, playtable_env
     config, sequence = EvalConfig.tiny(steps=12, static_size=40), get_sequences(2)[1] # pictures that are resized
     env = playtable_env(config)
-    home = play_policy(Looks(), [env], [(1, sequence)], config)[0].actions
-    with serving(PolicyServer(Looks(), contract())) as url, Client(url) as client:
+    home = play_policy(PairMaps(), [env], [(1, sequence)], config)[0].actions
+    with serving(PolicyServer(PairMaps(), contract())) as url, Client(url) as client:
         chain = Chain(1, sequence, env)
         while not chain.done:
             obs = {"observation/image": chain.obs["rgb_obs"]["rgb_static"], "observation/wrist_image": chain.obs["rgb_obs"]["rgb_gripper"], "observation/state": chain.obs["robot_obs"],
@@ -200,7 +200,7 @@ def test_server_that_is_killed():
 
 
 def test_sigterm_answers_what_is_computed_and_ends():
-    slow = Looks()
+    slow = PairMaps()
     slow.seconds = 1.
     server, found = PolicyServer(slow, contract()), []
     with serving(server) as url:
@@ -262,7 +262,7 @@ def test_a_flood_of_pings():
 def test_answers_that_are_not_read(patience):
     "Dropped after a while; a server that is stopped before that ends within 10 s."
     said, large = [], contract(horizon=200_000) # answers of 5.6 MB, more than the system holds
-    server = PolicyServer(Looks(), large, patience=patience, log=said.append)
+    server = PolicyServer(PairMaps(), large, patience=patience, log=said.append)
     with serving(server) as url:
         held = stuck(url, frame(2, pack(observation())), 3)
         end = time.monotonic() + (20 if patience < 1 else 3)

@@ -23,15 +23,15 @@ from defi_nb.data.episodes import fake_frames
 from defi_nb.models.gfdm import GFDM, GFDMConfig, fit_encoders
 from defi_nb.models.gidm import GIDM, GIDMConfig
 from defi_nb.weights.load import load_to_act, model_info
-from defi_nb.data.csv_folder import write_own
+from defi_nb.data.csv_folder import write_csv_folder
 from defi_nb.models.policy import CoupledPolicy, PlainConfig, PlainPolicy, PolicyConfig
 from defi_nb.data.cache import encode_samples, keep_texts
 from defi_nb.data.robot_dataset import RobotSamples
 from defi_nb.run.datasets import policy_data, reading_of, video_data
 from defi_nb.data.cache import shard_rows
 from defi_nb.data.episodes import Reading
-from defi_nb.data.load import Asked, open_piece, read_where
-from defi_nb.train.fit import ShareLog
+from defi_nb.data.load import DatasetRef, open_dataset, parse_data_spec
+from defi_nb.train.fit import MixtureLog
 from defi_nb.core.spec import CONTROL_HZ, DataSpec
 from defi_nb.train.config import TrainConfig
 from defi_nb.train.fit import fit
@@ -60,7 +60,7 @@ def made(tmp_path_factory):
     something(root/"ssv2")
     ego4d(root/"ego4d")
     def episode(i): return dict(name=f"ep{i}", text="wave slowly", video=dict(front=fake_video(25, start=30*i)), action=np.cumsum(np.random.default_rng(i).normal(size=(25, 3)), 0))
-    write_own(root/"lab", map(episode, range(4)), ("shoulder", "elbow", "wrist"), 10)
+    write_csv_folder(root/"lab", map(episode, range(4)), ("shoulder", "elbow", "wrist"), 10)
     calvin(root/"task_D_D")
     return root
 
@@ -182,7 +182,7 @@ def test_a_mixture_is_resumable_and_its_shares_are_logged(made, encoders, monkey
             self.w = torch.nn.Parameter(torch.zeros(()))
         def loss(self, batch): return (self.w - batch.latent.mean()).square(), {}
     def rows(out, steps, hook=()): return fit(Toy(), train, replace(cfg, steps=steps, schedule="constant", log_every=5), out=tmp_path/out, on_log=hook)
-    log = ShareLog(train, cfg)
+    log = MixtureLog(train, cfg)
     whole = rows("whole", 40, log)
     assert abs(whole[-1]["share_videos"] - .25) < .02 and abs(log.shares()["toy_robot"] - .75) < .02
     class Stop(Exception): pass
@@ -197,10 +197,10 @@ def test_named_mixtures_say_what_is_missing(made, capsys):
     (made/"mix").mkdir()
     (made/"mix/ssv2").symlink_to(made/"ssv2")
     (made/"mix/bridge").symlink_to(made/"videos")
-    pieces = [open_piece(a, 64) for a in read_where(f"release_gfdm:{made}/mix")]
+    pieces = [open_dataset(a, 64) for a in parse_data_spec(f"release_gfdm:{made}/mix")]
     assert [(p.name, p.weight) for p in pieces] == [("ssv2", .4), ("bridge", .2)]
     assert "missing are fractal, calvin_abc" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="holds none of"): read_where(f"table_12:{made}/videos")
+    with pytest.raises(ValueError, match="holds none of"): parse_data_spec(f"table_12:{made}/videos")
 
 
 def test_what_does_not_fit_is_named(made, encoders, monkeypatch):
@@ -291,7 +291,7 @@ def test_a_stale_key_is_never_read(tmp_path, capsys):
     calls = []
     def encode(x): calls.append(len(x)); return x.float().mean((-1, -2))
     def codes(identity="one", size=32):
-        piece = open_piece(Asked(tmp_path/"v", name="v"), size)
+        piece = open_dataset(DatasetRef(tmp_path/"v", name="v"), size)
         return encode_samples([piece.samples(size=size)], encode, "latent", [tmp_path/"codes"], identity)[0]
     first = codes()
     calls.clear()

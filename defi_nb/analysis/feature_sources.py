@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATE', 'SOURCES', 'robot_state', 'ProbeData', 'scene_windows', 'probe_data', 'FeatureSource', 'pool', 'gather',
-           'source_tokens', 'once', 'raw_pixels', 'encoder_source', 'tower_source', 'policy_encoder', 'at_step',
-           'gfdm_tokens', 'gfdm_source', 'policy_features', 'projected_source', 'gidm_source', 'imagined_source',
+           'source_tokens', 'once', 'raw_pixels', 'encoder_source', 'vision_source', 'policy_encoder', 'at_step',
+           'gfdm_tokens', 'gfdm_source', 'policy_features', 'projected_source', 'gidm_source', 'predicted_pair_source',
            'model_sources']
 
 # %% ../../nbs/08_analysis/07_feature_sources.ipynb #1332cc6b
@@ -282,7 +282,7 @@ def encoder_source(
     "Features of the static camera's images by an encoder."
     return FeatureSource(name, lambda video, text: encode(video[:, 0]))
 
-def tower_source(
+def vision_source(
     name:str, # in tables
     vision, # `models.direct_policy.VisionTokens` of any model
     prepare, # function of images (B,3,H,W) uint8 to the encoder's inputs, a dict
@@ -382,7 +382,7 @@ def gidm_source(
     return FeatureSource(name, read, gap)
 
 # %% ../../nbs/08_analysis/07_feature_sources.ipynb #d35b2973
-def imagined_source(
+def predicted_pair_source(
     policy:CoupledPolicy, # in evaluation mode
     part:str="emb", # "emb": before quantisation, "z": after it
     name:str="GIDM in the policy",
@@ -423,7 +423,7 @@ def model_sources(
         projection=[projected_source(policy, j, f"projection, frame {j}{note}", inside)
                     for j in (0, last) if policy.gidm is not None],
         gidm=[gidm_source(gidm, encoders.dino, gap, p, f"GIDM, {n}") for p, n in named if gidm],
-        imagined=[imagined_source(policy, p, f"GIDM in the policy, {n}", inside)
+        imagined=[predicted_pair_source(policy, p, f"GIDM in the policy, {n}", inside)
                   for p, n in named if policy.gidm is not None],
         encoder=[policy_encoder(direct, f"direct policy's encoder{note}")] if direct else [])
     return [source for kind in wanted for source in made[kind]]

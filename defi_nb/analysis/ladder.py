@@ -22,7 +22,7 @@ from .probes import r2
 from ..core.plot import OKABE_ITO, log_scale, new_axes
 from ..core.stats import Interval, markdown_table, measured, seed_interval
 from ..core.utils import progress_bar
-from ..models.policy import goal_embedding, hand_state
+from ..models.policy import goal_embedding, ee_state
 
 # %% ../../nbs/08_analysis/01_ladder.ipynb #c026cc7e
 # names that other interfaces are compared with
@@ -474,7 +474,7 @@ def blind_interface(
 )->Interface:
     "Inputs without images: the instruction, and the robot's own state."
     goal = lambda b: goal_embedding(b.text, encoders)[:, 0]
-    state = lambda b: hand_state(b.proprio.float()) if calvin else b.proprio.float()
+    state = lambda b: ee_state(b.proprio.float()) if calvin else b.proprio.float()
     return Interface(BLIND, vectors=(state, goal) if proprio else (goal,),
                      step="proprio, text" if proprio else "text", side=False)
 

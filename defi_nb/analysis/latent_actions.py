@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['codebook_report', 'duplicate_codes', 'decoder_use', 'code_action_information', 'action_bins', 'auroc',
            'reversal_antisymmetry', 'reversal_purity', 'idle_norm', 'code_agreement', 'Pairs', 'window_pairs',
-           'Inferred', 'inner_gidm', 'as_read', 'infer', 'decode', 'foreseen_frames', 'policy_pairs', 'replay',
+           'Inferred', 'inner_gidm', 'as_read', 'infer', 'decode', 'predicted_frames', 'policy_pairs', 'replay',
            'replayed_pairs', 'Transfer', 'transfer', 'nearest_frames', 'reconstruction_errors', 'pair_gap',
            'played_again']
 
@@ -302,7 +302,7 @@ def decode(
 
 # %% ../../nbs/08_analysis/03_latent_actions.ipynb #d918237c
 @torch.no_grad()
-def foreseen_frames(
+def predicted_frames(
     policy:CoupledPolicy, # in evaluation mode
     batch:Batch, # with what its forward model reads, or with `video`; frame 0 is the present
 )->Tensor: # (N,2,P,D) the forward model's features
@@ -325,7 +325,7 @@ def policy_pairs(
     for i in range(0, len(pairs), batch):
         present = np.asarray(codes[pairs.rows[i:i + batch, 0]], np.float32)
         inputs = {field: torch.from_numpy(present)[:, :, None]}
-        features.append(foreseen_frames(policy,
+        features.append(predicted_frames(policy,
                                         Batch(text=pairs.text[i:i + batch], **inputs)).cpu())
     return replace(pairs, features=torch.cat(features))
 

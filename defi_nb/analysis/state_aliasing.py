@@ -21,7 +21,7 @@ from ..models.direct_policy import DirectPolicy
 from ..weights.load import load_model
 
 # %% ../../nbs/08_analysis/09_state_aliasing.ipynb #7ad8ed30
-ARMS = { # name -> options of `train.auxiliary.inverse_beside` but its weight; None: no such loss
+ARMS = { # name -> options of `train.auxiliary.inverse_auxiliary` but its weight; None: no such loss
     "BC": None, "AUX": dict(p_reverse=0.), "PTR": dict(p_reverse=.5),
     "shuffled future": dict(p_reverse=0., control="shuffled_future"),
     "wrong sign": dict(p_reverse=.5, control="order_only")}

@@ -17,7 +17,7 @@ from functools import partial
 from fastcore.basics import patch
 
 from ..core.utils import portable_error, sendable, start_python
-from ..sim.render import Pictures
+from ..sim.render import RenderedImages
 
 # %% ../../nbs/12_benchmarks/01_subprocess_env.ipynb #25bed1fd
 _SHELF = 8 # observations of which images can still be read
@@ -149,7 +149,7 @@ def _unpacked(self:EnvProcess, value):
     if isinstance(value, tuple): return tuple(map(self._unpacked, value))
     if not isinstance(value, dict) or "packed" not in value: return value
     fetch = lambda kind: partial(self._ask, "image", value["packed"], kind)
-    return {k: Pictures(v, fetch(k)) if isinstance(v, tuple) else v
+    return {k: RenderedImages(v, fetch(k)) if isinstance(v, tuple) else v
             for k, v in value["obs"].items()}
 
 @patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['progress_bar', 'Tee', 'atomic', 'write_whole', 'os_remedy', 'one_line', 'locked', 'read_own_json', 'read_jsonl',
            'write_jsonl', 'append_jsonl', 'json_digest', 'format_bytes', 'duration', 'folder_bytes', 'project_root',
-           'needed', 'ask_hub', 'sendable', 'portable_error', 'start_python', 'process_note', 'noted_process',
+           'needed', 'call_hub', 'sendable', 'portable_error', 'start_python', 'process_note', 'noted_process',
            'code_digest', 'machine_note', 'JobError', 'received', 'play_jobs', 'cpu_hours']
 
 # %% ../../nbs/00_core/02_utils.ipynb #3ce46b49
@@ -303,7 +303,7 @@ def needed(
         raise ImportError(f"{module} is needed here ({error}): {remedy}") from None
 
 # %% ../../nbs/00_core/02_utils.ipynb #236acff6
-def ask_hub(
+def call_hub(
     repo:str, # that is asked about, such as "org/name"
     folder, # where its files would go; None: they are pushed
     call, # of the hub's client

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VECTORS', 'KNOWN_SCENES', 'FILL', 'PLAY', 'read_segments', 'scene_spans', 'read_scenes', 'annotation_rows',
            'find_annotations', 'covered_rows', 'read_index', 'check_kinds', 'check_frame', 'frame_cameras',
-           'picture_shapes', 'FrameFiles', 'FramePack', 'LazyPictures', 'LazyVectors', 'scene_columns', 'order_blocks',
+           'image_shapes', 'FrameFiles', 'FramePack', 'LazyImages', 'LazyVectors', 'scene_columns', 'order_blocks',
            'open_calvin', 'named_scenes', 'open_recording', 'read_vectors']
 
 # %% ../../nbs/02_data/03_calvin.ipynb #9622d117
@@ -238,7 +238,7 @@ def frame_cameras(
         names = read_npz(path, ("rel_actions",)) # raises the error that says what is wrong
     return tuple(v for v in VIEWS if f"rgb_{v}.npy" in names)
 
-def picture_shapes(
+def image_shapes(
     path:Path, # of a frame's file
     views:tuple, # cameras
 )->dict: # name in the file -> (H,W,3)
@@ -423,7 +423,7 @@ def read(self:FramePack,
     return out[:, :-1]
 
 # %% ../../nbs/02_data/03_calvin.ipynb #96203151
-class LazyPictures:
+class LazyImages:
     "The images of one camera, read when they are indexed, from the frames' files or a pack."
     ndim, dtype = 4, np.dtype(np.uint8)
 
@@ -594,14 +594,14 @@ def _lazy_arrays(files, views, size, cache, keep_gb):
     path = lambda name: cache and Path(cache)/f"{name}-{files.place}.bin" or None
     pack = _vector_pack(files, path("vectors"))
     paths = {v: path(f"{v}-{size or 'full'}") if few else None for v in views}
-    video = {v: LazyPictures(files, f"rgb_{v}", size, paths[v]) for v in views}
+    video = {v: LazyImages(files, f"rgb_{v}", size, paths[v]) for v in views}
     return video, [LazyVectors(pack, k) for k in _PARTS]
 
 def _lazy_frames(root, ids, stamps, segments, windows, views, size, cache, keep_gb, n_workers):
     "`Frames` of some frame numbers; the first window's first frame decides the images' shapes."
     first = root/f"episode_{ids[windows[0].start if windows else 0]:07d}.npz"
     views = frame_cameras(first) if views is None else tuple(views)
-    files = FrameFiles(root, ids, picture_shapes(first, views), stamps, n_workers)
+    files = FrameFiles(root, ids, image_shapes(first, views), stamps, n_workers)
     video, vectors = _lazy_arrays(files, views, size, cache, keep_gb)
     return check_frames(Frames(video, *vectors, segments, windows), str(root))
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLAIN', 'DataSource', 'rows_of', 'Reading', 'choose_cameras', 'role_keys', 'is_depth', 'pick_episodes', 'Window',
            'Frames', 'fake_frames', 'check_frames', 'Rows', 'concat_frames', 'take_fraction', 'split_windows',
-           'show_tasks', 'FrameTable', 'ImageTable', 'Samples', 'CodedSamples', 'WindowDataset', 'frames_identity',
+           'show_tasks', 'FrameTable', 'ImageTable', 'Samples', 'EncodedSamples', 'WindowDataset', 'frames_identity',
            'evenly_spaced']
 
 # %% ../../nbs/02_data/00_episodes.ipynb #cea97d89
@@ -463,9 +463,9 @@ class Samples:
 
     def tables(self, datasets): return [ImageTable(datasets)] # the images that datasets show
 
-    def coded(self, field, codes, table): return CodedSamples(self, field, codes, table)
+    def coded(self, field, codes, table): return EncodedSamples(self, field, codes, table)
 
-class CodedSamples(Samples):
+class EncodedSamples(Samples):
     "Samples with encodings instead of images."
     def __init__(self,
         samples, # with `places`, and `blind`: the same ones without images

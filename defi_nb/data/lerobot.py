@@ -19,7 +19,7 @@ from ..core.utils import needed, progress_bar, write_whole
 from ..core.video import OpenVideo, index_files, write_video
 from .episodes import PLAIN, choose_cameras, is_depth, pick_episodes, role_keys
 from .robot_dataset import (
-    ActionScale, Recent, RobotSource, WindowEpisodes, decode_picture)
+    ActionScale, Recent, RobotSource, WindowEpisodes, decode_image)
 
 def _arrow(): # pyarrow with its Parquet files
     needed("pyarrow.parquet", "lerobot")
@@ -443,7 +443,7 @@ def _stored(self:LeRobotFolder, value, name):
         if not full.exists():
             raise FileNotFoundError(f"{name} is in {full}, which is missing: restore a whole copy")
         data = full.read_bytes()
-    if isinstance(data, bytes): return decode_picture(data, name)
+    if isinstance(data, bytes): return decode_image(data, name)
     raise ValueError(f"{name} is a {type(data).__name__}, not the bytes of an image: choose "
                      "another key")
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'SPLITS', 'NAMED', 'calvin_splits', 'run_split', 'rlds_version', 'release_splits', 'something_splits',
-           'ego4d_parts', 'list_clips', 'detect_format', 'hub_dataset', 'Asked', 'split_where', 'read_where',
-           'where_name', 'Piece', 'open_piece', 'load_dataset', 'split_units', 'join_recordings', 'mix', 'main']
+           'ego4d_parts', 'list_clips', 'detect_format', 'hub_dataset', 'DatasetRef', 'split_data_spec',
+           'parse_data_spec', 'data_spec_name', 'OpenDataset', 'open_dataset', 'load_dataset', 'split_units',
+           'join_recordings', 'mix', 'main']
 
 # %% ../../nbs/02_data/10_load.ipynb #fd862106
 import math
@@ -22,15 +23,15 @@ from fastcore.basics import GetAttr
 
 from ..core.files import VIDEO_SUFFIXES, walk_files
 from ..core.spec import CONTROL_HZ
-from ..core.utils import ask_hub
+from ..core.utils import call_hub
 from .calvin import open_recording, read_vectors
 from .clips import (
     find_captions, open_clips, read_annotations, read_ego4d, read_folder, read_something)
-from .csv_folder import open_own
+from .csv_folder import open_csv_folder
 from .episodes import PLAIN, DataSource, Reading, concat_frames
 from .lerobot import open_lerobot, write_lerobot
 from .mixtures import (
-    GIDM_WEIGHTS, MIXTURES, TABLE_12, Mixture, shares_by_size, shares_of)
+    GIDM_WEIGHTS, MIXTURES, TABLE_12, Mixture, weights_by_size, normalise_weights)
 from .rlds import open_rlds
 
 # %% ../../nbs/02_data/10_load.ipynb #2d8d2ba5
@@ -197,14 +198,14 @@ def hub_dataset(
     folder = Path(root)/"data/hub"/repo
     if (done := folder/".complete").exists(): return folder
     from huggingface_hub import HfApi
-    ask_hub(f"datasets/{repo}", folder, HfApi().snapshot_download, repo, repo_type="dataset",
+    call_hub(f"datasets/{repo}", folder, HfApi().snapshot_download, repo, repo_type="dataset",
             local_dir=folder)
     done.touch()
     return folder
 
 # %% ../../nbs/02_data/10_load.ipynb #cf668a3f
 @dataclass(frozen=True)
-class Asked:
+class DatasetRef:
     "One dataset that the data parameter names."
     folder:Path # where it is
     format:str = "" # a key of `data.load.NEEDS`; "": to be detected
@@ -227,11 +228,11 @@ def _folder_of(name, root):
 def _find_named(
     mixture:str, # a key of `NAMED`
     root, # folder that holds the datasets, each under its name
-)->list: # of `Asked`
+)->list: # of `DatasetRef`
     "The datasets of a mixture that exist; the missing ones are printed."
     weights, root = NAMED[mixture], Path(root)
     folders = {name: _folder_of(name, root) for name in weights}
-    there = [Asked(f, weight=weights[name], name=name) for name, f in folders.items() if f]
+    there = [DatasetRef(f, weight=weights[name], name=name) for name, f in folders.items() if f]
     if not there:
         raise ValueError(f"{root} holds none of {mixture}'s datasets {', '.join(weights)}: put "
                          "them there under these names, or name the folder that has them, "
@@ -256,8 +257,8 @@ def _is_dataset(text, root):
     _, folder, weight = _parse_dataset(text, root)
     return (Path(root)/folder).is_dir() and "," not in (weight or "")
 
-def split_where(
-    where:str, # as for `read_where`
+def split_data_spec(
+    where:str, # as for `parse_data_spec`
     root=".", # folder that paths are relative to
 )->list: # of the text of each dataset
     "Split at the commas that are not in the name of an existing folder."
@@ -276,19 +277,19 @@ def _parse_weight(part, text):
     if 0 < weight < math.inf: return weight
     raise ValueError(f"{part!r} has the weight {text!r}: give a number above 0, as in folder*0.3")
 
-def read_where(
+def parse_data_spec(
     where:str, # [format:]folder[*weight] or hf://org/name, several with commas; or a mixture's name
     root=".", # folder that paths are relative to; a mixture without a folder is in data/ there
-)->list: # of `Asked`
+)->list: # of `DatasetRef`
     "Parse the data parameter of a run."
     asked = []
-    for part in split_where(where, root):
+    for part in split_data_spec(where, root):
         head, _, rest = part.partition(":")
         if head in NAMED: asked += _find_named(head, Path(root)/(rest or "data")); continue
         kind, text, weight = _parse_dataset(part, root)
         if weight is not None: weight = _parse_weight(part, weight)
         folder = hub_dataset(text, root) if text.startswith("hf://") else Path(root)/text
-        asked.append(Asked(folder, kind, weight, folder.resolve().name))
+        asked.append(DatasetRef(folder, kind, weight, folder.resolve().name))
     if not asked:
         raise ValueError(f"{where!r} names no data: give a folder, several separated by commas, "
                          f"or one of {', '.join(NAMED)}")
@@ -297,18 +298,18 @@ def read_where(
     return asked
 
 # %% ../../nbs/02_data/10_load.ipynb #d50d6cb2
-def where_name(
-    where:str, # as for `read_where`
+def data_spec_name(
+    where:str, # as for `parse_data_spec`
     root=".", # folder that paths are relative to
 )->str:
     "A short name of the data parameter, for files and folders."
     head = where.partition(":")[0].strip()
-    names = [Path(_parse_dataset(p, root)[1]).name for p in split_where(where, root)]
+    names = [Path(_parse_dataset(p, root)[1]).name for p in split_data_spec(where, root)]
     return head if head in NAMED else "+".join(names)
 
 # %% ../../nbs/02_data/10_load.ipynb #63861f1c
 @dataclass
-class Piece(GetAttr):
+class OpenDataset(GetAttr):
     "An open dataset; `units`, `texts`, `views`, `samples` and `hz` are its source's."
     _default, _xtra = "data", ("units", "texts", "views", "samples", "hz")
     name:str # for messages and files
@@ -341,42 +342,42 @@ def _open_data(kind, folder, name, size, reading, cache, latent):
         root = splits[run_split(splits)]
         recording = open_recording(root.parent, root.name, size, reading.tasks, cache, reading)
         return read_vectors(recording)
-    if kind == "own": return open_own(folder, reading, cache)
+    if kind == "own": return open_csv_folder(folder, reading, cache)
     if kind == "lerobot": return open_lerobot(folder, reading, cache)
     if kind == "rlds": return open_rlds(rlds_version(folder), name, reading, cache)
     whole = any(n in str(folder).lower() for n in _WHOLE)
     return open_clips(name, list_clips(kind, folder, reading.hz), reading, cache, latent, whole)
 
-def open_piece(
-    asked:Asked, # which dataset
+def open_dataset(
+    asked:DatasetRef, # which dataset
     size:int, # height and width of the images, pixels
     reading:Reading=PLAIN, # what the data do not say
     cache=None, # folder for indices; None: nothing is kept
     latent:bool=False, # whether to take stored latents, where there are some
-)->Piece:
+)->OpenDataset:
     "Open a dataset of any format."
     kind = asked.format or detect_format(asked.folder)
     index = cache and Path(cache)/f"{asked.name}-index"
     data = _open_data(kind, asked.folder, asked.name, size, reading, index, latent)
     gap = float(np.mean(TABLE_12[asked.name].gap_seconds)) if asked.name in TABLE_12 else 1.
-    return Piece(asked.name, kind, data, asked.weight, gap, folder=str(asked.folder))
+    return OpenDataset(asked.name, kind, data, asked.weight, gap, folder=str(asked.folder))
 
 # %% ../../nbs/02_data/10_load.ipynb #5b0e7c12
 def load_dataset(
     where:str, # folder of a dataset, or format:folder, as in lerobot:/data/mine
     size:int|None, # height and width of CALVIN's images, pixels; None: as recorded
     reading:Reading=PLAIN, # what the data do not say
-)->Piece: # with `units`, `texts`, `views` and `samples`, which takes the size of other images
+)->OpenDataset: # with `units`, `texts`, `views` and `samples`, which takes the size of other images
     "Open one dataset of any format."
-    asked = read_where(where)
+    asked = parse_data_spec(where)
     if len(asked) > 1:
         raise ValueError(f"{where!r} names {len(asked)} datasets: open them one by one, or mix "
                          "them (`mix`)")
-    return open_piece(asked[0], size, reading)
+    return open_dataset(asked[0], size, reading)
 
 # %% ../../nbs/02_data/10_load.ipynb #a1f24a0e
 def split_units(
-    piece:Piece, # whose windows, clips or episodes
+    piece:OpenDataset, # whose windows, clips or episodes
     val_frac:float=.05, # fraction to hold out, at least one
     seed:int=0, # of the choice
 )->tuple: # (units to train on, units held out)
@@ -387,18 +388,18 @@ def split_units(
     return piece.units, piece.units
 
 def join_recordings(
-    pieces:list, # of `Piece`
-)->list: # one `Piece` if all are recordings without weights, else the same
+    pieces:list, # of `OpenDataset`
+)->list: # one `OpenDataset` if all are recordings without weights, else the same
     "Join recordings in CALVIN's format into one dataset."
     if len(pieces) < 2 or any(p.format != "calvin" or p.weight for p in pieces): return pieces
     names, folders = zip(*((p.name, p.folder) for p in pieces))
     frames = concat_frames([p.data for p in pieces])
-    return [Piece("+".join(names), "calvin", frames, names=names, folder=", ".join(folders))]
+    return [OpenDataset("+".join(names), "calvin", frames, names=names, folder=", ".join(folders))]
 
 # %% ../../nbs/02_data/10_load.ipynb #e9532edb
 def mix(
     datasets:dict, # name -> dataset
-    pieces:list, # of `Piece`, in the same order
+    pieces:list, # of `OpenDataset`, in the same order
     where:str, # the data parameter
     draws:int, # of a run: its steps times its batch size
     seed:int=0, # of the orders
@@ -408,9 +409,9 @@ def mix(
     if len(datasets) == 1: return next(iter(datasets.values()))
     sizes = {n: len(ds) for n, ds in datasets.items()}
     weights = {p.name: p.weight or 0. for p in pieces}
-    if pieces[0].weight is None: weights = shares_of(sizes)
-    elif where.strip().startswith("table_12"): weights = shares_by_size(weights, sizes)
-    else: weights = shares_of(weights)
+    if pieces[0].weight is None: weights = normalise_weights(sizes)
+    elif where.strip().startswith("table_12"): weights = weights_by_size(weights, sizes)
+    else: weights = normalise_weights(weights)
     parts = [f"{n} {w:.1%} ({sizes[n]} samples)" for n, w in weights.items()]
     print("shares: " + ", ".join(parts))
     return Mixture(datasets, weights, draws, seed, keep)

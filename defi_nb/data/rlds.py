@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_records', 'scan_records', 'read_record', 'decode_example', 'encode_example', 'RLDSKeys', 'read_features',
            'find_shards', 'index_shard', 'index_split', 'step_features', 'image_keys', 'text_keys', 'action_keys',
-           'known_set', 'RLDSFolder', 'open_rlds']
+           'table_12_entry', 'RLDSFolder', 'open_rlds']
 
 # %% ../../nbs/02_data/07_rlds.ipynb #3cb25ac9
 import hashlib
@@ -25,7 +25,7 @@ from ..core.utils import atomic, locked, progress_bar
 from .episodes import (
     PLAIN, Reading, choose_cameras, is_depth, pick_episodes, role_keys)
 from .mixtures import TABLE_12
-from .robot_dataset import Recent, RobotSource, decode_picture
+from .robot_dataset import Recent, RobotSource, decode_image
 
 # %% ../../nbs/02_data/07_rlds.ipynb #4a54b3df
 def _masked(data):
@@ -393,7 +393,7 @@ def action_keys(
     return [k for k in keys if len(groups) == 1 and k.split("/")[0] == groups[0]]
 
 # %% ../../nbs/02_data/07_rlds.ipynb #9d538d9b
-def known_set(
+def table_12_entry(
     name:str, # of a dataset, in Table 12 or in TensorFlow Datasets
 ): # its row of Table 12; None for another dataset
     "The dataset of Table 12 that has a name."
@@ -413,7 +413,7 @@ def _rlds_keys(
     reading:Reading=PLAIN, # cameras, hz, columns, relative
 )->RLDSKeys:
     "The keys of a dataset's images, instruction and action."
-    steps, known = step_features(read_features(folder)), known_set(name)
+    steps, known = step_features(read_features(folder)), table_12_entry(name)
     texts, numbers = text_keys(steps, known), action_keys(steps)
     cameras = _cameras(image_keys(steps), known, reading)
     hz = reading.hz or (known.hz if known else 0)
@@ -602,7 +602,7 @@ def pictures(self:RLDSFolder,
     if kind == "tensor":
         images = value.reshape(-1, *shape)
         return [np.ascontiguousarray(images[int(row)].astype(np.uint8)) for row in rows]
-    return [decode_picture(value[int(row)], f"{name} of step {row}") for row in rows]
+    return [decode_image(value[int(row)], f"{name} of step {row}") for row in rows]
 
 # %% ../../nbs/02_data/07_rlds.ipynb #1d1a193d
 def open_rlds(
@@ -615,7 +615,7 @@ def open_rlds(
     "An RLDS dataset as a run reads it; Table 12 may have its name, its folder's, or TFDS' own."
     own = str(_read_json(version/"dataset_info.json").get("name"))
     names = name, version.resolve().parent.name, version.name, own
-    keys = _rlds_keys(version, next(filter(known_set, names), name), reading)
+    keys = _rlds_keys(version, next(filter(table_12_entry, names), name), reading)
     skipped = Skipped() if on_problem is None else on_problem
     source = RLDSFolder(version, keys, cache=cache, episodes=reading.episodes, on_problem=skipped)
     if on_problem is None and skipped:

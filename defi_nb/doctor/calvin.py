@@ -23,8 +23,8 @@ from ..data.calvin import (
     read_segments, scene_spans)
 from ..data.load import calvin_splits, run_split
 from .checks import (
-    check_actions, check_disk, check_pictures, check_text, check_vector, judge_actions,
-    judge_pictures, judge_speed, judge_texts, timed)
+    check_actions, check_disk, check_blank_images, check_text, check_vector, assess_actions,
+    assess_images, assess_speed, assess_texts, timed)
 from .report import Exam
 from ..sim.calvin_tasks import check_tasks
 
@@ -223,7 +223,7 @@ def check_windows(
     _check_windows(exam, name, path, rows, ids)
     for (task, text), n in Counter((task, text) for *_, task, text in rows).items():
         check_text(exam, name, text, f"{path}, a window of {task}", n)
-    exam.later.append(partial(judge_texts, exam, name))
+    exam.later.append(partial(assess_texts, exam, name))
     exam.lengths += [(b - a + 1)/CONTROL_HZ for a, b, *_ in rows]
 
 # %% ../../nbs/03_doctor/02_calvin.ipynb #3c99b07d
@@ -327,7 +327,7 @@ def _check_run(
     _tally_door(exam, name, x, numbers, spans, place)
     for key in x:
         if key.startswith("rgb_"):
-            check_pictures(exam, f"{name}, {key}", x[key], place(0), moving=False)
+            check_blank_images(exam, f"{name}, {key}", x[key], place(0), moving=False)
 
 # %% ../../nbs/03_doctor/02_calvin.ipynb #8842257c
 def _check_read(exam, name, read, spans): # `read` is from `check_run`
@@ -377,25 +377,25 @@ def _check_frames_of(
     for key, firsts in images.items():
         if len(firsts) > 2:
             places = f"{len(firsts)} places of {name}"
-            check_pictures(exam, f"{name}, {key}", np.stack(firsts), places)
+            check_blank_images(exam, f"{name}, {key}", np.stack(firsts), places)
     return kinds
 
 # %% ../../nbs/03_doctor/02_calvin.ipynb #3df208b9
 def _judge_split(exam, name, kinds):
     "Conclude about all frames of a split."
-    judge_actions(exam, name, normalised=True)
+    assess_actions(exam, name, normalised=True)
     wrong, moved, where, _ = exam.tallies.pop(f"{name}: gripper", (0, 0, "", ""))
     if moved > .05 and wrong > .7*moved:
         exam.find("warning", f"{name}: the gripper opens when told to close", where,
                   f"in {wrong/moved:.0%} of its movement", "1 opens and -1 closes",
                   "change the sign of the last number of rel_actions")
-    exam.judge(f"{name}: gripper actions between open and closed",
+    exam.assess(f"{name}: gripper actions between open and closed",
                "round them to -1 and 1: CALVIN's environment takes no others", "-1 or 1")
-    exam.judge(f"{name}: the hand jumps", "two recordings without a border: correct "
+    exam.assess(f"{name}: the hand jumps", "two recordings without a border: correct "
                "ep_start_end_ids.npy", "at most 0.1 m in a thirtieth of a second")
-    exam.judge(f"{name}: the door slides farther than in its scene", "scene_info.npy names the "
+    exam.assess(f"{name}: the door slides farther than in its scene", "scene_info.npy names the "
                "wrong scene: write it again, or restore a whole copy", f"{_SLIDE} m")
-    for key in (k for k in kinds if k.startswith("rgb_")): judge_pictures(exam, f"{name}, {key}")
+    for key in (k for k in kinds if k.startswith("rgb_")): assess_images(exam, f"{name}, {key}")
 
 def _middle_vectors(root, segment):
     "The state in the middle of a recording, with its length."
@@ -450,5 +450,5 @@ def check_calvin(
         images, views, files = images + frames*cameras, max(views, cameras), files + frames
     root = splits[run_split(splits)]
     read = partial(open_recording, root.parent, root.name, reading=exam.reading)
-    exam.later += [partial(judge_speed, exam, views), partial(exam.last_word, folder, read)]
+    exam.later += [partial(assess_speed, exam, views), partial(exam.last_word, folder, read)]
     check_disk(exam, folder, images, files)

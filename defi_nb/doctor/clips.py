@@ -24,8 +24,8 @@ from defi_nb.data.clips import (
 from ..data.episodes import pick_episodes
 from ..data.load import ego4d_parts, list_clips, release_splits, something_splits
 from .checks import (
-    check_actions, check_copies, check_disk, check_pictures, check_text, check_video,
-    judge_actions, judge_pictures, judge_speed, judge_texts, judge_videos, timed)
+    check_actions, check_copies, check_disk, check_blank_images, check_text, check_video,
+    assess_actions, assess_images, assess_speed, assess_texts, assess_videos, timed)
 from .report import Exam
 
 # %% ../../nbs/03_doctor/03_clips.ipynb #4305a291
@@ -104,16 +104,16 @@ def _check_reads(exam, name, reads): # -> latents, as `_judge_latents` takes the
         place = clip.videos.get(view, clip.id)
         if frames is not None:
             check_video(exam, name, place, clip.info[view])
-            check_pictures(exam, name, frames, place)
+            check_blank_images(exam, name, frames, place)
         if latent is not None: latents.append((*latent, clip.latents[view]))
     return latents
 
 def _judge_later(exam, name, longest): # in the end
-    for judge in (judge_videos, judge_pictures, judge_texts):
-        exam.later.append(partial(judge, exam, name))
+    for assess in (assess_videos, assess_images, assess_texts):
+        exam.later.append(partial(assess, exam, name))
     remedy = ("nothing here; the release leaves them out, and sampling=WholeClip(longest=...) "
               "takes them")
-    exam.later.append(partial(exam.judge, f"{name}: longer than {longest} frames", remedy,
+    exam.later.append(partial(exam.assess, f"{name}: longer than {longest} frames", remedy,
                               f"at most {longest} frames", warn_from=.5))
 
 # %% ../../nbs/03_doctor/03_clips.ipynb #15071588
@@ -190,19 +190,19 @@ def _annotated_actions(exam, name, paths):
     problem = "an annotation can't be read"
     for path, note in exam.each(f"{name}: actions", paths, read_json, share=.1, problem=problem):
         _note_actions(exam, name, path, note)
-    exam.later.append(partial(judge_actions, exam, name))
+    exam.later.append(partial(assess_actions, exam, name))
 
 # %% ../../nbs/03_doctor/03_clips.ipynb #07021a01
 def _judge_missing(exam, name):
     videos = f"{name}: videos that are named but not there"
     bad, n, *_ = exam.tallies.get(videos, (0, 0))
     if bad == n: # a set of latents
-        exam.judge(videos, "nothing for GFDM, which needs the latents; GIDM needs the videos",
+        exam.assess(videos, "nothing for GFDM, which needs the latents; GIDM needs the videos",
                    "a file", warn_from=1.)
     else:
-        exam.judge(videos, "download them, or leave these annotations out", "a file",
+        exam.assess(videos, "download them, or leave these annotations out", "a file",
                    error_from=0.)
-    exam.judge(f"{name}: latents that are named but not there", "nothing: they are computed "
+    exam.assess(f"{name}: latents that are named but not there", "nothing: they are computed "
                "before training, from the videos", "a file", warn_from=1.)
 
 # %% ../../nbs/03_doctor/03_clips.ipynb #a1b2c3d4
@@ -228,7 +228,7 @@ def check_release(
                   "latent_videos", f"read them with latent_fallback={fallback!r}")
     most = 10**9 if exam.everything else 20_000
     check_copies(exam, "video files", [*walk_files(folder/"videos", VIDEO_SUFFIXES, most)])
-    exam.later.append(partial(judge_speed, exam, views))
+    exam.later.append(partial(assess_speed, exam, views))
     _ask_reader(exam, "release", folder, files, hz)
     check_disk(exam, folder, round(images))
 
@@ -271,7 +271,7 @@ def check_something(
         if clips is None: continue
         files, fraction = files + len(clips), .6/(len(splits) - k)
         images += _check_list(exam, split, clips, skipped, fraction, WholeClip().longest)[0]
-    exam.later.append(partial(judge_speed, exam))
+    exam.later.append(partial(assess_speed, exam))
     _ask_reader(exam, "something", folder, files)
     check_disk(exam, folder, round(images))
 
@@ -293,7 +293,7 @@ def check_ego4d(
         exam.find("error", "no clips", narrations, f"no narration of the wearer in {videos}",
                   "narrations of these videos", "download the narrations that belong to them",
                   len(skipped) or 1)
-    exam.later.append(partial(judge_speed, exam))
+    exam.later.append(partial(assess_speed, exam))
     check_disk(exam, folder, round(images))
 
 # %% ../../nbs/03_doctor/03_clips.ipynb #6a4b44c5
@@ -322,5 +322,5 @@ def check_videos(
     if not clips:
         exam.find("error", "no clips", folder, "no video has a caption", "videos with captions",
                   "mend the table", len(skipped) or 1)
-    exam.later.append(partial(judge_speed, exam, views))
+    exam.later.append(partial(assess_speed, exam, views))
     check_disk(exam, folder, round(images))

@@ -22,12 +22,12 @@ from ..data.load import calvin_splits, detect_format, rlds_version
 from .calvin import check_calvin
 from .clips import check_ego4d, check_release, check_something, check_videos
 from .report import Exam, Report
-from .robots import check_lerobot, check_own, check_rlds
+from .robots import check_lerobot, check_csv_folder, check_rlds
 
 # %% ../../nbs/03_doctor/05_examine.ipynb #269380b3
 CHECKS = dict( # format -> its check
     calvin=check_calvin, lerobot=check_lerobot, rlds=check_rlds, something=check_something,
-    release=check_release, ego4d=check_ego4d, own=check_own, videos=check_videos)
+    release=check_release, ego4d=check_ego4d, own=check_csv_folder, videos=check_videos)
 
 def _known_format(format):
     if format and format not in CHECKS:

@@ -242,7 +242,7 @@ def tally(self:Exam,
         row[0] += times*bool(bad)
 
 @patch
-def judge(self:Exam,
+def assess(self:Exam,
     what:str, # a kind of thing that was tallied
     remedy:str, # what to do
     expected:str="", # what should be there

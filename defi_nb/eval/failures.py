@@ -23,11 +23,11 @@ from ..core.spec import VIEWS, Batch
 from ..core.stats import Interval, bounded_mean_interval, markdown_table, wilson
 from ..core.utils import append_jsonl, progress_bar, read_jsonl, write_jsonl
 from ..core.video import save_video
-from .film import film_chain, recorded_looks
+from .film import film_chain, recorded_queries
 from .rollout import (
     Chain, EvalConfig, chain_noise, obs_to_batch, playtable_env, predict)
 from .true_future import (
-    ExpertAhead, Informed, foresee, frame_offsets, misled, seen_codes)
+    ExpertAhead, OracleFuture, predict_future, frame_offsets, wrong_instruction, seen_codes)
 from ..models.gfdm import GFDM
 from ..models.policy import CoupledPolicy
 from ..sim.calvin_tasks import INSTRUCTIONS
@@ -146,7 +146,7 @@ def _kept(obs):
 def _replay_queries(policy, record, sequence, config, make_env, only, expert):
     "Play a chain again: a dict a query, with the latents of what happened and an expert's video."
     env, offsets = make_env(config), frame_offsets(policy)
-    chain, looks = replay_to(record, sequence, 0, env), recorded_looks(record, config.execute)
+    chain, looks = replay_to(record, sequence, 0, env), recorded_queries(record, config.execute)
     starts, seen, rows = np.cumsum([0, *record["steps"]]), {0: _kept(chain.obs)}, []
     here = lambda step: only is None or starts[only] <= step < starts[only + 1]
     wanted = {look.step + o for look in looks if here(look.step) for o in (0, *offsets)}
@@ -205,7 +205,7 @@ def watch(
         part = rows[i:i + at_once]
         present, texts = torch.cat([r["happened"][:, :, 0] for r in part]), [r["text"]
                                                                              for r in part]
-        predicted = foresee(policy, present, texts, steps)
+        predicted = predict_future(policy, present, texts, steps)
         compared += [_compare(policy, r, p[None], offsets, pictures)
                      for r, p in zip(part, predicted)]
     return compared
@@ -355,7 +355,7 @@ def _study_row(policy, informed, record, sequences, i, config, offsets, envs, ma
                solved=i < record["solved"], steps=record["steps"][i])
     other = _other_text(chain.task, sequences, i) if predicts and row["solved"] else None
     row |= study_task(policy, informed, start, config, offsets, scene_envs,
-                      other and misled(policy, [other]))
+                      other and wrong_instruction(policy, [other]))
     row["verdict"] = None if row["solved"] else verdict(row["expert"], row["again"], row["true"])
     if predicts:
         watched = watch(policy, record, sequence, config, make_env, only=i, expert=True,
@@ -369,7 +369,7 @@ def study_failures(
     records:list, # of an evaluation's chains, see `eval.evaluate.read_records`
     sequences, # (initial state, task names) of all chains
     config:EvalConfig, # of the evaluation
-    informed=None, # the policy given the future (`true_future.best_way`); None: `Informed(policy)`
+    informed=None, # the policy given the future (`true_future.best_variant`); None: `OracleFuture(policy)`
     offsets:tuple|None=None, # control steps from a query to the given frames; None: the policy's
     failures:int=10, # failed tasks to study, at most
     control:int=10, # solved tasks, at most
@@ -380,7 +380,7 @@ def study_failures(
     progress:bool=True, # show a bar
 )->FailureReport:
     "Attribute failed tasks to the predicted future or to the inferred action."
-    informed, offsets = informed or Informed(policy), offsets or frame_offsets(policy)
+    informed, offsets = informed or OracleFuture(policy), offsets or frame_offsets(policy)
     shown = getattr(informed, "name", type(informed).__name__)
     header = dict(about or {}, shown=shown, offsets=offsets, failures=failures, control=control,
                   draws=draws, steps=config.steps, execute=config.execute, seed=config.seed)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'SETS', 'Published', 'published', 'published_markdown', 'Row', 'choose_rows', 'show_by_fraction',
-           'AblationRun', 'ablation_runs', 'ablation_table', 'ablation_markdown', 'share_figures', 'row_key',
+           'AblationRun', 'ablation_runs', 'ablation_table', 'ablation_markdown', 'fraction_figures', 'row_key',
            'ablation_contrasts', 'contrasts_markdown', 'show_efficiency']
 
 # %% ../../nbs/07_eval/10_published.ipynb #debc7c08
@@ -129,7 +129,7 @@ class Row:
         return tuple(k for k in parts if self.train.get(f"pretrained.{k}") not in (_UNTRAINED, _SHIPPED))
 
     @property
-    def video_share(self): # fraction of the further video, 0..1; None: not the same for both models
+    def video_fraction(self): # fraction of the further video, 0..1; None: not the same for both models
         fractions = {variant.get("video_frac", 1.) if "video" in variant else 0.
                      for variant in (self.gfdm, self.gidm)}
         return fractions.pop() if len(fractions) == 1 else None
@@ -243,10 +243,10 @@ def _paper_cell(
 # %% ../../nbs/07_eval/10_published.ipynb #14e79934
 def _by_video(rows): # rows: of (`Row`, table row)
     "(label, fraction of further video, table row); a row without further video begins each curve."
-    videos = dict.fromkeys(row.gfdm["video"] for row, _ in rows if row.video_share)
-    return [(f"{video}, {t['data_frac']:.0%} of the labels", row.video_share, t)
+    videos = dict.fromkeys(row.gfdm["video"] for row, _ in rows if row.video_fraction)
+    return [(f"{video}, {t['data_frac']:.0%} of the labels", row.video_fraction, t)
             for video in videos for row, t in rows
-            if row.video_share == 0 or row.video_share and row.gfdm["video"] == video]
+            if row.video_fraction == 0 or row.video_fraction and row.gfdm["video"] == video]
 
 # of the chains; early tables have no such key, and five tasks
 def _length(table): return max((t.get("length", 5) for t in table), default=5)
@@ -265,13 +265,13 @@ def _show_curve(ax, points, i, label): # points: (fraction, table row)
 # %% ../../nbs/07_eval/10_published.ipynb #125740b8
 def show_by_fraction(
     table:list, # of an `ablations` run, as in its metrics.json
-    x:str = "data_frac", # fraction of labels; or "video_share", fraction of further video
+    x:str = "data_frac", # fraction of labels; or "video_fraction", fraction of further video
     ax = None, # axes to draw into
 ):
     "Average length against a fraction, one line a row or, over video, a `data_frac`. Returns axes."
     labels = dict(data_frac="fraction of labelled demonstrations",
-                  video_share="fraction of further video in pretraining")
-    if x not in labels: raise ValueError(f"x is {x!r}: choose data_frac or video_share")
+                  video_fraction="fraction of further video in pretraining")
+    if x not in labels: raise ValueError(f"x is {x!r}: choose data_frac or video_fraction")
     by_name = {row.name: row for row in ROWS}
     if x == "data_frac": points = [(t["row"], t["data_frac"], t) for t in table]
     else: points = _by_video([(by_name[t["row"]], t) for t in table])
@@ -345,13 +345,13 @@ def ablation_markdown(
     return markdown_table(heads, [cells(t) for t in table])
 
 # %% ../../nbs/07_eval/10_published.ipynb #53a152c3
-def share_figures(
+def fraction_figures(
     table:list, # from `ablation_table`
-)->dict: # "data_frac" (Figure 4), "video_share" (Figure 8) -> figure, for several fractions only
+)->dict: # "data_frac" (Figure 4), "video_fraction" (Figure 8) -> figure, for several fractions only
     "Average length against the fraction of labels and of further video."
     by_name = {row.name: row for row in ROWS}
     values = dict(data_frac={t["data_frac"] for t in table},
-                  video_share={by_name[t["row"]].video_share for t in table})
+                  video_fraction={by_name[t["row"]].video_fraction for t in table})
     return {x: show_by_fraction(table, x).figure for x, seen in values.items() if len(seen) > 1}
 
 # %% ../../nbs/07_eval/10_published.ipynb #bb3e9109

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COPY', 'psnr', 'ssim', 'cosine_distance', 'squared_distance', 'feature_distance', 'motion_energy', 'motion_agreement',
            'frechet', 'clip_features', 'Projection', 'Frechet', 'frechet_distance', 'VideoScores', 'score_videos',
-           'show_by_time', 'HeldClips', 'held_out_clips', 'forward_errors', 'show_samples', 'score_views',
+           'show_by_time', 'HeldOutClips', 'held_out_clips', 'forward_errors', 'show_samples', 'score_views',
            'instruction_effect', 'instruction_markdown']
 
 # %% ../../nbs/07_eval/06_video_metrics.ipynb #4d45bf0f
@@ -343,7 +343,7 @@ def show_by_time(
 
 # %% ../../nbs/07_eval/06_video_metrics.ipynb #5211057f
 @dataclass
-class HeldClips:
+class HeldOutClips:
     "Held-out clips to be predicted."
     batch:Batch # video (N,V,T,3,H,W) and text
     groups:np.ndarray # (N,) demonstration of each
@@ -361,11 +361,11 @@ class HeldClips:
 
 # %% ../../nbs/07_eval/06_video_metrics.ipynb #1a4e1a07
 def held_out_clips(
-    pieces:list, # of `data.load.Piece`
+    pieces:list, # of `data.load.OpenDataset`
     times:tuple, # T, seconds after a clip's start of its frames
     clips:int=128, # of each dataset, at most
     size:int=64, # height and width of the images, pixels
-)->HeldClips:
+)->HeldOutClips:
     "Clips of demonstrations that were held out of training."
     parts, views = [], min(len(piece.views) for piece in pieces)
     for p, piece in enumerate(pieces):
@@ -382,7 +382,7 @@ def held_out_clips(
         parts.append((batch.video, batch.text, [f"{p} {w}" for w in which[i]],
                       [task or text for task, text in zip(tasks, batch.text)]))
     video, text, groups, kinds = zip(*parts)
-    return HeldClips(Batch(sum(map(list, text), []), video=torch.cat(video)),
+    return HeldOutClips(Batch(sum(map(list, text), []), video=torch.cat(video)),
                      group_numbers(sum(groups, []), sum(map(len, groups))), sum(kinds, []))
 
 # %% ../../nbs/07_eval/06_video_metrics.ipynb #08480aa1

@@ -29,7 +29,7 @@ from ..models.gfdm import GFDM
 from ..models.policy import BlindPolicy
 from ..sim.playtable import PlayTable
 from ..viz.attention import policy_maps
-from ..viz.denoising import chunk_steps, future_noise, future_steps, hand_path
+from ..viz.denoising import chunk_steps, future_noise, future_steps, ee_path
 
 # %% ../../nbs/10_explore/00_session.ipynb #6f041b53
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def path(self:Episode,
 )->np.ndarray: # (...,k+1,3) metres
     "Path of the end effector under a chunk of actions."
     action, state = (torch.as_tensor(np.asarray(x)).float() for x in (action, self.state(t)))
-    return np.asarray(hand_path(action, state))
+    return np.asarray(ee_path(action, state))
 
 # %% ../../nbs/10_explore/00_session.ipynb #6ed1fca1
 class Background:

@@ -31,7 +31,7 @@ class AdapterConfig:
     video_dim:int = 64 # width of the video tokens; 0 if there are none
     latent_dim:int = 64 # width of the latent actions; 0 if there are none
     proprio_dim:int = 11 # numbers of the robot's own state; 0: it is not given, as released
-    drops:tuple = (0., 0., 0.) # dropout of attention weights, residuals and feed-forward
+    dropout:tuple = (0., 0., 0.) # dropout of attention weights, residuals and feed-forward
     cross_attn:str = "full" # "full", or "causal": action i sees context tokens 0..i, as released
     adaln_offset:float = 1. # modulation scales by `adaln_offset` + s; released 0
     pos_embed:str = "learned" # "learned" position of the actions, or "none", as released
@@ -52,7 +52,7 @@ class AdapterConfig:
 @patch(cls_method=True)
 def paper(cls:AdapterConfig):
     return cls(dim=384, enc_blocks=4, dec_blocks=4, heads=8, goal_dim=512, goal_hidden=768,
-               video_dim=384, latent_dim=768, proprio_dim=0, drops=(.3, .1, .05),
+               video_dim=384, latent_dim=768, proprio_dim=0, dropout=(.3, .1, .05),
                cross_attn="causal", adaln_offset=0., pos_embed="none", init_std=.02, noise_scale=1.)
 
 @patch(cls_method=True)
@@ -66,7 +66,7 @@ class ContextEncoder(nn.Module):
         cfg:AdapterConfig, # size
     ):
         super().__init__()
-        blocks = (ContextBlock(cfg.dim, cfg.heads, cfg.drops) for _ in range(cfg.enc_blocks))
+        blocks = (ContextBlock(cfg.dim, cfg.heads, cfg.dropout) for _ in range(cfg.enc_blocks))
         self.blocks = nn.ModuleList(blocks)
         self.ln = nn.LayerNorm(cfg.dim, bias=False)
 
@@ -85,7 +85,7 @@ class ActionDecoder(nn.Module):
         cfg:AdapterConfig, # size
     ):
         super().__init__()
-        shape = cfg.dim, cfg.heads, cfg.drops, cfg.cross_attn == "causal", cfg.adaln_offset
+        shape = cfg.dim, cfg.heads, cfg.dropout, cfg.cross_attn == "causal", cfg.adaln_offset
         self.blocks = nn.ModuleList(ModulatedBlock(*shape) for _ in range(cfg.dec_blocks))
         self.ln = nn.LayerNorm(cfg.dim, bias=False)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core.spec import VIEWS, Batch
 from .gidm import GIDM, GIDMConfig, prepare_texts
-from .layers import take_over
+from .layers import load_matching
 from .policy import feature_projection
 from .vq import latent_spread
 
@@ -58,7 +58,7 @@ class AlignedGIDM(nn.Module):
         "Initialise student and teacher from a pretrained GIDM, without its decoder."
         advice = "this GIDM does not fit", "build both from one GIDMConfig"
         for part in (self.gidm, self.teacher):
-            if part is not None: take_over(part, gidm.state_dict(), *advice)
+            if part is not None: load_matching(part, gidm.state_dict(), *advice)
         return self
 
 # %% ../../nbs/04_models/10_aligned_gidm.ipynb #f2f29ef8

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['attend', 'split_heads', 'merge_heads', 'Attention', 'sincos', 'group_tokens', 'feed_forward', 'SpaceTimeBlock',
            'SpaceBlock', 'FrameResampler', 'FrameMixer', 'VideoFormer', 'BiasedAttention', 'BiaslessMLP',
-           'ContextBlock', 'AdaLN', 'ModulatedBlock', 'Sinusoid', 'sigma_embedding', 'take_over']
+           'ContextBlock', 'AdaLN', 'ModulatedBlock', 'Sinusoid', 'sigma_embedding', 'load_matching']
 
 # %% ../../nbs/04_models/00_layers.ipynb #bb7766aa
 import math
@@ -282,11 +282,11 @@ class ContextBlock(nn.Module):
     def __init__(self,
         dim:int, # width D
         heads:int, # must divide `dim`
-        drops:tuple = (0., 0., 0.), # dropout of attention weights, residuals and feed-forward
+        dropout:tuple = (0., 0., 0.), # dropout of attention weights, residuals and feed-forward
     ):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(dim, bias=False), nn.LayerNorm(dim, bias=False)
-        self.attn, self.mlp = BiasedAttention(dim, heads, *drops[:2]), BiaslessMLP(dim, drops[2])
+        self.attn, self.mlp = BiasedAttention(dim, heads, *dropout[:2]), BiaslessMLP(dim, dropout[2])
 
     def forward(self,
         x:Tensor, # (B,N,D) context tokens
@@ -313,7 +313,7 @@ class ModulatedBlock(nn.Module):
     def __init__(self,
         dim:int, # width D
         heads:int, # must divide `dim`
-        drops:tuple = (0., 0., 0.), # dropout of attention weights, residuals and feed-forward
+        dropout:tuple = (0., 0., 0.), # dropout of attention weights, residuals and feed-forward
         causal_cross:bool = False, # token i sees context tokens 0..i only
         offset:float = 1., # a of the modulation
     ):
@@ -321,8 +321,8 @@ class ModulatedBlock(nn.Module):
         self.causal_cross, self.offset = causal_cross, offset
         self.ln_1, self.ln_2 = nn.LayerNorm(dim, bias=False), nn.LayerNorm(dim, bias=False)
         self.ln3 = nn.LayerNorm(dim)
-        self.attn, self.cross_att = (BiasedAttention(dim, heads, *drops[:2]) for _ in range(2))
-        self.mlp, self.adaLN_zero = BiaslessMLP(dim, drops[2]), AdaLN(dim)
+        self.attn, self.cross_att = (BiasedAttention(dim, heads, *dropout[:2]) for _ in range(2))
+        self.mlp, self.adaLN_zero = BiaslessMLP(dim, dropout[2]), AdaLN(dim)
 
     def denoise(self,
         x:Tensor, # (B,N,D) action tokens
@@ -367,7 +367,7 @@ def sigma_embedding(
     return nn.Sequential(Sinusoid(dim), nn.Linear(dim, 2*dim), nn.Mish(), nn.Linear(2*dim, dim))
 
 # %% ../../nbs/04_models/00_layers.ipynb #31de9efb
-def take_over(
+def load_matching(
     module:nn.Module, # changed in place
     tensors:dict, # parameter's or buffer's name -> tensor; those that the module lacks are left out
     misfit:str, # first words of the error

@@ -96,7 +96,7 @@ def plain_latent_actions(
 def plain_act(
     policy, # a `CoupledPolicy` with a whole GFDM
     batch, # one row: the newest frames as `video` (1,V,1,3,H,W), `text`, and `proprio` if read
-    proprio:Tensor|None, # (1,proprio_dim) the robot's own state, see `batch_hand_state`
+    proprio:Tensor|None, # (1,proprio_dim) the robot's own state, see `batch_ee_state`
     noise:Tensor, # (1,K,A) standard normal
 )->Tensor: # (1,K,A) actions in [-1, 1]
     "A chunk of actions for the present frames, nothing remembered and nothing left out."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['names_list', 'label_fractions', 'split_scenes', 'store_name', 'task_list', 'recorded_frames', 'video_splits',
-           'encoded', 'demo_recording', 'reading_of', 'open_pieces', 'keep_run_texts', 'video_data', 'PolicyData',
+           'encoded', 'demo_recording', 'reading_of', 'open_datasets', 'keep_run_texts', 'video_data', 'PolicyData',
            'policy_data', 'example_lab']
 
 # %% ../../nbs/13_run/04_datasets.ipynb #3402f1bf
@@ -18,11 +18,11 @@ from ..core.spec import CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT, VIEWS, DataSpe
 from ..core.utils import locked, project_root
 from ..data.cache import encode_images, encode_samples, identity_key, keep_texts
 from ..data.calvin import named_scenes, open_calvin
-from ..data.csv_folder import write_own
+from ..data.csv_folder import write_csv_folder
 from ..data.episodes import PLAIN, FrameTable, Frames, Reading, take_fraction
 from defi_nb.data.load import (
-    Piece, join_recordings, mix, open_piece, read_where, split_units, split_where,
-    where_name)
+    OpenDataset, join_recordings, mix, open_dataset, parse_data_spec, split_units, split_data_spec,
+    data_spec_name)
 from ..data.record import LAPTOP_TASKS, RecordConfig, record_demonstrations
 from ..data.robot_dataset import ActionScale, measure_scale
 from ..doctor.examine import require_sound
@@ -65,11 +65,11 @@ def split_scenes(
 
 # %% ../../nbs/13_run/04_datasets.ipynb #293a7d8d
 def store_name(
-    split:str, # a name of `SPLITS`, a dataset's name, or a text for `data.load.read_where`
+    split:str, # a name of `SPLITS`, a dataset's name, or a text for `data.load.parse_data_spec`
     preset:str="tiny", # "tiny" or "paper"
 )->str: # beginning of the names of folders
     "What a split's files are called."
-    name = f"playtable-{split}" if split in SPLITS else where_name(split, project_root())
+    name = f"playtable-{split}" if split in SPLITS else data_spec_name(split, project_root())
     return name if name.removeprefix("playtable-") in SPLITS else f"{name}-{preset}"
 
 # %% ../../nbs/13_run/04_datasets.ipynb #c5b7c944
@@ -92,10 +92,10 @@ def _recorded_folder(split, tasks, demos, data, preset):
     return folder
 
 def _named_datasets(where, tasks="default", demos=200, data="data", preset="tiny"):
-    "A `data.load.Asked` of each dataset, and whether it is the embedded default's (then made)."
+    "A `data.load.DatasetRef` of each dataset, and whether it is the embedded default's (then made)."
     named = []
-    for part in split_where(where, project_root()):
-        for a in read_where(part, project_root()):
+    for part in split_data_spec(where, project_root()):
+        for a in parse_data_spec(part, project_root()):
             if a.name in SPLITS and part.partition("*")[0].strip() == a.name:
                 folder = _recorded_folder(a.name, tasks, demos, data, preset)
                 ours = replace(a, folder=folder, format="calvin", name=store_name(a.name))
@@ -117,7 +117,7 @@ def recorded_frames(
     "The demonstrations of one recording."
     (named, _), = _named_datasets(split, tasks, demos, data, preset)
     size, named = preset_of(DataSpec, preset).image_size, replace(named, format="calvin")
-    return open_piece(named, size, _reading_of_tasks(tasks), project_root()/data).data
+    return open_dataset(named, size, _reading_of_tasks(tasks), project_root()/data).data
 
 # %% ../../nbs/13_run/04_datasets.ipynb #6c817061
 def video_splits(
@@ -125,7 +125,7 @@ def video_splits(
     video:str, # further data, separated by commas
 )->tuple: # of splits, the run's own first
     "The data whose video a forward or inverse model is pretrained on."
-    splits = (*split_where(split, project_root()), *split_where(video, project_root()))
+    splits = (*split_data_spec(split, project_root()), *split_data_spec(video, project_root()))
     if len(set(splits)) < len(splits):
         raise ValueError(f"video is {video!r}: it names further splits than the run's own, "
                          f"{split}, each once")
@@ -181,8 +181,8 @@ def reading_of(
     return Reading(names_list(cameras), hz, names_list(columns), relative, sampling, **more)
 
 # %% ../../nbs/13_run/04_datasets.ipynb #1585a9a0
-def open_pieces(
-    where:str, # data, as `data.load.read_where` reads it, and names of `SPLITS` among them
+def open_datasets(
+    where:str, # data, as `data.load.parse_data_spec` reads it, and names of `SPLITS` among them
     size:int, # height and width of the images, pixels
     reading:Reading, # what the data do not say
     tasks:str="default", # of the embedded recordings, see `task_list`
@@ -190,7 +190,7 @@ def open_pieces(
     data="data", # folder of recordings, indices and encodings, relative to the project's root
     preset:str="tiny", # of the images
     unchecked:bool=False, # whether data with errors is used
-)->list: # of `Piece`
+)->list: # of `OpenDataset`
     "Open everything that a run parameter names, after it has been examined."
     datasets = []
     for named, ours in _named_datasets(where, tasks, demos, data, preset):
@@ -199,7 +199,7 @@ def open_pieces(
                           flag="-p reading.unchecked True")
         own = replace(reading, episodes="", annotations="") if ours else reading
         how = _reading_of_tasks(tasks, own)
-        datasets.append(open_piece(named, size, how, project_root()/data))
+        datasets.append(open_dataset(named, size, how, project_root()/data))
     names = [d.name for d in datasets]
     if len({*names}) < len(names):
         raise ValueError(f"{where!r} names {names}: two datasets of one name; rename a folder")
@@ -286,12 +286,12 @@ def _check_video(datasets, video_frac, chunk): # raise for what these data canno
                          "name such data")
 
 def video_data(
-    split:str, # what to train on, see `open_pieces`
+    split:str, # what to train on, see `open_datasets`
     video:str, # further data, separated by commas
     field:str, # of `Batch`: "latent", "dino", or "video" for the frames as they are
     encoders, # `models.encoders.Encoders`
     cfg:TrainConfig, # of the run: steps, batch size, seed, device
-    times, # seconds of a sample's frames; or a function that gives them for a `Piece`
+    times, # seconds of a sample's frames; or a function that gives them for a `OpenDataset`
     tasks:str="default", # of recordings, see `task_list`
     demos:int=200, # of the embedded recordings
     data="data", # folder, relative to the project's root
@@ -303,12 +303,12 @@ def video_data(
     stride:int=2, # control steps between two samples of a clip, twice as many where held out
     chunk:int=0, # K, actions of a sample, where all data is recordings of CALVIN's kind; 0: none
     views:int=len(VIEWS), # most cameras that are read
-)->tuple: # (samples to train on, samples held out, list of `Piece`)
+)->tuple: # (samples to train on, samples held out, list of `OpenDataset`)
     "Samples for a pretraining."
     spec, where = preset_of(DataSpec, preset), ",".join(video_splits(split, video))
     size = spec.image_size
     with _encoders_on(encoders, cfg.device_) as made:
-        opened = open_pieces(where, size, reading, tasks, demos, data, preset, unchecked)
+        opened = open_datasets(where, size, reading, tasks, demos, data, preset, unchecked)
         datasets = join_recordings(opened)
         _check_video(datasets, video_frac, chunk)
         own, *others = datasets[0].data.parts
@@ -333,7 +333,7 @@ class PolicyData:
     "What a policy is trained on."
     train:object # samples with encodings of the present frame, and actions
     held:object # the same of demonstrations that are held out
-    piece:Piece # that they are from
+    piece:OpenDataset # that they are from
     demonstrations:list # windows, or numbers of episodes
     held_out:list # likewise
     scale:ActionScale|None = None # of the actions; None: CALVIN's
@@ -370,7 +370,7 @@ def policy_data(
     spec = preset_of(DataSpec, preset)
     with _encoders_on(encoders, cfg.device_):
         size = spec.image_size
-        opened = open_pieces(split, size, reading, tasks, demos, data, preset, unchecked)
+        opened = open_datasets(split, size, reading, tasks, demos, data, preset, unchecked)
         d = _one_with_actions(opened, split)
         train, held = split_units(d)
         some, hz = d.data.fraction(train, data_frac), d.hz
@@ -393,7 +393,7 @@ _LAB_UNITS = np.array([POSITION_UNIT]*3 + [ROTATION_UNIT]*3 + [1.])
 def _lab_episodes(
     frames, # `data.episodes.Frames` with actions and states
     view:str="static", # camera
-): # yields episodes for `write_own`
+): # yields episodes for `write_csv_folder`
     "Windows of a recording as a laboratory would write them down."
     for i, w in enumerate(frames.windows):
         rows = slice(w.start, w.end + 1)
@@ -415,4 +415,4 @@ def example_lab(
         config = RecordConfig(scenes="D", tasks=task_list(tasks), per_kind=each)
         record_demonstrations(recording, config)
         episodes = _lab_episodes(open_calvin(recording))
-        return write_own(folder, episodes, _LAB_LABELS, CONTROL_HZ, _LAB_STATES)
+        return write_csv_folder(folder, episodes, _LAB_LABELS, CONTROL_HZ, _LAB_STATES)

@@ -27,10 +27,10 @@ from .datasets import (
     SPLITS, PolicyData, keep_run_texts, names_list, policy_data, reading_of, store_name)
 from .options import POLICIES, DataReading, PolicyVariant, chosen
 from .pretrained import (
-    aligned_folder, checkpoint_name, feature_bytes, feature_file, foreseen, inferred,
+    aligned_folder, checkpoint_name, feature_bytes, feature_file, kept_features, kept_latents,
     ingredients, load_aligned, preset_in, pretrained, pretrained_folder, trained_policy)
 from ..sim.playtable import PlayTable
-from ..train.auxiliary import inverse_beside
+from ..train.auxiliary import inverse_auxiliary
 from ..train.config import TrainConfig
 from ..train.inverse_dynamics import InverseDynamicsConfig, rest_action
 from ..weights.load import find_base_model, is_finished, load_model, model_info
@@ -218,20 +218,20 @@ def policy_samples(
     kept = []
     for part, data in parts.items():
         path = _encoded_folder(params)/feature_file(model, part, pair)
-        kept.append((foreseen(model, data, path, pair), f"{path}-latents"))
+        kept.append((kept_features(model, data, path, pair), f"{path}-latents"))
     if not model.latents_frozen: return tuple(features for features, _ in kept)
-    return tuple(inferred(model, features, path) for features, path in kept)
+    return tuple(kept_latents(model, features, path) for features, path in kept)
 
 # %% ../../nbs/13_run/06_policies.ipynb #43cd8113
 def policy_auxiliary(
     model:nn.Module, # from `build_policy`
     demo:PolicyData, # its demonstrations
     params:dict, # of the run
-): # `train.auxiliary.InverseBeside`, or None
+): # `train.auxiliary.InverseAuxiliary`, or None
     "The auxiliary loss that a run's parameter `auxiliary` describes."
     if not params["auxiliary"]: return None
     rest = None if demo.scale is None else rest_action(demo.scale)
-    return inverse_beside(model, params["auxiliary"], rest)
+    return inverse_auxiliary(model, params["auxiliary"], rest)
 
 # %% ../../nbs/13_run/06_policies.ipynb #b6600d50
 def keep_policy_texts(
@@ -283,7 +283,7 @@ def missing_models(
 # %% ../../nbs/13_run/06_policies.ipynb #d7fbf0d4
 def row_jobs(
     runs:list, # of `eval.published.AblationRun`
-    params:dict, # split, tasks, demos, data, ckpts, steps, pretrain_steps, judge, length, chains
+    params:dict, # split, tasks, demos, data, ckpts, steps, pretrain_steps, test_tasks, length, chains
     folder, # of its run, absolute
 )->dict: # name -> (notebook, params, out, names of jobs before), for `run.cli.run_notebooks`
     "The pretrainings, trainings and evaluations of rows."
@@ -304,7 +304,7 @@ def row_jobs(
         train, test = f"train-{run.name}", f"eval-{run.name}"
         jobs[train] = ("train_coupled", given, folder/train, before)
         given = shared | dict(policy=policy, chains=params["chains"], film=0, workers=1)
-        given |= {"tasks": params["judge"] or params["tasks"],
+        given |= {"tasks": params["test_tasks"] or params["tasks"],
                   "simulation.length": params["length"]}
         jobs[test] = ("eval_calvin", given, folder/test, [train])
     return jobs
@@ -429,5 +429,5 @@ def ladder_samples(
     def joined(samples, part):
         path = _encoded_folder(params)/feature_file(policy, part)
         present = next(p for p in samples.parts if getattr(p[[0]], read) is not None)
-        return JoinedSamples(*samples.parts, foreseen(policy, present, path))
+        return JoinedSamples(*samples.parts, kept_features(policy, present, path))
     return joined(demo.train, "1"), joined(demo.held, "held_out")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pretraining_checkpoint', 'pair_steps', 'pretraining_info', 'alignment_info', 'clip_times', 'forward_clips',
            'pretraining_model', 'forward_model', 'inverse_pairs', 'inverse_auxiliary', 'alignment_models',
-           'alignment_samples', 'pair_clips', 'show_pieces', 'spread_batch', 'spread_batches', 'held_out_codes',
+           'alignment_samples', 'pair_clips', 'show_datasets', 'spread_batch', 'spread_batches', 'held_out_codes',
            'reversal_arms']
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #14219228
@@ -17,7 +17,7 @@ import torch
 from ..analysis.latent_actions import infer, pair_gap, window_pairs
 from ..core.spec import CONTROL_HZ, VIEWS, DataSpec, preset_of
 from ..core.utils import project_root
-from ..data.cache import JoinedSamples, StepCoded
+from ..data.cache import JoinedSamples, StepEncodedSamples
 from ..data.episodes import show_tasks, split_windows
 from ..models.aligned_gidm import AlignConfig, AlignedGIDM
 from ..models.encoders import load_encoders
@@ -27,9 +27,9 @@ from ..models.policy import CoupledPolicy, PolicyConfig
 from .datasets import encoded, names_list, reading_of, store_name, video_data
 from .options import chosen
 from .pretrained import (
-    StepFeatures, _from, checkpoint_name, feature_file, foreseen, fresh_model, info_in,
+    StepFeatures, _from, checkpoint_name, feature_file, kept_features, fresh_model, info_in,
     ingredients, pretrained)
-from ..train.auxiliary import FewLabels, LatentAuxiliaryConfig, LatentBeside
+from ..train.auxiliary import FewLabels, LatentAuxiliaryConfig, LatentAuxiliary
 from ..train.config import TrainConfig
 from ..viz.denoising import check_draws
 from ..weights.checkpoint import (
@@ -63,7 +63,7 @@ def pretraining_info(
     model, # a forward or inverse model
     encoders, # `models.encoders.Encoders`
     params:dict, # of the run
-    pieces=(), # `data.load.Piece`s that it reads
+    pieces=(), # `data.load.OpenDataset`s that it reads
     **models, # what it starts from, see `run.pretrained.ingredients`
 )->dict: # for `fit(..., info=...)`
     "What a pretrained model's checkpoint notes of its run; what is the default is not noted."
@@ -86,7 +86,7 @@ def alignment_info(
     model, # likewise
     encoders, # `models.encoders.Encoders`
     params:dict, # of the run
-    pieces=(), # `data.load.Piece`s that it reads
+    pieces=(), # `data.load.OpenDataset`s that it reads
 )->dict: # for `fit(..., info=...)`
     "What an alignment's checkpoint notes of its run: which models it belongs to, too."
     info = pretraining_info(model, encoders, params, pieces, gfdm=policy.gfdm, gidm=gidm)
@@ -115,7 +115,7 @@ def forward_clips(
     params:dict, # of the run
     encoders, # `models.encoders.Encoders`
     cfg:TrainConfig, # of the training
-)->tuple: # training samples, held-out samples, list of `data.load.Piece`
+)->tuple: # training samples, held-out samples, list of `data.load.OpenDataset`
     "Clips with the latents of each frame, or DINO's features for the model that predicts those."
     field = "dino" if params["variant"]["forward"] == "dino" else "latent"
     data = _read(params, encoders, cfg, field, clip_times(params))
@@ -171,7 +171,7 @@ def forward_model(
 # %% ../../nbs/13_run/07_pretraining.ipynb #c036880e
 def _cameras(cfg): return 1 + max(map(VIEWS.index, cfg.views)) # that samples need, for its own
 
-def _pair_times(params): # function of a `Piece` to the seconds of a pair; the paper prints one
+def _pair_times(params): # function of a `OpenDataset` to the seconds of a pair; the paper prints one
     seconds = params["gap_seconds"] or float(params["preset"] == "printed")
     return lambda piece: (0, piece.pair_seconds(pair_steps(params), seconds))
 
@@ -179,7 +179,7 @@ def inverse_pairs(
     params:dict, # of the run
     encoders, # `models.encoders.Encoders`
     cfg:TrainConfig, # of the training
-)->tuple: # training samples, held-out samples, list of `data.load.Piece`
+)->tuple: # training samples, held-out samples, list of `data.load.OpenDataset`
     "Pairs of frames with DINO's features, of the cameras that a GIDM reads."
     labels, times = params["auxiliary"]["labels"], _pair_times(params)
     views = _cameras(preset_of(GIDMConfig, params["preset"]))
@@ -188,7 +188,7 @@ def inverse_pairs(
     train, held, datasets = _read(params, encoders, cfg, field, times, chunk=chunk, views=views)
     if field == "video":
         encoders.dino.model.to(cfg.device_)
-        held = StepCoded(held, encoders.dino, "dino")
+        held = StepEncodedSamples(held, encoders.dino, "dino")
     if labels: train = FewLabels(train, labels)
     for d in datasets: print(f"{d}; pairs {times(d)[1]:.2f} s apart")
     print(f"{len(train)} pairs, {len(held)} held out")
@@ -198,14 +198,14 @@ def inverse_pairs(
 def inverse_auxiliary(
     params:dict, # of the run
     cfg, # `models.gidm.GIDMConfig`
-): # `train.auxiliary.LatentBeside`, or None
+): # `train.auxiliary.LatentAuxiliary`, or None
     "The auxiliary loss of a run: time reversal, antisymmetry and known actions."
     more = dict(params["auxiliary"])
     labels, weight = more.pop("labels"), more.pop("label_weight")
     given = dict(label_weight=weight if labels else 0., chunk=pair_steps(params))
     config = LatentAuxiliaryConfig(p_reverse=params["p_reverse"], **more, **given)
     if not (params["p_reverse"] or more["antisymmetry"] or labels): return None
-    return LatentBeside(config, cfg)
+    return LatentAuxiliary(config, cfg)
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #ebbf731e
 def _alignment_config(gidm, base, variant, untrained): # `AlignConfig`
@@ -244,7 +244,7 @@ def alignment_samples(
     encoders, # `models.encoders.Encoders`
     policy, # from `alignment_models`
     cfg:TrainConfig, # of the training
-)->tuple: # training samples, held-out samples, list of `data.load.Piece`
+)->tuple: # training samples, held-out samples, list of `data.load.OpenDataset`
     "Samples with GFDM's features of the present and DINO's of the true frames."
     reads, stride = getattr(policy.gfdm, "reads", "latent"), params["stride"]
     views = _cameras(policy.cfg) # of a policy with GIDM's camera alone
@@ -254,7 +254,7 @@ def alignment_samples(
     folder, policy = project_root()/params["data"]/f"{store}-encoded", policy.to(cfg.device_)
     def features(samples, part):
         if not hasattr(samples, "digest"): return StepFeatures(policy, samples)
-        return foreseen(policy, samples, folder/feature_file(policy, part))
+        return kept_features(policy, samples, folder/feature_file(policy, part))
     train = JoinedSamples(true[0], features(present[0], "video"))
     held = JoinedSamples(true[1], features(present[1], "video_held_out"))
     print(*true[2], f"{len(train)} samples, {len(held)} held out", sep="\n")
@@ -262,7 +262,7 @@ def alignment_samples(
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #999be126
 def pair_clips(
-    piece, # `data.load.Piece`
+    piece, # `data.load.OpenDataset`
     i:int, # which of its clips, modulo their number
     steps:int, # control steps between the two frames, of a recording in CALVIN's format
     gap_seconds:float, # between those of other video; 0: the dataset's usual
@@ -274,8 +274,8 @@ def pair_clips(
     return piece.samples((0, seconds), stride=.1, units=unit, size=size, views=1), seconds
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #216f813c
-def show_pieces(
-    pieces:list, # of `data.load.Piece`
+def show_datasets(
+    pieces:list, # of `data.load.OpenDataset`
 ): # matplotlib axes, or None
     "Bars of the demonstrations of each task, of a recording in CALVIN's format."
     return show_tasks(pieces[0].units) if pieces[0].tasks else None

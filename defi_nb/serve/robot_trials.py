@@ -25,7 +25,7 @@ from ..core.spec import CONTROL_HZ
 from ..core.stats import markdown_table, wilson
 from ..core.video import save_video
 from .protocol import Client
-from .robot_loop import Clock, MadeUpClock, drive, in_background
+from .robot_loop import Clock, SimulatedClock, drive, in_background
 from .server import PolicyServer, contract_of, load_served, read_key, serving
 from ..sim.calvin_tasks import get_sequences, initial_obs
 from ..sim.playtable import PlayTable
@@ -142,7 +142,7 @@ class SimulatedArm:
 @contextmanager
 def asking(self:SimulatedArm, infer): # yields (ask, clock), as `drive` takes them
     "Answer after the latency, on a made-up clock."
-    clock = MadeUpClock()
+    clock = SimulatedClock()
     yield clock.answering(infer, lambda i: self.latency), clock
 
 # %% ../../nbs/11_serve/04_robot_trials.ipynb #f92f3a0a
@@ -180,7 +180,7 @@ def play_attempt(
     seconds:float, # of the attempt
     hz:float, # of control
     every:int=5, # control steps between two queries
-)->tuple: # `serve.robot_loop.Driven`; frames of the first camera, one a query
+)->tuple: # `serve.robot_loop.Drive`; frames of the first camera, one a query
     "Let a policy drive a robot for some seconds."
     frames = []
     def observe():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['euler_to_matrix', 'matrix_to_euler', 'euler_to_quat', 'quat_to_euler', 'gl_backend', 'compiled', 'Cameras',
-           'Pictures']
+           'RenderedImages']
 
 # %% ../../nbs/01_sim/03_render.ipynb #aecedb47
 import atexit
@@ -251,14 +251,14 @@ def draw(
     return image.copy() if factor == 1 else np.array(Image.fromarray(image).reduce(factor))
 
 # %% ../../nbs/01_sim/03_render.ipynb #2552dd2b
-class Pictures(Mapping):
+class RenderedImages(Mapping):
     "Images of one moment by name, each drawn when it is first read."
     def __init__(self, names, draw): self.names, self._draw, self._drawn = names, draw, {}
     def __iter__(self): return iter(self.names)
     def __len__(self): return len(self.names)
     def __repr__(self):
         drawn = ", ".join(self._drawn) or "none"
-        return f"Pictures({', '.join(self.names)}; drawn: {drawn})"
+        return f"RenderedImages({', '.join(self.names)}; drawn: {drawn})"
     def __getitem__(self, name):
         if name not in self.names: raise KeyError(name)
         if name not in self._drawn: self._drawn[name] = self._draw(name)

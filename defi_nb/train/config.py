@@ -184,7 +184,7 @@ def _lr_scales(model, wanted): # {part: scale} -> parameter name -> scale, 1 whe
 def make_optimizer(
     model:nn.Module, # its trainable parameters
     cfg:TrainConfig, # lr, betas, weight decay
-    beside:nn.Module|None=None, # auxiliary module trained with it, in groups of its own
+    auxiliary:nn.Module|None=None, # auxiliary module trained with it, in groups of its own
 )->torch.optim.AdamW: # two groups of each, and of each learning rate: decayed, not decayed
     "AdamW without decay of biases and norms."
     params = list(trainable(model).values())
@@ -194,7 +194,7 @@ def make_optimizer(
                          "all have requires_grad=False")
     parts = [(scale, [p for p, own in zip(params, scales) if own == scale])
              for scale in dict.fromkeys(scales)]
-    parts.append((1., [] if beside is None else list(trainable(beside).values())))
+    parts.append((1., [] if auxiliary is None else list(trainable(auxiliary).values())))
     groups = []
     for scale, some in parts:
         for kernels, decay in ((True, cfg.weight_decay), (False, 0.)):

@@ -101,15 +101,15 @@ class LossStep(nn.Module):
     "A model whose call is its loss, which is what data parallelism wraps."
     def __init__(self,
         model:nn.Module, # with `loss(batch)`
-        beside:nn.Module|None=None, # auxiliary module with `loss(model, batch)`
+        auxiliary:nn.Module|None=None, # auxiliary module with `loss(model, batch)`
     ):
         super().__init__()
-        self.model, self.beside = model, beside
+        self.model, self.auxiliary = model, auxiliary
 
     def loss(self, batch):
         "The model's loss, or the auxiliary module's, which contains it."
-        if self.beside is None: return self.model.loss(batch)
-        return self.beside.loss(self.model, batch)
+        if self.auxiliary is None: return self.model.loss(batch)
+        return self.auxiliary.loss(self.model, batch)
 
     def forward(self, batch): return self.loss(batch)
 
@@ -222,7 +222,7 @@ class Engine:
         model:nn.Module, # with `loss(batch) -> (scalar, dict of logs)`
         cfg:TrainConfig, # all numbers
         accelerator:Accelerator|None=None, # of the run; None: a new one
-        beside:nn.Module|None=None, # auxiliary, no part of the model, with `loss(model, batch)`
+        auxiliary:nn.Module|None=None, # auxiliary, no part of the model, with `loss(model, batch)`
     ):
         self.given, self.cfg, self.accelerator = model, cfg, accelerator or make_accelerator(cfg)
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
@@ -230,17 +230,17 @@ class Engine:
         self.sharded = cfg.sharded and self.ranks > 1
         self.model = deepcopy(model) if self.sharded else model
         self.model.to(self.device)
-        self.beside = None if beside is None else beside.to(self.device)
-        if self.sharded and beside is not None:
-            raise ValueError(_UNDIVIDED.format(type(beside).__name__))
+        self.auxiliary = None if auxiliary is None else auxiliary.to(self.device)
+        if self.sharded and auxiliary is not None:
+            raise ValueError(_UNDIVIDED.format(type(auxiliary).__name__))
         self.undo = ExitStack()
         if cfg.recompute: self.undo.enter_context(recomputed(blocks(self.model)))
         if cfg.compile: self.undo.enter_context(compiled(blocks(self.model)))
-        step = LossStep(self.model, self.beside)
+        step = LossStep(self.model, self.auxiliary)
         self.step = shard(step) if self.sharded else self.accelerator.prepare_model(step)
-        optimizer = make_optimizer(self.model, cfg, self.beside)
+        optimizer = make_optimizer(self.model, cfg, self.auxiliary)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        self.params = [p for m in (self.model, self.beside) if m is not None
+        self.params = [p for m in (self.model, self.auxiliary) if m is not None
                        for p in trainable(m).values()]
         self.ema = EMA(self.model, cfg.ema_decay)
 

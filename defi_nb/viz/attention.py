@@ -17,7 +17,7 @@ from ..models.gfdm_dino import DinoForward
 from ..models.gidm import prepare_texts
 from ..models.layers import group_tokens
 from ..models.policy import (
-    CoupledPolicy, PlainPolicy, batch_hand_state, goal_embedding, present_latent, present_tokens)
+    CoupledPolicy, PlainPolicy, batch_ee_state, goal_embedding, present_latent, present_tokens)
 from .attention_maps import (
     Maps, Matrix, frame_names, occlusion, on_grid, read_adapter, read_dino_words, read_former,
     read_gidm, read_times, read_words, show_heat, text_words)
@@ -271,7 +271,7 @@ def seeing(
     device, cfg, encoders = next(policy.parameters()).device, policy.cfg, policy.encoders
     wide = lambda x, n: None if x is None else x.expand(n, *[-1]*(x.ndim - 1))
     goal = goal_embedding(batch.text, encoders).to(device)
-    proprio = batch_hand_state(batch, cfg.adapter, device)
+    proprio = batch_ee_state(batch, cfg.adapter, device)
     if isinstance(policy, PlainPolicy):
         latent = present_latent(batch, encoders, cfg.spec).to(device)*encoders.vae.scaling_factor
         def context(x):

@@ -43,12 +43,16 @@ def _preset_name(
 # %% ../../nbs/05_weights/00_checkpoint.ipynb #dea1f1f5
 def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, list) else v
 
+_RENAMED = dict(drops="dropout") # fields of earlier checkpoints -> their names today
+
 def restore_config(
     cls, # the dataclass
     values:dict, # as `plain_config` gives them
 ): # an instance of `cls`
     "The config that was saved."
-    if unknown := set(values) - {f.name for f in fields(cls)}:
+    names = {f.name for f in fields(cls)}
+    values = {n if n in names else _RENAMED.get(n, n): v for n, v in values.items()}
+    if unknown := set(values) - names:
         raise ValueError(f"{cls.__name__} has no field {sorted(unknown)}: "
                          "the checkpoint is from another version")
     def restore(f, v):

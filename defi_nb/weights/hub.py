@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ..core.utils import ask_hub, format_bytes, read_own_json, write_whole
+from ..core.utils import call_hub, format_bytes, read_own_json, write_whole
 from .checkpoint import (
     checkpoint_file, has_checkpoint, model_state, read_config, save_checkpoint, verify)
 from .load import POLICY_CLASSES, load_model
@@ -113,8 +113,8 @@ def push_checkpoint(
         write_whole(Path(new)/"README.md", hub_card(new, repo, measured))
         for i, result in enumerate(measured):
             write_whole(Path(new)/f"results/{i}.json", json.dumps(result, indent=1))
-        ask_hub(repo, None, hub.create_repo, repo, private=private, exist_ok=True)
-        ask_hub(repo, None, hub.upload_folder, repo_id=repo, folder_path=new,
+        call_hub(repo, None, hub.create_repo, repo, private=private, exist_ok=True)
+        call_hub(repo, None, hub.upload_folder, repo_id=repo, folder_path=new,
                 commit_message=f"{about['class']}, {about['step']} steps")
     return f"https://huggingface.co/{repo}"
 
@@ -129,7 +129,7 @@ def get_checkpoint(
     folder = Path(ckpts)/"hub"/repo.replace("/", "--")
     wanted = ["*.json", "*.safetensors", "README.md", "results/*.json"]
     if not has_checkpoint(folder):
-        ask_hub(repo, folder, _hub(hub).snapshot_download, repo, local_dir=folder,
+        call_hub(repo, folder, _hub(hub).snapshot_download, repo, local_dir=folder,
                 allow_patterns=wanted)
     if not has_checkpoint(folder):
         raise ValueError(f"{repo} has no config.json: it holds no checkpoint of defi_nb")

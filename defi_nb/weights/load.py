@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 
 from ..core.safe_load import _refusing
-from ..core.utils import ask_hub, folder_bytes, format_bytes
+from ..core.utils import call_hub, folder_bytes, format_bytes
 from ..data.robot_dataset import ActionScale
 from ..models.direct_policy import DirectConfig, DirectPolicy
 from ..models.encoders import load_acting_encoders, load_encoders, read_weights, weight_files
@@ -202,9 +202,9 @@ def get_base_model(
     if hub is None:
         from huggingface_hub import HfApi
         hub = HfApi()
-    listing = ask_hub(model.repo, folder, hub.list_repo_files, model.repo)
+    listing = call_hub(model.repo, folder, hub.list_repo_files, model.repo)
     for filename in _choose_files(listing, model):
-        ask_hub(model.repo, folder, hub.hf_hub_download, model.repo, filename, local_dir=folder)
+        call_hub(model.repo, folder, hub.hf_hub_download, model.repo, filename, local_dir=folder)
     if fault := _base_model_fault(model, ckpts):
         raise RuntimeError(f"{folder} is still not complete: {fault}")
     return folder

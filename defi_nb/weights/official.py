@@ -278,7 +278,7 @@ def load_policy(
 
 # %% ../../nbs/05_weights/03_official.ipynb #c52ee6b6
 FREE = { # fields that a file need not hold: training, sampling and the data read them
-    "drops", "init_std", "sigma_low", "sigma_high", "steps", "sample_low", "chunk", "commitment",
+    "dropout", "init_std", "sigma_low", "sigma_high", "steps", "sample_low", "chunk", "commitment",
     "restart_below", "views", "text_mask", "texts", "vq_weight", "train", "projection_frozen",
     "image_size", "frame_stride", "text_tokens"}
 
