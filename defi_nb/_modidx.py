@@ -2530,6 +2530,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'defi_nb.eval.reading._exchange_losses': ( '07_eval/reading.html#_exchange_losses',
                                                                                  'defi_nb/eval/reading.py'),
                                       'defi_nb.eval.reading._exchanged': ('07_eval/reading.html#_exchanged', 'defi_nb/eval/reading.py'),
+                                      'defi_nb.eval.reading._exchanged_images': ( '07_eval/reading.html#_exchanged_images',
+                                                                                  'defi_nb/eval/reading.py'),
                                       'defi_nb.eval.reading.exchange_inputs': ( '07_eval/reading.html#exchange_inputs',
                                                                                 'defi_nb/eval/reading.py'),
                                       'defi_nb.eval.reading.exchanged_context': ( '07_eval/reading.html#exchanged_context',

@@ -62,14 +62,19 @@ def taking_features(
     return other
 
 # %% ../../nbs/07_eval/05_reading.ipynb #fd4d082a
+def _exchanged_images(batch, other):
+    "The batch with images of other samples, or what is encoded of them."
+    images = {f: getattr(batch, f) for f in ("video", "latent", "dino")}
+    return replace(batch, **{f: x[other] for f, x in images.items() if x is not None})
+
 def _exchanged(policy, batch, name, other):
     "The batch with one input of other samples."
     if name == "text":
         return replace(batch, text=[batch.text[i] for i in other.tolist()], latent_action=None)
     if name == "proprio": return replace(batch, proprio=batch.proprio[other])
-    if batch.feature is None:
-        images = {f: getattr(batch, f) for f in ("video", "latent", "dino")}
-        return replace(batch, **{f: x[other] for f, x in images.items() if x is not None})
+    if batch.feature is None: return _exchanged_images(batch, other)
+    if getattr(policy.cfg, "present", False) and name != "future":
+        batch = _exchanged_images(batch, other) # the adapter reads these, too
     taken = [dict(present=frame == 0, future=frame > 0, features=True)[name]
              for frame in policy.cfg.frames]
     wide = torch.tensor(taken, device=batch.feature.device)[:, None, None]
