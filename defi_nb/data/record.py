@@ -328,13 +328,13 @@ def _chains(config, scene, missing, first, turn):
 
 # %% ../../nbs/02_data/05_record.ipynb #4497a3fc
 @lru_cache(maxsize=4)
-def _environment(scene, static_size, gripper_size):
+def _environment(make_env, scene, static_size, gripper_size):
     "This process's environment of a scene; building one takes longer than resetting it."
-    return PlayTable(scene, static_size, gripper_size)
+    return make_env(scene, static_size, gripper_size)
 
-def _do_chain(config, root, chain):
+def _do_chain(config, root, make_env, chain):
     "Record one chain into a folder; the number of its windows."
-    env = _environment(chain.scene, config.static_size, config.gripper_size)
+    env = _environment(make_env, chain.scene, config.static_size, config.gripper_size)
     arrays, windows = record_chain(env, chain, config)
     write_segment(root, chain.start, arrays, chain.scene, windows if config.annotate else [])
     return len(windows)
@@ -346,9 +346,9 @@ def _leave_with_parent():
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-def _run(config, root, chains, n_workers, bar):
+def _run(config, root, make_env, chains, n_workers, bar):
     "Record chains, in this process or in several."
-    do, n = partial(_do_chain, config, root), min(n_workers, len(chains))
+    do, n = partial(_do_chain, config, root, make_env), min(n_workers, len(chains))
     if n < 2:
         for chain in chains: bar.update(do(chain))
         return
@@ -356,9 +356,11 @@ def _run(config, root, chains, n_workers, bar):
         for n_windows in pool.map(do, chains): bar.update(n_windows)
 
 # %% ../../nbs/02_data/05_record.ipynb #713e88b2
-def _claim(root, config):
+def _claim(root, config, make_env=PlayTable):
     "Write the configuration into a new folder, or compare it with the one that is there."
     path, mine = root/"recording.json", json.loads(json.dumps(asdict(config)))
+    if make_env is not PlayTable: # a partial function names what it makes
+        mine["environment"] = getattr(make_env, "func", make_env).__name__
     if not path.exists():
         if root.exists() and any(root.iterdir()):
             raise ValueError(f"{root} is not empty and has no recording.json: choose another "
@@ -382,14 +384,15 @@ def _summary(root):
     return dict(folder=str(root), chains=len(notes), frames=frames, tasks=tasks)
 
 # %% ../../nbs/02_data/05_record.ipynb #61ae86fc
-def _rounds(root, config, wanted, made, n_workers, bar):
+def _rounds(root, config, make_env, wanted, made, n_workers, bar):
     "Record chains until every task has its demonstrations."
     missing, starts = wanted, {scene: [] for scene in wanted}
     for turn in range(_ROUNDS):
         chains = [c for scene in wanted for c in
                   _chains(config, scene, missing[scene], len(starts[scene]), turn)]
         bar.update(_counts(made, [c.start for c in chains if c.start in made]).total())
-        _run(config, root, [c for c in chains if c.start not in made], n_workers, bar)
+        todo = [c for c in chains if c.start not in made]
+        _run(config, root, make_env, todo, n_workers, bar)
         made = finished_segments(root)
         for c in chains: starts[c.scene].append(c.start)
         counts = {scene: _counts(made, starts[scene]) for scene in wanted}
@@ -400,9 +403,9 @@ def _rounds(root, config, wanted, made, n_workers, bar):
     raise RuntimeError(f"{root}: after {_ROUNDS} rounds there are still too few of "
                        f"{', '.join(sorted(lacking))}: lower noise or raise limit")
 
-def _record(root, config, split, n_workers):
+def _record(root, config, split, n_workers, make_env):
     "Complete a recording; the caller holds the lock of the folder."
-    _claim(root, config)
+    _claim(root, config, make_env)
     if (root/"ep_start_end_ids.npy").exists():
         summary = _summary(root)
         print(f"{root}: using the {summary['frames']} frames that are there")
@@ -412,7 +415,7 @@ def _record(root, config, split, n_workers):
     print(f"{root}: recording {total} demonstrations of {len(config.tasks)} tasks in scene "
           f"{config.scenes}" + (f"; {len(made)} chains are there already" if made else ""))
     with progress_bar(total=total, desc=f"recording {split}", unit="task") as bar:
-        _rounds(root, config, wanted, made, n_workers, bar)
+        _rounds(root, config, make_env, wanted, made, n_workers, bar)
     finish_split(root)
     return _summary(root)
 
@@ -422,6 +425,7 @@ def record_demonstrations(
     config:RecordConfig, # what to record
     split:str="training", # or "validation"; give that another seed
     n_workers:int|None=None, # processes, of which the recording is independent; None: one a core
+    make_env=PlayTable, # (scene, static size, gripper size) -> environment; importable by workers
 )->dict: # folder, chains, frames, and windows of each task
     "Record what is missing of a recording, and summarise it."
     if getattr(current_process(), "_inheriting", False): # a worker imports the script
@@ -431,4 +435,4 @@ def record_demonstrations(
     root = Path(folder)/split
     root.parent.mkdir(parents=True, exist_ok=True)
     with locked(root.with_name(f".{split}.lock")):
-        return _record(root, config, split, n_workers or os.cpu_count())
+        return _record(root, config, split, n_workers or os.cpu_count(), make_env)

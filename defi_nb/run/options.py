@@ -257,6 +257,8 @@ def _unknown_split(value, root): # the first word like ABC_D, neither split nor 
     words = [word for word in parts if re.fullmatch(r"[A-Z]+(_[A-Z]+)?", word)]
     return next((w for w in words if w not in SPLITS and not (Path(root)/w).is_dir()), None)
 
+_OTHER_TASKS = "eval_real", "eval_simulators" # notebooks whose tasks are not CALVIN's
+
 def check_value(
     name:str, # of a parameter, or of a key as variant.quantiser
     value, # of the right type
@@ -273,3 +275,9 @@ def check_value(
     if name == "split" and (unknown := _unknown_split(value, root)):
         raise ValueError(f"no split is called {unknown!r}, and {Path(root)/unknown} is not there; "
                          f"choose one of {', '.join(SPLITS)}, or give the folder of a dataset")
+    if key in ("tasks", "test_tasks") and notebook and notebook not in _OTHER_TASKS:
+        from defi_nb.sim.calvin_tasks import check_tasks # SciPy, which most runs need not wait for
+        if value not in ("", "default", "all"): check_tasks([t.strip() for t in value.split(",")])
+    if (notebook, name) == ("own_data", "data") and value and not (Path(root)/value).exists():
+        raise ValueError(f"data is {value!r}, and {Path(root)/value} is not there: give the folder "
+                         "of your data, or leave it empty for an example")
