@@ -122,7 +122,7 @@ def scene_windows(
     "Windows of the training scenes and of the test scene."
     train, test = [w for w in windows if w.scene != judge], [w for w in windows if w.scene == judge]
     if not train or not test:
-        raise ValueError(f"scenes are {sorted({w.scene for w in windows})}: to judge {judge!r}, "
+        raise ValueError(f"scenes are {sorted({w.scene for w in windows})}: to test on {judge!r}, "
                          "there must be windows in it and in others")
     return train, test
 
@@ -151,8 +151,8 @@ def probe_data(
               for t in range(w.start, w.end + 1 - ahead, stride)]
     rows, demo = np.array(places, int).reshape(-1, 2).T
     if not (len(held[demo]) and held[demo].any() and not held[demo].all()):
-        raise ValueError(f"{(~held[demo]).sum()} frames to learn from and {held[demo].sum()} to "
-                         f"judge by, of {len(learn)} and {len(test)} demonstrations with {ahead} "
+        raise ValueError(f"{(~held[demo]).sum()} frames to train on and {held[demo].sum()} to "
+                         f"test on, of {len(learn)} and {len(test)} demonstrations with {ahead} "
                          "control steps left: give other demonstrations, which share no rows, or a "
                          "smaller `ahead`")
     angles = np.asarray(frames.robot_obs[rows[~held[demo]]], float)[:, 3:6]

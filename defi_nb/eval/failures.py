@@ -369,7 +369,7 @@ def study_failures(
     records:list, # of an evaluation's chains, see `eval.evaluate.read_records`
     sequences, # (initial state, task names) of all chains
     config:EvalConfig, # of the evaluation
-    informed=None, # the policy given the future (`true_future.best_variant`); None: `OracleFuture(policy)`
+    informed=None, # policy given the future, see `true_future.best_variant`; None: `OracleFuture`
     offsets:tuple|None=None, # control steps from a query to the given frames; None: the policy's
     failures:int=10, # failed tasks to study, at most
     control:int=10, # solved tasks, at most

@@ -126,10 +126,11 @@ class Row:
     def starts_from(self): # kinds of pretrained models that have to be made for it
         kinds = dict(coupled=("gfdm", "gidm"), no_gidm=("gfdm",))
         parts = kinds.get(self.train.get("policy", "coupled"), ())
-        return tuple(k for k in parts if self.train.get(f"pretrained.{k}") not in (_UNTRAINED, _SHIPPED))
+        return tuple(k for k in parts
+                     if self.train.get(f"pretrained.{k}") not in (_UNTRAINED, _SHIPPED))
 
     @property
-    def video_fraction(self): # fraction of the further video, 0..1; None: not the same for both models
+    def video_fraction(self): # fraction of the further video, 0..1; None: the two models differ
         fractions = {variant.get("video_frac", 1.) if "video" in variant else 0.
                      for variant in (self.gfdm, self.gidm)}
         return fractions.pop() if len(fractions) == 1 else None

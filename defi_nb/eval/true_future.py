@@ -231,7 +231,9 @@ def _future_features(policy, seed):
     others = lambda b: other_samples(b.text, seed).tolist() # of another task
     own = lambda b: b.with_feature(policy.features(b))
     rolled = lambda b: b.with_feature(policy.features(b)[others(b)])
-    wrong = lambda b: b.with_feature(wrong_instruction(policy, [b.text[i] for i in others(b)]).features(b))
+    def wrong(b):
+        forward = wrong_instruction(policy, [b.text[i] for i in others(b)])
+        return b.with_feature(forward.features(b))
     given = lambda way, b: way.with_features(b, _batch_latents(policy, b))
     def other(way, b):
         latents = _batch_latents(policy, b)
@@ -333,4 +335,5 @@ def oracle_variants(
     "Variants of a policy with the true future in place of the predicted one."
     untranslated = [OracleFuture(policy, sigma)]
     if not translate: return untranslated
-    return untranslated + [OracleFuture(policy, sigma, _fit_translator(policy, batches, sigma, ridge))]
+    translator = _fit_translator(policy, batches, sigma, ridge)
+    return untranslated + [OracleFuture(policy, sigma, translator)]

@@ -367,13 +367,13 @@ def held_out_clips(
     size:int=64, # height and width of the images, pixels
 )->HeldOutClips:
     "Clips of demonstrations that were held out of training."
-    parts, views = [], min(len(piece.views) for piece in pieces)
-    for p, piece in enumerate(pieces):
-        units = split_units(piece)[1]
-        samples = piece.samples(times, stride=times[-1]/2, units=units, size=size, views=views)
+    parts, views = [], min(len(dataset.views) for dataset in pieces)
+    for p, dataset in enumerate(pieces):
+        units = split_units(dataset)[1]
+        samples = dataset.samples(times, stride=times[-1]/2, units=units, size=size, views=views)
         which, inside = samples.inside()
         if not inside.any():
-            raise ValueError(f"{piece.name}: no held-out demonstration is as long as a clip, "
+            raise ValueError(f"{dataset.name}: no held-out demonstration is as long as a clip, "
                              f"{times[-1]:g} s")
         i = np.flatnonzero(inside)
         i = i[np.unique(np.linspace(0, len(i) - 1, min(clips, len(i))).round().astype(int))]

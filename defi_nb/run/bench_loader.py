@@ -148,7 +148,7 @@ def write_release(
         (root/"annotation/train").mkdir(parents=True, exist_ok=True)
         (root/f"annotation/train/{i}.json").write_text(json.dumps(note))
 
-# %% ../../nbs/13_run/10_bench_loader.ipynb #f09b1f5f
+# %% ../../nbs/13_run/10_bench_loader.ipynb #7a13cb90
 RLDS_KEYS = RLDSKeys({v: f"observation/{v}" for v in VIEWS}, "language_instruction", CONTROL_HZ,
                      action=("action",), proprio=("observation/robot_obs",))
 
@@ -166,6 +166,7 @@ def _rlds_features(frames): # the content of features.json
                  language_instruction=dict(text={}))
     return nest(steps=dict(sequence=dict(feature=steps)))
 
+# %% ../../nbs/13_run/10_bench_loader.ipynb #f09b1f5f
 def write_rlds(
     folder:Path, # of one version, such as play/1.0.0
     frames:Frames, # a recording with windows
@@ -316,7 +317,7 @@ def write_formats(
         write(folder/write.__name__/"1.0.0", whole)
     return copied, whole, {p.name: folder_bytes(p)[0]/1e6 for p in folder.iterdir()}
 
-# %% ../../nbs/13_run/10_bench_loader.ipynb #5aad3ee7
+# %% ../../nbs/13_run/10_bench_loader.ipynb #905d4c9b
 PLAIN_WAY, LAZILY, UNPACKED = "CALVIN, the release's way", "CALVIN, lazily", "CALVIN, unpacked"
 
 @dataclass
@@ -327,6 +328,7 @@ class Loaders:
     stores:tuple # `LazyFrames` at both sizes, whose packs of vectors fill in the first pass
     unpacked:Frames # at a model's size
 
+# %% ../../nbs/13_run/10_bench_loader.ipynb #5aad3ee7
 def _other_formats(folder, size, spec): # way -> dataset
     at = lambda name: folder/name/"1.0.0"
     offsets = tuple(np.arange(spec.frames)*spec.frame_stride/CONTROL_HZ)

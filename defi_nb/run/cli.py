@@ -383,7 +383,7 @@ def _failure(name, error, folder, record): # the line of an error in a run
                 f"(see {record})")
     return f"{name}: {one_line(error)}{_keep_traceback(folder)}"
 
-# %% ../../nbs/13_run/01_cli.ipynb #c49c4899
+# %% ../../nbs/13_run/01_cli.ipynb #1acda282
 def _literal(path): # papermill would fill in parameters
     return str(path).replace("{", "{{").replace("}", "}}")
 
@@ -394,6 +394,7 @@ def _papermill(source, record, params, log): # execute a notebook; the copy is w
         kernel_manager_class=_this_python(), # without remarks on its own transport
         extra_arguments=["--IPKernelApp.log_level=50"])
 
+# %% ../../nbs/13_run/01_cli.ipynb #c49c4899
 def execute(
     name:str, # of a run notebook
     given:dict, # parameter -> value or text; the others keep their defaults
@@ -503,7 +504,8 @@ def _clean(data, yes): # `defi-nb clean`
 
 # %% ../../nbs/13_run/01_cli.ipynb #217392cc
 _COMPLETION = """_defi_nb() {
-  COMPREPLY=($(compgen -W "$(defi-nb complete -- "${COMP_WORDS[@]:1:COMP_CWORD-1}" 2>/dev/null)" -- "${COMP_WORDS[COMP_CWORD]}"))
+  COMPREPLY=($(compgen -W "$(defi-nb complete -- "${COMP_WORDS[@]:1:COMP_CWORD-1}" 2>/dev/null)" \
+-- "${COMP_WORDS[COMP_CWORD]}"))
   [ ${#COMPREPLY[@]} -gt 0 ] || COMPREPLY=($(compgen -f -- "${COMP_WORDS[COMP_CWORD]}"))
 }
 complete -F _defi_nb defi-nb"""
@@ -587,7 +589,7 @@ def joined_pairs(
 
 def given_pairs(pairs): return dict(pair.split("=", 1) for pair in pairs) # key -> text
 
-# %% ../../nbs/13_run/01_cli.ipynb #2caa90e4
+# %% ../../nbs/13_run/01_cli.ipynb #3e37470a
 _ELSEWHERE = { # command -> the module whose `main` takes its arguments, and what it is for
     "export": ("defi_nb.data.load", "write demonstrations of any format as a LeRobotDataset"),
     "serve": ("defi_nb.serve.server",
@@ -613,6 +615,7 @@ def _add_run(sub):
     # stop when standard input closes: of a run that another one started
     run.add_argument("--child", action="store_true", help=SUPPRESS)
 
+# %% ../../nbs/13_run/01_cli.ipynb #2caa90e4
 def _add_ckpts(sub):
     ckpts = sub.add_parser("ckpts", help="which pretrained weights are needed, which are there, "
                                          "and where to get the others")
@@ -627,7 +630,7 @@ def _add_ckpts(sub):
     ckpts.add_argument("--ckpts", default="ckpts",
                        help="folder of checkpoints, relative to the project's root")
 
-# %% ../../nbs/13_run/01_cli.ipynb #e7a47a51
+# %% ../../nbs/13_run/01_cli.ipynb #42687542
 def _add_doctor(sub):
     doctor = sub.add_parser("doctor", help="whether a dataset is sound: what is wrong, where, and "
                                            "what to do; exit status 1 where there are errors")
@@ -643,6 +646,7 @@ def _add_doctor(sub):
                         help="rows a second, where the files don't say")
     doctor.add_argument("--json", default="", metavar="FILE", help="also write the report here")
 
+# %% ../../nbs/13_run/01_cli.ipynb #e7a47a51
 def _add_rest(sub):
     clean = sub.add_parser("clean", help="free disk: encodings and indices, which are made again "
                                          "when needed, and interrupted records")

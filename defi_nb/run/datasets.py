@@ -92,7 +92,7 @@ def _recorded_folder(split, tasks, demos, data, preset):
     return folder
 
 def _named_datasets(where, tasks="default", demos=200, data="data", preset="tiny"):
-    "A `data.load.DatasetRef` of each dataset, and whether it is the embedded default's (then made)."
+    "A `DatasetRef` of each dataset, and whether it is the embedded default's (then made)."
     named = []
     for part in split_data_spec(where, project_root()):
         for a in parse_data_spec(part, project_root()):
@@ -245,34 +245,34 @@ def _watched_share(
     return first + take_fraction(further, video_frac)
 
 # %% ../../nbs/13_run/04_datasets.ipynb #8fa600ff
-def _encoded_folders(piece, data, preset): # of a dataset, or of those that it joins
-    names = piece.names or (piece.name,)
+def _encoded_folders(dataset, data, preset): # of a dataset, or of those that it joins
+    names = dataset.names or (dataset.name,)
     return [project_root()/data/f"{store_name(name, preset)}-encoded" for name in names]
 
-def _codes(piece, sets, field, encoders, keep_gb, folders, views):
+def _codes(dataset, sets, field, encoders, keep_gb, folders, views):
     "Samples with encodings instead of images; of fewer cameras than there are, in other files."
     encode, identity = _encoder_of(encoders, field)
-    whole = piece.data.by_camera or views >= len(piece.views)
-    name = field if whole else f"{field}-{piece.views[0]}"
+    whole = dataset.data.by_camera or views >= len(dataset.views)
+    name = field if whole else f"{field}-{dataset.views[0]}"
     places = [folder/name for folder in folders]
     return encode_samples(sets, encode, field, places, identity, keep_gb)
 
-def _video_pair(piece, parts, field, encoders, keep_gb, folders, stride, kw):
+def _video_pair(dataset, parts, field, encoders, keep_gb, folders, stride, kw):
     "Samples with encodings; a release's own latents where they are of the right shape."
     side, strides = kw["size"]//encoders.vae.downsampling, (stride/CONTROL_HZ, 2*stride/CONTROL_HZ)
     shape, pairs = (encoders.vae.channels, side, side), [*zip(parts, strides)]
-    sets = lambda **more: [piece.samples(units=part, stride=s, **kw, **more) for part, s in pairs]
-    if field == "latent" and piece.data.stores_latents(shape):
-        print(f"{piece.name}: its own latents are used")
+    sets = lambda **more: [dataset.samples(units=part, stride=s, **kw, **more) for part, s in pairs]
+    if field == "latent" and dataset.data.stores_latents(shape):
+        print(f"{dataset.name}: its own latents are used")
         return sets(latent=True)
-    if field == "video" and piece.data.has_images: return sets()
-    if not piece.data.has_images:
-        raise ValueError(f"{piece.name} has latents and no videos, and they are not {field} of "
-                         f"shape {shape}, which this run reads: add the videos, or take the preset whose "
-                         "latents these are")
-    return _codes(piece, sets(), field, encoders, keep_gb, folders, kw["views"])
+    if field == "video" and dataset.data.has_images: return sets()
+    if not dataset.data.has_images:
+        raise ValueError(f"{dataset.name} has latents and no videos, and they are not {field} of "
+                         f"shape {shape}, which this run reads: add the videos, or take the "
+                         "preset whose latents these are")
+    return _codes(dataset, sets(), field, encoders, keep_gb, folders, kw["views"])
 
-# %% ../../nbs/13_run/04_datasets.ipynb #863d05df
+# %% ../../nbs/13_run/04_datasets.ipynb #194cd8fd
 def _check_video(datasets, video_frac, chunk): # raise for what these data cannot give
     first, *more = datasets
     if video_frac != 1 and len(first.data.parts) < 2:
@@ -285,6 +285,18 @@ def _check_video(datasets, video_frac, chunk): # raise for what these data canno
                          "simulator, or one folder in CALVIN's format; leave the labels out, or "
                          "name such data")
 
+def _video_units(dataset, parts, video_frac): # to train on, and held out
+    units, unseen = split_units(dataset)
+    own, *others = parts
+    return (_watched_share(units, len(own), video_frac) if others else units), unseen
+
+def _mixed(train, held, datasets, where, cfg, field): # name -> samples, of which a run draws
+    n_val = min(4096, sum(map(len, held.values())))
+    data_val = mix(held, datasets, where, n_val, cfg.seed, (field,))
+    draws = cfg.over(range(max(map(len, train.values())))).steps*cfg.batch_size
+    return mix(train, datasets, where, draws, cfg.seed, (field,)), data_val
+
+# %% ../../nbs/13_run/04_datasets.ipynb #863d05df
 def video_data(
     split:str, # what to train on, see `open_datasets`
     video:str, # further data, separated by commas
@@ -305,27 +317,21 @@ def video_data(
     views:int=len(VIEWS), # most cameras that are read
 )->tuple: # (samples to train on, samples held out, list of `OpenDataset`)
     "Samples for a pretraining."
-    spec, where = preset_of(DataSpec, preset), ",".join(video_splits(split, video))
-    size = spec.image_size
+    size, where = preset_of(DataSpec, preset).image_size, ",".join(video_splits(split, video))
     with _encoders_on(encoders, cfg.device_) as made:
         opened = open_datasets(where, size, reading, tasks, demos, data, preset, unchecked)
         datasets = join_recordings(opened)
         _check_video(datasets, video_frac, chunk)
-        own, *others = datasets[0].data.parts
         views, train, held = min(views, *(len(d.views) for d in datasets)), {}, {}
         for d in datasets:
-            units, unseen = split_units(d)
-            if others: units = _watched_share(units, len(own), video_frac)
+            parts = _video_units(d, datasets[0].data.parts, video_frac)
             at = times(d) if callable(times) else times
             kw = dict(times=at, chunk=chunk, size=size, views=views)
             folders = _encoded_folders(d, data, preset)
-            pair = _video_pair(d, (units, unseen), field, encoders, keep_gb, folders, stride, kw)
+            pair = _video_pair(d, parts, field, encoders, keep_gb, folders, stride, kw)
             made += pair
             train[d.name], held[d.name] = pair
-    n_val = min(4096, sum(map(len, held.values())))
-    data_val = mix(held, datasets, where, n_val, cfg.seed, (field,))
-    draws = cfg.over(range(max(map(len, train.values())))).steps*cfg.batch_size
-    return mix(train, datasets, where, draws, cfg.seed, (field,)), data_val, datasets
+    return *_mixed(train, held, datasets, where, cfg, field), datasets
 
 # %% ../../nbs/13_run/04_datasets.ipynb #5152c845
 @dataclass
@@ -342,7 +348,7 @@ class PolicyData:
     def labels(self): # of an action's numbers; None: CALVIN's
         return None if self.scale is None else self.scale.labels
 
-# %% ../../nbs/13_run/04_datasets.ipynb #4f609ac9
+# %% ../../nbs/13_run/04_datasets.ipynb #8c48c5ba
 def _one_with_actions(datasets, split): # the only dataset, which has actions
     first, *more = datasets
     if not more and first.data.actions: return first
@@ -351,6 +357,7 @@ def _one_with_actions(datasets, split): # the only dataset, which has actions
     raise ValueError(f"{split!r} is {named}{why}: a policy learns from one dataset with actions, "
                      "in CALVIN's format, LeRobot's, RLDS, or your own (videos/ and actions/)")
 
+# %% ../../nbs/13_run/04_datasets.ipynb #4f609ac9
 def policy_data(
     split:str, # what to train on: one dataset with actions
     field:str, # of `Batch`: "latent", "dino", or "video" as it is

@@ -37,7 +37,7 @@ def _run_cells(
         if "parameters" in cell.metadata.get("tags", ()): namespace.update(params)
     return namespace
 
-# %% ../../nbs/13_run/02_launch.ipynb #5e2fd4a2
+# %% ../../nbs/13_run/02_launch.ipynb #535ffed0
 _STOPPED = "stopped" # a file in the folder of a run that was interrupted, until it goes on
 
 def _processes():
@@ -57,6 +57,7 @@ def _same_folder(state, name, params): # on every process, the first one's
     if state.num_processes > 1: broadcast_object_list(folders)
     return Path(folders[0])
 
+# %% ../../nbs/13_run/02_launch.ipynb #5e2fd4a2
 def run_here(
     name:str, # of a run notebook
     given:dict, # parameter -> value or text; the others keep their defaults

@@ -95,7 +95,7 @@ def show_demonstrations(
     for n, low, high in zip(demo.labels, demo.scale.low, demo.scale.high):
         print(f"{n}: {low:.4g} to {high:.4g}")
 
-# %% ../../nbs/13_run/06_policies.ipynb #3eef78b7
+# %% ../../nbs/13_run/06_policies.ipynb #efb01d92
 def _adapter(base, params, robot):
     "The configuration of a preset's action adapter, with what the run sets otherwise."
     given = chosen(params["variant"], "proprio", "proprio_dropout")
@@ -117,6 +117,7 @@ def _without_gidm(params): # whether a policy has no GIDM
                          "leave it out, or take policy coupled")
     return without or variant.get("latents") == "none"
 
+# %% ../../nbs/13_run/06_policies.ipynb #3eef78b7
 def _coupled_config(params, gfdm, views, robot):
     "The configuration of a coupled policy, but for its GIDM."
     variant, without = params["variant"], _without_gidm(params)
@@ -283,7 +284,7 @@ def missing_models(
 # %% ../../nbs/13_run/06_policies.ipynb #d7fbf0d4
 def row_jobs(
     runs:list, # of `eval.published.AblationRun`
-    params:dict, # split, tasks, demos, data, ckpts, steps, pretrain_steps, test_tasks, length, chains
+    params:dict, # of the run: its data, steps of each training, tasks and chains of the evaluation
     folder, # of its run, absolute
 )->dict: # name -> (notebook, params, out, names of jobs before), for `run.cli.run_notebooks`
     "The pretrainings, trainings and evaluations of rows."
@@ -349,7 +350,7 @@ def load_feature_models(
     return {n: load_model(folder, encoders, _FEATURE_MODELS[n], trained=trained)
             for n, folder in folders.items()}
 
-# %% ../../nbs/13_run/06_policies.ipynb #ec84faad
+# %% ../../nbs/13_run/06_policies.ipynb #b577cff4
 _OF_POLICY = ("Video Former's tokens, GIDM's latents of predicted pairs, and what the adapter is "
               "given")
 _RUNGS = dict(policy=("coupled", "train_coupled", _OF_POLICY), # part -> kind, notebook, rungs
@@ -365,15 +366,18 @@ def _rung_folder(kind, params): # of a finished checkpoint; None, and a line, wh
     (name, maker, rungs), choice, split = _RUNGS[kind], params[kind], params["split"]
     default = f"{params['ckpts']}/{checkpoint_name(name, split, params['preset'])}"
     folder = project_root()/default
-    if choice not in ("", "none"): folder = checkpoint_path(choice, "coupled" if kind == "policy" else kind)
+    of = "coupled" if kind == "policy" else kind
+    if choice not in ("", "none"): folder = checkpoint_path(choice, of)
     if choice == "none": return print(f"left out, as asked: {rungs}")
     if is_finished(folder): return folder
     if choice:
         raise FileNotFoundError(f"{folder} holds no finished checkpoint: correct the path, or "
                                 f"leave {kind} empty")
     print(f"left out: {rungs}; there is no {folder.relative_to(project_root())} "
-          f"(`defi-nb run {maker} -p split {split}` makes it), and no other is given (`-p {kind} FOLDER`)")
+          f"(`defi-nb run {maker} -p split {split}` makes it), and no other is given "
+          f"(`-p {kind} FOLDER`)")
 
+# %% ../../nbs/13_run/06_policies.ipynb #ec84faad
 def ladder_models(
     params:dict, # `policy`, `gfdm`, `gidm`: a folder, "" (the default's, if finished) or "none"
     encoders, # `models.encoders.Encoders`

@@ -153,7 +153,8 @@ def fresh_model(
 NAMED = dict( # what a checkpoint's name holds, in this order -> the word before its value
     gfdm="gfdm_", gidm="gidm_", forward="", inverse="", quantiser="", codes="codes",
     queries="queries", video="video_", video_frac="share", extract_step="step",
-    camera_draw="static_", train="train_", rank="rank", alpha="alpha", targets="on_", align="align", views="", start="from_", latents="",
+    camera_draw="static_", train="train_", rank="rank", alpha="alpha", targets="on_",
+    align="align", views="", start="from_", latents="",
     latent_dropout="drop", present="present", feature_norm="norm", latent_positions="positions",
     frames="frames_", gidm_frames="pair_", proprio="proprio", proprio_dropout="hidden",
     vq_weight="vq", latent_weight="latents", commitment="commitment", restart_below="restart",
@@ -316,8 +317,8 @@ def load_aligned(
     for kind, model in dict(gfdm=gfdm, gidm=gidm).items():
         if (there := about[f"{kind}_digest"]) != (here := weights_digest(model)):
             raise ValueError(f"{folder} was aligned with another {kind} ({there}, and this "
-                             f"policy's is {here}): delete the folder and it is made again, or give the "
-                             "models of that run")
+                             f"policy's is {here}): delete the folder and it is made again, "
+                             "or give the models of that run")
     return _from(folder, load_model(folder, encoders, expect=("AlignedGIDM",)))
 
 # %% ../../nbs/13_run/05_pretrained.ipynb #40978f5e

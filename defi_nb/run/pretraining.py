@@ -152,7 +152,8 @@ def pretraining_model(
     trained = load_model(checkpoint_path(start, kind), encoders, expect=(type(model).__name__,))
     if differ := differing_fields(plain_config(trained.cfg), plain_config(model.cfg)):
         raise ValueError(f"variant.start is {start}, whose fields are others (there -> here: "
-                         f"{differ}): give the variant that it was trained as, or leave start empty")
+                         f"{differ}): give the variant that it was trained as, or leave start "
+                         "empty")
     return _adapted(_from(start, trained.train()), params["variant"])
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #8ed30ad1
@@ -171,9 +172,9 @@ def forward_model(
 # %% ../../nbs/13_run/07_pretraining.ipynb #c036880e
 def _cameras(cfg): return 1 + max(map(VIEWS.index, cfg.views)) # that samples need, for its own
 
-def _pair_times(params): # function of a `OpenDataset` to the seconds of a pair; the paper prints one
+def _pair_times(params): # `OpenDataset` -> seconds of a pair's frames; the paper prints one
     seconds = params["gap_seconds"] or float(params["preset"] == "printed")
-    return lambda piece: (0, piece.pair_seconds(pair_steps(params), seconds))
+    return lambda dataset: (0, dataset.pair_seconds(pair_steps(params), seconds))
 
 def inverse_pairs(
     params:dict, # of the run

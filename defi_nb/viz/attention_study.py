@@ -187,7 +187,8 @@ def patch_fractions(
             "arm and gripper": union(("arm", "gripper")), "gripper": union(("gripper",)),
             "moving arm and gripper": moving_mask(masks, frames.video[view][pair]),
             "the task's object": union(task_things(window.task, block))})
-    return {name: patch_fraction(np.stack([m[name] for m in masks_of]), side) for name in masks_of[0]}
+    return {name: patch_fraction(np.stack([m[name] for m in masks_of]), side)
+            for name in masks_of[0]}
 
 # %% ../../nbs/09_viz/04_attention_study.ipynb #2af2de44
 def _mask_studies(
@@ -299,7 +300,7 @@ def mask_ceiling(
 
 def report_studies(
     trained:PairMaps, # of the model
-    untrained:PairMaps|None, # of the same network with random weights; None where there are no masks
+    untrained:PairMaps|None, # of the same network with random weights; None: there are no masks
     shares:dict, # from `patch_fractions`; empty: no masks
     of:np.ndarray, # (N,) demonstration of each pair
 )->list: # of `viz.faithfulness.MapStudy`

@@ -189,7 +189,7 @@ def _checked_overlap(heat, fraction):
 
 def overlap(
     heat, # (P,) or (rows,columns), >= 0
-    share, # as many, 0..1: fraction of each patch in the mask, as from `segmentation.patch_fraction`
+    share, # as many, 0..1: fraction of each patch in the mask, see `segmentation.patch_fraction`
 )->dict: # "heat", "auroc", "pointing" and "area", each 0..1
     "Measures of a heat map against a mask."
     h, m = _checked_overlap(heat, share)
