@@ -63,6 +63,7 @@ class RobotDataset:
 
 RLDS = "_converted_externally_to_rlds" # end of many published names
 _TEXT, _SLOW, _FAST = "observation/natural_language_instruction", (3, 5), (15, 20)
+_WRIST = "wrist_image"
 
 # %% ../../nbs/02_data/01_mixtures.ipynb #b4b86b62
 TABLE_12 = {d.name: d for d in (
@@ -77,23 +78,26 @@ TABLE_12 = {d.name: d for d in (
     RobotDataset("berkeley_autolab_ur5", 2., 5, wrist="hand_image", text=_TEXT, window=_SLOW),
     RobotDataset("toto", 1., 30, text=_TEXT, window=_FAST),
     RobotDataset("language_table", .1, 10, "rgb", text="observation/instruction"),
-    RobotDataset("stanford_hydra", 2., 10, wrist="wrist_image", builder="stanford_hydra_dataset" + RLDS),
-    RobotDataset("austin_buds", 1., 20, wrist="wrist_image", builder="austin_buds_dataset" + RLDS),
+    RobotDataset("stanford_hydra", 2., 10, wrist=_WRIST, builder="stanford_hydra_dataset" + RLDS),
+    RobotDataset("austin_buds", 1., 20, wrist=_WRIST, builder="austin_buds_dataset" + RLDS),
     RobotDataset("nyu_franka_play", 3., 3, window=_SLOW, builder="nyu_franka_play_dataset" + RLDS),
-    RobotDataset("furniture_bench", .1, 10, wrist="wrist_image", builder="furniture_bench_dataset" + RLDS),
+    RobotDataset("furniture_bench", .1, 10, wrist=_WRIST, builder="furniture_bench_dataset" + RLDS),
     RobotDataset("ucsd_kitchen", 2., 2, window=_SLOW, builder="ucsd_kitchen_dataset" + RLDS),
-    RobotDataset("austin_sailor", 1., 20, wrist="wrist_image", window=_FAST, builder="austin_sailor_dataset" + RLDS),
-    RobotDataset("austin_sirius", 1., 20, wrist="wrist_image", builder="austin_sirius_dataset" + RLDS),
+    RobotDataset("austin_sailor", 1., 20, wrist=_WRIST, window=_FAST,
+                 builder="austin_sailor_dataset" + RLDS),
+    RobotDataset("austin_sirius", 1., 20, wrist=_WRIST, builder="austin_sirius_dataset" + RLDS),
     RobotDataset("bc_z", .2, 10, text=_TEXT),
-    RobotDataset("dlr_edan_shared_control", 1., 5, window=_SLOW, builder="dlr_edan_shared_control" + RLDS),
-    RobotDataset("iamlab_cmu_pickup_insert", 1., 20, wrist="wrist_image", window=_FAST,
-             builder="iamlab_cmu_pickup_insert" + RLDS),
-    RobotDataset("utaustin_mutex", 1., 20, wrist="wrist_image", window=_FAST),
-    RobotDataset("berkeley_fanuc_manipulation", 2., 10, wrist="wrist_image"),
+    RobotDataset("dlr_edan_shared_control", 1., 5, window=_SLOW,
+                 builder="dlr_edan_shared_control" + RLDS),
+    RobotDataset("iamlab_cmu_pickup_insert", 1., 20, wrist=_WRIST, window=_FAST,
+                 builder="iamlab_cmu_pickup_insert" + RLDS),
+    RobotDataset("utaustin_mutex", 1., 20, wrist=_WRIST, window=_FAST),
+    RobotDataset("berkeley_fanuc_manipulation", 2., 10, wrist=_WRIST),
     RobotDataset("cmu_stretch", 1., 10),
     RobotDataset("fmb", 1., 10, "image_side_1", "image_wrist_1", builder="fmb_dataset"),
     RobotDataset("dobbe", .2, 30, "wrist_image", window=_SLOW),
-    RobotDataset("ego4d", 1., 2, window=(2, 2), builder=" ".join(f"ego4d_split_{i}" for i in (1, 2, 3, 4))),
+    RobotDataset("ego4d", 1., 2, window=(2, 2),
+                 builder=" ".join(f"ego4d_split_{i}" for i in (1, 2, 3, 4))),
 )}
 GIDM_WEIGHTS = {d.name: d.weight for d in TABLE_12.values()} # without people: no ego4d
 
@@ -101,9 +105,10 @@ GIDM_WEIGHTS = {d.name: d.weight for d in TABLE_12.values()} # without people: n
 def weights_by_size(
     weights:dict, # dataset -> weight
     sizes:dict, # dataset -> number of samples, of those that are there
-)->dict: # dataset -> share, summing to one
-    "The shares where weights multiply sizes, as in GIDM's mixture."
-    return normalise_weights({n: weights[n]*size for n, size in sizes.items() if n in weights}, sizes)
+)->dict: # dataset -> fraction, summing to one
+    "The fractions where weights multiply sizes, as in GIDM's mixture."
+    products = {n: weights[n]*size for n, size in sizes.items() if n in weights}
+    return normalise_weights(products, sizes)
 
 # %% ../../nbs/02_data/01_mixtures.ipynb #cb351cd5
 def _mixed(x): # the finaliser of splitmix64 on an array

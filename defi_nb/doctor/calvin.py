@@ -381,7 +381,7 @@ def _check_frames_of(
     return kinds
 
 # %% ../../nbs/03_doctor/02_calvin.ipynb #3df208b9
-def _judge_split(exam, name, kinds):
+def _assess_split(exam, name, kinds):
     "Conclude about all frames of a split."
     assess_actions(exam, name, normalised=True)
     wrong, moved, where, _ = exam.tallies.pop(f"{name}: gripper", (0, 0, "", ""))
@@ -428,7 +428,7 @@ def _check_split(exam, name, root, needed, fraction): # of the remaining time
     spans = _check_scenes(exam, name, root, ids)
     check_windows(exam, name, root, ids, needed)
     kinds = _check_frames_of(exam, name, root, ids, spans, .7*fraction)
-    exam.later.append(partial(_judge_split, exam, name, kinds))
+    exam.later.append(partial(_assess_split, exam, name, kinds))
     _check_copies_of(exam, name, root, ids, .3*fraction)
     sizes = {k.removeprefix("rgb_"): s for k, (s, _) in kinds.items() if k.startswith("rgb_")}
     cameras = [f"{view} {'x'.join(map(str, s[:2]))}" for view, s in sizes.items()]

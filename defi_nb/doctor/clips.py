@@ -63,7 +63,7 @@ def _read_clips(
     return clips, usable, skipped, [(c, v, _frames(exam, c, v), _latents(c, v)) for c, v in views]
 
 # %% ../../nbs/03_doctor/03_clips.ipynb #fe7c604a
-def _judge_latents(
+def _assess_latents(
     exam:Exam, # that records findings
     name:str, # of the clips
     latents:list, # of ((C,) standard deviations, shape, path)
@@ -98,7 +98,7 @@ def _check_clip(exam, name, clip, longest):
                    f"clip {clip.id}", f"{len(rows)} frames")
     return len(rows), len(clip.info or clip.latents)
 
-def _check_reads(exam, name, reads): # -> latents, as `_judge_latents` takes them
+def _check_reads(exam, name, reads): # -> latents, as `_assess_latents` takes them
     latents = []
     for clip, view, frames, latent in reads:
         place = clip.videos.get(view, clip.id)
@@ -108,7 +108,7 @@ def _check_reads(exam, name, reads): # -> latents, as `_judge_latents` takes the
         if latent is not None: latents.append((*latent, clip.latents[view]))
     return latents
 
-def _judge_later(exam, name, longest): # in the end
+def _assess_later(exam, name, longest): # in the end
     for assess in (assess_videos, assess_images, assess_texts):
         exam.later.append(partial(assess, exam, name))
     remedy = ("nothing here; the release leaves them out, and sampling=WholeClip(longest=...) "
@@ -139,8 +139,8 @@ def _check_clips(
         for clip in usable:
             frames, n = _check_clip(exam, name, clip, longest)
             counts, views = [*counts, frames*n], max(views, n)
-    _judge_later(exam, name, longest)
-    _judge_latents(exam, name, latents)
+    _assess_later(exam, name, longest)
+    _assess_latents(exam, name, latents)
     return float(np.mean(counts)) if counts else 0., views
 
 # %% ../../nbs/03_doctor/03_clips.ipynb #0fbbb54a
@@ -193,7 +193,7 @@ def _annotated_actions(exam, name, paths):
     exam.later.append(partial(assess_actions, exam, name))
 
 # %% ../../nbs/03_doctor/03_clips.ipynb #07021a01
-def _judge_missing(exam, name):
+def _assess_missing(exam, name):
     videos = f"{name}: videos that are named but not there"
     bad, n, *_ = exam.tallies.get(videos, (0, 0))
     if bad == n: # a set of latents
@@ -220,7 +220,7 @@ def check_release(
         each, views = _check_clips(exam, name, paths, clips_of, .6/(len(splits) - k), str,
                                    longest=WholeClip().longest)
         _annotated_actions(exam, name, paths)
-        exam.later.append(partial(_judge_missing, exam, name))
+        exam.later.append(partial(_assess_missing, exam, name))
         exam.facts[f"{name}: clips"] = f"{len(paths):,}, of {each/views:.0f} frames on average"
         images, files = images + each*len(paths), files + len(paths)
     if fallback and not (folder/"latent_videos").is_dir():

@@ -58,7 +58,7 @@ def _check_episode(
             check_blank_images(exam, f"{name}, {view}", np.stack(frames), where)
 
 # %% ../../nbs/03_doctor/04_robots.ipynb #1b7ca47b
-def _judge_episodes(
+def _assess_episodes(
     exam:Exam, # with episodes
     name:str, # of the episodes
     views:tuple, # names of the cameras
@@ -100,12 +100,12 @@ def _lerobot_videos(exam, source):
                       "restore a whole copy, or leave its episodes out (`episodes` of reading): "
                       "videos and tables don't belong together")
         shape = tuple(source.features[key_of[path]]["shape"])
-        exam.tally("video files: another size than said",
+        exam.tally("video files: another size than declared",
                    {info.height, info.width} - set(shape) != set(), path,
-                   f"{info.height}x{info.width}, said {shape}")
+                   f"{info.height}x{info.width}, declared {shape}")
     exam.later.append(partial(assess_videos, exam, "video files"))
     remedy = "correct shape in meta/info.json, or restore a whole copy"
-    exam.later.append(partial(exam.assess, "video files: another size than said", remedy,
+    exam.later.append(partial(exam.assess, "video files: another size than declared", remedy,
                               "the size in meta/info.json"))
     check_copies(exam, "video files", [source.folder/path for path in rows])
 
@@ -179,7 +179,7 @@ def check_lerobot(
         _check_episode(exam, "episodes", place(e), int(source.lengths[e]), x, source.labels,
                        proprio, images, source.hz)
     opened = partial(open_lerobot, folder, reading, on_problem=left_out)
-    exam.later += [partial(_judge_episodes, exam, "episodes", source.views),
+    exam.later += [partial(_assess_episodes, exam, "episodes", source.views),
                    partial(exam.last_word, folder, opened)]
     if source.action: _lerobot_stats(exam, source)
     _lerobot_videos(exam, source)
@@ -273,7 +273,7 @@ def _rlds_facts(exam, version, info, keys, splits, hz):
                   "steps/language_instruction",
                   "name its key, or train on video alone with keep_unlabelled=True")
     if not views:
-        exam.find("error", "no key holds pictures", about, "no image", "steps/observation/image",
+        exam.find("error", "no key holds images", about, "no image", "steps/observation/image",
                   "name its key")
     if not hz:
         exam.find("note", "the rate is not in the files", version, "unknown", "steps a second",
@@ -332,7 +332,7 @@ def check_rlds(
         images += sum(shards[1])*float(np.mean(lengths or [0]))*len(views)
         _ask_rlds(exam, version, folder.name, shards, hz)
     exam.facts["episodes looked at"] = _describe_lengths(lengths, hz, "steps")
-    exam.later += [partial(_judge_episodes, exam, "episodes", tuple(views)),
+    exam.later += [partial(_assess_episodes, exam, "episodes", tuple(views)),
                    partial(assess_speed, exam, max(len(views), 1))]
     check_disk(exam, version, round(images))
 
@@ -454,8 +454,9 @@ def check_csv_folder(
     exam.later += [
         partial(exam.assess, "episodes: holes in the rows",
                 "cut these episodes in two, or leave them out", "an even rate"),
-        partial(_judge_episodes, exam, "episodes", views, True),
-        partial(assess_videos, exam, "video files"), partial(assess_speed, exam, max(len(views), 1))]
+        partial(_assess_episodes, exam, "episodes", views, True),
+        partial(assess_videos, exam, "video files"),
+        partial(assess_speed, exam, max(len(views), 1))]
     if exam.everything or len(tables) <= 300:
         read = partial(open_csv_folder, folder, replace(exam.reading, hz=hz),
                        on_problem=exam.problem("episodes that a run leaves out"))

@@ -278,7 +278,7 @@ def _draw(self:PlayTable, state, name):
     return self.cameras.draw(state, name)
 
 @patch
-def get_obs(self:PlayTable)->dict: # rgb_obs, depth_obs: `RenderedImages`; robot_obs, scene_obs: arrays
+def get_obs(self:PlayTable)->dict: # rgb_obs, depth_obs: `RenderedImages`; robot_obs, scene_obs
     "The observation of this moment, its images not yet drawn."
     draw = partial(self._draw, self._state())
     images = lambda kind: RenderedImages(tuple(f"{kind}_{view}" for view in VIEWS), draw)
@@ -401,7 +401,8 @@ def fake_episode(
     obs = env.reset()
     for k in range(steps):
         state = {key: obs[key] for key in ("robot_obs", "scene_obs")}
-        rows.append(dict(obs["rgb_obs"]) | state | dict(rel_actions=waving_action(k).astype(np.float32)))
+        action = dict(rel_actions=waving_action(k).astype(np.float32))
+        rows.append(dict(obs["rgb_obs"]) | state | action)
         obs = env.step(rows[-1]["rel_actions"])[0]
     env.close()
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
