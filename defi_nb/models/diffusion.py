@@ -22,9 +22,9 @@ class EDM:
     predicts:str = "mixed" # what F is: "mixed" (EDM), "velocity" (SVD) or "noise" (DDPM)
 
     def __post_init__(self):
-        known = "mixed", "velocity", "noise"
-        if self.predicts not in known:
-            raise ValueError(f"predicts is {self.predicts!r}; choose one of {', '.join(known)}")
+        choices = "mixed", "velocity", "noise"
+        if self.predicts not in choices:
+            raise ValueError(f"predicts is {self.predicts!r}; choose one of {', '.join(choices)}")
 
     def scalings(self,
         sigma:Tensor, # noise level, any shape, > 0

@@ -42,8 +42,8 @@ def _find_encoder(
         waiting.extend(module.children())
     raise ValueError(
         f"{type(model).__name__} has no vision encoder that is known; known are "
-        f"{', '.join(VISION_ENCODERS)}. Add yours to `models.direct_policy.VISION_ENCODERS`, with `patches` where "
-        "its output is (B,P,C)")
+        f"{', '.join(VISION_ENCODERS)}. Add yours to `models.direct_policy.VISION_ENCODERS`, with "
+        "`patches` where its output is (B,P,C)")
 
 def _projecting(model): # -> the module that projects its encoder's tokens; None if there is none
     projects = lambda m: "multi_modal_projector" in dict(m.named_children())

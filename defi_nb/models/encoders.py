@@ -87,12 +87,12 @@ def _tensors_in(file): # yields what has `keys()` and `get_tensor(name)`
         tensors = read_tensors(file)
         yield SimpleNamespace(keys=tensors.keys, get_tensor=tensors.__getitem__)
 
-def _misfits(wanted, found): # names -> tensors, both; sentences
+def _misfits(wanted, read): # names -> tensors, both; sentences
     "The tensors that are missing or of another shape."
     shape = lambda tensor: tuple(tensor.shape)
-    missing = [f"{n} is missing" for n in wanted if n not in found]
-    both = [n for n in wanted if n in found and found[n].shape != wanted[n].shape]
-    return missing + [f"{n} is {shape(found[n])} and not {shape(wanted[n])}" for n in both]
+    missing = [f"{n} is missing" for n in wanted if n not in read]
+    both = [n for n in wanted if n in read and read[n].shape != wanted[n].shape]
+    return missing + [f"{n} is {shape(read[n])} and not {shape(wanted[n])}" for n in both]
 
 # %% ../../nbs/04_models/03_encoders.ipynb #f70bf069
 def read_weights(
@@ -101,18 +101,18 @@ def read_weights(
     prefix:str="", # of the module's names in the files
 ): # the same module, filled
     "Read a module's own tensors from files, and nothing else that they hold."
-    wanted, found = module.state_dict(), {}
+    wanted, read = module.state_dict(), {}
     for file in files:
         with _tensors_in(file) as tensors:
             for name in tensors.keys():
                 own = name.removeprefix(prefix)
                 if name.startswith(prefix) and own in wanted:
-                    found[own] = tensors.get_tensor(name).to(wanted[own].dtype)
-    if wrong := _misfits(wanted, found):
+                    read[own] = tensors.get_tensor(name).to(wanted[own].dtype)
+    if wrong := _misfits(wanted, read):
         raise ValueError(
             f"{', '.join(map(str, files))} do not hold this {type(module).__name__}: "
             f"{'; '.join(wrong[:4])} ({len(wrong)} in all); give the files of a model of this size")
-    module.load_state_dict(found, assign=True)
+    module.load_state_dict(read, assign=True)
     return module
 
 # %% ../../nbs/04_models/03_encoders.ipynb #99ad1a80
@@ -344,8 +344,8 @@ def remember(
     "Encode the texts that are not remembered, and remember them."
     encodings = {}
     for text in dict.fromkeys(_check_texts(texts, none)):
-        known = memory.get(text)
-        encodings[text] = encode(text) if known is None else known
+        remembered = memory.get(text)
+        encodings[text] = encode(text) if remembered is None else remembered
     memory.update(encodings)
     for text in list(memory)[:-most]: memory.pop(text, None)
     return [encodings[text] for text in texts]

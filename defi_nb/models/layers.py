@@ -286,7 +286,8 @@ class ContextBlock(nn.Module):
     ):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(dim, bias=False), nn.LayerNorm(dim, bias=False)
-        self.attn, self.mlp = BiasedAttention(dim, heads, *dropout[:2]), BiaslessMLP(dim, dropout[2])
+        self.attn = BiasedAttention(dim, heads, *dropout[:2])
+        self.mlp = BiaslessMLP(dim, dropout[2])
 
     def forward(self,
         x:Tensor, # (B,N,D) context tokens

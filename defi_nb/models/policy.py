@@ -171,8 +171,8 @@ def _check_views(cfg):
 
 # %% ../../nbs/04_models/07_policy.ipynb #f627094c
 def _check_train(cfg):
-    train, known = set(cfg.train), {"gfdm", "gidm", "adapter"}
-    if "adapter" not in train or not train <= known or len(train) < len(cfg.train):
+    train, parts = set(cfg.train), {"gfdm", "gidm", "adapter"}
+    if "adapter" not in train or not train <= parts or len(train) < len(cfg.train):
         raise ValueError(f"train is {cfg.train}: it names 'adapter', and 'gidm', 'gfdm' or both "
                          "where they are trained too")
     if cfg.gidm.codebook_follows and "gidm" in train and cfg.latents == "code":

@@ -246,7 +246,8 @@ def inverse_auxiliary(
         raise ValueError(f"control is {control!r}; it is {' or '.join(CONTROLS)}, or left out")
     function, undo = _PAIRS[pair], order_only if control == "order_only" else time_reverse
     if control == "shuffled_future": function = shuffled_future(function)
-    return InverseAuxiliary(fit_inverse(InverseDynamicsConfig(**given), policy), function, rest, undo)
+    cfg = fit_inverse(InverseDynamicsConfig(**given), policy)
+    return InverseAuxiliary(cfg, function, rest, undo)
 
 # %% ../../nbs/06_train/04_auxiliary.ipynb #8706d550
 _LATENT_CHOICES = dict(reversed_text=("drop", "keep"), reads=("emb", "z_q"))
@@ -356,8 +357,9 @@ def _known_actions(
         raise ValueError(
             f"actions have shape {tuple(batch.action.shape)}; this head takes "
             f"(B,{cfg.chunk},{cfg.action_dim}): the chunk is what lies between the two frames")
-    known = batch.action.isfinite().all(-1).all(-1)
-    return known if batch.left is None else known & (batch.left >= cfg.chunk).to(known.device)
+    finite = batch.action.isfinite().all(-1).all(-1)
+    if batch.left is None: return finite
+    return finite & (batch.left >= cfg.chunk).to(finite.device)
 
 # %% ../../nbs/06_train/04_auxiliary.ipynb #07b7e0c5
 class LatentActionHead(nn.Module):
@@ -380,7 +382,7 @@ class LatentActionHead(nn.Module):
 
 # %% ../../nbs/06_train/04_auxiliary.ipynb #ce03f8b3
 class LatentAuxiliary(nn.Module):
-    "Time reversal, antisymmetry and a few labels next to GIDM's loss, for `fit(..., auxiliary=...)`."
+    "Time reversal, antisymmetry and a few labels next to GIDM's loss, for `auxiliary` of `fit`."
     def __init__(self,
         cfg:LatentAuxiliaryConfig, # weights and sizes
         gidm:GIDMConfig, # of the inverse model

@@ -53,9 +53,9 @@ _CHOICES = dict(schedule=("cosine", "constant"), precision=_PRECISIONS,
 
 def _check(cfg):
     "Refuse the numbers of a run that make no sense."
-    for name,known in _CHOICES.items():
-        if (v := getattr(cfg, name)) not in known:
-            raise ValueError(f"{name} is {v!r}; it is one of {known}")
+    for name,choices in _CHOICES.items():
+        if (v := getattr(cfg, name)) not in choices:
+            raise ValueError(f"{name} is {v!r}; it is one of {choices}")
     for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
         if (v := getattr(cfg, name)) < 1: raise ValueError(f"{name} is {v}; it is at least 1")
     if cfg.schedule == "cosine" and cfg.warmup + cfg.hold > max(cfg.steps, cfg.warmup):

@@ -536,7 +536,8 @@ def fit(
         if out and main: _clean(out, resume, cfg.steps, record)
         accelerator.wait_for_everyone()
         done, state, history = _start(out, model, run)
-        engine, sums = Engine(model, cfg, accelerator, auxiliary), state.get("meter") if main else None
+        engine = Engine(model, cfg, accelerator, auxiliary)
+        sums = state.get("meter") if main else None
         progress = _Progress(done, history, Meter(sums), state.get("best", {}), done)
         if state: _restore_engine(engine, state)
         if main: _resume_folder(out, progress, state, cfg)
