@@ -243,8 +243,9 @@ class CoupledPolicy(nn.Module):
         self.video_former = VideoFormer(
             cfg.feature_dim, cfg.former_dim, cfg.former_depth, len(cfg.frames),
             cfg.former_queries, cfg.former_heads, cfg.former_head_dim, cfg.former_hidden)
-        self.adapter, vae = ActionAdapter(cfg.adapter), encoders.vae
+        self.adapter = ActionAdapter(cfg.adapter)
         if cfg.present:
+            vae = encoders.vae
             side, dim = cfg.spec.image_size//vae.downsampling, cfg.adapter.video_dim
             self.patch_up, self.place = present_embedding(vae.channels, side, dim, len(cfg.views))
 

@@ -215,7 +215,8 @@ def _build(cls, config, reads):
     return lambda fields, encoders, info: cls(restore_config(config, fields), reads(encoders))
 
 def _build_lora(fields, encoders, info): # without numbers: `with_base` reads those of the base
-    with torch.device("meta"): return LoraGFDM(restore_config(LoraGFDMConfig, fields), encoders.clip)
+    config = restore_config(LoraGFDMConfig, fields)
+    with torch.device("meta"): return LoraGFDM(config, encoders.clip)
 
 def _build_coupled(fields, encoders, info):
     forward = BUILDERS[info.get("forward", "GFDM")](info["gfdm"], encoders, info)

@@ -26,8 +26,8 @@ class LoraGFDMConfig(GFDMConfig):
     "A GFDM's configuration, its adapters', and which model they adapt."
     rank:int = 8 # r of each adapter, 1 or more
     alpha:float = 16. # the product of an adapter's matrices counts alpha/rank times
-    targets:str = "attention" # layers with adapters: of attention, convolutions, separated by commas
-    base:str = "" # the adapted model: folder of a checkpoint or of a diffusers pipeline, relative to the project's root, or shipped
+    targets:str = "attention" # layers with adapters, of `TARGETS`, separated by commas
+    base:str = "" # the adapted model: folder of a checkpoint or diffusers pipeline, or "shipped"
     base_digest:str = "" # of the weights of its UNet, see `models.encoders.weights_digest`
 
     @property
@@ -37,14 +37,15 @@ class LoraGFDMConfig(GFDMConfig):
     def __post_init__(self):
         if self.rank < 1: raise ValueError(f"rank is {self.rank}; it is at least 1")
         if unknown := {t.strip() for t in self.targets.split(",")} - {*TARGETS}:
-            raise ValueError(f"targets are {self.targets!r}, and {sorted(unknown)[0]!r} is none of {', '.join(TARGETS)}")
+            raise ValueError(f"targets are {self.targets!r}, and {sorted(unknown)[0]!r} is none of "
+                             f"{', '.join(TARGETS)}")
 
 # %% ../../nbs/05_weights/01_lora.ipynb #11a3535a
 def _peft(): return needed("peft", "lora")
 
-def _with_adapters(unet, cfg): # the same UNet, frozen, its chosen layers with adapters beside them
-    found = _peft().LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=cfg.adapted)
-    return _peft().inject_adapter_in_model(found, unet)
+def _with_adapters(unet, cfg): # the same UNet, frozen, with adapters on its chosen layers
+    adapters = _peft().LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=cfg.adapted)
+    return _peft().inject_adapter_in_model(adapters, unet)
 
 class LoraGFDM(GFDM):
     "A GFDM whose pretrained weights stay as they are, with low-rank adapters that are trained."
@@ -62,7 +63,8 @@ class LoraGFDM(GFDM):
 
     def load_saved_state(self, state:dict): # as from `saved_state`
         "Take over adapters; where this model has no numbers, theirs become its own."
-        named = {n.removeprefix("unet.").replace(".weight", ".default.weight"): t for n, t in state.items()}
+        in_unet = lambda n: n.removeprefix("unet.").replace(".weight", ".default.weight")
+        named = {in_unet(n): t for n, t in state.items()}
         self.unet.load_state_dict(named, strict=False, assign=True)
 
 # %% ../../nbs/05_weights/01_lora.ipynb #17a82317
@@ -110,18 +112,21 @@ def with_base(
 )->LoraGFDM: # in evaluation mode
     "Adapters on the model that their configuration names, if it is there and the right one."
     cfg = adapters.cfg
-    with torch.device("meta" if trained else "cpu"): plain = GFDM(_gfdm_config(cfg), adapters.clip, adapters.vae)
+    with torch.device("meta" if trained else "cpu"):
+        plain = GFDM(_gfdm_config(cfg), adapters.clip, adapters.vae)
     given = dict(base=cfg.base, rank=cfg.rank, alpha=cfg.alpha, targets=cfg.targets)
     if not trained: return adapt(plain, **given).eval()
     files, prefix = _base_files(cfg)
     if lost := [str(f) for f in files if not f.is_file()]:
-        raise FileNotFoundError(f"these are adapters of the GFDM in {cfg.base}, and {lost[0]} is not there: put it "
-                                "there, or name its folder: load_model(..., change=dict(base=FOLDER))")
+        raise FileNotFoundError(
+            f"these are adapters of the GFDM in {cfg.base}, and {lost[0]} is not there: put it "
+            "there, or name its folder: load_model(..., change=dict(base=FOLDER))")
     read_weights(plain.unet, files, prefix)
-    if (found := weights_digest(plain.unet)) != cfg.base_digest:
-        raise ValueError(f"these are adapters of another GFDM than the one in {cfg.base} (its digest is {found}, theirs "
-                         f"is {cfg.base_digest}): put the earlier one back, or name its folder: "
-                         "load_model(..., change=dict(base=FOLDER))")
+    if (digest := weights_digest(plain.unet)) != cfg.base_digest:
+        raise ValueError(
+            f"these are adapters of another GFDM than the one in {cfg.base} (its digest is "
+            f"{digest}, theirs is {cfg.base_digest}): put the earlier one back, or name its "
+            "folder: load_model(..., change=dict(base=FOLDER))")
     adapted = adapt(plain, **given)
     adapted.load_saved_state(adapters.saved_state())
     return adapted.eval()
