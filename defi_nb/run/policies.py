@@ -365,10 +365,8 @@ def _around(gfdm, encoders, preset, views): # a policy that is not trained, to r
 def _rung_folder(kind, params): # of a finished checkpoint; None, and a line, where it is left out
     (name, maker, rungs), choice, split = _RUNGS[kind], params[kind], params["split"]
     default = f"{params['ckpts']}/{checkpoint_name(name, split, params['preset'])}"
-    folder = project_root()/default
-    of = "coupled" if kind == "policy" else kind
-    if choice not in ("", "none"): folder = checkpoint_path(choice, of)
     if choice == "none": return print(f"left out, as asked: {rungs}")
+    folder = checkpoint_path(choice or default, "coupled" if kind == "policy" else kind)
     if is_finished(folder): return folder
     if choice:
         raise FileNotFoundError(f"{folder} holds no finished checkpoint: correct the path, or "
