@@ -4668,6 +4668,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'defi_nb.sim.layout._look': ('01_sim/layout.html#_look', 'defi_nb/sim/layout.py'),
                                     'defi_nb.sim.layout._mat': ('01_sim/layout.html#_mat', 'defi_nb/sim/layout.py'),
                                     'defi_nb.sim.layout._rgb': ('01_sim/layout.html#_rgb', 'defi_nb/sim/layout.py'),
+                                    'defi_nb.sim.layout._scattered': ('01_sim/layout.html#_scattered', 'defi_nb/sim/layout.py'),
                                     'defi_nb.sim.layout._slots': ('01_sim/layout.html#_slots', 'defi_nb/sim/layout.py'),
                                     'defi_nb.sim.layout._thing': ('01_sim/layout.html#_thing', 'defi_nb/sim/layout.py'),
                                     'defi_nb.sim.layout._tones': ('01_sim/layout.html#_tones', 'defi_nb/sim/layout.py'),

@@ -130,25 +130,32 @@ def random_layout(
         yaws=tuple(rng.uniform(0, np.pi, 3).tolist()), look=_look(rng, at["button"], at["switch"]))
 
 # %% ../../nbs/01_sim/01_layout.ipynb #9c69c733
-_NAME = re.compile(r"([A-D]|[GP]\d+)(-hand)?")
+_NAME = re.compile(r"([A-D]|[GPS]\d+)(-hand)?")
 _D_LOOK = {name: getattr(LAYOUTS["D"], name) for name in ("wood", "doors", "grain", "look")}
 
+def _scattered(number): # scene D, with blocks elsewhere on the table
+    rng, at_home = np.random.default_rng([number, *b"scattered"]), LAYOUTS["D"]
+    yaws = tuple(rng.uniform(0, np.pi, 3).tolist())
+    return replace(at_home, table_slots=_slots(rng, at_home.button), yaws=yaws)
+
 def layout_of(
-    scene:str, # "A" to "D", or "G" or "P" and a number; then "-hand" for the floating hand
+    scene:str, # "A" to "D", or "G", "P" or "S" and a number; then "-hand" for the floating hand
 )->Layout: # of this scene
     "A scene's layout; `ValueError` that lists the scenes if there is no such."
     if not (match := _NAME.fullmatch(scene)):
         raise ValueError(
             f"there is no scene {scene!r}: choose one of {', '.join(LAYOUTS)}, or G and a number, "
-            "such as G17, for a generated one, P17 for its places in D's look; "
-            "with -hand for a floating hand in place of the arm")
+            "such as G17, for a generated one, P17 for its places in D's look, S17 for blocks "
+            "anywhere in D; with -hand for a floating hand in place of the arm")
     name, hand = match.groups()
-    layout = LAYOUTS[name] if name in LAYOUTS else random_layout(int(name[1:]))
+    if name in LAYOUTS: layout = LAYOUTS[name]
+    elif name[0] == "S": layout = _scattered(int(name[1:]))
+    else: layout = random_layout(int(name[1:]))
     if name[0] == "P": layout = replace(layout, **_D_LOOK)
     return replace(layout, body="hand") if hand else layout
 
 # %% ../../nbs/01_sim/01_layout.ipynb #b5f33e72
-_SPAN = re.compile(r"([GP])(\d+):(\d+)(-hand)?")
+_SPAN = re.compile(r"([GPS])(\d+):(\d+)(-hand)?")
 
 def scene_names(
     text:str, # letters as "ABC", or names and ranges separated by commas, as "D,G0:100,G0:100-hand"
