@@ -87,8 +87,7 @@ def notebook_page(config, path):
     "A notebook as Markdown, and the images of its outputs."
     nb = run_notebook(path) if path in RUNS else nbformat.read(path, 4)
     for cell in nb.cells:
-        directives = r"^#\|.*\n?" if cell.cell_type == "code" else r"^- skip_exec: true\n?"
-        cell.source = re.sub(directives, "", cell.source, flags=re.M).strip()
+        if cell.cell_type == "code": cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
     nb.cells, nb.metadata.language_info = [c for c in nb.cells if c.source], {"name": "python"}
     where = {"output_files_dir": f"{path.stem}_files", "unique_key": "output"}
     text, resources = EXPORTER.from_notebook_node(nb, resources=where)

@@ -96,7 +96,6 @@ def page_notebook(
     "The title and the conclusion, results, method, parameters, cost, what comes next."
     from nbformat.v4 import new_markdown_cell, new_notebook
     title, *cells = deepcopy(nb.cells)
-    title.source = re.sub(r"\n- skip_exec: true", "", title.source)
     cells = [c for c in cells if not {"parameters", "injected-parameters"} & {*_tags(c)}]
     for c in cells:
         if c.cell_type == "code": c.outputs = kept_outputs(c.outputs, root)
@@ -170,7 +169,8 @@ def stripped_notebook(
     "A notebook without outputs, counts and what an editor adds."
     nb = json.loads(text)
     kernel = dict(display_name="python3", language="python", name="python3")
-    nb["metadata"] = dict(kernelspec=kernel)
+    directives = {k: v for k, v in nb["metadata"].items() if k == "nbdev"}
+    nb["metadata"] = dict(kernelspec=kernel) | directives
     for cell in nb["cells"]:
         cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags"}
         if cell["cell_type"] == "code": cell |= dict(outputs=[], execution_count=None)
