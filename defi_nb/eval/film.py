@@ -31,9 +31,10 @@ def caption_frame(
     for i, view in enumerate(VIEWS):
         image = Image.fromarray(np.ascontiguousarray(obs["rgb_obs"][f"rgb_{view}"]))
         frame.paste(image.resize((height, height), Image.Resampling.BICUBIC), (i*height, 0))
-    where = bar*.4, height + bar/2
-    ImageDraw.Draw(frame).text(where, text, fill="white", font=ImageFont.load_default(bar*.55),
-                               anchor="lm")
+    where, room = (bar*.4, height + bar/2), frame.width - bar*.8
+    length = ImageFont.load_default(bar*.55).getlength(text)
+    font = ImageFont.load_default(bar*.55*min(1, room/max(length, 1))) # a long text is smaller
+    ImageDraw.Draw(frame).text(where, text, fill="white", font=font, anchor="lm")
     return np.asarray(frame)
 
 # %% ../../nbs/07_eval/07_film.ipynb #42a1a300
