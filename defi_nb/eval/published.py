@@ -164,10 +164,10 @@ _PRETRAINING_ROWS = (
     # in half of the training samples
     Row("latent actions hidden in half", train={"variant.latent_dropout": .5}),
     # long training, all labels, behind the models that come with the package
-    Row("coupled, present frames too", train={
+    Row("coupled plus present frames", train={
         "pretrained.gfdm": _SHIPPED, "pretrained.gidm": _SHIPPED,
         "variant.present": 1, "variant.latent_dropout": .5}),
-    Row("without GIDM, present frames too", train={
+    Row("without GIDM plus present frames", train={
         "policy": "no_gidm", "pretrained.gfdm": _SHIPPED, "variant.present": 1}),
     Row("other scenes for both", (5,), "both with human video", gfdm=_OTHER, gidm=_OTHER),
     Row("other scenes for GIDM", (5,), "GFDM without human video", gidm=_OTHER),
