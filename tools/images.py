@@ -1,7 +1,7 @@
-"""The images of README.md, the start page and the docs: `python tools/images.py rollout`, `results` or `gallery`.
+"""The images of README.md, the start page and the docs: `python tools/images.py rollout`, `results`, `labels` or `gallery`.
 
 `rollout` films a chain of an evaluation of `make demo` again, with what the policy's GFDM predicts in one
-denoising step, as the policy reads it; `results` draws results/coupling; `gallery` takes stored outputs of
+denoising step, as the policy reads it; `results` draws results/coupling, `labels` results/data_efficiency; `gallery` takes stored outputs of
 notebooks. They are written to nbs/images.
 """
 import argparse
@@ -82,6 +82,14 @@ def results():
     figure.savefig(IMAGES/"results.png", dpi=110)
 
 
+def labels():
+    "Average lengths of results/data_efficiency over the number of demonstrations with actions."
+    from defi_nb.eval.published import show_efficiency
+    metrics = json.loads((ROOT/"results"/"data_efficiency"/"metrics.json").read_text(encoding="utf-8"))
+    figure = show_efficiency(metrics["table"], metrics["demonstrations"])
+    figure.savefig(IMAGES/"data_efficiency.png", dpi=90)
+
+
 def gallery():
     "Stored outputs of notebooks, small and of one size."
     (IMAGES/"gallery").mkdir(exist_ok=True)
@@ -97,9 +105,9 @@ def gallery():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("rollout", "results", "gallery"))
+    parser.add_argument("what", choices=("rollout", "results", "labels", "gallery"))
     parser.add_argument("--run", type=Path, default=ROOT/"runs/demo/eval_shipped", help="evaluation to film")
     parser.add_argument("--chain", type=int, default=0, help="number of its chain")
     given = parser.parse_args()
     if given.what == "rollout": rollout(given.run, given.chain)
-    else: {"results": results, "gallery": gallery}[given.what]()
+    else: {"results": results, "labels": labels, "gallery": gallery}[given.what]()

@@ -15,7 +15,7 @@ from importlib import resources
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ..core.plot import log_scale, new_axes
+from ..core.plot import log_scale, new_axes, outer_legend
 from ..core.printed import chain_marks, printed_table, printed_tables, row_marks
 from ..core.stats import Interval, crossed_interval, markdown_table
 
@@ -396,7 +396,7 @@ def show_efficiency(
     demonstrations:int, # with actions, that a `data_frac` of 1 is
 ): # the figure
     "Average length, and success of tasks that need images, over labelled demonstrations."
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
     for i, name in enumerate(dict.fromkeys(t["row"] for t in table)):
         rows = sorted((t for t in table if t["row"] == name), key=lambda t: t["data_frac"])
         # so that intervals do not hide one another
@@ -405,15 +405,18 @@ def show_efficiency(
         bounds = np.array([[m if b is None else b for b in t["interval"]]
                            for t, m in zip(rows, mean)]).T
         axes[0].errorbar(at, mean, np.abs(bounds - mean), fmt="o-", color=f"C{i}", ms=4, lw=1.2,
-                         capsize=2, label=name)
+                         capsize=2)
         each = [[s/max(n, 1) for s, n in t["image_tasks"]] for t in rows]
-        axes[1].plot(at, [np.mean(e) for e in each], "o-", color=f"C{i}", ms=4, lw=1.2)
+        axes[1].plot(at, [np.mean(e) for e in each], "o-", color=f"C{i}", ms=4, lw=1.2, label=name)
         for x, e in zip(at, each): axes[1].plot([x]*len(e), e, ".", color=f"C{i}", ms=3, alpha=.5)
     axes[0].set(ylabel=f"tasks in a row, of {_length(table)}", ylim=(0, _length(table)))
     axes[1].set(ylabel="success of tasks with blocks", ylim=(0, 1))
+    counts = sorted({round(t["data_frac"]*demonstrations) for t in table})
     for ax in axes:
         log_scale(ax, "x")
+        ax.set_xticks(counts, [f"{count:g}" for count in counts], minor=False)
+        ax.set_xticks([], minor=True)
         ax.set(xlabel="demonstrations with actions")
         ax.grid(alpha=.3)
-    axes[0].legend(fontsize=7)
+    outer_legend(axes[1])
     return figure
