@@ -224,7 +224,7 @@ SPLITS = { # name -> scenes to train in, scenes of the evaluation
     "D_D": ("D", "D"), "ABC_D": ("ABC", "D"), "ABCD_D": ("ABCD", "D"),
     "G_G": ("G0:100", "G1000:1100"), # generated scenes, each evaluation chain in a new one
     "P_P": ("P0:100", "P1000:1100"), # the same layouts in the look of D
-    "S_S": ("S0:250", "S1000:1100"), # D with blocks that start anywhere on the table
+    "S_S": ("S0:100", "S1000:1100"), # D, with blocks in two of six places
     "more_G": ("G100:300", "G1000:1100"), # further video of more scenes
     "hand_G": ("G300:400-hand", "G1000:1100"), # and of another body
 }

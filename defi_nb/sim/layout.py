@@ -133,10 +133,12 @@ def random_layout(
 _NAME = re.compile(r"([A-D]|[GPS]\d+)(-hand)?")
 _D_LOOK = {name: getattr(LAYOUTS["D"], name) for name in ("wood", "doors", "grain", "look")}
 
+_PAIRS = ( # x of two blocks in D, clear of the button and each other; each place is in two pairs
+    (-.26, .08), (.08, .24), (.24, .0), (.0, .16), (.16, .32), (.32, -.26))
+
 def _scattered(number): # scene D, with blocks elsewhere on the table
-    rng, at_home = np.random.default_rng([number, *b"scattered"]), LAYOUTS["D"]
-    yaws = tuple(rng.uniform(0, np.pi, 3).tolist())
-    return replace(at_home, table_slots=_slots(rng, at_home.button), yaws=yaws)
+    pair = np.random.default_rng([number, *b"scattered"]).integers(len(_PAIRS))
+    return replace(LAYOUTS["D"], table_slots=_PAIRS[pair])
 
 def layout_of(
     scene:str, # "A" to "D", or "G", "P" or "S" and a number; then "-hand" for the floating hand
@@ -146,7 +148,7 @@ def layout_of(
         raise ValueError(
             f"there is no scene {scene!r}: choose one of {', '.join(LAYOUTS)}, or G and a number, "
             "such as G17, for a generated one, P17 for its places in D's look, S17 for blocks "
-            "anywhere in D; with -hand for a floating hand in place of the arm")
+            "elsewhere in D; with -hand for a floating hand in place of the arm")
     name, hand = match.groups()
     if name in LAYOUTS: layout = LAYOUTS[name]
     elif name[0] == "S": layout = _scattered(int(name[1:]))
