@@ -436,7 +436,7 @@ def main(
     dataset = load_dataset(args.dataset, None, reading)
     data = _trained_on(dataset, args.data_frac) if args.data_frac else dataset.data
     encode = instruction_encoder() if args.instructions else None
-    written = open_lerobot(write_lerobot(args.folder, data, args.quality, encode)) # checks its files
+    written = open_lerobot(write_lerobot(args.folder, data, args.quality, encode)) # checks it
     print(f"{args.folder}: {len(written.lengths)} episodes, {written.lengths.sum()} rows at "
           f"{written.hz:g} Hz, cameras {', '.join(written.views)}")
     return 0

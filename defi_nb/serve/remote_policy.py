@@ -9,7 +9,7 @@ __all__ = ['remote_preset', 'RemotePolicy']
 import numpy as np
 import torch
 
-from ..core.spec import PRESETS, Batch, DataSpec, preset_of
+from ..core.spec import PRESETS, VIEWS, Batch, DataSpec, preset_of
 from .protocol import Client
 from .server import read_key
 
@@ -50,5 +50,6 @@ class RemotePolicy:
         noise:torch.Tensor, # (B,K,A)
     )->torch.Tensor: # (B,K,A)
         "Chunks of actions, one request after the other."
-        chunks = [self.client.infer(self._request(batch, noise, i))["actions"] for i in range(len(noise))]
-        return torch.from_numpy(np.stack(chunks))[:, :noise.shape[1]]
+        requests = (self._request(batch, noise, i) for i in range(len(noise)))
+        chunks = np.stack([self.client.infer(request)["actions"] for request in requests])
+        return torch.from_numpy(chunks)[:, :noise.shape[1]]

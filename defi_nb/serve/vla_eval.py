@@ -64,8 +64,8 @@ class _ServedPolicy:
         self.policy, digest = load_served(policy, device) if named else (policy, "")
         self.contract = contract_of(self.policy, checkpoint=digest)
         if self.contract.state and isinstance(self.policy, LeRobotPolicy):
-            raise ValueError(f"{policy} reads all of CALVIN's robot_obs, of which the harness sends "
-                             "eight numbers: evaluate it with eval_calvin, or train one without "
+            raise ValueError(f"{policy} reads all of CALVIN's robot_obs, and the harness sends "
+                             "eight of its numbers: evaluate it with eval_calvin, or train one without "
                              "observation.state")
         self.seed, self.places = seed, {}
         if not 1 <= execute <= (most := self.contract.horizon):

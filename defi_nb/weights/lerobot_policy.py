@@ -57,10 +57,10 @@ def contract_fields(
                          "CALVIN's format")
     inputs = {k: tuple(f.shape) for k, f in config.input_features.items()}
     views = _camera_views(inputs)
-    sizes = [inputs[k][-1] for k in views]
-    return dict(policy=config.type, horizon=len(config.action_delta_indices),
-                views=tuple(v for v in VIEWS if v in views.values()),
-                state=_SIZES[_STATE]*(_STATE in inputs), **dict(image_size=sizes[0]) if sizes else {})
+    size = {"image_size": inputs[k][-1] for k in views}
+    return size | dict(policy=config.type, horizon=len(config.action_delta_indices),
+                       views=tuple(v for v in VIEWS if v in views.values()),
+                       state=_SIZES[_STATE]*(_STATE in inputs))
 
 # %% ../../nbs/05_weights/07_lerobot_policy.ipynb #ed720e03
 class LeRobotPolicy:
@@ -111,6 +111,7 @@ def lerobot_digest(
     for file in sorted(Path(folder).glob("*.safetensors")): digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
+# %% ../../nbs/05_weights/07_lerobot_policy.ipynb #85b0d215
 def load_lerobot_policy(
     folder, # `pretrained_model`
     device:str="cpu", # of the policy
@@ -121,10 +122,11 @@ def load_lerobot_policy(
         from lerobot.policies import get_policy_class, make_pre_post_processors
         from lerobot.utils.import_utils import register_third_party_plugins
     except ImportError as e:
-        raise ImportError(f"{folder} is a policy of LeRobot's, and LeRobot can't be imported ({e}): "
-                          "use the environment of `docs/guides/ecosystem.md`") from None
+        raise ImportError(f"{folder} is a policy of LeRobot's, which can't be imported ({e}): "
+                          "use the environment of docs/guides/ecosystem.md") from None
     register_third_party_plugins()
     config = PreTrainedConfig.from_pretrained(folder)
+    contract_fields(config) # raises before weights of other sizes are read
     config.device = device
     # the weights of a backbone are in the checkpoint: they need not be downloaded to be replaced
     if hasattr(config, "pretrained_backbone_weights"): config.pretrained_backbone_weights = None
