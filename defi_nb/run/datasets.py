@@ -404,18 +404,15 @@ _EXPORT = { # of the command: name -> arguments of `add_argument`
     "--quality": dict(type=int, default=18, help=(
         "of the videos, x264's crf: 0 (best) to 51 (default: %(default)s)")),
     "--data-frac": dict(type=float, default=0., metavar="PART", help=(
-        "of a recording in CALVIN's format, the demonstrations that a policy of this data_frac is "
-        "trained on, in (0, 1]; without it, all")),
+        "of a recording, the demonstrations that a run with this data_frac trains on; else all")),
     "--instructions": dict(action="store_true", help=(
-        "also as numbers, in observation.environment_state, for policies that read no text, as "
-        "ACT"))}
+        "also as numbers, for policies that read no text, as ACT (observation.environment_state)"))}
 
 def _export_parser():
     description = "Write demonstrations of any format that is read here in another one."
     parser = ArgumentParser(prog="defi-nb export", description=description)
     parser.add_argument("format", choices=("lerobot",), help="lerobot: a LeRobotDataset v3.0")
-    parser.add_argument("dataset", help="its folder, perhaps with its format before it, as "
-                                        "rlds:/data/mine")
+    parser.add_argument("dataset", help="its folder; or with its format, as rlds:/data/mine")
     parser.add_argument("folder", help="new or empty")
     for name, options in _EXPORT.items(): parser.add_argument(name, **options)
     return parser
@@ -423,8 +420,8 @@ def _export_parser():
 # %% ../../nbs/13_run/04_datasets.ipynb #36f1c0aa
 def _trained_on(dataset, data_frac): # a recording with the windows of a policy's training
     if not isinstance(dataset.data, Frames):
-        raise ValueError(f"{dataset.name} is no recording in CALVIN's format, of which --data-frac "
-                         "takes a part: name episodes with --episodes")
+        raise ValueError(f"{dataset.name} is no recording in CALVIN's format, of which "
+                         "--data-frac takes a part: name episodes with --episodes")
     return replace(dataset.data, windows=take_fraction(split_units(dataset)[0], data_frac))
 
 def main(
@@ -436,7 +433,7 @@ def main(
     dataset = load_dataset(args.dataset, None, reading)
     data = _trained_on(dataset, args.data_frac) if args.data_frac else dataset.data
     encode = instruction_encoder() if args.instructions else None
-    written = open_lerobot(write_lerobot(args.folder, data, args.quality, encode)) # checks it
+    written = open_lerobot(write_lerobot(args.folder, data, args.quality, encode))
     print(f"{args.folder}: {len(written.lengths)} episodes, {written.lengths.sum()} rows at "
           f"{written.hz:g} Hz, cameras {', '.join(written.views)}")
     return 0

@@ -555,8 +555,8 @@ def _parser():
     parser = ArgumentParser(prog="defi-nb serve", epilog=_EPILOG, description=(
         "Answer robots and simulators with a policy's actions, over openpi's websocket protocol."))
     parser.add_argument("policy", help=(
-        "folder of a policy's checkpoint, or of LeRobot's pretrained_model; or shipped, the tiny one of the package; or noop or "
-        "random, to try the wire without one"))
+        "folder of a policy's checkpoint, LeRobot's too; or shipped, the tiny one of the package; "
+        "or noop or random, to try the wire without one"))
     for name, options in (_OPTIONS | _LIMITS).items(): parser.add_argument(name, **options)
     return parser
 

@@ -65,8 +65,8 @@ class _ServedPolicy:
         self.contract = contract_of(self.policy, checkpoint=digest)
         if self.contract.state and isinstance(self.policy, LeRobotPolicy):
             raise ValueError(f"{policy} reads all of CALVIN's robot_obs, and the harness sends "
-                             "eight of its numbers: evaluate it with eval_calvin, or train one without "
-                             "observation.state")
+                             "eight of its numbers: evaluate it with eval_calvin, or train "
+                             "one without observation.state")
         self.seed, self.places = seed, {}
         if not 1 <= execute <= (most := self.contract.horizon):
             raise ValueError(f"execute is {execute}: of a chunk of {most} actions, "

@@ -128,7 +128,6 @@ def load_lerobot_policy(
     config = PreTrainedConfig.from_pretrained(folder)
     contract_fields(config) # raises before weights of other sizes are read
     config.device = device
-    # the weights of a backbone are in the checkpoint: they need not be downloaded to be replaced
     if hasattr(config, "pretrained_backbone_weights"): config.pretrained_backbone_weights = None
     policy = get_policy_class(config.type).from_pretrained(folder, config=config)
     before, after = make_pre_post_processors(
