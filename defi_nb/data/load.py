@@ -6,12 +6,11 @@
 __all__ = ['NEEDS', 'SPLITS', 'NAMED', 'calvin_splits', 'run_split', 'rlds_version', 'release_splits', 'something_splits',
            'ego4d_parts', 'list_clips', 'detect_format', 'hub_dataset', 'DatasetRef', 'split_data_spec',
            'parse_data_spec', 'data_spec_name', 'OpenDataset', 'open_dataset', 'load_dataset', 'split_units',
-           'join_recordings', 'mix', 'main']
+           'join_recordings', 'mix']
 
 # %% ../../nbs/02_data/10_load.ipynb #fd862106
 import math
 import re
-from argparse import ArgumentParser
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -29,7 +28,7 @@ from .clips import (
     find_captions, open_clips, read_annotations, read_ego4d, read_folder, read_something)
 from .csv_folder import open_csv_folder
 from .episodes import PLAIN, DataSource, Reading, concat_frames
-from .lerobot import open_lerobot, write_lerobot
+from .lerobot import open_lerobot
 from .mixtures import (
     GIDM_WEIGHTS, MIXTURES, TABLE_12, Mixture, weights_by_size, normalise_weights)
 from .rlds import open_rlds
@@ -415,34 +414,3 @@ def mix(
     parts = [f"{n} {w:.1%} ({sizes[n]} samples)" for n, w in weights.items()]
     print("shares: " + ", ".join(parts))
     return Mixture(datasets, weights, draws, seed, keep)
-
-# %% ../../nbs/02_data/10_load.ipynb #a52b51a7
-def _parser():
-    description = "Write demonstrations of any format that is read here in another one."
-    parser = ArgumentParser(prog="defi-nb export", description=description)
-    parser.add_argument("format", choices=("lerobot",), help="lerobot: a LeRobotDataset v3.0")
-    parser.add_argument("dataset", help="its folder, perhaps with its format before it, as "
-                                        "rlds:/data/mine")
-    parser.add_argument("folder", help="new or empty")
-    parser.add_argument("--hz", type=float, default=0.,
-                        help="rows a second, where the dataset does not say")
-    parser.add_argument("--cameras", nargs="+", default=[], metavar="NAME",
-                        help="one or two, static before gripper; without it, as a run chooses them")
-    parser.add_argument("--episodes", default="",
-                        help="numbers of those to write, as 0-49,60 or not 4,7")
-    parser.add_argument("--quality", type=int, default=18,
-                        help="of the videos, x264's crf: 0 (best) to 51 (default: %(default)s)")
-    return parser
-
-def main(
-    argv:list|None=None, # arguments; None takes the command line's
-)->int: # exit status
-    "`defi-nb export`."
-    args = _parser().parse_args(argv)
-    reading = Reading(hz=args.hz, cameras=tuple(args.cameras), episodes=args.episodes)
-    data = load_dataset(args.dataset, None, reading).data
-    folder = write_lerobot(args.folder, data, args.quality)
-    written = open_lerobot(folder) # checks every episode's files
-    print(f"{folder}: {len(written.lengths)} episodes, {written.lengths.sum()} rows at "
-          f"{written.hz:g} Hz, cameras {', '.join(written.views)}")
-    return 0

@@ -591,7 +591,7 @@ def given_pairs(pairs): return dict(pair.split("=", 1) for pair in pairs) # key 
 
 # %% ../../nbs/13_run/01_cli.ipynb #3e37470a
 _ELSEWHERE = { # command -> the module whose `main` takes its arguments, and what it is for
-    "export": ("defi_nb.data.load", "write demonstrations of any format as a LeRobotDataset"),
+    "export": ("defi_nb.run.datasets", "write demonstrations of any format as a LeRobotDataset"),
     "serve": ("defi_nb.serve.server",
               "answer robots and simulators with a policy's actions, over a websocket"),
     "vla-eval": ("defi_nb.serve.vla_eval",

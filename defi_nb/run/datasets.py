@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['names_list', 'label_fractions', 'split_scenes', 'store_name', 'task_list', 'recorded_frames', 'video_splits',
            'encoded', 'demo_recording', 'reading_of', 'open_datasets', 'keep_run_texts', 'video_data', 'PolicyData',
-           'policy_data', 'example_lab']
+           'policy_data', 'main', 'example_lab']
 
 # %% ../../nbs/13_run/04_datasets.ipynb #3402f1bf
+from argparse import ArgumentParser
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,15 +21,17 @@ from ..data.cache import encode_images, encode_samples, identity_key, keep_texts
 from ..data.calvin import named_scenes, open_calvin
 from ..data.csv_folder import write_csv_folder
 from ..data.episodes import PLAIN, FrameTable, Frames, Reading, take_fraction
-from defi_nb.data.load import (
-    OpenDataset, join_recordings, mix, open_dataset, parse_data_spec, split_units, split_data_spec,
-    data_spec_name)
+from ..data.lerobot import open_lerobot, write_lerobot
+from ..data.load import (
+    OpenDataset, join_recordings, load_dataset, mix, open_dataset, parse_data_spec, split_units,
+    split_data_spec, data_spec_name)
 from ..data.record import LAPTOP_TASKS, RecordConfig, record_demonstrations
 from ..data.robot_dataset import ActionScale, measure_scale
 from ..doctor.examine import require_sound
 from ..models.gidm import prepare_texts
 from ..sim.calvin_tasks import TASKS, check_tasks
 from ..train.config import TrainConfig
+from ..weights.lerobot_policy import instruction_encoder
 from .options import SPLITS
 
 # %% ../../nbs/13_run/04_datasets.ipynb #4a7d0ae2
@@ -391,6 +394,49 @@ def policy_data(
             sets, folders = [*sets, samples(train, stride)], _encoded_folders(d, data, preset)
             sets = _codes(d, sets, field, encoders, 1000., folders, len(d.views))
         return PolicyData(*sets[:2], d, some, held, scale)
+
+# %% ../../nbs/13_run/04_datasets.ipynb #0f0347d1
+_EXPORT = { # of the command: name -> arguments of `add_argument`
+    "--hz": dict(type=float, default=0., help="rows a second, where the dataset does not say"),
+    "--cameras": dict(nargs="+", default=[], metavar="NAME", help=(
+        "one or two, static before gripper; without it, as a run chooses them")),
+    "--episodes": dict(default="", help="numbers of those to write, as 0-49,60 or not 4,7"),
+    "--quality": dict(type=int, default=18, help=(
+        "of the videos, x264's crf: 0 (best) to 51 (default: %(default)s)")),
+    "--data-frac": dict(type=float, default=0., metavar="PART", help=(
+        "of a recording, the demonstrations that a run with this data_frac trains on; else all")),
+    "--instructions": dict(action="store_true", help=(
+        "also as numbers, for policies that read no text, as ACT (observation.environment_state)"))}
+
+def _export_parser():
+    description = "Write demonstrations of any format that is read here in another one."
+    parser = ArgumentParser(prog="defi-nb export", description=description)
+    parser.add_argument("format", choices=("lerobot",), help="lerobot: a LeRobotDataset v3.0")
+    parser.add_argument("dataset", help="its folder; or with its format, as rlds:/data/mine")
+    parser.add_argument("folder", help="new or empty")
+    for name, options in _EXPORT.items(): parser.add_argument(name, **options)
+    return parser
+
+# %% ../../nbs/13_run/04_datasets.ipynb #36f1c0aa
+def _trained_on(dataset, data_frac): # a recording with the windows of a policy's training
+    if not isinstance(dataset.data, Frames):
+        raise ValueError(f"{dataset.name} is no recording in CALVIN's format, of which "
+                         "--data-frac takes a part: name episodes with --episodes")
+    return replace(dataset.data, windows=take_fraction(split_units(dataset)[0], data_frac))
+
+def main(
+    argv:list|None=None, # arguments; None takes the command line's
+)->int: # exit status
+    "`defi-nb export`."
+    args = _export_parser().parse_args(argv)
+    reading = Reading(hz=args.hz, cameras=tuple(args.cameras), episodes=args.episodes)
+    dataset = load_dataset(args.dataset, None, reading)
+    data = _trained_on(dataset, args.data_frac) if args.data_frac else dataset.data
+    encode = instruction_encoder() if args.instructions else None
+    written = open_lerobot(write_lerobot(args.folder, data, args.quality, encode))
+    print(f"{args.folder}: {len(written.lengths)} episodes, {written.lengths.sum()} rows at "
+          f"{written.hz:g} Hz, cameras {', '.join(written.views)}")
+    return 0
 
 # %% ../../nbs/13_run/04_datasets.ipynb #55dcfc94
 _LAB_LABELS = "x_m", "y_m", "z_m", "roll_rad", "pitch_rad", "yaw_rad", "gripper" # of its actions

@@ -24,6 +24,7 @@ from ..eval.rollout import (
 from .datasets import SPLITS, demo_recording, names_list, split_scenes, task_list
 from .pretrained import preset_in, trained_policy
 from ..models.policy import CoupledPolicy
+from ..serve.remote_policy import RemotePolicy, remote_preset
 from ..sim.calvin_tasks import first_sequences, get_sequences, in_scenes, sequences_digest
 from ..sim.experts import Expert
 from ..sim.layout import scene_names
@@ -51,8 +52,17 @@ class Player:
 # %% ../../nbs/13_run/08_players.ipynb #fb294dc0
 _SCRIPTS = dict(noop=NoOpPolicy(), random=RandomPolicy(), expert=Expert) # players without weights
 
+def _remote_player(url, untrained): # of a server's policy
+    if untrained:
+        raise ValueError(f"untrained is true, and {url} is a server, which has its own weights: "
+                         "leave it out, or give a folder")
+    remote = RemotePolicy(url)
+    about, _ = remote.client.metadata, remote.client.close()
+    return Player(partial(RemotePolicy, url), about["policy"], remote_preset(about),
+                  about["checkpoint"] or about["policy"])
+
 def find_player(
-    choice:str, # a name in `_SCRIPTS`; of `run.options.POLICIES`, made if missing; or a folder
+    choice:str, # of `_SCRIPTS`; of `run.options.POLICIES`, made if missing; a folder; or ws://...
     shared:dict, # parameters for `train_coupled`, `split` among them
     ckpts="ckpts", # folder of checkpoints, relative to the project's root
     untrained:bool=False, # the same network with random weights
@@ -61,6 +71,7 @@ def find_player(
     if choice in _SCRIPTS:
         play = play_expert if choice == "expert" else play_policy
         return Player(_SCRIPTS[choice], choice, play=play)
+    if choice.startswith(("ws://", "wss://")): return _remote_player(choice, untrained)
     weights = trained_policy(choice, shared, ckpts)
     digest, name, preset = checkpoint_digest(weights), weights.name, preset_in(weights)
     if not untrained: return Player(partial(load_to_act, weights), name, preset, digest, weights)

@@ -37,6 +37,8 @@ from ..core.utils import one_line
 from ..eval.rollout import NoOpPolicy, RandomPolicy, obs_to_batch, on_device, predict
 from .protocol import MAX_BYTES, Client, pack, unpack
 from ..train.config import best_device
+from ..weights.lerobot_policy import (
+    is_lerobot_policy, lerobot_digest, load_lerobot_policy)
 from ..weights.load import checkpoint_digest, load_to_act
 from ..weights.zoo import zoo_folder
 
@@ -95,7 +97,7 @@ def contract_of(
 )->Contract:
     "What a policy of this package takes and gives; of any other, what `changes` say."
     cfg, scale = getattr(policy, "cfg", None), getattr(policy, "action_scale", None)
-    given = dict(policy=type(policy).__name__)
+    given = dict(policy=type(policy).__name__) | getattr(policy, "contract", {})
     if spec := getattr(cfg, "spec", None):
         given |= dict(horizon=spec.chunk, image_size=spec.image_size,
                       views=tuple(getattr(cfg, "views", VIEWS)))
@@ -495,14 +497,15 @@ def _check_host(
 _PLAYERS = dict(noop=NoOpPolicy, random=RandomPolicy) # to try the wire without a checkpoint
 
 def load_served(
-    name:str, # folder of a policy's checkpoint; "shipped", the package's; or "noop", "random"
+    name:str, # folder of a checkpoint, LeRobot's too; "shipped", the package's; "noop", "random"
     device:str="auto", # of the policy; "auto": a GPU where there is one, else cpu
 )->tuple: # the policy; the digest of its weights, empty for a player
     "A policy to be served."
     if name in _PLAYERS: return _PLAYERS[name](), ""
     folder = zoo_folder("coupled") if name == "shipped" else name
-    policy, digest = load_to_act(folder), checkpoint_digest(folder)
     device = str(best_device()) if device == "auto" else device
+    if is_lerobot_policy(folder): return load_lerobot_policy(folder, device), lerobot_digest(folder)
+    policy, digest = load_to_act(folder), checkpoint_digest(folder)
     try: return on_device(policy, device), digest
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"the policy can't be brought to device {device!r} "
@@ -552,8 +555,8 @@ def _parser():
     parser = ArgumentParser(prog="defi-nb serve", epilog=_EPILOG, description=(
         "Answer robots and simulators with a policy's actions, over openpi's websocket protocol."))
     parser.add_argument("policy", help=(
-        "folder of a policy's checkpoint; or shipped, the tiny one of the package; or noop or "
-        "random, to try the wire without one"))
+        "folder of a policy's checkpoint, LeRobot's too; or shipped, the tiny one of the package; "
+        "or noop or random, to try the wire without one"))
     for name, options in (_OPTIONS | _LIMITS).items(): parser.add_argument(name, **options)
     return parser
 
@@ -607,7 +610,7 @@ def main(
     "`defi-nb serve`."
     args = _parser().parse_args(argv)
     try: asyncio.run(_until_stopped(_server(args), args.host, args.port))
-    except (ValueError, FileNotFoundError, OSError, RuntimeError) as error:
+    except (ValueError, FileNotFoundError, OSError, RuntimeError, ImportError) as error:
         print(f"defi-nb: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt: return 130

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..core.spec import POSITION_UNIT, ROTATION_UNIT
 from .server import Contract, answer, contract_of, load_served, read_request
+from ..weights.lerobot_policy import LeRobotPolicy
 
 # %% ../../nbs/11_serve/03_vla_eval.ipynb #e8291c86
 def _harness_request(
@@ -62,6 +63,10 @@ class _ServedPolicy:
         named = isinstance(policy, str)
         self.policy, digest = load_served(policy, device) if named else (policy, "")
         self.contract = contract_of(self.policy, checkpoint=digest)
+        if self.contract.state and isinstance(self.policy, LeRobotPolicy):
+            raise ValueError(f"{policy} reads all of CALVIN's robot_obs, and the harness sends "
+                             "eight of its numbers: evaluate it with eval_calvin, or train "
+                             "one without observation.state")
         self.seed, self.places = seed, {}
         if not 1 <= execute <= (most := self.contract.horizon):
             raise ValueError(f"execute is {execute}: of a chunk of {most} actions, "
