@@ -334,15 +334,16 @@ def _bounds(interval):
 def ablation_markdown(
     table:list, # from `ablation_table`
 )->str:
-    "Results as a table, with each training and the paper's number."
-    by_name = {row.name: row for row in ROWS}
+    "Results as a table, with each training and, of chains of five, the paper's number."
+    by_name, printed = {row.name: row for row in ROWS}, _length(table) == 5
     def cells(t):
         length = f"**{t['average_length']:.2f}**{_bounds(t['interval'])}"
         each = ", ".join(f"{x:.2f}" for x in t["seeds"])
-        return [t["row"], f"{t['data_frac']:g}", length, f"{100*t['task_success']:.0f}", each,
-                t["chains"], _paper_cell(by_name[t["row"]])]
+        ours = [t["row"], f"{t['data_frac']:g}", length, f"{100*t['task_success']:.0f}", each,
+                t["chains"]]
+        return ours + [_paper_cell(by_name[t["row"]])]*printed
     heads = ["policy", "fraction of labels", f"average length of {_length(table)}",
-             "mean of tasks, %", "each seed", "chains", "the paper's"]
+             "mean of tasks, %", "each seed", "chains", *["the paper's"]*printed]
     return markdown_table(heads, [cells(t) for t in table])
 
 # %% ../../nbs/07_eval/10_published.ipynb #53a152c3
