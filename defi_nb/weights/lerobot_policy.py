@@ -57,10 +57,10 @@ def contract_fields(
                          "CALVIN's format")
     inputs = {k: tuple(f.shape) for k, f in config.input_features.items()}
     views = _camera_views(inputs)
-    size = {"image_size": inputs[k][-1] for k in views}
-    return size | dict(policy=config.type, horizon=len(config.action_delta_indices),
-                       views=tuple(v for v in VIEWS if v in views.values()),
-                       state=_SIZES[_STATE]*(_STATE in inputs))
+    sizes = [dict(image_size=inputs[k][-1]) for k in views] or [{}] # all alike
+    return sizes[0] | dict(policy=config.type, horizon=len(config.action_delta_indices),
+                           views=tuple(v for v in VIEWS if v in views.values()),
+                           state=_SIZES[_STATE]*(_STATE in inputs))
 
 # %% ../../nbs/05_weights/07_lerobot_policy.ipynb #ed720e03
 class LeRobotPolicy:
