@@ -114,12 +114,12 @@ def show_training(
     from matplotlib import pyplot as plt
     if axes is None:
         axes = plt.subplots(1, 3, figsize=(10, 2.4), dpi=80, layout="constrained")[1]
-    marker = "." if len(state.rows) < 40 else None
     curves = {"loss": ("loss", "val_loss"), "learning rate": ("lr",),
               "samples a second": ("samples_per_second",)}
     for ax, (label, names) in zip(axes, curves.items()):
         for name in names:
             points = [(r["step"], r[name]) for r in state.rows if name in r]
+            marker = "." if len(points) < 40 else None # one point has no line
             if points: ax.plot(*zip(*points), label=name, marker=marker)
         ax.set(xlim=(0, max(state.steps, 1)), xlabel="step", ylabel=label)
     if all(r.get("loss", 1) > 0 for r in state.rows): log_scale(axes[0])
