@@ -13,7 +13,7 @@ from defi_nb.run.cli import main
 
 MODULES = {"PIL": "pillow", "sklearn": "scikit-learn", "google_crc32c": "google-crc32c", "vector_quantize_pytorch": "vector-quantize-pytorch",
            "IPython": "ipython", "matplotlib_inline": "matplotlib-inline", "vla_eval": "vla-eval", "rerun": "rerun-sdk"} # module -> distribution
-GUESTS = {"libero", "mani_skill", "mani_skill2_real2sim", "robosuite", "sapien"} # of `benchmarks.venvs`' own environments
+GUESTS = {"lerobot", "libero", "mani_skill", "mani_skill2_real2sim", "robosuite", "sapien"} # of environments of their own
 OPTIONAL = {"torchcodec"} # used where it is there
 
 
