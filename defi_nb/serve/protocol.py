@@ -217,4 +217,6 @@ class Client(_Messages):
                 lost = self._lost(f"closed the connection: {e or type(e).__name__}")
                 if attempt or "1009" in str(e): raise lost from None
                 continue
-            return self._receive()
+            try: return self._receive()
+            except ConnectionError as lost: # it had not answered the server's pings, as when stopped
+                if attempt or "keepalive ping timeout" not in str(lost): raise

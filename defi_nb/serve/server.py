@@ -562,7 +562,10 @@ def _parser():
 
 # %% ../../nbs/11_serve/01_server.ipynb #39075864
 def _say(line): # if anyone is left who reads; a server goes on when its terminal or log is gone
-    with suppress(OSError, ValueError): print(line, flush=True)
+    try: print(line, flush=True)
+    except (OSError, ValueError): # what is still buffered would be tried again when Python ends
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 def _server(args):
     "The server that a command line asks for."
