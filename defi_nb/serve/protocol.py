@@ -218,5 +218,5 @@ class Client(_Messages):
                 if attempt or "1009" in str(e): raise lost from None
                 continue
             try: return self._receive()
-            except ConnectionError as lost: # it had not answered the server's pings, as when stopped
+            except ConnectionError as lost: # pings were not answered, as when it was stopped
                 if attempt or "keepalive ping timeout" not in str(lost): raise
