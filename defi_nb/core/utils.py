@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['progress_bar', 'Tee', 'atomic', 'write_whole', 'os_remedy', 'one_line', 'locked', 'read_own_json', 'read_jsonl',
-           'write_jsonl', 'append_jsonl', 'json_digest', 'format_bytes', 'duration', 'folder_bytes', 'project_root',
-           'needed', 'call_hub', 'sendable', 'portable_error', 'start_python', 'process_note', 'noted_process',
-           'code_digest', 'machine_note', 'JobError', 'received', 'play_jobs', 'cpu_hours']
+           'write_jsonl', 'append_jsonl', 'json_digest', 'differing_fields', 'format_bytes', 'duration', 'folder_bytes',
+           'project_root', 'needed', 'call_hub', 'sendable', 'portable_error', 'start_python', 'process_note',
+           'noted_process', 'code_digest', 'machine_note', 'JobError', 'received', 'play_jobs', 'cpu_hours']
 
 # %% ../../nbs/00_core/02_utils.ipynb #3ce46b49
 import errno
@@ -238,6 +238,24 @@ def json_digest(
     "SHA-256 of a value's canonical JSON."
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+# %% ../../nbs/00_core/02_utils.ipynb #6b7bbfdf
+def _flat(tree, prefix=""): # nested dict -> {dotted name: value}
+    if not isinstance(tree, dict): return {prefix: tree}
+    parts = [_flat(v, f"{prefix}.{k}" if prefix else k) for k,v in tree.items()]
+    return {k: v for part in parts for k,v in part.items()}
+
+def differing_fields(
+    there:dict, # JSON values, as a config that was stored
+    here:dict, # likewise, as the config in use
+    most:int=6, # how many to name
+)->str: # "" if there are none
+    "The fields in which two nested dicts differ, as `name there -> here`."
+    a, b = _flat(there), _flat(here)
+    pairs = {k: (a.get(k, "absent"), b.get(k, "absent")) for k in {**a, **b}}
+    differ = [f"{k} {x} -> {y}" for k,(x,y) in pairs.items() if x != y]
+    more = f" and {len(differ) - most} more" if len(differ) > most else ""
+    return ", ".join(differ[:most]) + more
 
 # %% ../../nbs/00_core/02_utils.ipynb #97976f82
 def format_bytes(

@@ -21,7 +21,8 @@ from fastcore.basics import patch
 from ..core.plot import new_axes
 from ..core.spec import VIEWS, Batch
 from ..core.stats import Interval, bounded_mean_interval, markdown_table, wilson
-from ..core.utils import append_jsonl, progress_bar, read_jsonl, write_jsonl
+from ..core.utils import (
+    append_jsonl, differing_fields, progress_bar, read_jsonl, write_jsonl)
 from ..core.video import save_video
 from .film import film_chain, recorded_queries
 from .rollout import (
@@ -33,7 +34,6 @@ from ..models.policy import CoupledPolicy
 from ..sim.calvin_tasks import INSTRUCTIONS
 from ..sim.experts import Expert
 from ..sim.playtable import Snapshot, restore, snapshot
-from ..weights.checkpoint import differing_fields
 
 # %% ../../nbs/07_eval/09_failures.ipynb #d3468286
 def replay_to(

@@ -21,8 +21,7 @@ from queue import Empty, Queue
 from fastcore.basics import patch
 
 from ..core.utils import (
-    append_jsonl, read_jsonl, received, sendable, start_python, write_jsonl)
-from ..weights.checkpoint import differing_fields
+    append_jsonl, differing_fields, read_jsonl, received, sendable, start_python, write_jsonl)
 
 # %% ../../nbs/07_eval/02_workers.ipynb #5c36da5a
 def read_journal(

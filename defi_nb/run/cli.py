@@ -32,6 +32,7 @@ from importlib import import_module
 from pathlib import Path
 
 import defi_nb
+from ..core.commands import PARSERS
 from ..core.page import declared_parameters, stripped_notebook, write_html
 from ..core.utils import (
     Tee, code_digest, duration, folder_bytes, format_bytes, locked, machine_note, needed, one_line,
@@ -728,6 +729,8 @@ def main(
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv and argv[0] in _ELSEWHERE:
+            if argv[0] in PARSERS and {"-h", "--help"} & {*argv}: # without what takes seconds
+                PARSERS[argv[0]]().parse_args(argv[1:])
             return import_module(_ELSEWHERE[argv[0]][0]).main(argv[1:])
         if argv[:1] == ["run"] and {"-h", "--help"} & {*argv}: _print_run_parameters(argv[1:])
         args = (parser := _parser()).parse_args(joined_pairs(argv))

@@ -8,13 +8,13 @@ __all__ = ['names_list', 'label_fractions', 'split_scenes', 'store_name', 'task_
            'policy_data', 'main', 'example_lab']
 
 # %% ../../nbs/13_run/04_datasets.ipynb #3402f1bf
-from argparse import ArgumentParser
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from ..core.commands import export_parser
 from ..core.spec import CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT, VIEWS, DataSpec, preset_of
 from ..core.utils import locked, project_root
 from ..data.cache import encode_images, encode_samples, identity_key, keep_texts
@@ -395,28 +395,6 @@ def policy_data(
             sets = _codes(d, sets, field, encoders, 1000., folders, len(d.views))
         return PolicyData(*sets[:2], d, some, held, scale)
 
-# %% ../../nbs/13_run/04_datasets.ipynb #0f0347d1
-_EXPORT = { # of the command: name -> arguments of `add_argument`
-    "--hz": dict(type=float, default=0., help="rows a second, where the dataset does not say"),
-    "--cameras": dict(nargs="+", default=[], metavar="NAME", help=(
-        "one or two, static before gripper; without it, as a run chooses them")),
-    "--episodes": dict(default="", help="numbers of those to write, as 0-49,60 or not 4,7"),
-    "--quality": dict(type=int, default=18, help=(
-        "of the videos, x264's crf: 0 (best) to 51 (default: %(default)s)")),
-    "--data-frac": dict(type=float, default=0., metavar="PART", help=(
-        "of a recording, the demonstrations that a run with this data_frac trains on; else all")),
-    "--instructions": dict(action="store_true", help=(
-        "also as numbers, for policies that read no text, as ACT (observation.environment_state)"))}
-
-def _export_parser():
-    description = "Write demonstrations of any format that is read here in another one."
-    parser = ArgumentParser(prog="defi-nb export", description=description)
-    parser.add_argument("format", choices=("lerobot",), help="lerobot: a LeRobotDataset v3.0")
-    parser.add_argument("dataset", help="its folder; or with its format, as rlds:/data/mine")
-    parser.add_argument("folder", help="new or empty")
-    for name, options in _EXPORT.items(): parser.add_argument(name, **options)
-    return parser
-
 # %% ../../nbs/13_run/04_datasets.ipynb #36f1c0aa
 def _trained_on(dataset, data_frac): # a recording with the windows of a policy's training
     if not isinstance(dataset.data, Frames):
@@ -428,7 +406,7 @@ def main(
     argv:list|None=None, # arguments; None takes the command line's
 )->int: # exit status
     "`defi-nb export`."
-    args = _export_parser().parse_args(argv)
+    args = export_parser().parse_args(argv)
     reading = Reading(hz=args.hz, cameras=tuple(args.cameras), episodes=args.episodes)
     dataset = load_dataset(args.dataset, None, reading)
     data = _trained_on(dataset, args.data_frac) if args.data_frac else dataset.data

@@ -16,7 +16,7 @@ import torch
 
 from ..analysis.latent_actions import infer, pair_gap, window_pairs
 from ..core.spec import CONTROL_HZ, VIEWS, DataSpec, preset_of
-from ..core.utils import project_root
+from ..core.utils import differing_fields, project_root
 from ..data.cache import JoinedSamples, StepEncodedSamples
 from ..data.episodes import show_tasks, split_windows
 from ..models.aligned_gidm import AlignConfig, AlignedGIDM
@@ -32,8 +32,7 @@ from .pretrained import (
 from ..train.auxiliary import FewLabels, LatentAuxiliaryConfig, LatentAuxiliary
 from ..train.config import TrainConfig
 from ..viz.denoising import check_draws
-from ..weights.checkpoint import (
-    differing_fields, has_checkpoint, plain_config, read_config)
+from ..weights.checkpoint import has_checkpoint, plain_config, read_config
 from ..weights.load import load_model, model_info
 from ..weights.lora import adapt
 from ..weights.zoo import checkpoint_path

@@ -19,7 +19,6 @@ import sys
 import threading
 import time
 import traceback
-from argparse import ArgumentParser
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 from .. import __version__
+from ..core.commands import serve_parser
 from ..core.spec import ACTION_DIM, CONTROL_HZ, POSITION_UNIT, ROTATION_UNIT, VIEWS, Batch
 from ..core.utils import one_line
 from ..eval.rollout import NoOpPolicy, RandomPolicy, obs_to_batch, on_device, predict
@@ -520,46 +520,6 @@ def _name(given): # "static=observation/exterior_image_1_left"
                          "such as static=observation/exterior_image_1_left")
     return camera, key
 
-_EPILOG = ("Ctrl-C ends it when what is being computed is answered; pressed again, at once. "
-           "GET /healthz answers OK.")
-_OPTIONS = { # of the command: name -> arguments of `add_argument`
-    "--host": dict(default="127.0.0.1", help=(
-        "address to listen at; one that other machines can reach is refused without a key "
-        "(default: %(default)s, this machine only)")),
-    "--port": dict(type=int, default=8000, help="0: any that is free (default: %(default)s)"),
-    "--key-file": dict(default="", metavar="FILE", help=(
-        "its first line is the key that clients must send; without it, the environment variable "
-        "DEFI_NB_KEY, if it is set")),
-    "--device": dict(default="auto", help=(
-        "cpu, cuda, cuda:1, mps, ... (default: a GPU where there is one, else cpu)")),
-    "--name": dict(action="append", default=[], metavar="WHAT=KEY", help=(
-        "what a request calls static, gripper, state or prompt, such as "
-        "static=observation/exterior_image_1_left; may be repeated")),
-    "--prompt": dict(default=None, help="instruction of requests that bring none"),
-    "--hz": dict(type=float, default=None, help=(
-        "actions a second, sent to clients, where the checkpoint does not say it"))}
-
-# %% ../../nbs/11_serve/01_server.ipynb #8d4c5cea
-_LIMITS = { # of the command: name -> arguments of `add_argument`
-    "--seed": dict(type=int, default=0, help="of the policy's noise"),
-    "--batch": dict(type=int, default=16, help=(
-        "most requests computed at once; 1: answers do not depend on other clients even in the "
-        "last digit (default: %(default)s)")),
-    "--window": dict(type=float, default=2., metavar="MS", help=(
-        "milliseconds that a request waits for those of other clients (default: %(default)s)")),
-    "--clients": dict(type=int, default=64, help="most connections (default: %(default)s)"),
-    "--max-mb": dict(type=float, default=PolicyServer.max_bytes/2**20, metavar="MIB", help=(
-        "most MiB of a request (default: %(default)g)"))}
-
-def _parser():
-    parser = ArgumentParser(prog="defi-nb serve", epilog=_EPILOG, description=(
-        "Answer robots and simulators with a policy's actions, over openpi's websocket protocol."))
-    parser.add_argument("policy", help=(
-        "folder of a policy's checkpoint, LeRobot's too; or shipped, the tiny one of the package; "
-        "or noop or random, to try the wire without one"))
-    for name, options in (_OPTIONS | _LIMITS).items(): parser.add_argument(name, **options)
-    return parser
-
 # %% ../../nbs/11_serve/01_server.ipynb #39075864
 def _say(line): # if anyone is left who reads; a server goes on when its terminal or log is gone
     try: print(line, flush=True)
@@ -611,7 +571,7 @@ def main(
     argv:list|None=None, # arguments; None takes the command line's
 )->int: # exit status
     "`defi-nb serve`."
-    args = _parser().parse_args(argv)
+    args = serve_parser().parse_args(argv)
     try: asyncio.run(_until_stopped(_server(args), args.host, args.port))
     except (ValueError, FileNotFoundError, OSError, RuntimeError, ImportError) as error:
         print(f"defi-nb: {one_line(error)}", file=sys.stderr)

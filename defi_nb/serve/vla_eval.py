@@ -9,11 +9,11 @@ __all__ = ['harness_actions', 'task_number', 'main']
 import hashlib
 import json
 import sys
-from argparse import ArgumentParser
 from functools import lru_cache
 
 import numpy as np
 
+from ..core.commands import vla_eval_parser
 from ..core.spec import POSITION_UNIT, ROTATION_UNIT
 from .server import Contract, answer, contract_of, load_served, read_request
 from ..weights.lerobot_policy import LeRobotPolicy
@@ -137,27 +137,11 @@ def _observation_spec(contract, specs):
     return {"language": specs.LANGUAGE} | state
 
 # %% ../../nbs/11_serve/03_vla_eval.ipynb #7d393c3d
-def _parser():
-    parser = ArgumentParser(prog="defi-nb vla-eval", description=(
-        "Answer the vla-eval harness with a policy's actions, on this machine only."))
-    add = parser.add_argument
-    add("policy", help="folder of a policy's checkpoint; or noop or random")
-    add("--port", type=int, default=8000)
-    add("--device", default="auto", help=(
-        "cpu, cuda, mps, ... (default: a GPU where there is one, else cpu)"))
-    add("--execute", type=int, default=10, help=(
-        "actions of a chunk that are executed before the policy is queried again "
-        "(default: %(default)s)"))
-    add("--seed", type=int, default=0, help="of the policy's noise")
-    add("--batch", type=int, default=16, help=(
-        "most observations computed at once (default: %(default)s)"))
-    return parser
-
 def main(
     argv:list|None=None, # arguments; None takes the command line's
 )->int: # exit status
     "Serve a policy to the vla-eval harness."
-    args = _parser().parse_args(argv)
+    args = vla_eval_parser().parse_args(argv)
     try:
         make = _model_server_class()
         server = make(args.policy, args.device, args.execute, args.seed, args.batch)

@@ -29,8 +29,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..core.utils import (
-    format_bytes, locked, machine_note, one_line, process_note, progress_bar, read_jsonl,
-    write_jsonl, write_whole)
+    differing_fields, format_bytes, locked, machine_note, one_line, process_note, progress_bar,
+    read_jsonl, write_jsonl, write_whole)
 from ..data.mixtures import Mixture, count_draws
 from ..models.vq import restart_logs
 from .config import (
@@ -38,7 +38,7 @@ from .config import (
 from .engine import (
     Engine, LossStep, like, make_accelerator, memory_hint, memory_needed, remedies, whole)
 from ..weights.checkpoint import (
-    completed, differing_fields, has_checkpoint, link_checkpoint, load_checkpoint, load_state,
+    completed, has_checkpoint, link_checkpoint, load_checkpoint, load_state,
     model_state, plain_config, recover, save_checkpoint)
 
 # %% ../../nbs/06_train/02_fit.ipynb #c2df223d

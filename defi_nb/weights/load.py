@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 
 from ..core.safe_load import _refusing
-from ..core.utils import call_hub, folder_bytes, format_bytes
+from ..core.utils import call_hub, differing_fields, folder_bytes, format_bytes
 from ..data.robot_dataset import ActionScale
 from ..models.direct_policy import DirectConfig, DirectPolicy
 from ..models.encoders import load_acting_encoders, load_encoders, read_weights, weight_files
@@ -35,8 +35,8 @@ from ..models.policy import (
     BlindConfig, BlindPolicy, CoupledPolicy, PlainConfig, PlainPolicy, PolicyConfig)
 from .lora import LoraGFDM, LoraGFDMConfig, merged, with_base
 from .checkpoint import (
-    _check_fits, checkpoint_file, differing_fields, has_checkpoint, load_checkpoint, load_state,
-    plain_config, read_config, restore_config, verify)
+    _check_fits, checkpoint_file, has_checkpoint, load_checkpoint, load_state, plain_config,
+    read_config, restore_config, verify)
 
 # %% ../../nbs/05_weights/02_load.ipynb #4cd43b28
 @dataclass(frozen=True)
