@@ -517,12 +517,14 @@ def test_recording_without_calvin_env_is_one_line(tmp_path, capsys):
 
 
 @needs_calvin
-def test_a_policy_plays_where_demonstrations_are_recorded(tmp_path):
+def test_a_policy_plays_where_demonstrations_are_recorded(tmp_path, capfd):
     assert recorded(tmp_path/"there", calvin_root()) == ["turn_on_led"]*3
+    assert "Exception ignored" not in capfd.readouterr().err # workers close what they opened
     player, (chains, source) = find_player("shipped", {}), find_chains("turn_on_led", 1, length=1)
     config = eval_config(player.preset, "D_D", source, steps=20, group=1)
     result = evaluate(player.policy, chains, config, player.name, n_workers=0, progress=False, make_env=find_env(calvin_root(), "tiny"))
-    assert result.protocol["simulator"] == "calvin_env" and result.protocol["renderer"].startswith("TinyRenderer")
+    simulator = result.protocol["simulator"]
+    assert simulator["simulator"] == "calvin_env" and simulator["renderer"].startswith("TinyRenderer")
     assert len(result.solved) == 1
 
 

@@ -7,6 +7,7 @@ __all__ = ['LAPTOP_TASKS', 'write_segment', 'finished_segments', 'finish_split',
            'plan_chains', 'Disturbance', 'record_chain', 'record_demonstrations']
 
 # %% ../../nbs/02_data/05_record.ipynb #9622d117
+import atexit
 import json
 import os
 import threading
@@ -326,7 +327,7 @@ def _chains(config, scene, missing, first, turn):
     start = scenes.index(scene)*span
     return [Chain(scene, i, start + i*room, *plan) for i, plan in enumerate(plans, first)]
 
-# %% ../../nbs/02_data/05_record.ipynb #4497a3fc
+# %% ../../nbs/02_data/05_record.ipynb #9f9c9479
 _OPEN = {} # of this process: what it is -> the only environment
 
 def _close_environment():
@@ -335,13 +336,14 @@ def _close_environment():
 
 def _environment(make_env, *made_of): # made_of: scene, static size, gripper size
     "This process's environment of a scene; building one takes longer than resetting it."
-    how = make_env # partial functions that a worker receives are equal by what they hold
+    how = make_env
     if isinstance(how, partial): how = how.func, how.args, tuple(sorted(how.keywords.items()))
     if (how, made_of) not in _OPEN:
         _close_environment() # before the next one: calvin_env allows one in a process
         _OPEN[how, made_of] = make_env(*made_of)
     return _OPEN[how, made_of]
 
+# %% ../../nbs/02_data/05_record.ipynb #4497a3fc
 def _do_chain(config, root, make_env, chain):
     "Record one chain into a folder; the number of its windows."
     env = _environment(make_env, chain.scene, config.static_size, config.gripper_size)
@@ -350,7 +352,8 @@ def _do_chain(config, root, make_env, chain):
     return len(windows)
 
 def _leave_with_parent():
-    "End this process when the one that started it is killed."
+    "End this process when the one that started it is killed; close its environment at its end."
+    atexit.register(_close_environment)
     def watch():
         connection.wait([parent_process().sentinel])
         os._exit(1)
