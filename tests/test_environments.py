@@ -5,6 +5,7 @@ CALVIN_ENV_ROOT=path/to/calvin_env pytest tests/test_environments.py
 The scripted expert on the first 60 chains of both: the same with -m slow -s (minutes).
 """
 import ctypes
+import json
 import os
 import shutil
 import signal
@@ -29,6 +30,10 @@ from defi_nb.sim.render import euler_to_quat
 from defi_nb.sim.playtable import PlayTable, waving_action
 from defi_nb.benchmarks.calvin_env import RealCalvin, real_env, real_env_here, rollout_digest
 from defi_nb.eval.rollout import EvalConfig, RandomPolicy, play_expert, playtable_env
+from defi_nb.run import players
+from defi_nb.run.cli import main
+from defi_nb.run.datasets import recorded_frames
+from defi_nb.run.players import eval_config, find_chains, find_env, find_player
 
 MISSING = calvin_missing()
 needs_calvin = pytest.mark.skipif(bool(MISSING), reason=MISSING)
@@ -474,6 +479,53 @@ def test_an_evaluation_outlives_an_environment(tmp_path):
         records.append(played(tmp_path/out))
     assert (tmp_path/"flag").exists() and records[0] == records[1]
     assert "ended with code 9 at `step`" in (tmp_path/"died/chains.jsonl").read_text() # and it says so
+
+
+# ---- demonstrations, and a policy
+
+
+class Sole(PlayTable):
+    "Stands for calvin_env, of which a process can have one."
+    open = None
+    def __init__(self, *sizes, root, renderer):
+        if Sole.open: raise RuntimeError("this process has an environment already")
+        super().__init__(*sizes)
+        Sole.open = self
+
+    def close(self): Sole.open = None
+
+
+def recorded(folder, environment):
+    "The tasks of a new recording by `defi-nb record`: three chains for two processes."
+    given = ["--environment", str(environment), "--tasks", "turn_on_led", "--demos", "3", "--workers", "2"]
+    assert main(["record", str(folder), *given]) == 0
+    return [window.task for window in recorded_frames(str(folder), "default", 0).windows]
+
+
+def test_demonstrations_of_an_environment_of_which_a_process_has_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(players, "RealCalvin", Sole)
+    monkeypatch.setattr(players, "calvin_missing", lambda root: "")
+    assert recorded(tmp_path/"there", tmp_path) == ["turn_on_led"]*3
+    about = json.loads((tmp_path/"there/training/recording.json").read_text())
+    assert about["environment"] == "Sole" and about["renderer"] == "tiny"
+
+
+def test_recording_without_calvin_env_is_one_line(tmp_path, capsys):
+    assert main(["record", str(tmp_path/"there"), "--environment", str(tmp_path/"none")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("defi-nb: ") and len(said.splitlines()) == 1 and not (tmp_path/"there").exists()
+
+
+@needs_calvin
+def test_a_policy_plays_where_demonstrations_are_recorded(tmp_path, capfd):
+    assert recorded(tmp_path/"there", calvin_root()) == ["turn_on_led"]*3
+    assert "Exception ignored" not in capfd.readouterr().err # workers close what they opened
+    player, (chains, source) = find_player("shipped", {}), find_chains("turn_on_led", 1, length=1)
+    config = eval_config(player.preset, "D_D", source, steps=20, group=1)
+    result = evaluate(player.policy, chains, config, player.name, n_workers=0, progress=False, make_env=find_env(calvin_root(), "tiny"))
+    simulator = result.protocol["simulator"]
+    assert simulator["simulator"] == "calvin_env" and simulator["renderer"].startswith("TinyRenderer")
+    assert len(result.solved) == 1
 
 
 # ---- the expert

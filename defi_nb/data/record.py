@@ -7,13 +7,14 @@ __all__ = ['LAPTOP_TASKS', 'write_segment', 'finished_segments', 'finish_split',
            'plan_chains', 'Disturbance', 'record_chain', 'record_demonstrations']
 
 # %% ../../nbs/02_data/05_record.ipynb #9622d117
+import atexit
 import json
 import os
 import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import partial
 from multiprocessing import connection, current_process, get_context, parent_process
 from pathlib import Path
 
@@ -326,12 +327,23 @@ def _chains(config, scene, missing, first, turn):
     start = scenes.index(scene)*span
     return [Chain(scene, i, start + i*room, *plan) for i, plan in enumerate(plans, first)]
 
-# %% ../../nbs/02_data/05_record.ipynb #4497a3fc
-@lru_cache(maxsize=4)
-def _environment(make_env, scene, static_size, gripper_size):
-    "This process's environment of a scene; building one takes longer than resetting it."
-    return make_env(scene, static_size, gripper_size)
+# %% ../../nbs/02_data/05_record.ipynb #9f9c9479
+_OPEN = {} # of this process: what it is -> the only environment
 
+def _close_environment():
+    "Close what `_environment` has opened here."
+    while _OPEN: _OPEN.popitem()[1].close()
+
+def _environment(make_env, *made_of): # made_of: scene, static size, gripper size
+    "This process's environment of a scene; building one takes longer than resetting it."
+    how = make_env
+    if isinstance(how, partial): how = how.func, how.args, tuple(sorted(how.keywords.items()))
+    if (how, made_of) not in _OPEN:
+        _close_environment() # before the next one: calvin_env allows one in a process
+        _OPEN[how, made_of] = make_env(*made_of)
+    return _OPEN[how, made_of]
+
+# %% ../../nbs/02_data/05_record.ipynb #4497a3fc
 def _do_chain(config, root, make_env, chain):
     "Record one chain into a folder; the number of its windows."
     env = _environment(make_env, chain.scene, config.static_size, config.gripper_size)
@@ -340,7 +352,8 @@ def _do_chain(config, root, make_env, chain):
     return len(windows)
 
 def _leave_with_parent():
-    "End this process when the one that started it is killed."
+    "End this process when the one that started it is killed; close its environment at its end."
+    atexit.register(_close_environment)
     def watch():
         connection.wait([parent_process().sentinel])
         os._exit(1)
@@ -350,7 +363,9 @@ def _run(config, root, make_env, chains, n_workers, bar):
     "Record chains, in this process or in several."
     do, n = partial(_do_chain, config, root, make_env), min(n_workers, len(chains))
     if n < 2:
-        for chain in chains: bar.update(do(chain))
+        try:
+            for chain in chains: bar.update(do(chain))
+        finally: _close_environment()
         return
     with ProcessPoolExecutor(n, get_context("spawn"), _leave_with_parent) as pool:
         for n_windows in pool.map(do, chains): bar.update(n_windows)
@@ -361,6 +376,7 @@ def _claim(root, config, make_env=PlayTable):
     path, mine = root/"recording.json", json.loads(json.dumps(asdict(config)))
     if make_env is not PlayTable: # a partial function names what it makes
         mine["environment"] = getattr(make_env, "func", make_env).__name__
+        if drawn := getattr(make_env, "keywords", {}).get("renderer"): mine["renderer"] = drawn
     if not path.exists():
         if root.exists() and any(root.iterdir()):
             raise ValueError(f"{root} is not empty and has no recording.json: choose another "

@@ -510,8 +510,8 @@ _COMPLETION = """_defi_nb() {
   [ ${#COMPREPLY[@]} -gt 0 ] || COMPREPLY=($(compgen -f -- "${COMP_WORDS[COMP_CWORD]}"))
 }
 complete -F _defi_nb defi-nb"""
-_COMMANDS = ("list", "params", "run", "ckpts", "doctor", "compare", "clean", "export", "serve",
-             "vla-eval", "bench", "completion")
+_COMMANDS = ("list", "params", "run", "ckpts", "doctor", "compare", "clean", "export", "record",
+             "serve", "vla-eval", "bench", "completion")
 
 def _candidates(words): # what may follow these words of a command line
     if not words: return _COMMANDS
@@ -593,6 +593,7 @@ def given_pairs(pairs): return dict(pair.split("=", 1) for pair in pairs) # key 
 # %% ../../nbs/13_run/01_cli.ipynb #3e37470a
 _ELSEWHERE = { # command -> the module whose `main` takes its arguments, and what it is for
     "export": ("defi_nb.run.datasets", "write demonstrations of any format as a LeRobotDataset"),
+    "record": ("defi_nb.run.players", "record the scripted expert, here or in calvin_env"),
     "serve": ("defi_nb.serve.server",
               "answer robots and simulators with a policy's actions, over a websocket"),
     "vla-eval": ("defi_nb.serve.vla_eval",

@@ -306,6 +306,8 @@ def row_jobs(
         jobs[train] = ("train_coupled", given, folder/train, before)
         given = shared | dict(policy=policy, chains=params["chains"], film=0, workers=1)
         given |= {"tasks": params["test_tasks"] or params["tasks"],
+                  "environment": params.get("environment", "playtable"),
+                  "simulation.renderer": params.get("renderer", ""),
                   "simulation.length": params["length"]}
         jobs[test] = ("eval_calvin", given, folder/test, [train])
     return jobs
