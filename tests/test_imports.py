@@ -66,7 +66,7 @@ def test_the_package_is_light_and_gives_its_main_names_when_they_are_used():
     assert not hasattr(defi_nb, "GFDN")
 
 
-@pytest.mark.parametrize("command", ["serve", "vla-eval", "export", "bench", "run", "ckpts", "doctor"])
+@pytest.mark.parametrize("command", ["serve", "vla-eval", "export", "record", "bench", "run", "ckpts", "doctor"])
 def test_help_is_answered_without_what_takes_seconds_to_import(command):
     code = f"import sys; sys.argv = ['defi-nb', '{command}', '--help']\nfrom defi_nb.run.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True)

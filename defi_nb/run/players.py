@@ -8,7 +8,6 @@ __all__ = ['Player', 'find_player', 'find_env', 'find_chains', 'eval_config', 'e
            'zoo_evaluations', 'zoo_cards']
 
 # %% ../../nbs/13_run/08_players.ipynb #826df40b
-from argparse import ArgumentParser
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from ..benchmarks.calvin_env import RealCalvin, real_env, real_env_here
 from ..benchmarks.calvin_install import calvin_missing
+from ..core.commands import record_parser
 from ..core.spec import preset_of
 from ..core.utils import project_root
 from ..core.video import save_video
@@ -165,32 +165,12 @@ def recording_env(
     if lacking := calvin_missing(root): raise ImportError(lacking)
     return partial(RealCalvin, root=root, renderer=renderer)
 
-# %% ../../nbs/13_run/08_players.ipynb #f8e1ab6b
-_RECORD = { # of the command: name -> arguments of `add_argument`
-    "--environment": dict(default="playtable", metavar="FOLDER", help=(
-        "of a calvin_env checkout; without it, the embedded simulator")),
-    "--renderer": dict(default="tiny", choices=("tiny", "egl"), help="of calvin_env"),
-    "--scenes": dict(default="D", help="scenes in the order of recording, such as ABC"),
-    "--tasks": dict(default="default", help="names with commas, the default ten, or all"),
-    "--demos": dict(type=int, default=200, help="demonstrations of each kind of task"),
-    "--static-size": dict(type=int, default=64, help="pixels of the static camera's images"),
-    "--gripper-size": dict(type=int, default=64, help="pixels of the gripper camera's"),
-    "--seed": dict(type=int, default=0, help="of everything that is drawn"),
-    "--workers": dict(type=int, default=0, help="processes; 0 is one per core")}
-
-def _record_parser():
-    parser = ArgumentParser(prog="defi-nb record", description=(
-        "Record the scripted expert's demonstrations in CALVIN's format."))
-    parser.add_argument("folder", help="new, or of a recording to go on with")
-    for name, options in _RECORD.items(): parser.add_argument(name, **options)
-    return parser
-
 # %% ../../nbs/13_run/08_players.ipynb #b28ebe93
 def main(
     argv:list|None=None, # arguments; None takes the command line's
 )->int: # exit status
     "`defi-nb record`."
-    given = _record_parser().parse_args(argv)
+    given = record_parser().parse_args(argv)
     sizes = dict(static_size=given.static_size, gripper_size=given.gripper_size)
     config = RecordConfig(scenes=given.scenes, tasks=task_list(given.tasks),
                           per_kind=given.demos, seed=given.seed, **sizes)
