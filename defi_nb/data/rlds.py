@@ -685,8 +685,47 @@ def _scan_task(path): # -> JSON value
         except _DAMAGE as error:
             raise ValueError(f"{path} is damaged ({error}): restore a whole copy") from None
 
+# %% ../../nbs/02_data/07_rlds.ipynb #d0d76317
+class _HDF5Episodes(RobotSource):
+    "What is read of open HDF5 files."
+    def _demo(self, e):
+        "An open demonstration; each process has files of its own."
+        path, demo = self.kept[int(e)]
+        return self.files.get((os.getpid(), path), lambda: _open_hdf5(path))["data"][demo]
+
+    def _read(self, e, key, rows=slice(None)):
+        try: return self._demo(e)[key][rows]
+        except _DAMAGE as error:
+            raise ValueError(f"{self.kept[int(e)][0]}: {self.kept[int(e)][1]}/{key} can't be read "
+                             f"({error}): restore a whole copy") from None
+
+    def vectors(self,
+        e:int, # episode
+    )->tuple: # action (n,A); pose and gripper (n,P), or None; float32
+        "The actions and states of a demonstration."
+        action = self._read(e, "actions").astype(np.float32)[:, self.columns]
+        state = [self._read(e, f"obs/{k}").astype(np.float32) for k in self.state]
+        return action, np.concatenate(state, 1) if state else None
+
+    def pictures(self,
+        e:int, # episode
+        rows, # of the episode
+        view:str, # one of `views`
+    )->list: # of (H,W,3) uint8, upright
+        "Images of one view."
+        step = -1 if self.flipped[self.kept[int(e)][0]] else 1
+        images = (self._read(e, f"obs/{view}", int(row))[::step] for row in rows)
+        return [np.ascontiguousarray(x.astype(np.uint8)) for x in images]
+
+    def instructions(self,
+        e:int, # episode
+        rows, # of the episode
+    )->list: # of strings
+        "The task's instruction, of each row."
+        return [self.text[int(e)]]*len(rows)
+
 # %% ../../nbs/02_data/07_rlds.ipynb #8970dd93
-class HDF5Folder(RobotSource):
+class HDF5Folder(_HDF5Episodes):
     "LIBERO's demonstrations as distributed, one HDF5 file a task, as a source of `RobotSamples`."
     def __init__(self,
         folder, # of the files
@@ -764,48 +803,6 @@ def _choose_numbers(self:HDF5Folder, reading):
     self.relative = np.isin(self.columns, [known[str(c)] for c in changes])
     pose = ("ee_states",) if "ee_states" in self.shapes else ("ee_pos", "ee_ori")
     self.state = [k for k in (*pose, "gripper_states") if k in self.shapes]
-
-# %% ../../nbs/02_data/07_rlds.ipynb #d0d76317
-@patch
-def _demo(self:HDF5Folder, e):
-    "An open demonstration; each process has files of its own."
-    path, demo = self.kept[int(e)]
-    return self.files.get((os.getpid(), path), lambda: _open_hdf5(path))["data"][demo]
-
-@patch
-def _read(self:HDF5Folder, e, key, rows=slice(None)):
-    try: return self._demo(e)[key][rows]
-    except _DAMAGE as error:
-        raise ValueError(f"{self.kept[int(e)][0]}: {self.kept[int(e)][1]}/{key} can't be read "
-                         f"({error}): restore a whole copy") from None
-
-@patch
-def vectors(self:HDF5Folder,
-    e:int, # episode
-)->tuple: # action (n,A); pose and gripper (n,P), or None; float32
-    "The actions and states of a demonstration."
-    action = self._read(e, "actions").astype(np.float32)[:, self.columns]
-    state = [self._read(e, f"obs/{k}").astype(np.float32) for k in self.state]
-    return action, np.concatenate(state, 1) if state else None
-
-@patch
-def pictures(self:HDF5Folder,
-    e:int, # episode
-    rows, # of the episode
-    view:str, # one of `views`
-)->list: # of (H,W,3) uint8, upright
-    "Images of one view."
-    step = -1 if self.flipped[self.kept[int(e)][0]] else 1
-    images = (self._read(e, f"obs/{view}", int(row))[::step] for row in rows)
-    return [np.ascontiguousarray(x.astype(np.uint8)) for x in images]
-
-@patch
-def instructions(self:HDF5Folder,
-    e:int, # episode
-    rows, # of the episode
-)->list: # of strings
-    "The task's instruction, of each row."
-    return [self.text[int(e)]]*len(rows)
 
 # %% ../../nbs/02_data/07_rlds.ipynb #df7afa4d
 def open_hdf5(

@@ -289,21 +289,18 @@ class ActionRegressor(nn.Module):
         pair = context[:, 1:end].unflatten(1, (2, -1))
         return self.action_pred(self.encoder(self.queries, pair, given, None))
 
-# %% ../../nbs/04_models/06_action_adapter.ipynb #201f42d0
-@patch
-def loss(self:ActionRegressor,
-    context:Tensor, # (B,M,in_dim) from `tokens`
-    action:Tensor, # (B,K,A) in [-1, 1]
-)->tuple: # scalar loss; (B,K,A) predicted actions
-    "Squared error of the actions."
-    predicted = self(context)
-    return F.mse_loss(predicted, action), predicted
+    def loss(self,
+        context:Tensor, # (B,M,in_dim) from `tokens`
+        action:Tensor, # (B,K,A) in [-1, 1]
+    )->tuple: # scalar loss; (B,K,A) predicted actions
+        "Squared error of the actions."
+        predicted = self(context)
+        return F.mse_loss(predicted, action), predicted
 
-@patch
-@torch.no_grad()
-def sample(self:ActionRegressor,
-    context:Tensor, # (B,M,in_dim) from `tokens`
-    *noise, # as for `ActionAdapter.sample`; has no effect
-)->Tensor: # (B,K,A) actions, not clamped
-    "The chunk of actions of each context."
-    return self(context)
+    @torch.no_grad()
+    def sample(self,
+        context:Tensor, # (B,M,in_dim) from `tokens`
+        *noise, # as for `ActionAdapter.sample`; has no effect
+    )->Tensor: # (B,K,A) actions, not clamped
+        "The chunk of actions of each context."
+        return self(context)
