@@ -11,7 +11,7 @@ config = ConfigParser(delimiters=["="])
 config.read(ROOT/"settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 extras = {key.removesuffix("_requirements"): cfg[key].split() for key in cfg if key.endswith("_requirements")}
-extras["all"] = sorted({r for extra in ("sim", "lab", "lerobot") for r in extras[extra]})
+extras["all"] = sorted({r for extra in ("sim", "lab", "lerobot", "hdf5") for r in extras[extra]})
 
 
 class WithNotebooks(build_py):

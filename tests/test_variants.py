@@ -111,6 +111,20 @@ def test_policy_with_other_inputs(encoders, tmp_path, fields):
     assert torch.allclose(load_to_act(tmp_path).act(batch, noise), loaded.act(batch, noise), atol=1e-5)
 
 
+@pytest.mark.parametrize("inverse", ["mlp", "transformer"])
+def test_policy_straight_to_actions(encoders, tmp_path, inverse):
+    "Table 7 as printed: no latent actions, no Video Former, no diffusion."
+    ahead = fresh_model("gfdm", encoders)
+    base = replace(PolicyConfig.tiny(), feature_dim=ahead.feature_shape()[-1]).without_gidm("actions")
+    model = CoupledPolicy(replace(base, gidm=replace(base.gidm, inverse=inverse)), encoders, ahead)
+    moved, loaded = train(model, Clips(encoders, "latent"), encoders, tmp_path)
+    assert {name.split(".")[0] for name in moved} == {"project", "time_pos_emb", "adapter"}
+    batch = fake_batch(SPEC)
+    acted = loaded.act(batch)
+    assert torch.equal(model.act(batch), acted) and acted.shape == (2, SPEC.chunk, 7) and acted.abs().max() <= 1
+    assert torch.allclose(load_to_act(tmp_path).act(batch), acted, atol=1e-5)
+
+
 def test_blind_policy(encoders, tmp_path):
     model = BlindPolicy(BlindConfig(), encoders)
     _, loaded = train(model, Clips(encoders, "latent"), encoders, tmp_path)

@@ -31,7 +31,7 @@ from .episodes import PLAIN, DataSource, Reading, concat_frames
 from .lerobot import open_lerobot
 from .mixtures import (
     GIDM_WEIGHTS, MIXTURES, TABLE_12, Mixture, weights_by_size, normalise_weights)
-from .rlds import open_rlds
+from .rlds import open_hdf5, open_rlds
 
 # %% ../../nbs/02_data/10_load.ipynb #2d8d2ba5
 NEEDS = { # format -> the names by which it is recognised
@@ -39,6 +39,7 @@ NEEDS = { # format -> the names by which it is recognised
               "or such a folder itself",
     "lerobot": "meta/info.json, with data/ and videos/",
     "rlds": "features.json and dataset_info.json, in the folder or in a version such as 1.0.0/",
+    "hdf5": "HDF5 files (hdf5, h5) in the folder, one a task, as LIBERO's",
     "something": "labels/train.json, with 20bn-something-something-v2/ with webm files",
     "release": "annotation/train/*.json or annotation/val/*.json, with videos/ or "
                "latent_videos/",
@@ -151,7 +152,9 @@ def _named_format(folder):
     has = lambda name: (folder/name).exists()
     tests = dict(
         calvin=lambda: calvin_splits(folder), lerobot=lambda: has("meta/info.json"),
-        rlds=lambda: rlds_version(folder), something=lambda: _is_something(folder),
+        rlds=lambda: rlds_version(folder),
+        hdf5=lambda: _any_name(folder, r"(?i)[^.].*\.(hdf5|h5)"),
+        something=lambda: _is_something(folder),
         release=lambda: release_splits(folder), ego4d=lambda: all(ego4d_parts(folder)),
         own=lambda: _any_name(folder/"actions", r"(?i)[^.].*\.[ct]sv") and has("videos"))
     return next((name for name, fits in tests.items() if fits()), "")
@@ -343,6 +346,7 @@ def _open_data(kind, folder, name, size, reading, cache, latent):
         return read_vectors(recording)
     if kind == "own": return open_csv_folder(folder, reading, cache)
     if kind == "lerobot": return open_lerobot(folder, reading, cache)
+    if kind == "hdf5": return open_hdf5(folder, reading, cache)
     if kind == "rlds": return open_rlds(rlds_version(folder), name, reading, cache)
     whole = any(n in str(folder).lower() for n in _WHOLE)
     return open_clips(name, list_clips(kind, folder, reading.hz), reading, cache, latent, whole)

@@ -22,12 +22,13 @@ from ..data.load import calvin_splits, detect_format, rlds_version
 from .calvin import check_calvin
 from .clips import check_ego4d, check_release, check_something, check_videos
 from .report import Exam, Report
-from .robots import check_lerobot, check_csv_folder, check_rlds
+from .robots import check_csv_folder, check_hdf5, check_lerobot, check_rlds
 
 # %% ../../nbs/03_doctor/05_examine.ipynb #269380b3
 CHECKS = dict( # format -> its check
-    calvin=check_calvin, lerobot=check_lerobot, rlds=check_rlds, something=check_something,
-    release=check_release, ego4d=check_ego4d, own=check_csv_folder, videos=check_videos)
+    calvin=check_calvin, lerobot=check_lerobot, rlds=check_rlds, hdf5=check_hdf5,
+    something=check_something, release=check_release, ego4d=check_ego4d, own=check_csv_folder,
+    videos=check_videos)
 
 def _known_format(format):
     if format and format not in CHECKS:
@@ -57,7 +58,8 @@ def examine(
 _INDEX = { # format -> what describes a dataset; of CALVIN, each split
     "calvin": ("ep_start_end_ids.npy", "ep_lens.npy", "scene_info.npy",
                "lang_annotations/auto_lang_ann.npy"),
-    "lerobot": ("meta/**/*",), "rlds": ("*.json", "*.tfrecord*"), "something": ("labels/*.json",),
+    "lerobot": ("meta/**/*",), "rlds": ("*.json", "*.tfrecord*"),
+    "hdf5": ("*.hdf5", "*.h5"), "something": ("labels/*.json",),
     "release": (), "ego4d": ("**/narration.json", "**/manifest.csv"),
     "own": ("*.csv", "*.jsonl", "actions/*.csv"), "videos": ("*.csv", "*.jsonl")}
 NOTE = ".doctor.json" # in the dataset's folder

@@ -126,6 +126,7 @@ class Row:
     def starts_from(self): # kinds of pretrained models that have to be made for it
         kinds = dict(coupled=("gfdm", "gidm"), no_gidm=("gfdm",))
         parts = kinds.get(self.train.get("policy", "coupled"), ())
+        if self.train.get("variant.latents") == "actions": parts = ("gfdm",)
         return tuple(k for k in parts
                      if self.train.get(f"pretrained.{k}") not in (_UNTRAINED, _SHIPPED))
 
@@ -181,8 +182,13 @@ _PRETRAINING_ROWS = (
 _MODEL_ROWS = (
     Row("features of step 5", (6,), "five denoising steps", train={"variant.extract_step": 5}),
     Row("DINO forward model", (6,), "DINO-based generator as GFDM", gfdm=dict(forward="dino")),
-    Row("MLP inverse model", (7,), "MLP", gidm=dict(inverse="mlp")),
-    Row("transformer inverse model", (7,), "Transformer", gidm=dict(inverse="transformer")),
+    Row("MLP inverse model", (7,), "MLP", "printed straight to actions", gidm=dict(inverse="mlp")),
+    Row("transformer inverse model", (7,), "Transformer", "printed straight to actions",
+        gidm=dict(inverse="transformer")),
+    Row("MLP straight to actions", (7,), "MLP", # without latent actions, as printed
+        train={"variant.latents": "actions", "variant.inverse": "mlp"}),
+    Row("transformer straight to actions", (7,), "Transformer",
+        train={"variant.latents": "actions", "variant.inverse": "transformer"}),
     _quantiser("mixture", "Gaussian mixture", tables=(8,), printed="Gaussian mixture (G.M.)"),
     _quantiser("binning", "simple binning", tables=(8,), printed="simple binning (S.B.)"),
     _quantiser("continuous", "continuous latent", tables=(8,),

@@ -20,6 +20,7 @@ from ..core.spec import Batch
 from ..core.stats import Interval, demo_mean_interval, group_numbers, markdown_table
 from ..data.episodes import evenly_spaced
 from ..models.diffusion import log_logistic
+from ..models.action_adapter import ActionRegressor
 from ..models.policy import CoupledPolicy
 
 # %% ../../nbs/07_eval/05_reading.ipynb #7dada853
@@ -107,6 +108,8 @@ def sample_losses(
 )->Tensor: # (B,)
     "Action loss of each sample."
     adapter, action = policy.adapter, action.to(context)
+    if isinstance(adapter, ActionRegressor):
+        return (adapter(context) - action).square().mean((1, 2))
     state = np.random.SeedSequence(seed).generate_state(1)[0]
     generator = torch.Generator().manual_seed(int(state))
     sigma = log_logistic(len(action), low=adapter.cfg.sigma_low, high=adapter.cfg.sigma_high,

@@ -121,7 +121,7 @@ def _batch_latents(
     "Encodings of the policy's cameras in a batch that is encoded."
     latents = batch.latent if batch.dino is None else batch.dino
     cameras = [VIEWS.index(view) for view in policy.cfg.views]
-    return latents[:, cameras].to(policy.video_former.time_pos_emb)
+    return latents[:, cameras].to(policy.adapter.lang_emb[0].weight)
 
 @torch.no_grad()
 def _future_tokens(
@@ -190,7 +190,7 @@ class OracleFuture:
     )->Batch: # with `feature`
         "Batch with the features of a given future."
         frames = list(self.policy.cfg.frames)
-        latents = codes.to(self.policy.video_former.time_pos_emb)
+        latents = codes.to(self.policy.adapter.lang_emb[0].weight)
         tokens = _future_tokens(self.policy.gfdm, latents, batch.text, self.sigma,
                                 hidden=self.translator is not None)
         if self.translator is None: return batch.with_feature(tokens[:, :, frames])
@@ -289,7 +289,7 @@ def predict_future(
     seed:int=0, # of its noise, the same at every query
 )->Tensor: # (B,V,T,...) latents
     "Draw the future that a policy's forward model predicts."
-    latents = codes.to(policy.video_former.time_pos_emb)
+    latents = codes.to(policy.adapter.lang_emb[0].weight)
     if not isinstance(policy.gfdm, GFDM):
         B, V = latents.shape[:2]
         tokens = policy.gfdm.tokens(latents.transpose(0, 1).flatten(0, 1), list(text)*V)

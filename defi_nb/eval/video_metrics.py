@@ -31,30 +31,30 @@ def _unit(
     return image.float()/255 if image.dtype == torch.uint8 else image.float()
 
 def psnr(
-    picture:Tensor, # (...,C,H,W) uint8, or float in [0, 1]
+    image:Tensor, # (...,C,H,W) uint8, or float in [0, 1]
     target:Tensor, # same shape
 )->Tensor: # (...) dB; infinite for equal images
     "Peak signal-to-noise ratio of each image."
-    return -10*(_unit(picture) - _unit(target)).square().mean((-3, -2, -1)).log10()
+    return -10*(_unit(image) - _unit(target)).square().mean((-3, -2, -1)).log10()
 
 # %% ../../nbs/07_eval/06_video_metrics.ipynb #5f51a1cc
 def ssim(
-    picture:Tensor, # (...,C,H,W) uint8, or float in [0, 1]; H and W at least `window`
+    image:Tensor, # (...,C,H,W) uint8, or float in [0, 1]; H and W at least `window`
     target:Tensor, # same shape
     window:int=11, # of the local statistics, pixels
     width:float=1.5, # standard deviation of the window, pixels
 )->Tensor: # (...) in [-1, 1], 1 for equal images
     "Structural similarity of each image, mean over pixels and channels."
-    if min(picture.shape[-2:]) < window:
-        raise ValueError(f"images of {tuple(picture.shape[-2:])} pixels are smaller than the "
+    if min(image.shape[-2:]) < window:
+        raise ValueError(f"images of {tuple(image.shape[-2:])} pixels are smaller than the "
                          f"window of {window}")
-    g = torch.exp(-(torch.arange(window) - window//2)**2/(2*width**2)).to(picture.device)
+    g = torch.exp(-(torch.arange(window) - window//2)**2/(2*width**2)).to(image.device)
     kernel = (torch.outer(g, g)/g.sum()**2)[None, None]
-    x, y = (_unit(p).reshape(-1, 1, *p.shape[-2:]) for p in (picture, target))
+    x, y = (_unit(p).reshape(-1, 1, *p.shape[-2:]) for p in (image, target))
     mx, my, xx, yy, xy = (F.conv2d(m, kernel) for m in (x, y, x*x, y*y, x*y))
     c1, c2 = .01**2, .03**2
     s = (2*mx*my + c1)*(2*(xy - mx*my) + c2)/((mx**2 + my**2 + c1)*(xx - mx**2 + yy - my**2 + c2))
-    return s.mean((-2, -1)).reshape(picture.shape[:-2]).mean(-1)
+    return s.mean((-2, -1)).reshape(image.shape[:-2]).mean(-1)
 
 # %% ../../nbs/07_eval/06_video_metrics.ipynb #3a223a45
 def cosine_distance(
@@ -73,7 +73,7 @@ def squared_distance(
 
 # %% ../../nbs/07_eval/06_video_metrics.ipynb #f7fa5f50
 def feature_distance(
-    picture:Tensor, # (...,3,H,W) uint8
+    image:Tensor, # (...,3,H,W) uint8
     target:Tensor, # (...,3,H,W) uint8
     dino, # `models.encoders.Dino`, or another function of images that gives (...,P,D)
     distance=cosine_distance, # of tokens
@@ -82,7 +82,7 @@ def feature_distance(
     if dino is None:
         raise ValueError("there is no DINO to compare with: a policy that was loaded to act has "
                          "none; take encoders.load_encoders")
-    return distance(dino(picture), dino(target)).cpu()
+    return distance(dino(image), dino(target)).cpu()
 
 # %% ../../nbs/07_eval/06_video_metrics.ipynb #3dee21f5
 def motion_energy(

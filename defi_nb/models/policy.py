@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.spec import VIEWS, Batch, DataSpec, check_batch
-from .action_adapter import ActionAdapter, AdapterConfig
+from .action_adapter import ActionAdapter, ActionRegressor, AdapterConfig
 from .gfdm import GFDM, GFDMConfig, fit_encoders
 from .gidm import GIDM, GIDMConfig, LatentActions, prepare_texts
 from .layers import VideoFormer, group_tokens, load_matching
@@ -91,7 +91,7 @@ def present_tokens(
     return (policy.patch_up(group_tokens(latent.flatten(3).mT, group)) + policy.place).flatten(1, 2)
 
 # %% ../../nbs/04_models/07_policy.ipynb #67af1642
-LATENTS = "code", "embedding", "both", "none"
+LATENTS = "code", "embedding", "both", "none", "actions"
 
 @dataclass(frozen=True)
 class PolicyConfig:
@@ -106,7 +106,7 @@ class PolicyConfig:
     former_heads:int = 4 # of its attentions
     former_head_dim:int = 16 # of its resampler's heads
     former_hidden:int = 64 # width inside the network that narrows its features
-    gidm:GIDMConfig = GIDMConfig(dec_blocks=0) # the inverse model, without decoder
+    gidm:GIDMConfig = GIDMConfig(dec_blocks=0) # the inverse model, or the network to actions
     adapter:AdapterConfig = AdapterConfig() # the action adapter
     vq_weight:float = 1. # of the quantiser's loss, added to the action loss
     train:tuple = ("gidm", "adapter") # parts that are trained
@@ -139,17 +139,21 @@ def printed(cls:PolicyConfig):
 
 # %% ../../nbs/04_models/07_policy.ipynb #fa0cf527
 @patch
-def without_gidm(self:PolicyConfig):
-    "The same policy with Video Former and adapter alone."
+def without_gidm(self:PolicyConfig,
+    latents:str = "none", # "none": Video Former and adapter; "actions": straight to actions
+):
+    "The same policy without latent actions."
     train = tuple(part for part in self.train if part != "gidm")
     adapter = replace(self.adapter, latent_dim=0)
-    return replace(self, latents="none", latent_positions=False, latent_dropout=0.,
+    return replace(self, latents=latents, latent_positions=False, latent_dropout=0.,
                    projection_frozen=False, train=train, adapter=adapter)
 
 # %% ../../nbs/04_models/07_policy.ipynb #1d4234f2
+def _has_gidm(cfg): return cfg.latents not in ("none", "actions")
+
 def _check_widths(cfg):
-    adapter, inverse = cfg.adapter, cfg.latents != "none"
-    latent = "adapter.latent_dim, " + ("gidm.dim" if inverse else "0 (latents='none')")
+    adapter, inverse = cfg.adapter, _has_gidm(cfg)
+    latent = "adapter.latent_dim, " + ("gidm.dim" if inverse else f"0 (latents={cfg.latents!r})")
     pairs = {"adapter.video_dim, former_dim": (adapter.video_dim, cfg.former_dim),
              latent: (adapter.latent_dim, cfg.gidm.dim*inverse),
              "adapter.chunk, spec.chunk": (adapter.chunk, cfg.spec.chunk),
@@ -179,8 +183,9 @@ def _check_train(cfg):
         raise ValueError("latents is 'code', and GIDM's codebook follows: codes would pass it no "
                          "gradient; take latents='both' or 'embedding', or leave 'gidm' out of "
                          "train")
-    if "gidm" in train and cfg.latents == "none":
-        raise ValueError(f"train is {cfg.train}, and latents 'none': there is no GIDM to train")
+    if "gidm" in train and not _has_gidm(cfg):
+        raise ValueError(f"train is {cfg.train}, and latents {cfg.latents!r}: there is no GIDM to "
+                         "train")
 
 def _check_policy_config(
     cfg:PolicyConfig, # to be checked
@@ -190,9 +195,12 @@ def _check_policy_config(
         raise ValueError(f"latents is {cfg.latents!r}; choose one of {LATENTS}")
     _check_widths(cfg)
     dropout = cfg.latent_dropout
-    if not 0 <= dropout < 1 or dropout and cfg.latents == "none":
+    if not 0 <= dropout < 1 or dropout and not _has_gidm(cfg):
         raise ValueError(f"latent_dropout is {dropout}: it is in [0, 1), and 0 where latents is "
-                         "'none'")
+                         "'none' or 'actions'")
+    if cfg.present and cfg.latents == "actions":
+        raise ValueError("present is True, and latents 'actions': the network to actions reads "
+                         "GFDM's features of two frames alone; leave one of them out")
     _check_frames(cfg)
     _check_train(cfg)
     _check_views(cfg)
@@ -211,12 +219,15 @@ def feature_projection(
     return nn.Sequential(*layers), nn.Parameter(.02*torch.randn(2, 1, in_dim))
 
 # %% ../../nbs/04_models/07_policy.ipynb #f81fff43
-def _add_gidm(policy): # GIDM and the layers around it, as submodules of a policy
+def _add_projection(policy): # to the input of GIDM or of the network to actions
     cfg, gidm = policy.cfg, policy.cfg.gidm
     policy.project, policy.time_pos_emb = feature_projection(
         cfg.feature_dim, cfg.project_hidden, gidm.in_dim, cfg.feature_norm)
     if cfg.projection_frozen:
         for part in (policy.project, policy.time_pos_emb): part.requires_grad_(False)
+
+def _add_gidm(policy): # GIDM and the layers around it, as submodules of a policy
+    cfg, gidm = policy.cfg, policy.cfg.gidm
     policy.gidm = GIDM(gidm).requires_grad_("gidm" in cfg.train)
     if cfg.latent_positions:
         tokens = gidm.queries*(1 + (cfg.latents == "both"))
@@ -237,9 +248,14 @@ class CoupledPolicy(nn.Module):
         elif "gfdm" in cfg.train:
             raise ValueError("train names 'gfdm', but this policy was built without one: "
                              "pass `gfdm`")
-        self.gidm = None
-        self.feature_norm = nn.LayerNorm(cfg.feature_dim) if cfg.feature_norm else nn.Identity()
-        if cfg.latents != "none": _add_gidm(self)
+        self.gidm, straight = None, cfg.latents == "actions"
+        norm = cfg.feature_norm and not straight
+        self.feature_norm = nn.LayerNorm(cfg.feature_dim) if norm else nn.Identity()
+        if cfg.latents != "none": _add_projection(self)
+        if straight:
+            self.adapter = ActionRegressor(cfg.adapter, cfg.gidm)
+            return
+        if _has_gidm(cfg): _add_gidm(self)
         self.video_former = VideoFormer(
             cfg.feature_dim, cfg.former_dim, cfg.former_depth, len(cfg.frames),
             cfg.former_queries, cfg.former_heads, cfg.former_head_dim, cfg.former_hidden)
@@ -257,7 +273,7 @@ class CoupledPolicy(nn.Module):
 
 # %% ../../nbs/04_models/07_policy.ipynb #dabcd57d
 @patch(as_prop=True)
-def device(self:CoupledPolicy): return self.video_former.latents.device # of its weights
+def device(self:CoupledPolicy): return self.adapter.lang_emb[0].weight.device # of its weights
 
 @patch(as_prop=True)
 def latents_frozen(self:CoupledPolicy): # whether no trained weight stands before the latent actions
@@ -269,8 +285,8 @@ def check_gidm(
 )->CoupledPolicy: # the same
     "Raise `ValueError` if a policy has no GIDM."
     if policy.gidm is None:
-        raise ValueError("this policy has no GIDM (latents='none'), so it infers no latent "
-                         "actions: give a coupled policy that has one")
+        raise ValueError(f"this policy has no GIDM (latents={policy.cfg.latents!r}), so it infers "
+                         "no latent actions: give a coupled policy that has one")
     return policy
 
 @patch
@@ -321,7 +337,7 @@ def pair_input(self:CoupledPolicy,
     features:Tensor, # (B,V,T,P,D) of GFDM, T as in `frames`; or (V*B,T,P,D), static rows first
 )->Tensor: # (B,2,P,gidm.in_dim)
     "GIDM's input: the projected features of its two frames."
-    cfg = check_gidm(self).cfg
+    cfg = self.cfg if self.cfg.latents == "actions" else check_gidm(self).cfg
     view = cfg.views.index(cfg.gidm.views[0])
     pair = [cfg.frames.index(frame) for frame in cfg.spec.gidm_frames]
     return self.project(_by_view(self, features)[:, view, pair]) + self.time_pos_emb
@@ -338,8 +354,9 @@ def embed_latents(self:CoupledPolicy,
 @patch
 def video_tokens(self:CoupledPolicy,
     features:Tensor, # (B,V,T,P,D) of GFDM, T as in `frames`; or (V*B,T,P,D), static rows first
-)->Tensor: # (B,N,former_dim)
-    "The Video Former's tokens of all frames and views."
+)->Tensor: # (B,N,former_dim), or (B,2P,gidm.in_dim)
+    "The Video Former's tokens of all frames and views; straight to actions, `pair_input`'s."
+    if self.cfg.latents == "actions": return self.pair_input(features).flatten(1, 2)
     features = self.feature_norm(_by_view(self, features))
     return self.video_former(features.transpose(1, 2).flatten(2, 3))
 

@@ -642,7 +642,7 @@ def _add_doctor(sub):
                              "until then")
     doctor.add_argument("--seconds", type=float, default=20., help="that a sample may take, about")
     doctor.add_argument("--format", default="",
-                        help="calvin, lerobot, rlds, something, release, ego4d, own or videos; "
+                        help="calvin, lerobot, rlds, hdf5, something, release, ego4d, own, videos; "
                              "without it, as names of files tell")
     doctor.add_argument("--hz", type=float, default=0.,
                         help="rows a second, where the files don't say")

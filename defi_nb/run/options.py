@@ -128,7 +128,7 @@ class PolicyVariant:
     video:str = "" # further splits for GFDM and GIDM, where they have to be made (Table 5)
     codes:int = -1 # size of GIDM's codebook; -1, or empty for text, is the preset's own, as below
     queries:int = -1 # GIDM's latent-action tokens per transition
-    latents:str = "" # of GIDM for the adapter: code, embedding (before quantisation), both, or none
+    latents:str = "" # of GIDM: code, embedding, both, none; actions: straight to them (Table 7)
     latent_dropout:float = -1. # probability that a sample's latent actions are hidden, in [0, 1)
     present:int = -1 # 1: the adapter reads the present frames' latents too; 0: not
     feature_norm:int = -1 # 1: LayerNorm on GFDM's features; 0: none
@@ -239,7 +239,7 @@ CHOICES = { # parameter or key -> what it can be called
     "reversed_text": ("drop", "keep"),
     "auxiliary.pair": ("real", "imagined"),
     "dtype": ("float32", "bfloat16", "float16"),
-    "latents": ("code", "embedding", "both", "none"),
+    "latents": ("code", "embedding", "both", "none", "actions"),
     "pretrain_gfdm.variant.train": ("all", "lora"),
     "train_coupled.policy": POLICIES,
     "own_data.policy": ("plain", "coupled"),

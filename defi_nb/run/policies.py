@@ -110,12 +110,13 @@ def _adapter(base, params, robot):
 def _aligns(base, variant): # as the preset does, unless the run says
     return base.projection_frozen if variant["align"] < 0 else bool(variant["align"])
 
-def _without_gidm(params): # whether a policy has no GIDM
+def _without_gidm(params): # "none" or "actions": what `latents` is without GIDM; "": it has one
     variant, without = params["variant"], params["policy"] == "no_gidm"
-    if without and variant.get("latents", "") not in ("", "none"):
+    latents = variant.get("latents", "")
+    if without and latents not in ("", "none"):
         raise ValueError(f"variant.latents is {variant['latents']!r}, and policy no_gidm has none: "
                          "leave it out, or take policy coupled")
-    return without or variant.get("latents") == "none"
+    return "none" if without else latents if latents in ("none", "actions") else ""
 
 # %% ../../nbs/13_run/06_policies.ipynb #3eef78b7
 def _coupled_config(params, gfdm, views, robot):
@@ -133,7 +134,8 @@ def _coupled_config(params, gfdm, views, robot):
     train = names_list(variant["train"]) or (("gidm", "adapter") if fresh else base.train)
     base = replace(base, spec=replace(base.spec, **pair), **frames, train=tuple(train),
                    adapter=_adapter(base, params, robot))
-    if without: return base.without_gidm()
+    base = replace(base, gidm=replace(base.gidm, inverse=variant["inverse"]))
+    if without: return base.without_gidm(without)
     learns = "gidm" in train or bool(params["auxiliary"]) # inverse dynamics teaches the projection
     return replace(base, projection_frozen=_aligns(base, variant) and not learns)
 
@@ -152,7 +154,7 @@ def _coupled(params, encoders, views, robot):
     step = {n: variant[n] for n in ("extract_step",) if variant[n] != 1}
     gfdm = pretrained("gfdm", start["gfdm"], encoders, shared, variant, ckpts, **step)
     base, used = _coupled_config(params, gfdm, views, robot), dict(gfdm=gfdm)
-    if base.latents == "none": return _starting(CoupledPolicy(base, encoders, gfdm), **used)
+    if _without_gidm(params): return _starting(CoupledPolicy(base, encoders, gfdm), **used)
     gidm = pretrained("gidm", start["gidm"], encoders, shared, variant, ckpts)
     own = dict(dec_blocks=0, texts=base.gidm.texts) | chosen(variant, "commitment", "restart_below")
     model = CoupledPolicy(replace(base, gidm=replace(gidm.cfg, **own)), encoders, gfdm)

@@ -44,14 +44,14 @@ _PALETTE = [OKABE_ITO[colour] for colour in ( # of masks, one after the other
     "orange", "blue", "yellow", "sky", "purple", "green", "vermilion")]
 
 def show_masks(
-    picture, # (H,W,3) uint8
+    image, # (H,W,3) uint8
     masks:dict, # name -> (H,W) bool
     ax=None, # axes to draw into
     title:str="", # over it
 ):
     "An image in grey with the masks in colour over it. Returns the axes."
     ax = new_axes(3.2, 2.6) if ax is None else ax
-    canvas = np.asarray(picture, float).mean(-1, keepdims=True).repeat(3, -1)/255
+    canvas = np.asarray(image, float).mean(-1, keepdims=True).repeat(3, -1)/255
     for (name, mask), colour in zip(masks.items(), cycle(_PALETTE), strict=False):
         if not np.any(mask): continue
         rgb = np.array([int(colour[i:i + 2], 16) for i in (1, 3, 5)])/255

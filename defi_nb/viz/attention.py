@@ -142,6 +142,9 @@ def _attending(policy):
     if not isinstance(policy, CoupledPolicy):
         raise ValueError(f"{type(policy).__name__} is not known here: give a CoupledPolicy or a "
                          "PlainPolicy, or use `record` and the readers of `viz.attention_maps`")
+    if policy.cfg.latents == "actions":
+        raise ValueError("a policy straight to actions (latents='actions') has neither Video "
+                         "Former nor adapter whose attention could be read: give another policy")
     attends = policy.gidm is not None and policy.cfg.gidm.inverse != "mlp"
     return ["adapter.*", "video_former.*", *(["gidm.*"] if attends else [])], _read_coupled
 

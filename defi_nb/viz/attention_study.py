@@ -259,7 +259,7 @@ def measure_queries(
 
 # %% ../../nbs/09_viz/04_attention_study.ipynb #2bd43409
 def show_measured_maps(
-    picture, # (3,H,W) or (H,W,3) uint8 image
+    image, # (3,H,W) or (H,W,3) uint8
     measured:dict, # from `measure_kinds`
     axes=None, # (rows,3) axes to draw into, a row for each map
 ):
@@ -269,7 +269,7 @@ def show_measured_maps(
         size, style = (8, 2.1*len(measured)), dict(dpi=72, layout="constrained", squeeze=False)
         axes = plt.subplots(len(measured), 3, figsize=size, **style)[1]
     for (left, *right), (name, (heat, faithful)) in zip(axes, measured.items(), strict=True):
-        left.imshow(overlay(picture, heat), interpolation="nearest")
+        left.imshow(overlay(image, heat), interpolation="nearest")
         left.set(title=name, xticks=[], yticks=[])
         show_faithfulness(faithful, right, name)
     return axes

@@ -311,7 +311,7 @@ def export_policy(
 ):
     "Write a policy under the release's names, without GFDM and encoders."
     names = ("present", "feature_norm", "latent_positions")
-    if policy.gidm is not None: names += ("latents",)
+    if policy.cfg.latents != "none": names += ("latents",)
     pairs = [(n, getattr(policy.cfg, n), getattr(PolicyConfig, n)) for n in names]
     if added := [f"{n} is {a!r}, not {b!r}" for n, a, b in pairs if a != b]:
         raise ValueError("the release has no place for what this policy adds "
