@@ -4148,6 +4148,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'defi_nb.run.players.find_env': ('13_run/players.html#find_env', 'defi_nb/run/players.py'),
                                      'defi_nb.run.players.find_player': ('13_run/players.html#find_player', 'defi_nb/run/players.py'),
                                      'defi_nb.run.players.main': ('13_run/players.html#main', 'defi_nb/run/players.py'),
+                                     'defi_nb.run.players.query_markdown': ('13_run/players.html#query_markdown', 'defi_nb/run/players.py'),
+                                     'defi_nb.run.players.query_times': ('13_run/players.html#query_times', 'defi_nb/run/players.py'),
                                      'defi_nb.run.players.recording_env': ('13_run/players.html#recording_env', 'defi_nb/run/players.py'),
                                      'defi_nb.run.players.zoo_cards': ('13_run/players.html#zoo_cards', 'defi_nb/run/players.py'),
                                      'defi_nb.run.players.zoo_evaluations': ( '13_run/players.html#zoo_evaluations',
