@@ -119,7 +119,7 @@ def test_a_policy_learns_acts_and_is_saved(plugins, tmp_path, kind, cameras, act
     saved, again = load_file(tmp_path/"model.safetensors"), policy_of(config)
     assert not any(k.startswith("model.gfdm.") for k in saved)
     missing, unexpected = again.load_state_dict(saved, strict=False)
-    assert not unexpected and all(k.startswith("model.gfdm.") for k in missing)
+    assert not unexpected and not missing # GFDM's are not reported as missing
     assert torch.allclose(again.predict_action_chunk(batch, noise=noise), chunk, atol=1e-5) # the averaged weights
 
 

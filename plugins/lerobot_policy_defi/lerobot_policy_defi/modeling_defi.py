@@ -32,6 +32,11 @@ def build(cfg: DefiConfig):
     return CoupledPolicy(replace(base, gidm=replace(gidm.cfg, dec_blocks=0, texts=base.gidm.texts)), encoders, gfdm).start_from(gidm)
 
 
+def without_gfdm(policy, keys):
+    "Hook of `load_state_dict`: GFDM's weights, which are not saved with the policy, are not missing."
+    keys.missing_keys[:] = [k for k in keys.missing_keys if not k.startswith("model.gfdm.")]
+
+
 class DefiPolicy(PreTrainedPolicy):
     "DeFI's coupled policy, or the plain one, trained and evaluated by LeRobot."
     config_class = DefiConfig
@@ -42,6 +47,7 @@ class DefiPolicy(PreTrainedPolicy):
         config.validate_features()
         self.model, self.average, self.steps, self.last_predicted_latents = build(config), None, 0, None
         self.placed = None
+        self.register_load_state_dict_post_hook(without_gfdm)
         self.reset()
 
     def get_optim_params(self):
