@@ -66,8 +66,12 @@ def test_the_package_is_light_and_gives_its_main_names_when_they_are_used():
     assert not hasattr(defi_nb, "GFDN")
 
 
-@pytest.mark.parametrize("command", ["serve", "vla-eval", "export", "record", "bench", "run", "ckpts", "doctor"])
-def test_help_is_answered_without_what_takes_seconds_to_import(command):
-    code = f"import sys; sys.argv = ['defi-nb', '{command}', '--help']\nfrom defi_nb.run.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+def test_help_is_answered_without_what_takes_seconds_to_import():
+    code = """import sys
+from defi_nb.run.cli import main
+for command in ("serve", "vla-eval", "export", "record", "bench", "run", "ckpts", "doctor"):
+    sys.argv = ["defi-nb", command, "--help"]
+    try: main()
+    except SystemExit: print("torch" in sys.modules)"""
     done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True)
-    assert done.stdout.startswith(f"usage: defi-nb {command}") and done.stdout.splitlines()[-1] == "False", done.stderr
+    assert done.stdout.count("usage: defi-nb") == done.stdout.splitlines().count("False") == 8, done.stderr
