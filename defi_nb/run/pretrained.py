@@ -380,7 +380,8 @@ _READS = dict(coupled=("gfdm", "gidm", "aligned"), no_gidm=("gfdm",), gidm=("gid
 
 def _needed(name, params): # kinds of models that a run reads, those that others need first
     what = params.get("policy") or params.get("model") or ""
-    parts = _READS.get(what, ())
+    without_gidm = (params.get("variant") or {}).get("latents") in ("none", "actions")
+    parts = _READS.get("no_gidm" if without_gidm and what == "coupled" else what, ())
     if name == "align" or params.get("pretrain") == "fresh":
         parts = ("gfdm", "gidm") + ("aligned",)*(name == "pipeline")
     mine = name in ("train_coupled", "own_data") or what in parts
