@@ -31,7 +31,7 @@ from .episodes import PLAIN, DataSource, Reading, concat_frames
 from .lerobot import open_lerobot
 from .mixtures import (
     GIDM_WEIGHTS, MIXTURES, TABLE_12, Mixture, weights_by_size, normalise_weights)
-from .rlds import open_hdf5, open_rlds
+from .rlds import HDF5_NAME, open_hdf5, open_rlds
 
 # %% ../../nbs/02_data/10_load.ipynb #2d8d2ba5
 NEEDS = { # format -> the names by which it is recognised
@@ -153,7 +153,7 @@ def _named_format(folder):
     tests = dict(
         calvin=lambda: calvin_splits(folder), lerobot=lambda: has("meta/info.json"),
         rlds=lambda: rlds_version(folder),
-        hdf5=lambda: _any_name(folder, r"(?i)[^.].*\.(hdf5|h5)"),
+        hdf5=lambda: _any_name(folder, HDF5_NAME),
         something=lambda: _is_something(folder),
         release=lambda: release_splits(folder), ego4d=lambda: all(ego4d_parts(folder)),
         own=lambda: _any_name(folder/"actions", r"(?i)[^.].*\.[ct]sv") and has("videos"))

@@ -21,8 +21,7 @@ from ..data.episodes import pick_episodes
 from ..data.load import rlds_version
 from ..data.rlds import (
     action_keys, decode_example, find_shards, image_keys, index_shard, open_hdf5,
-    open_rlds, table_12_entry,
-    read_features, read_record, step_features, text_keys)
+    open_rlds, read_features, read_record, step_features, table_12_entry, text_keys)
 from ..data.robot_dataset import decode_image
 from .checks import (
     check_actions, check_copies, check_disk, check_blank_images, check_text, check_vector,

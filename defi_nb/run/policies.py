@@ -21,8 +21,9 @@ from ..data.cache import JoinedSamples
 from ..data.episodes import show_tasks
 from ..models.direct_policy import DirectConfig, DirectPolicy, around_encoder
 from ..models.encoders import weights_digest
-from ..models.policy import (
-    BlindConfig, BlindPolicy, CoupledPolicy, PlainConfig, PlainPolicy, PolicyConfig)
+from defi_nb.models.policy import (
+    WITHOUT_GIDM, BlindConfig, BlindPolicy, CoupledPolicy, PlainConfig, PlainPolicy,
+    PolicyConfig)
 from .datasets import (
     SPLITS, PolicyData, keep_run_texts, names_list, policy_data, reading_of, store_name)
 from .options import POLICIES, DataReading, PolicyVariant, chosen
@@ -116,7 +117,7 @@ def _without_gidm(params): # "none" or "actions": what `latents` is without GIDM
     if without and latents not in ("", "none"):
         raise ValueError(f"variant.latents is {variant['latents']!r}, and policy no_gidm has none: "
                          "leave it out, or take policy coupled")
-    return "none" if without else latents if latents in ("none", "actions") else ""
+    return "none" if without else latents if latents in WITHOUT_GIDM else ""
 
 # %% ../../nbs/13_run/06_policies.ipynb #3eef78b7
 def _coupled_config(params, gfdm, views, robot):

@@ -25,7 +25,7 @@ from ..models.encoders import weights_digest
 from ..models.gfdm import GFDM, GFDMConfig, fit_encoders
 from ..models.gfdm_dino import DinoForward, DinoForwardConfig, fit_dino
 from ..models.gidm import GIDM, GIDMConfig
-from ..models.policy import CoupledPolicy, PolicyConfig
+from ..models.policy import WITHOUT_GIDM, CoupledPolicy, PolicyConfig
 from .cli import run_notebook
 from .datasets import demo_recording, names_list, store_name
 from .options import (
@@ -380,7 +380,7 @@ _READS = dict(coupled=("gfdm", "gidm", "aligned"), no_gidm=("gfdm",), gidm=("gid
 
 def _needed(name, params): # kinds of models that a run reads, those that others need first
     what = params.get("policy") or params.get("model") or ""
-    without_gidm = (params.get("variant") or {}).get("latents") in ("none", "actions")
+    without_gidm = (params.get("variant") or {}).get("latents") in WITHOUT_GIDM
     parts = _READS.get("no_gidm" if without_gidm and what == "coupled" else what, ())
     if name == "align" or params.get("pretrain") == "fresh":
         parts = ("gfdm", "gidm") + ("aligned",)*(name == "pipeline")
