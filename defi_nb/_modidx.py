@@ -2520,6 +2520,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'defi_nb.eval.published._by_video': ( '07_eval/published.html#_by_video',
                                                                               'defi_nb/eval/published.py'),
                                         'defi_nb.eval.published._length': ('07_eval/published.html#_length', 'defi_nb/eval/published.py'),
+                                        'defi_nb.eval.published._means_and_bars': ( '07_eval/published.html#_means_and_bars',
+                                                                                    'defi_nb/eval/published.py'),
                                         'defi_nb.eval.published._paper_cell': ( '07_eval/published.html#_paper_cell',
                                                                                 'defi_nb/eval/published.py'),
                                         'defi_nb.eval.published._paper_rows': ( '07_eval/published.html#_paper_rows',

@@ -258,14 +258,18 @@ def _by_video(rows): # rows: of (`Row`, table row)
 # of the chains; early tables have no such key, and five tasks
 def _length(table): return max((t.get("length", 5) for t in table), default=5)
 
+def _means_and_bars(rows): # of the table; one training has no interval, and a bar of length 0
+    mean = np.array([t["average_length"] for t in rows])
+    bounds = np.array([[m if b is None else b for b in t["interval"]]
+                       for t, m in zip(rows, mean)]).T
+    return mean, np.abs(bounds - mean)
+
 def _show_curve(ax, points, i, label): # points: (fraction, table row)
     "One line with intervals, and a dot for each training."
     at, rows = zip(*sorted(points, key=lambda p: p[0]))
-    mean = [t["average_length"] for t in rows]
-    low, high = ([abs(t["interval"][k] - m) for t, m in zip(rows, mean)] for k in (0, 1))
+    mean, bars = _means_and_bars(rows)
     shifted = [a + .012*i for a in at] # so that intervals do not hide one another
-    ax.errorbar(shifted, mean, (low, high), fmt="o-", color=f"C{i}", ms=4, lw=1.2, capsize=2,
-                label=label)
+    ax.errorbar(shifted, mean, bars, fmt="o-", color=f"C{i}", ms=4, lw=1.2, capsize=2, label=label)
     for a, t in zip(shifted, rows):
         ax.plot([a]*len(t["seeds"]), t["seeds"], ".", color=f"C{i}", ms=3, alpha=.5)
 
@@ -408,11 +412,8 @@ def show_efficiency(
         rows = sorted((t for t in table if t["row"] == name), key=lambda t: t["data_frac"])
         # so that intervals do not hide one another
         at = np.array([t["data_frac"]*demonstrations for t in rows])*1.02**i
-        mean = np.array([t["average_length"] for t in rows])
-        bounds = np.array([[m if b is None else b for b in t["interval"]]
-                           for t, m in zip(rows, mean)]).T
-        axes[0].errorbar(at, mean, np.abs(bounds - mean), fmt="o-", color=f"C{i}", ms=4, lw=1.2,
-                         capsize=2)
+        mean, bars = _means_and_bars(rows)
+        axes[0].errorbar(at, mean, bars, fmt="o-", color=f"C{i}", ms=4, lw=1.2, capsize=2)
         each = [[s/max(n, 1) for s, n in t["image_tasks"]] for t in rows]
         axes[1].plot(at, [np.mean(e) for e in each], "o-", color=f"C{i}", ms=4, lw=1.2, label=name)
         for x, e in zip(at, each): axes[1].plot([x]*len(e), e, ".", color=f"C{i}", ms=3, alpha=.5)
