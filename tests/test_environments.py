@@ -4,7 +4,6 @@ The real one is tested where PyBullet and a checkout of calvin_env are found: pi
 CALVIN_ENV_ROOT=path/to/calvin_env pytest tests/test_environments.py
 The scripted expert on the first 60 chains of both: the same with -m slow -s (minutes).
 """
-import ctypes
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from odd_environments import Hanging, mortal_env
 
 from defi_nb.benchmarks import calvin_install, calvin_env
 from defi_nb.sim.calvin_tasks import (
@@ -407,13 +407,6 @@ def test_an_evaluation_is_the_same_in_this_process_and_in_two(tmp_path):
 # ---- processes
 
 
-class Hanging:
-    "Hangs at a reset, in foreign code that doesn't let go of Python's lock."
-    def reset(self): ctypes.PyDLL(None).sleep(600)
-    def get_obs(self): return {"robot_obs": np.zeros(15), "rgb_obs": {"rgb_static": np.zeros((2, 2, 3), np.uint8)}}
-    def close(self): pass
-
-
 def alive(pid):
     try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError: return False
@@ -436,7 +429,7 @@ def test_a_hung_environment_is_an_error_and_ended():
 
 @pytest.mark.parametrize("then", ["time.sleep(600)", "env.reset()"], ids=["idle", "hung"])
 def test_a_process_ends_with_its_killed_parent(then):
-    code = f"import time, test_environments as t\nenv = t.EnvProcess(t.Hanging)\nprint(env.pid, flush=True)\n{then}"
+    code = f"import time, odd_environments as t\nenv = t.EnvProcess(t.Hanging)\nprint(env.pid, flush=True)\n{then}"
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True)
     pid = int(parent.stdout.readline())
     time.sleep(.5)
@@ -453,28 +446,11 @@ def test_a_process_that_is_killed_is_named():
     env.close()
 
 
-class Mortal(PlayTable):
-    "Ends its process at the 15th step, unless that has happened before."
-    def __init__(self, flag, *args):
-        self.flag, self.count = flag, 0
-        super().__init__(*args)
-
-    def step(self, action):
-        self.count += 1
-        if self.count == 15 and not self.flag.exists():
-            self.flag.touch()
-            os._exit(9)
-        return super().step(action)
-
-
-def mortal_env(config, flag): return EnvProcess(Mortal, flag, config.scene, config.static_size, config.gripper_size)
-
-
 def test_an_evaluation_outlives_an_environment(tmp_path):
     config = EvalConfig(steps=20, execute=10, group=2, static_size=32, gripper_size=32, image_size=32, sequences="first 2 of get_sequences(1000)")
     records = []
-    for out in ("died", "whole"): # the second time the flag is there
-        evaluate(RandomPolicy(), first_sequences(2), config, "random", tmp_path/out, n_workers=1, keep=range(2), progress=False,
+    for out, n_workers in (("died", 1), ("whole", 0)): # the second time the flag is there
+        evaluate(RandomPolicy(), first_sequences(2), config, "random", tmp_path/out, n_workers=n_workers, keep=range(2), progress=False,
                  make_env=partial(mortal_env, flag=tmp_path/"flag"))
         records.append(played(tmp_path/out))
     assert (tmp_path/"flag").exists() and records[0] == records[1]
