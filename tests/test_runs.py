@@ -47,7 +47,7 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "state_aliasing": DATA | {"steps": 4, "batch_size": 4, "arms": "BC, PTR", "seeds": 1, "train_demos": 6, "test_demos": 6, "probe_steps": 2, "pairs": 10},
     "attention": DATA | {"pairs": 8, "columns": 2, "draws": 1, "video": "data/example_lab"},
     "ablations": DATA | {"rows": "without GIDM pretraining, plain: no video, MLP straight to actions", "chains": 1, "fractions": "1.0", "seeds": 1, "steps": 4,
-                         "pretrain_steps": 4, "ckpts": "ckpts/ablations"},
+                         "pretrain_steps": 4, "curve": 2, "ckpts": "ckpts/ablations"},
     "pretrain_zoo": DATA | {"video": "", "steps_gfdm": 4, "steps_gidm": 4, "steps_align": 2, "steps_policy": 4, "curve": "2", "chains": 1, "ckpts": "ckpts/zoo"},
     "data_efficiency": DATA | {"split": "D_D", "length": 2, "rows": "plain: no video, blind", "labels": "2", "claims": "2", "seeds": 2, "steps": 4, "chains": 1, "ckpts": "ckpts/ablations"},
 }

@@ -268,7 +268,8 @@ def _show_curve(ax, points, i, label): # points: (fraction, table row)
     "One line with intervals, and a dot for each training."
     at, rows = zip(*sorted(points, key=lambda p: p[0]))
     mean, bars = _means_and_bars(rows)
-    shifted = [a + .012*i for a in at] # so that intervals do not hide one another
+    # so that intervals do not hide one another
+    shifted = [a + .012*i*max(1, max(at)) for a in at]
     ax.errorbar(shifted, mean, bars, fmt="o-", color=f"C{i}", ms=4, lw=1.2, capsize=2, label=label)
     for a, t in zip(shifted, rows):
         ax.plot([a]*len(t["seeds"]), t["seeds"], ".", color=f"C{i}", ms=3, alpha=.5)
@@ -276,15 +277,17 @@ def _show_curve(ax, points, i, label): # points: (fraction, table row)
 # %% ../../nbs/07_eval/10_published.ipynb #125740b8
 def show_by_fraction(
     table:list, # of an `ablations` run, as in its metrics.json
-    x:str = "data_frac", # fraction of labels; or "video_fraction", fraction of further video
+    x:str = "data_frac", # fraction of labels; "video_fraction", of further video; "step"
     ax = None, # axes to draw into
 ):
-    "Average length against a fraction, one line a row or, over video, a `data_frac`. Returns axes."
+    "Average length against a fraction or against steps, one line a row. Returns axes."
     labels = dict(data_frac="fraction of labelled demonstrations",
-                  video_fraction="fraction of further video in pretraining")
-    if x not in labels: raise ValueError(f"x is {x!r}: choose data_frac or video_fraction")
-    by_name = {row.name: row for row in ROWS}
-    if x == "data_frac": points = [(t["row"], t["data_frac"], t) for t in table]
+                  video_fraction="fraction of further video in pretraining",
+                  step="optimiser steps")
+    if x not in labels: raise ValueError(f"x is {x!r}: choose {' or '.join(labels)}")
+    by_name, several = {row.name: row for row in ROWS}, len({t["data_frac"] for t in table}) > 1
+    of = lambda t: f", {t['data_frac']:.0%} of the labels"*(several and x == "step")
+    if x != "video_fraction": points = [(t["row"] + of(t), t[x], t) for t in table]
     else: points = _by_video([(by_name[t["row"]], t) for t in table])
     ax = new_axes(4.8, 3) if ax is None else ax
     for i, label in enumerate(dict.fromkeys(p[0] for p in points)):
@@ -359,12 +362,14 @@ def ablation_markdown(
 # %% ../../nbs/07_eval/10_published.ipynb #53a152c3
 def fraction_figures(
     table:list, # from `ablation_table`
-)->dict: # "data_frac" (Figure 4), "video_fraction" (Figure 8) -> figure, for several fractions only
-    "Average length against the fraction of labels and of further video."
+    curve:list=(), # the same on the way, each row with its "step"
+)->dict: # "data_frac" (Figure 4), "step" (5), "video_fraction" (8) -> figure of several points
+    "Average length against the fraction of labels, the training, and the further video."
     by_name = {row.name: row for row in ROWS}
-    values = dict(data_frac={t["data_frac"] for t in table},
+    values = dict(data_frac={t["data_frac"] for t in table}, step={t["step"] for t in curve},
                   video_fraction={by_name[t["row"]].video_fraction for t in table})
-    return {x: show_by_fraction(table, x).figure for x, seen in values.items() if len(seen) > 1}
+    return {x: show_by_fraction(curve if x == "step" else table, x).figure
+            for x, seen in values.items() if len(seen) > 1}
 
 # %% ../../nbs/07_eval/10_published.ipynb #bb3e9109
 def row_key(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PolicyAuxiliary', 'policy_checkpoint', 'real_pairs', 'policy_demonstrations', 'show_demonstrations', 'build_policy',
            'policy_samples', 'policy_auxiliary', 'keep_policy_texts', 'policy_info', 'row_models', 'missing_models',
-           'row_jobs', 'env_at', 'feature_models', 'load_feature_models', 'ladder_models', 'ladder_data',
-           'demonstration_numbers', 'ladder_samples']
+           'policy_folder', 'curve_steps', 'row_jobs', 'row_results', 'env_at', 'feature_models', 'load_feature_models',
+           'ladder_models', 'ladder_data', 'demonstration_numbers', 'ladder_samples']
 
 # %% ../../nbs/13_run/06_policies.ipynb #7208ab75
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -19,6 +19,7 @@ from ..core.spec import VIEWS, DataSpec, preset_of
 from ..core.utils import project_root
 from ..data.cache import JoinedSamples
 from ..data.episodes import show_tasks
+from ..eval.results import EvalResult
 from ..models.direct_policy import DirectConfig, DirectPolicy, around_encoder
 from ..models.encoders import weights_digest
 from defi_nb.models.policy import (
@@ -284,6 +285,24 @@ def missing_models(
     root = project_root()/ckpts
     return {name: how for name, how in needed.items() if not is_finished(root/name)}
 
+# %% ../../nbs/13_run/06_policies.ipynb #ce64cf59
+def policy_folder(
+    run, # `eval.published.AblationRun`
+    params:dict, # of the experiment
+)->str: # relative to the project's root
+    "The checkpoint of a training."
+    parts, curve = [Path(params["split"]).name, f"{params['steps']}"], params.get("curve", 0)
+    parts += [f"kept{curve}"]*bool(curve)
+    return f"{params['ckpts']}/ablations/{'-'.join(parts)}/{run.name}"
+
+# %% ../../nbs/13_run/06_policies.ipynb #b0545ef9
+def curve_steps(
+    params:dict, # of the experiment: `steps` of a training; `curve`, the number of points, or none
+)->list: # of steps, without the last
+    "Steps after which a policy is evaluated before the end of its training."
+    steps = params["steps"]
+    return list(range(every := -(-steps//max(params.get("curve", 0), 1)), steps, every))
+
 # %% ../../nbs/13_run/06_policies.ipynb #d7fbf0d4
 def row_jobs(
     runs:list, # of `eval.published.AblationRun`
@@ -298,12 +317,14 @@ def row_jobs(
         given = training | budget | dict(variant=variant, ckpt=f"{ckpts}/{name}")
         out = folder/f"pretrain_{name.replace(f'-tiny-{split}', '')}"
         jobs[name] = (f"pretrain_{kind}", given, out, [])
+    early = curve_steps(params)
     for run in runs:
-        models, policy = row_models(run.row, split), f"{ckpts}/ablations/{run.name}"
+        models, policy = row_models(run.row, split), policy_folder(run, params)
         start = {f"pretrained.{kind}": f"{ckpts}/{name}" for kind, name in models.items()}
         start["pretrained.steps"] = steps # of an alignment, too
         given = training | start | run.row.parameters()
         given |= dict(data_frac=run.data_frac, seed=run.seed, steps=params["steps"], ckpt=policy)
+        if early: given |= {"engine.save_every": early[0], "engine.keep": len(early) + 1}
         before = [models[kind] for kind in run.row.starts_from if models[kind] in jobs]
         train, test = f"train-{run.name}", f"eval-{run.name}"
         jobs[train] = ("train_coupled", given, folder/train, before)
@@ -313,7 +334,20 @@ def row_jobs(
                   "simulation.renderer": params.get("renderer", ""),
                   "simulation.length": params["length"]}
         jobs[test] = ("eval_calvin", given, folder/test, [train])
+        for step in early:
+            given, name = given | dict(policy=f"{policy}/step-{step:07d}"), f"{test}-after-{step}"
+            jobs[name] = ("eval_calvin", given, folder/name, [train])
     return jobs
+
+# %% ../../nbs/13_run/06_policies.ipynb #17cd8a50
+def row_results(
+    runs:list, # of `eval.published.AblationRun`
+    folder, # of the experiment's run
+    step:int|None=None, # one of `curve_steps`; None: the end
+)->list: # of `eval.results.EvalResult`, one of each training
+    "Results of the evaluations of `row_jobs`."
+    after = "" if step is None else f"-after-{step}"
+    return [EvalResult.load(Path(folder)/f"eval-{run.name}{after}"/"result.json") for run in runs]
 
 # %% ../../nbs/13_run/06_policies.ipynb #0545bedc
 def env_at(

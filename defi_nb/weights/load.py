@@ -349,9 +349,10 @@ def load_to_act(
 # %% ../../nbs/05_weights/02_load.ipynb #fa2699bc
 def is_finished(
     folder, # where a checkpoint may be
-)->bool: # whether there is one, and its training came to its end
+)->bool: # whether there is one, and its training came to its end or kept it
     "Whether a checkpoint can be used as it is."
     if not has_checkpoint(folder): return False
+    if re.fullmatch(r"best|step-\d{7}", Path(folder).name): return True
     run = load_state(folder).get("run")
     return run is None or read_config(folder)["step"] >= run["train"]["steps"]
 
