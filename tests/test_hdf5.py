@@ -6,6 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 import h5py
 import numpy as np
 import pytest
+from warm import defi_nb
 
 from defi_nb.data.episodes import Reading
 from defi_nb.data.lerobot import open_lerobot, write_lerobot
@@ -131,3 +132,15 @@ def test_doctor_and_export(folder, tmp_path):
     written = open_lerobot(write_lerobot(tmp_path/"lerobot", some, 10, None))
     assert written.lengths.tolist() == [21] and written.texts == ["pick up the book"]
     np.testing.assert_allclose(written.vectors(0)[0], some.vectors(0)[0], atol=1e-6)
+
+
+def test_frozen_encoders_learn_from_it_and_are_played(tmp_path):
+    "`eval_frozen` on files of LIBERO's layout, before the stand-in for its simulator."
+    (tmp_path/"libero_90").mkdir()
+    write_task(tmp_path/"libero_90/open_drawer_demo.hdf5", lengths=(20,)*3)
+    given = ["-p", "benchmark", "stand-in", "-p", "split", tmp_path/"libero_90", "-p", "test_tasks", "open_drawer", "-p", "probes", "{'steps': 4, 'project': 4, 'hidden': 4}"]
+    done = defi_nb("run", "eval_frozen", "--out", tmp_path/"out", *given, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    encoders = json.loads((tmp_path/"out/metrics.json").read_text())["encoders"]
+    assert {name: e["rollouts"] for name, e in encoders.items()} == {"raw pixels": 1, "DINOv2": 1}
+    assert "frozen DINOv2" in (tmp_path/"out/played/DINOv2-open_drawer/result.json").read_text()
