@@ -215,7 +215,6 @@ def check_blank_images(
         constant = not black and not np.ptp(x, 0).any()
         tally("the same picture throughout", constant, f"{len(x)} images, all the same")
 
-# %% ../../nbs/03_doctor/01_checks.ipynb #a9f0ac0c
 def assess_images(
     exam:Exam, # with images
     name:str, # of the things
