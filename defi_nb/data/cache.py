@@ -41,6 +41,7 @@ _AGAIN = "delete it, and it is made again"
 
 def _shard(folder, i): return Path(folder)/f"{i:05d}.npy"
 
+# %% ../../nbs/02_data/09_cache.ipynb #908cbb62
 def _open_shard(path, shape, dtype):
     "The rows of a shard, mapped; raise `ValueError` where they are not as they were written."
     try: whole = np.memmap(path, np.uint8, "r")
@@ -53,6 +54,7 @@ def _open_shard(path, shape, dtype):
         raise ValueError(f"{path} is damaged (it does not fit its checksum): {_AGAIN}")
     return np.asarray(whole)[start:end].view(dtype).reshape(shape)
 
+# %% ../../nbs/02_data/09_cache.ipynb #2b03f68d
 def _read_manifest(folder):
     "The content of manifest.json; raise `ValueError` where it is damaged."
     path, again = Path(folder)/"manifest.json", f"delete {folder}, and it is made again"
@@ -117,9 +119,11 @@ def _claimed(folder, name, seconds=0):
         except (TimeoutError, FileNotFoundError): yield False # `.locks` goes when all is done
         else: yield True
 
+# %% ../../nbs/02_data/09_cache.ipynb #98efa7f0
 def _as_rows(x, dtype):
     return torch.as_tensor(x).detach().float().cpu().numpy().astype(dtype, copy=False)
 
+# %% ../../nbs/02_data/09_cache.ipynb #732e8654
 def _tell_others(folder, identity):
     "Print the folders of the same name next to a new one, and in what they differ."
     for other in sorted(folder.parent.glob(folder.name[:-16] + "[0-9a-f]"*16)):
@@ -146,6 +150,7 @@ def _write_manifest(path, identity, n, compute, dtype, batch_size, most_rows):
     write_whole(path, json.dumps(about | checksum, indent=1))
     _tell_others(path.parent, identity)
 
+# %% ../../nbs/02_data/09_cache.ipynb #00e18334
 def _manifest(folder, identity, *args):
     "The content of manifest.json, which is written first where it is missing."
     path = folder/"manifest.json"
@@ -164,6 +169,7 @@ def _sizes(about):
 
 def _row_bytes(about): return int(np.prod(about["shape"]))*np.dtype(about["dtype"]).itemsize
 
+# %% ../../nbs/02_data/09_cache.ipynb #23fadc71
 def _missing(folder, about, some=None):
     "Numbers of the shards, or of some of them, that are not there or cut short."
     sizes, row = _sizes(about), _row_bytes(about)
@@ -173,6 +179,7 @@ def _missing(folder, about, some=None):
         return sizes[i]*row < size < sizes[i]*row + 4096
     return [i for i in (range(len(sizes)) if some is None else some) if not whole(i)]
 
+# %% ../../nbs/02_data/09_cache.ipynb #f615aec9
 def _check_space(folder, about, missing):
     "Print the size of the missing shards; raise `ValueError` if the disk has less."
     sizes, row = _sizes(about), _row_bytes(about)
@@ -211,6 +218,7 @@ def _write_shard(path, x):
         file.flush()
         os.fsync(file.fileno())
 
+# %% ../../nbs/02_data/09_cache.ipynb #beb2fd01
 def _make_shard(folder, i, about, compute, batch_size, n_workers, bar):
     "Compute a shard, and write it."
     lo = i*about["per_shard"]
@@ -237,6 +245,7 @@ def _report_damaged(folder, missing):
         more = f", and {len(damaged) - 1} more"*(len(damaged) > 1)
         print(f"{folder}: shard {damaged[0]} is damaged and made again{more}")
 
+# %% ../../nbs/02_data/09_cache.ipynb #bf6ffc85
 def _fill(folder, about, compute, batch_size, n_workers):
     "Make the missing shards, together with other processes that do."
     missing, sizes = _missing(folder, about), _sizes(about)
@@ -263,6 +272,7 @@ def _keyed(path, identity, n, dtype):
     identity = json.loads(json.dumps(dict(identity, rows=n, dtype=np.dtype(dtype).name)))
     return Path(path).with_name(f"{Path(path).name}-{identity_key(identity)}"), identity
 
+# %% ../../nbs/02_data/09_cache.ipynb #de2ea1ac
 def shard_rows(
     path, # of the folder of shards, without its key, such as data/encoded/dino
     n:int, # number of rows
@@ -319,6 +329,7 @@ def _set_rows(path):
     raise ValueError(f"{path} is damaged (its rows are not those that its folder's name says): "
                      f"delete {path.parent}, and it is made again")
 
+# %% ../../nbs/02_data/09_cache.ipynb #d57c54b9
 def _sets(table, folder):
     "{folder of a set: its rows} of one camera that have all rows of the table, a new set included."
     folder.mkdir(parents=True, exist_ok=True)
@@ -450,6 +461,7 @@ def _packed(encoding, most):
     padding = torch.zeros(most - len(flat))
     return torch.cat([torch.tensor([float(len(parts[0]))]), flat, padding])
 
+# %% ../../nbs/02_data/09_cache.ipynb #84d48682
 def _unpacked(row, encoder):
     "The encoding in a row: hidden states, and for CLIP a mask and a pooled vector."
     x, tokens = torch.from_numpy(row[1:].copy()).to(encoder.model.device), int(row[0])
@@ -458,6 +470,7 @@ def _unpacked(row, encoder):
     mask, pooled = x[tokens*encoder.dim:].split([tokens, encoder.pooled_dim])
     return hidden, mask.bool(), pooled
 
+# %% ../../nbs/02_data/09_cache.ipynb #d0b6d5c3
 class KeptTexts:
     "A text encoder's `encode` that reads kept encodings."
     def __init__(self,
@@ -476,6 +489,7 @@ def _numbers(encoding):
     parts = encoding if isinstance(encoding, tuple) else (encoding,)
     return sum(p.numel() for p in parts)
 
+# %% ../../nbs/02_data/09_cache.ipynb #3cf2b14b
 def keep_texts(
     encoder, # `models.encoders.ClipTextEncoder` or `T5TextEncoder`, whose `encode` is replaced
     texts, # sentences, as the encoder gets them

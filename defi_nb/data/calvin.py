@@ -52,6 +52,7 @@ def _find_segments(root):
         remedy = "the recording was not finished; record the rest, then call finish_split"
     raise FileNotFoundError(f"{path} is missing: {remedy}")
 
+# %% ../../nbs/02_data/03_calvin.ipynb #d3936e04
 def read_segments(
     root:Path, # folder of a split
 )->np.ndarray: # (S,2) frame numbers of its recordings, first and last, in order
@@ -85,6 +86,7 @@ def scene_spans(
                          "whole copy, or take it away") from None
     return {name.removeprefix("calvin_scene_"): span for name, span in spans.items()}
 
+# %% ../../nbs/02_data/03_calvin.ipynb #68cbb8a3
 def read_scenes(
     root:Path, # folder of a split
     segments:np.ndarray, # (S,2) frame numbers of its recordings
@@ -113,6 +115,7 @@ def annotation_rows(
         raise ValueError(f"{path} is not in CALVIN's layout ({error!r}): write it again, or "
                          "restore a whole copy") from None
 
+# %% ../../nbs/02_data/03_calvin.ipynb #55ee65d7
 def find_annotations(
     root:Path, # folder of a split
     wanted:str="", # name of the folder; "": lang_annotations, or the only other
@@ -137,6 +140,7 @@ def _scene_of(frame, spans):
     "The letter of a frame's scene; \"\" if it is not known."
     return next((letter for letter, (a, b) in spans.items() if a <= frame <= b), "")
 
+# %% ../../nbs/02_data/03_calvin.ipynb #77f3420d
 def _read_windows(root, annotations, spans):
     "Windows in frame numbers, as the annotation file and the scenes have them."
     path = find_annotations(root, annotations)
@@ -168,6 +172,7 @@ def _to_rows(windows, segments, root):
                       "recordings and are left out", stacklevel=3)
     return kept, np.stack([first_row, first_row + lengths - 1], 1)
 
+# %% ../../nbs/02_data/03_calvin.ipynb #13342df9
 def covered_rows(
     ids:np.ndarray, # (N,) frame numbers
     segments:np.ndarray, # (S,2) rows
@@ -213,6 +218,7 @@ def check_kinds(
                              f"is {shape} {dtype}; a recording has frames of one kind: keep the "
                              "others in a folder of their own")
 
+# %% ../../nbs/02_data/03_calvin.ipynb #bd98eaaa
 def check_frame(
     path:Path, # of the frame's file, for the message
     frame:dict, # arrays that were read from it
@@ -238,6 +244,7 @@ def frame_cameras(
         names = read_npz(path, ("rel_actions",)) # raises the error that says what is wrong
     return tuple(v for v in VIEWS if f"rgb_{v}.npy" in names)
 
+# %% ../../nbs/02_data/03_calvin.ipynb #680da49b
 def image_shapes(
     path:Path, # of a frame's file
     views:tuple, # cameras
@@ -264,6 +271,7 @@ def _as_rows(
     if not -N <= low <= high < N: raise IndexError(f"row {high if high >= N else low} of {N}")
     return np.where(rows < 0, rows + N, rows)
 
+# %% ../../nbs/02_data/03_calvin.ipynb #5becc7b6
 class FrameFiles:
     "The files of a split's frames."
     def __init__(self,
@@ -299,6 +307,7 @@ def frame(self:FrameFiles,
                          "out") from None
     return frame
 
+# %% ../../nbs/02_data/03_calvin.ipynb #d52089f3
 @patch
 def each(self:FrameFiles,
     rows:np.ndarray, # (n,) of the store
@@ -321,6 +330,7 @@ def _runs(rows): # positions of neighbours among increasing rows
     gaps = np.flatnonzero(np.diff(rows) != 1) + 1
     return np.split(np.arange(len(rows)), gaps) if len(rows) else []
 
+# %% ../../nbs/02_data/03_calvin.ipynb #e61d42b1
 class FramePack:
     "Some arrays of all frames: read when they are first needed, and kept."
     def __init__(self,
@@ -373,6 +383,7 @@ def kept(self:FramePack,
             out[run[:n]] = words.reshape(n, out.shape[1])
     return out
 
+# %% ../../nbs/02_data/03_calvin.ipynb #868360d4
 @patch
 def keep(self:FramePack,
     rows:np.ndarray, # (n,) increasing
@@ -407,6 +418,7 @@ def fill(self:FramePack,
         p.keep(rows, x)
     return out[packs.index(self)]
 
+# %% ../../nbs/02_data/03_calvin.ipynb #b9dea648
 @patch
 def read(self:FramePack,
     rows:np.ndarray, # (n,) increasing
@@ -483,6 +495,7 @@ class LazyVectors:
 
     def __array__(self, dtype=None, copy=None): return np.asarray(self[:], dtype=dtype)
 
+# %% ../../nbs/02_data/03_calvin.ipynb #9a715c10
 def _vector_pack(files, path=None):
     "A pack of the vectors of all frames, in memory or in a file."
     return FramePack(files, _PARTS, sum(VECTORS[k] for k in _PARTS), path=path)
@@ -530,6 +543,7 @@ def _choose_windows(
 def _blocks_of(scene): # colours, in the order of scene_obs
     return [colour for colour, _ in layout_of(scene).blocks]
 
+# %% ../../nbs/02_data/03_calvin.ipynb #9129a191
 def scene_columns(
     scene:str, # see `sim.layout.layout_of`
 )->tuple: # 24 names
@@ -538,6 +552,7 @@ def scene_columns(
     blocks = [f"{colour}_{axis}" for colour in _blocks_of(scene) for axis in axes]
     return "slide", "drawer", "button", "switch", "lightbulb", "led", *blocks
 
+# %% ../../nbs/02_data/03_calvin.ipynb #5f0f2770
 def order_blocks(
     scene_obs:np.ndarray, # (...,24) of one scene
     scene:str, # where they were recorded, see `sim.layout.layout_of`
@@ -572,6 +587,7 @@ def _of_recordings(windows, segments, wanted):
     number = lambda w: np.searchsorted(segments[:, 0], w.start, side="right") - 1
     return [w for w in windows if chosen[number(w)]]
 
+# %% ../../nbs/02_data/03_calvin.ipynb #9dae67af
 def _present_windows(root, ids, windows, missing): # (N,) bool
     "The windows whose frames are all there, and whether frames are missing."
     if not missing.any(): return windows, False
@@ -587,6 +603,7 @@ def _covered(root, ids, segments, windows):
     if windows: return covered_rows(ids, segments, windows)
     raise ValueError(f"{root} has no windows: open it with windows_only=False, or with play")
 
+# %% ../../nbs/02_data/03_calvin.ipynb #dea8258c
 def _lazy_arrays(files, views, size, cache, keep_gb):
     "view -> images, and the vectors of `_PARTS`."
     n_bytes = sum(int(np.prod((size, size, 3) if size else s)) for s in files.shapes.values())
@@ -597,6 +614,7 @@ def _lazy_arrays(files, views, size, cache, keep_gb):
     video = {v: LazyImages(files, f"rgb_{v}", size, paths[v]) for v in views}
     return video, [LazyVectors(pack, k) for k in _PARTS]
 
+# %% ../../nbs/02_data/03_calvin.ipynb #75d53dc0
 def _lazy_frames(root, ids, stamps, segments, windows, views, size, cache, keep_gb, n_workers):
     "`Frames` of some frame numbers; the first window's first frame decides the images' shapes."
     first = root/f"episode_{ids[windows[0].start if windows else 0]:07d}.npz"
@@ -646,6 +664,7 @@ def named_scenes(
     match = re.search(r"([A-D]+)_([A-D])$", Path(folder).name)
     return match.groups() if match else ("", "D")
 
+# %% ../../nbs/02_data/03_calvin.ipynb #4b5e027a
 def open_recording(
     folder:Path, # that holds the split
     split:str="training", # which of them

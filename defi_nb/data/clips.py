@@ -44,6 +44,7 @@ def _load_latent(path):
                          "latents are a (N,C,h,w) float tensor: compute it again")
     return x
 
+# %% ../../nbs/02_data/02_clips.ipynb #40aea41a
 def read_latent(
     path, # of the `.pt` file
     rows, # (T,) which of its frames
@@ -61,6 +62,7 @@ def read_latent(
                          "again, or leave it out")
     return x
 
+# %% ../../nbs/02_data/02_clips.ipynb #aa86aae5
 def scan_latent(
     path, # of the `.pt` file
     decode:bool=False, # read all of it, which finds values that are not finite
@@ -102,6 +104,7 @@ def _results(clip, index, kind, paths):
         if "error" in row: raise ValueError(row["error"])
     return {view: row["found"] for view, row in rows.items()}
 
+# %% ../../nbs/02_data/02_clips.ipynb #b7a8fce4
 def _check_text(clip, seen, empty_text):
     "Raise `ValueError` for a clip with the id of another, or without a caption."
     if clip.id in seen:
@@ -110,6 +113,7 @@ def _check_text(clip, seen, empty_text):
         raise ValueError(f"clip {clip.id!r} has no caption: write one, or allow it with "
                          "empty_text=True")
 
+# %% ../../nbs/02_data/02_clips.ipynb #08433adc
 def _indexed(clip, index):
     "The clip with the results of its files; raise `ValueError` if they do not fit each other."
     videos = _results(clip, index, "video", clip.videos)
@@ -137,6 +141,7 @@ def _scan_files(clips, name, scan, decode, cache, n_workers):
     files = (p for c in clips for p in getattr(c, name).values())
     return index_files(files, as_json, path, n_workers)
 
+# %% ../../nbs/02_data/02_clips.ipynb #a33480e2
 def index_clips(
     clips:list, # of `Clip`
     video:bool=True, # look into the videos
@@ -173,6 +178,7 @@ def nearest(
     before = after - 1
     return np.where(wanted - times[before] <= times[after] - wanted + 1e-6, before, after)
 
+# %% ../../nbs/02_data/02_clips.ipynb #3108838c
 @dataclass(frozen=True)
 class BySeconds:
     "Samples by time."
@@ -203,6 +209,7 @@ class WholeClip:
 
     def rows(self, times, k): return np.linspace(0, len(times) - 1, self.frames).astype(int)
 
+# %% ../../nbs/02_data/02_clips.ipynb #604e119e
 @dataclass(frozen=True)
 class EveryOther:
     "The release's rule for other datasets: every second frame, the last one repeated."
@@ -256,6 +263,7 @@ def _check_indexed(self:VideoDataset):
         raise ValueError(f"clip {raw[0]!r} has not been looked into: pass the clips through "
                          "index_clips")
 
+# %% ../../nbs/02_data/02_clips.ipynb #376769cb
 @patch
 def _check_views(self:VideoDataset):
     "Raise `ValueError` for a clip that lacks a camera."
@@ -267,6 +275,7 @@ def _check_views(self:VideoDataset):
             raise ValueError(f"clip {c.id!r} has no {missing[0]!r} camera that was indexed; it "
                              f"has {there}: see index_clips and `views`")
 
+# %% ../../nbs/02_data/02_clips.ipynb #5aa1a7a2
 @patch
 def sample(self:VideoDataset,
     index:int, # which sample
@@ -289,6 +298,7 @@ def _square(size, crop, image):
         image = image[(h - s)//2:(h - s)//2 + s, (w - s)//2:(w - s)//2 + s]
     return resize_image(np.ascontiguousarray(image), size)
 
+# %% ../../nbs/02_data/02_clips.ipynb #4a3e6813
 @patch
 def _by_file(self:VideoDataset, samples):
     "(path, info) -> ((sample, camera), rows) that are read from it."
@@ -301,6 +311,7 @@ def _by_file(self:VideoDataset, samples):
             jobs.setdefault((str(clip.videos[view]), info), []).append(((b, v), at))
     return jobs
 
+# %% ../../nbs/02_data/02_clips.ipynb #cadd11e8
 @patch
 def pictures(self:VideoDataset,
     samples:list, # B triples from `sample`
@@ -328,6 +339,7 @@ def latents(self:VideoDataset,
     return torch.stack([torch.stack([read(clip, rows, v) for v in self.views])
                         for clip, rows, _ in samples])
 
+# %% ../../nbs/02_data/02_clips.ipynb #1aae43dc
 @patch
 def __getitem__(self:VideoDataset, indices): # int, slice, list, integer array or tensor
     every = isinstance(indices, slice)
@@ -341,6 +353,7 @@ def __getitem__(self:VideoDataset, indices): # int, slice, list, integer array o
 @patch
 def _file(self:VideoDataset, clip): return str(clip.videos[self.views[0]])
 
+# %% ../../nbs/02_data/02_clips.ipynb #03b5c738
 @patch
 def shown(self:VideoDataset):
     "Each file, and the rows of it that samples show."
@@ -355,6 +368,7 @@ def shown(self:VideoDataset):
         else: at = np.concatenate([rule.rows(times, k) for k in starts])
         yield self._file(clip), rows[np.unique(at)]
 
+# %% ../../nbs/02_data/02_clips.ipynb #647e8826
 @patch
 def places(self:VideoDataset, indices):
     "B files, and (B,T) rows in them, that some samples show."
@@ -379,6 +393,7 @@ def content(self:VideoDataset, items):
     digest = hashlib.sha256(files.encode()).hexdigest()[:16]
     return dict(clips=len(items), files=digest, size=self.size, crop=self.crop, views=self.views)
 
+# %% ../../nbs/02_data/02_clips.ipynb #f5499327
 @patch(as_prop=True)
 def blind(self:VideoDataset):
     "The same samples without images."
@@ -439,6 +454,7 @@ def _read_captions(path, file_column, text_column, on_problem):
         else: captions[str(name)] = str(text).strip()
     return captions
 
+# %% ../../nbs/02_data/02_clips.ipynb #7eb40b16
 def _captions(path, file_column, text_column, files, on_problem):
     "file -> caption, of the files that the table names."
     captions = _read_captions(path, file_column, text_column, on_problem)
@@ -500,12 +516,14 @@ def _inside(root, name):
         raise ValueError(f"path {name!r} leads out of {root}: mend the annotation")
     return Path(path)
 
+# %% ../../nbs/02_data/02_clips.ipynb #b51dea57
 def _latent_path(root, name, fallback):
     "The file of latents, in the fallback folder if it is not where the annotation says."
     path = _inside(root, name)
     if fallback is None or path.exists(): return path
     return _inside(root, Path(fallback, *Path(name).parts[1:]))
 
+# %% ../../nbs/02_data/02_clips.ipynb #eac4f48a
 def annotated_clip(
     root, # of the dataset
     path, # of the annotation
@@ -532,6 +550,7 @@ def list_annotations(
     raise ValueError(f"{folder} holds no annotations (*.json): give the dataset's root and a "
                      "split that it has")
 
+# %% ../../nbs/02_data/02_clips.ipynb #ecc31d0e
 def read_annotations(
     root, # of the dataset, such as data/bridge
     split:str="train", # "train" or "val"
@@ -560,12 +579,14 @@ def _label_text(row): # an entry of the labels
     parts, text = list(row.get("placeholders", ())), row.get("template", "")
     return re.sub(r"\[[^\]]*\]", lambda m: parts.pop(0) if parts else m[0].strip("[]"), text)
 
+# %% ../../nbs/02_data/02_clips.ipynb #d8ec4fb0
 def template_text(
     row:dict, # an entry of the labels
 )->str:
     "The class of an entry: `Holding something next to something`."
     return re.sub(r"[\[\]]", "", row.get("template", ""))
 
+# %% ../../nbs/02_data/02_clips.ipynb #9a974ce7
 def read_something(
     root, # folder of both
     split:str="train", # "train" or "validation"
@@ -593,6 +614,7 @@ def narration_text(
     "The sentence without its marks: `picks up a cup`."
     return re.sub(r"\s+", " ", re.sub(r"^\s*#\w+\s+(?:[A-Z]\s+)?|#unsure", "", text)).strip()
 
+# %% ../../nbs/02_data/02_clips.ipynb #5ffa8666
 def _ego4d_files(videos):
     "(path, video it is from, seconds in it where it begins and ends) of each file."
     files, manifest = [*walk_files(videos, (".mp4",), depth=0)], videos/"manifest.csv"
@@ -604,6 +626,7 @@ def _ego4d_files(videos):
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{manifest} is not Ego4D's (no {error}): restore a whole copy") from None
 
+# %% ../../nbs/02_data/02_clips.ipynb #22cff91d
 def _narrations(notes):
     "(seconds, sentence) of all passes over a video."
     passes = [notes[k] for k in sorted(notes) if k.startswith("narration_pass")]
@@ -678,6 +701,7 @@ def _frame_seconds(clips):
     times = [c.stretch[1] for c in clips[:8]]
     return max((np.median(np.diff(t)) for t in times if len(t) > 1), default=0.)
 
+# %% ../../nbs/02_data/02_clips.ipynb #20c15d9b
 @patch
 def samples(self:Clips,
     times=(0.,), # of a sample's frames, seconds after its start; sets T

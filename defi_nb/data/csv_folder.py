@@ -34,6 +34,7 @@ def _table_text(ep, labels, hz, states):
     header = ",".join(["timestamp", *labels, *(f"state.{s}" for s in states)])
     return "\n".join([header, *rows]) + "\n"
 
+# %% ../../nbs/02_data/08_csv_folder.ipynb #45bd8b01
 def write_csv_folder(
     folder, # of the dataset; made if missing
     episodes, # yields dicts: name, text, video {camera: (N,H,W,3) uint8}, action (n,A), state (n,P)
@@ -65,6 +66,7 @@ def _not_a_number(path, names, rows):
             except ValueError:
                 return f"{path}, line {i}: {name} is {value!r}, not a number: repair it"
 
+# %% ../../nbs/02_data/08_csv_folder.ipynb #f3803c04
 def read_table(
     path, # of a CSV file with a header
 )->tuple: # (column names, (n,columns) float64 array)
@@ -87,6 +89,7 @@ def _per_second(name):
     if "".join(head) + last in (*_TIMES, "sec", "secs", "seconds"): return 1.
     return _UNITS.get(last) if "".join(head) in _TIMES else None
 
+# %% ../../nbs/02_data/08_csv_folder.ipynb #f4aafc7b
 def split_columns(
     names, # of a table's columns
 )->tuple: # names of the action's, names of the state's, the time's or None, its units in a second
@@ -107,6 +110,7 @@ def read_actions(
     seconds = take([time])[:, 0]/per_second if time else None
     return tuple(action), take(action), take(state) if state else None, seconds
 
+# %% ../../nbs/02_data/08_csv_folder.ipynb #91836484
 def _scan_table(path):
     "Columns, rows and seconds of a CSV file; time must increase."
     names, (_, x, _, t) = read_table(path)[0], read_actions(path)
@@ -123,6 +127,7 @@ def list_tables(
     "The tables of a folder."
     return {p.stem: p for p in walk_files(Path(folder)/"actions", (".csv", ".tsv"), depth=0)}
 
+# %% ../../nbs/02_data/08_csv_folder.ipynb #8a5984c0
 def list_videos(
     folder, # that holds videos/
 )->dict: # episode -> {camera: path of its video}
@@ -144,6 +149,7 @@ def captions_path(
     tables = walk_files(folder, (".csv", ".tsv", ".jsonl"), depth=0)
     return next((p for p in tables if p.stem.lower() == "captions"), None)
 
+# %% ../../nbs/02_data/08_csv_folder.ipynb #5cb949d5
 def list_captions(
     folder, # of the dataset
     episodes, # their names
@@ -210,6 +216,7 @@ def _check_files(self:CSVFolder, e, rows, videos, texts, n_missing):
         raise ValueError(f"{self.folder}: the captions have no text for {e} ({n_missing} in all): "
                          "add a line episode,text for each")
 
+# %% ../../nbs/02_data/08_csv_folder.ipynb #3313df0d
 @patch
 def _readable(self:CSVFolder, paths, part, on_problem):
     "episode -> (results of its table, its videos), and the captions."
@@ -276,6 +283,7 @@ def _check_rate(self:CSVFolder, e, steps, last, end, hz):
         raise ValueError(f"{self.folder}: {e} has {rate:.3g} lines a second, the others "
                          f"{self.hz:.3g}: bring all to one rate")
 
+# %% ../../nbs/02_data/08_csv_folder.ipynb #ac114360
 @patch
 def _durations(self:CSVFolder, episodes, ends, steps, hz):
     "episode -> seconds of its actions; sets the rate."
@@ -319,6 +327,7 @@ def _read(self:CSVFolder, e):
     action = np.ascontiguousarray(x[:, [labels.index(name) for name in self.labels]], np.float32)
     return action, None if state is None else state.astype(np.float32), t - t[0]
 
+# %% ../../nbs/02_data/08_csv_folder.ipynb #0961e5d7
 @patch
 def vectors(self:CSVFolder,
     e:int, # episode
@@ -326,6 +335,7 @@ def vectors(self:CSVFolder,
     "The actions and states of an episode."
     return self.recent.get(int(e), lambda: self._read(int(e)))[:2]
 
+# %% ../../nbs/02_data/08_csv_folder.ipynb #50822a6f
 @patch
 def instructions(self:CSVFolder,
     e:int, # episode

@@ -30,6 +30,7 @@ def _check_fraction(data_frac):
         raise ValueError(f"data_frac is {data_frac}; it is a fraction of the demonstrations, "
                          "above 0 and up to 1")
 
+# %% ../../nbs/02_data/00_episodes.ipynb #549f8bd2
 class DataSource:
     "A dataset of any format; each format defines `units`, `texts`, `views` and `samples`."
     unit, hz, actions, normalised = "episodes", 0., True, False
@@ -136,6 +137,7 @@ def _match(part, names):
     low, high = (int(span[1]), int(span[2] or span[1])) if span else (1, 0)
     return {n for n in names if n == part or n.isdigit() and low <= int(n) <= high}
 
+# %% ../../nbs/02_data/00_episodes.ipynb #380b55a6
 def pick_episodes(
     names, # numbers or names of the episodes
     wanted:str="", # numbers, ranges, names: "0-49,60"; "not 4,7": all others; "": all
@@ -215,6 +217,7 @@ def _fake_video(rows, image_size):
         for n in rows: images[n, 4:8, n % image_size] = 255
     return video
 
+# %% ../../nbs/02_data/00_episodes.ipynb #cb4fb239
 def fake_frames(
     tasks:dict, # task -> number of windows
     length:int=20, # rows of a window
@@ -290,6 +293,7 @@ def _join(arrays, shifts):
     if not all(isinstance(a, np.ndarray) for a in arrays): return Rows(arrays)
     return np.concatenate([a + n if n else a for a, n in zip(arrays, shifts)])
 
+# %% ../../nbs/02_data/00_episodes.ipynb #50fb9be8
 def concat_frames(
     stores:list, # of `Frames` with the same views
 )->Frames: # rows in the order given
@@ -314,6 +318,7 @@ def _ranked(windows, seed):
     rng = lambda task: np.random.default_rng([seed, zlib.crc32(task.encode())])
     return {t: rng(t).permutation(i) for t, i in tasks.items()}
 
+# %% ../../nbs/02_data/00_episodes.ipynb #5319aa0f
 def take_fraction(
     windows:list, # of `Window`
     data_frac:float, # fraction of each task's windows to keep, in (0, 1]
@@ -351,6 +356,7 @@ def _count_tasks(
     for w in windows: counts[w.task] = counts.get(w.task, 0) + 1
     return dict(sorted(counts.items(), key=lambda tn: (-tn[1], tn[0])))
 
+# %% ../../nbs/02_data/00_episodes.ipynb #2623cc95
 def show_tasks(
     windows:list, # of `Window`
     ax=None, # matplotlib axes; new ones if None
@@ -376,10 +382,12 @@ def _anchors(windows, stride, min_left):
     which = np.repeat(np.arange(len(windows)), [len(r) for r in rows])
     return np.stack([which, np.concatenate(rows)], 1)
 
+# %% ../../nbs/02_data/00_episodes.ipynb #084c1ec2
 def _to_bvt(x_btv):
     "Float (B,V,T,...) tensor of a (B,T,V,...) array."
     return torch.from_numpy(np.asarray(x_btv, np.float32)).transpose(1, 2)
 
+# %% ../../nbs/02_data/00_episodes.ipynb #300ee4bf
 def _check_samples(ds):
     "Raise `ValueError` if there is nothing to sample or an array does not fit the store."
     N, video = len(ds.frames), ds.frames.video
@@ -465,6 +473,7 @@ class Samples:
 
     def coded(self, field, codes, table): return EncodedSamples(self, field, codes, table)
 
+# %% ../../nbs/02_data/00_episodes.ipynb #329f975e
 class EncodedSamples(Samples):
     "Samples with encodings instead of images."
     def __init__(self,
@@ -532,6 +541,7 @@ def pictures(self:WindowDataset,
     x_vbthwc = np.stack([self.frames.video[v][rows] for v in self.views])
     return torch.from_numpy(np.ascontiguousarray(x_vbthwc.transpose(1,0,2,5,3,4)))
 
+# %% ../../nbs/02_data/00_episodes.ipynb #bbd72060
 @patch
 def actions(self:WindowDataset,
     t:np.ndarray, # (B,) first rows
@@ -564,6 +574,7 @@ def inside(self:WindowDataset):
     which, row = self.anchors[self.index].T
     return which, row + self.offsets[-1] <= self.ends[which]
 
+# %% ../../nbs/02_data/00_episodes.ipynb #37b44650
 @patch(as_prop=True)
 def blind(self:WindowDataset):
     "The same samples without images and encodings."
@@ -578,6 +589,7 @@ def shown(self:WindowDataset):
     which, t = self.anchors[self.index].T
     return np.unique(np.minimum(t[:,None] + self.offsets, self.ends[which][:,None]))
 
+# %% ../../nbs/02_data/00_episodes.ipynb #43ecd195
 @patch
 def tables(self:WindowDataset, datasets):
     "One `FrameTable` a joined recording, of the images that datasets show."
@@ -597,6 +609,7 @@ def coded(self:WindowDataset, field, codes, table=None):
     _check_samples(ds)
     return ds
 
+# %% ../../nbs/02_data/00_episodes.ipynb #238a9dd6
 @patch
 def digest(self:WindowDataset):
     "JSON values that samples depend on."
@@ -628,6 +641,7 @@ def _array_parts(a):
     "The arrays that one of a store's fields joins."
     return [] if a is None else a.parts if isinstance(a, Rows) else [a]
 
+# %% ../../nbs/02_data/00_episodes.ipynb #67886ca5
 def frames_identity(
     frames:Frames, # the store
 )->dict: # JSON values: sizes and a digest

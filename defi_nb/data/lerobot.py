@@ -37,6 +37,7 @@ def _row_groups(path, file, first, rows):
     lo, hi = np.searchsorted(ends[1:], [first, max(last, first + 1) - 1], side="right")
     return list(range(lo, min(hi + 1, len(sizes)))), int(ends[lo]), last - first
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #b20614d4
 def _read_parquet(path, columns, first=0, rows=None, others=False):
     "Some columns and rows of a Parquet file; only the row groups that hold them are read."
     pyarrow = _arrow()
@@ -106,6 +107,7 @@ def _episodes_v2(folder, info, video_keys, on_problem):
                 data=[info["data_path"].format(**p) for p in places], first=[0]*len(rows),
                 videos=videos)
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #2c396a9b
 def _read_tables_of(folder, columns, on_problem):
     "Columns of all files of meta/episodes, in the order of the episodes."
     paths, tables = sorted(walk_files(folder/"meta"/"episodes", (".parquet",))), []
@@ -136,11 +138,13 @@ def _episodes_v3(folder, info, video_keys, on_problem):
                 data=data, first=[begin - starts[p] for begin, p in zip(begins, data)],
                 videos=videos)
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #bd4c0a9c
 def _episodes(folder, info, video_keys, on_problem):
     "Columns of the episodes' table."
     read = _episodes_v3 if info["codebase_version"] == "v3.0" else _episodes_v2
     return read(folder, info, video_keys, on_problem)
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #e8891d2f
 def _tasks(folder, info, on_problem):
     "task_index -> instruction."
     if info["codebase_version"] != "v3.0":
@@ -157,6 +161,7 @@ def _is_camera(key, feature):
     depth = is_depth(key) or (feature.get("info") or {}).get("video.is_depth_map")
     return feature["dtype"] in ("video", "image") and not depth
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #f10b86f1
 def camera_keys(
     features:dict, # of info.json
 )->dict: # name of a camera -> key
@@ -175,12 +180,14 @@ def _numeric(features):
     "The keys of features that are numbers."
     return [k for k, f in features.items() if str(f["dtype"]).startswith(("float", "int", "uint"))]
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #4f514d86
 def _position(labels, which, name):
     "Position of a number of an action, given its label or position."
     if which in labels: return labels.index(which)
     if isinstance(which, int) and 0 <= which < len(labels): return which
     raise ValueError(f"{name} has no number {which!r}; it has {list(labels)}")
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #7bf4e295
 def _labels(feature):
     "A label for each number of a vector: its name, or else its position."
     size, names = int(np.prod(feature["shape"])), feature.get("names")
@@ -190,6 +197,7 @@ def _labels(feature):
     named = isinstance(names, list) and len(set(map(str, names))) == size
     return tuple(map(str, names if named else range(size)))
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #f7931440
 def _choose(feature, columns, name):
     "Labels and positions of the chosen numbers of a vector."
     labels = _labels(feature)
@@ -197,6 +205,7 @@ def _choose(feature, columns, name):
     positions = [_position(labels, c, name) for c in columns]
     return tuple(labels[i] for i in positions), positions
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #eb3393f3
 def _choose_views(folder, features, views):
     "name of a view -> key of its camera; all cameras if None."
     cameras = camera_keys(features)
@@ -261,6 +270,7 @@ def _key(self:LeRobotFolder, role, wanted):
                           "reading one of them")
     return keys[0] if len(keys) == 1 else None
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #3e182955
 @patch
 def _check_counts(self:LeRobotFolder, on_problem):
     "Report episodes and tasks that info.json counts and the tables lack."
@@ -303,11 +313,13 @@ def _scan_data(path):
     with _arrow().parquet.ParquetFile(path) as file:
         return dict(rows=rows, columns=file.schema_arrow.names)
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #2485620c
 def _result(index, path):
     "What `index_files` has of a file; raise `ValueError` with the error of one that can't be read."
     if "error" in (row := index[str(path)]): raise ValueError(row["error"])
     return row["found"]
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #17642941
 @patch
 def _check_data(self:LeRobotFolder, i, tables):
     "Raise `ValueError` where the rows of an episode are missing."
@@ -321,6 +333,7 @@ def _check_data(self:LeRobotFolder, i, tables):
     if n < 1 or end > data["rows"]:
         raise ValueError(f"{path} has {data['rows']} rows, {end} are needed: restore a whole copy")
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #d3a7d5cf
 @patch
 def _check_videos(self:LeRobotFolder, i, videos):
     "Raise `ValueError` where a video of an episode is too short."
@@ -364,6 +377,7 @@ def _rows(self:LeRobotFolder, e, columns):
                          f"{index}: meta/ and data/ do not belong together; restore whole copies")
     return table, path
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #4a348317
 def _flat(column):
     "The values of a column of numbers or of lists of numbers, nested or not."
     values, types = column.combine_chunks(), _arrow().types
@@ -373,6 +387,7 @@ def _flat(column):
         values = values.flatten()
     return getattr(values, "storage", values)
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #9457f824
 def _matrix(column, path, key):
     "(n,size) float32 array of a column of numbers or of lists of numbers."
     n, values, types = len(column), _flat(column), _arrow().types
@@ -395,6 +410,7 @@ def _check_times(self:LeRobotFolder, e, t, path): # (n,) s
                          f"{t[row]:.3f} s, {expected[row]:.3f} s at {self.hz:g} rows a second: "
                          "correct fps in meta/info.json, or the time stamps")
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #7a0c739e
 @patch
 def _numbers(self:LeRobotFolder, e):
     "action, proprio and task_index of an episode, after its time stamps have been checked."
@@ -409,6 +425,7 @@ def _numbers(self:LeRobotFolder, e):
     action = arrays[self.action][:, self.columns] if self.action else None
     return action, arrays.get(self.proprio), np.asarray(table["task_index"])
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #bafeb05d
 @patch
 def vectors(self:LeRobotFolder,
     e:int, # episode
@@ -447,6 +464,7 @@ def _stored(self:LeRobotFolder, value, name):
     raise ValueError(f"{name} is a {type(data).__name__}, not the bytes of an image: choose "
                      "another key")
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #8e0eb080
 @patch
 def pictures(self:LeRobotFolder,
     e:int, # episode
@@ -466,6 +484,7 @@ def pictures(self:LeRobotFolder,
 # %% ../../nbs/02_data/06_lerobot.ipynb #a81776e1
 def _names(labels): return tuple(int(n) if str(n).isdigit() else n for n in labels or ())
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #4c227047
 def open_lerobot(
     folder:Path, # that holds meta/, data/ and videos/
     reading=PLAIN, # cameras, action, columns, relative and episodes
@@ -489,6 +508,7 @@ def _stored_stats(folder):
     if whole.exists(): return [read_json(whole)]
     return [row.get("stats", {}) for row in read_json_lines(each)] if each.exists() else []
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #b4034e82
 def stored_scale(
     source:LeRobotFolder, # with actions
     how:str="q01_q99", # "q01_q99" (v3.0 of late 2025 and after) or "min_max"
@@ -514,6 +534,7 @@ _FILES = dict(data_path="data/chunk-{chunk_index:03d}/file-{file_index:03d}.parq
 
 def _file(number): return dict(chunk_index=number//_CHUNK, file_index=number%_CHUNK)
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #1cd89a9b
 def _groups(lengths, frame_bytes, most=2**28):
     "Numbers of the episodes that share a file, in order."
     groups, size = [[]], 0
@@ -532,6 +553,7 @@ def _statistics(values): # (n,...) numbers
     stats |= {f"q{q:02d}": level for q, level in zip(levels, quantiles)}
     return {k: v.tolist() for k, v in stats.items()} | dict(count=[len(x)])
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #e19caf3e
 def _image_statistics(source, view, most=100):
     "Statistics of a camera's colours, (3,1,1), in [0, 1]."
     ends, pixels = np.cumsum(source.lengths), []
@@ -554,6 +576,7 @@ def _video_feature(source, view):
     info = _VIDEO | {"video.fps": int(source.hz), "video.height": height, "video.width": width}
     return dict(dtype="video", shape=shape, names=["height", "width", "channels"], info=info)
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #7377a2da
 def _features(source, encode=None):
     "What info.json has of the columns."
     action, state = source.vectors(0)
@@ -584,6 +607,7 @@ def _episode_columns(source, e, first, tasks, encode=None):
                    index=first + np.arange(n), task_index=np.array(which))
     return columns | {k: x.astype(np.int64) for k, x in numbers.items()}
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #b7e3606c
 def _arrow_table(columns): # name -> (n,) or (n,size) array
     pyarrow = _arrow()
     flat = lambda x: pyarrow.array(x.ravel())
@@ -606,6 +630,7 @@ def _write_tasks(path, tasks):
     table = _arrow().table(dict(task_index=[*tasks.values()], task=[*tasks]))
     _write_parquet(path, table.replace_schema_metadata({"pandas": json.dumps(about)}))
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #7d79919e
 def _write_videos(root, source, episodes, number, quality):
     "A file a camera for a group of episodes; the columns of meta/episodes."
     lengths = source.lengths[episodes]
@@ -633,6 +658,7 @@ def _check_source(folder, source):
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds something already: choose another folder, or delete it")
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #77410dd4
 def _episode_table(source, tasks, joined, videos):
     "Columns of meta/episodes."
     n, ends, texts = len(source.lengths), np.cumsum(source.lengths), [*tasks]
@@ -643,6 +669,7 @@ def _episode_table(source, tasks, joined, videos):
                  dataset_from_index=starts.tolist(), dataset_to_index=ends.tolist())
     return dict(episode_index=[*range(n)], tasks=own) | spans | files | videos
 
+# %% ../../nbs/02_data/06_lerobot.ipynb #31448b31
 def _write_meta(root, source, features, tasks, joined, videos):
     "Write episodes, tasks, statistics, and last the description."
     table = _arrow().table(_episode_table(source, tasks, joined, videos))

@@ -66,6 +66,7 @@ def _is_split(folder):
     if (folder/"ep_start_end_ids.npy").exists() or (folder/"segments").is_dir(): return True
     return bool(_any_name(folder, r"episode_\d{7}\.npz"))
 
+# %% ../../nbs/02_data/10_load.ipynb #2b56164d
 def calvin_splits(
     folder:Path, # of the dataset, or one split of it
 )->dict: # name of a split -> its folder
@@ -74,6 +75,7 @@ def calvin_splits(
     if _is_split(folder): return {folder.resolve().name: folder}
     return {name: folder/name for name in SPLITS if _is_split(folder/name)}
 
+# %% ../../nbs/02_data/10_load.ipynb #51b70d86
 def run_split(
     splits, # names, as `calvin_splits` gives them
 )->str:
@@ -106,6 +108,7 @@ def release_splits(
         splits += [(name, p.name) for p in folders if _any_name(p, r"(?i)[^.].*\.json")]
     return splits
 
+# %% ../../nbs/02_data/10_load.ipynb #bc3d6b00
 def something_splits(
     folder:Path, # of the dataset
 )->list: # of "train" and "validation"
@@ -147,6 +150,7 @@ def _is_something(folder):
     if (folder/"20bn-something-something-v2").exists(): return True
     return bool(_any_name(folder/"labels", r"(train|validation)\.json"))
 
+# %% ../../nbs/02_data/10_load.ipynb #3fc8fed6
 def _named_format(folder):
     "The format of a folder, plain videos aside; \"\" if none fits."
     has = lambda name: (folder/name).exists()
@@ -169,6 +173,7 @@ def _refuse_parent(folder, names):
     raise ValueError(f"{folder} holds {'datasets' if len(formats) > 1 else 'a dataset'}, {some}, "
                      "and is none itself: give one of them")
 
+# %% ../../nbs/02_data/10_load.ipynb #9ad27a28
 def detect_format(
     folder:Path, # of a dataset
 )->str: # a key of `NEEDS`
@@ -227,6 +232,7 @@ def _folder_of(name, root):
     names = name, *_ALIASES.get(name, ()), *builder
     return next((root/n for n in names if n and (root/n).is_dir()), None)
 
+# %% ../../nbs/02_data/10_load.ipynb #361c0c60
 def _find_named(
     mixture:str, # a key of `NAMED`
     root, # folder that holds the datasets, each under its name
@@ -254,11 +260,13 @@ def _parse_dataset(part, root):
     if head in NEEDS and rest and not exists(text): return head, *_parse_dataset(rest, root)[1:]
     return "", text.strip(), weight
 
+# %% ../../nbs/02_data/10_load.ipynb #bd0c42c0
 def _is_dataset(text, root):
     "Whether a text that has commas names one dataset."
     _, folder, weight = _parse_dataset(text, root)
     return (Path(root)/folder).is_dir() and "," not in (weight or "")
 
+# %% ../../nbs/02_data/10_load.ipynb #1bf81e41
 def split_data_spec(
     where:str, # as for `parse_data_spec`
     root=".", # folder that paths are relative to
@@ -279,6 +287,7 @@ def _parse_weight(part, text):
     if 0 < weight < math.inf: return weight
     raise ValueError(f"{part!r} has the weight {text!r}: give a number above 0, as in folder*0.3")
 
+# %% ../../nbs/02_data/10_load.ipynb #45cea4f5
 def parse_data_spec(
     where:str, # [format:]folder[*weight] or hf://org/name, several with commas; or a mixture's name
     root=".", # folder that paths are relative to; a mixture without a folder is in data/ there
@@ -351,6 +360,7 @@ def _open_data(kind, folder, name, size, reading, cache, latent):
     whole = any(n in str(folder).lower() for n in _WHOLE)
     return open_clips(name, list_clips(kind, folder, reading.hz), reading, cache, latent, whole)
 
+# %% ../../nbs/02_data/10_load.ipynb #46858b8c
 def open_dataset(
     asked:DatasetRef, # which dataset
     size:int, # height and width of the images, pixels
@@ -390,6 +400,7 @@ def split_units(
     print(f"{piece.name} has too little to hold something out: validation sees the training data")
     return piece.units, piece.units
 
+# %% ../../nbs/02_data/10_load.ipynb #80012a96
 def join_recordings(
     pieces:list, # of `OpenDataset`
 )->list: # one `OpenDataset` if all are recordings without weights, else the same

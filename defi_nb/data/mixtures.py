@@ -36,6 +36,7 @@ def normalise_weights(
     total = sum(weights[n] for n in names)
     return {n: weights[n]/total for n in names}
 
+# %% ../../nbs/02_data/01_mixtures.ipynb #d257ba57
 def _printed_shares(number): # of a table of DeFI's
     rows = printed_table("DeFI", number).rows
     return normalise_weights({name: share for name, (share,) in rows.items()})
@@ -116,6 +117,7 @@ def _mixed(x): # the finaliser of splitmix64 on an array
     x = (x ^ x >> np.uint64(27))*np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)
 
+# %% ../../nbs/02_data/01_mixtures.ipynb #a44e3c56
 def shuffled(
     places, # (B,) integers from 0 to n-1
     n:int, # numbers to be shuffled
@@ -176,6 +178,7 @@ def _groups(x):
     values, begins = np.unique(x[order], return_index=True)
     return zip(values.tolist(), np.split(order, begins[1:]))
 
+# %% ../../nbs/02_data/01_mixtures.ipynb #a53e148b
 @patch
 def turns(self:Mixture,
     indices, # (B,) numbers of draws
@@ -193,6 +196,7 @@ def turns(self:Mixture,
         nth[now] = self.before[b, d] + slot - starts[d]
     return which, nth
 
+# %% ../../nbs/02_data/01_mixtures.ipynb #2227b984
 @patch
 def locate(self:Mixture,
     indices, # (B,) numbers of draws
@@ -227,6 +231,7 @@ def _common_fields(datasets, keep):
                              "datasets at one size, with as many cameras and frames")
     return tuple(keep)
 
+# %% ../../nbs/02_data/01_mixtures.ipynb #b0da952f
 def _joined(parts, B, keep):
     "name -> (places, batch), put together."
     text, out = [None]*B, {}
@@ -274,6 +279,7 @@ def count_draws(
         counts += np.bincount(mixture.turns(part)[0], minlength=n)
     return dict(zip(mixture.datasets, counts.tolist()))
 
+# %% ../../nbs/02_data/01_mixtures.ipynb #8599bb0c
 def show_draws(
     mixture:Mixture, # of datasets
     indices=None, # (N,) numbers of the draws done; None: all

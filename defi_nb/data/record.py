@@ -36,6 +36,7 @@ def _expected_shape(key, array, n):
     if key in VECTORS: return n, VECTORS[key]
     return (n, *array.shape[1:-1], 3) if key.startswith("rgb_") else (n, *array.shape[1:])
 
+# %% ../../nbs/02_data/05_record.ipynb #9762a3e6
 def _stacked(arrays):
     "A segment's arrays, checked, with the vectors in float64 and `actions` filled in."
     arrays = {k: np.asarray(v, np.float64 if k in VECTORS else None) for k, v in arrays.items()}
@@ -59,6 +60,7 @@ def _sums(x):
     return dict(sum=x.sum(0).tolist(), squares=(x**2).sum(0).tolist(),
                 low=x.min(0).tolist(), high=x.max(0).tolist())
 
+# %% ../../nbs/02_data/05_record.ipynb #8cb4e28f
 def _note(start, arrays, scene, windows):
     "JSON values that describe a complete segment."
     rows = [[w.start + start, w.end + start, w.task, w.text] for w in windows]
@@ -66,6 +68,7 @@ def _note(start, arrays, scene, windows):
     return dict(start=start, end=start + len(arrays["robot_obs"]) - 1, scene=scene, windows=rows,
                 sizes=sizes, sums={k: _sums(arrays[k]) for k in VECTORS})
 
+# %% ../../nbs/02_data/05_record.ipynb #b406dea4
 def write_segment(
     folder:Path, # of the split, such as data/play/training
     start:int, # number of its first frame, 0 to 9999999
@@ -116,6 +119,7 @@ def _statistics(notes):
               f"act_max_bound: {total('actions', 'high', np.max).tolist()}"]
     return "\n".join(lines) + "\n"
 
+# %% ../../nbs/02_data/05_record.ipynb #0eb4bfe3
 def _config(notes):
     "The text of a small merged_config.yaml: scenes and cameras, not all of CALVIN's environment."
     scenes = ", ".join(dict.fromkeys(f"calvin_scene_{note['scene']}" for note in notes))
@@ -139,12 +143,14 @@ def _scenes(notes, folder):
         spans[name] = [spans.get(name, [note["start"]])[0], note["end"]]
     return spans
 
+# %% ../../nbs/02_data/05_record.ipynb #c57d9ea3
 def _annotations(windows):
     "CALVIN's dictionary of instructions, without embeddings."
     emb, texts = np.zeros((len(windows), 1, 0), np.float32), [w[3] for w in windows]
     language = dict(ann=texts, task=[w[2] for w in windows], emb=emb)
     return dict(language=language, info=dict(episodes=[], indx=[(w[0], w[1]) for w in windows]))
 
+# %% ../../nbs/02_data/05_record.ipynb #f463bd85
 def finish_split(
     folder:Path, # of the split
 ):
@@ -202,6 +208,7 @@ def _part(total, parts, i):
     "The i-th of nearly equal whole parts."
     return total*(i + 1)//parts - total*i//parts
 
+# %% ../../nbs/02_data/05_record.ipynb #e1ac5331
 def demonstrations_of(
     config:RecordConfig, # what to record
 )->dict: # scene -> {task: number of demonstrations}
@@ -233,12 +240,14 @@ def _draw(missing, rng):
     weights = np.array(list(missing.values()), float)
     return list(missing)[rng.choice(len(missing), p=weights/weights.sum())]
 
+# %% ../../nbs/02_data/05_record.ipynb #a16a47e4
 def _possible(missing, state, tasks):
     "The missing tasks that can follow in a state, of other kinds than those of the chain."
     kinds = {CATEGORIES[task] for task, _ in tasks}
     fits = lambda t: CATEGORIES[t] not in kinds and state_after(state, t)
     return {t: n for t, n in missing.items() if n > 0 and fits(t)}
 
+# %% ../../nbs/02_data/05_record.ipynb #8bc64f05
 def plan_chains(
     missing:dict, # task -> number of demonstrations
     length:int, # tasks in a chain at most
@@ -290,6 +299,7 @@ def _row(obs, action, kinds):
     vectors = {key: obs[key] for key in ("robot_obs", "scene_obs")}
     return dict(rel_actions=action, **vectors, **images)
 
+# %% ../../nbs/02_data/05_record.ipynb #8c38cd46
 def record_chain(
     env:PlayTable, # of the chain's scene, with the configured image sizes
     chain:Chain, # the tasks
@@ -334,6 +344,7 @@ def _close_environment():
     "Close what `_environment` has opened here."
     while _OPEN: _OPEN.popitem()[1].close()
 
+# %% ../../nbs/02_data/05_record.ipynb #754cb6aa
 def _environment(make_env, *made_of): # made_of: scene, static size, gripper size
     "This process's environment of a scene; building one takes longer than resetting it."
     how = make_env
@@ -351,6 +362,7 @@ def _do_chain(config, root, make_env, chain):
     write_segment(root, chain.start, arrays, chain.scene, windows if config.annotate else [])
     return len(windows)
 
+# %% ../../nbs/02_data/05_record.ipynb #9c0388cf
 def _leave_with_parent():
     "End this process when the one that started it is killed; close its environment at its end."
     atexit.register(_close_environment)
@@ -359,6 +371,7 @@ def _leave_with_parent():
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
+# %% ../../nbs/02_data/05_record.ipynb #e79e6674
 def _run(config, root, make_env, chains, n_workers, bar):
     "Record chains, in this process or in several."
     do, n = partial(_do_chain, config, root, make_env), min(n_workers, len(chains))
@@ -388,10 +401,12 @@ def _claim(root, config, make_env=PlayTable):
         raise ValueError(f"{root} was recorded otherwise: {'; '.join(differ)}. Use the same "
                          "values, choose another folder or delete this one")
 
+# %% ../../nbs/02_data/05_record.ipynb #5ddb3696
 def _counts(notes, starts):
     "Task -> windows in the segments that begin at these frames."
     return Counter(task for start in starts for *_, task, _ in notes[start]["windows"])
 
+# %% ../../nbs/02_data/05_record.ipynb #b57fb618
 def _summary(root):
     "Folder, chains, frames and windows of each task of a complete recording."
     notes = finished_segments(root)
@@ -419,6 +434,7 @@ def _rounds(root, config, make_env, wanted, made, n_workers, bar):
     raise RuntimeError(f"{root}: after {_ROUNDS} rounds there are still too few of "
                        f"{', '.join(sorted(lacking))}: lower noise or raise limit")
 
+# %% ../../nbs/02_data/05_record.ipynb #50668a32
 def _record(root, config, split, n_workers, make_env):
     "Complete a recording; the caller holds the lock of the folder."
     _claim(root, config, make_env)

@@ -46,11 +46,13 @@ def write_records(
             length = struct.pack("<Q", len(data))
             file.write(length + _masked(length) + data + _masked(data))
 
+# %% ../../nbs/02_data/07_rlds.ipynb #41460098
 def _open(path):
     try: return open(path, "rb")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: restore it, or read another split") from None
 
+# %% ../../nbs/02_data/07_rlds.ipynb #aa68d2a2
 def scan_records(
     path:Path, # of the file
 )->np.ndarray: # (n,2) int64, offset and length of each payload, bytes
@@ -104,6 +106,7 @@ def _varint(data, at):
         if byte < 128: return value, at
         if shift > 63: raise ValueError(f"a number of more than 10 bytes at byte {at}")
 
+# %% ../../nbs/02_data/07_rlds.ipynb #2891115b
 def _fields(data):
     "(field number, value) of a message: an int, or a slice of the bytes."
     at, end = 0, len(data)
@@ -119,6 +122,7 @@ def _fields(data):
             value, at = data[at:at + size], at + size
         yield key >> 3, value
 
+# %% ../../nbs/02_data/07_rlds.ipynb #ae6a2910
 def _ints(packed):
     "int64 values of packed varints."
     x = np.frombuffer(packed, np.uint8)
@@ -148,6 +152,7 @@ def _feature(data):
         return np.concatenate([np.zeros(0, np.int64), *ints])
     return []
 
+# %% ../../nbs/02_data/07_rlds.ipynb #0d31ea8d
 def decode_example(
     data, # bytes or memoryview of a `tf.train.Example`
     keys=None, # names of the features, a set; None: all. Others cost nothing
@@ -174,6 +179,7 @@ def _number(n):
 
 def _nested(number, data): return _number(number << 3 | 2) + _number(len(data)) + data
 
+# %% ../../nbs/02_data/07_rlds.ipynb #83ae5301
 def _encode_values(name, values):
     "Kind and encoding of a feature's values."
     strings = bytes, str, memoryview
@@ -187,6 +193,7 @@ def _encode_values(name, values):
     if values.dtype.kind == "f": return 2, _nested(1, values.astype("<f4").tobytes())
     return 3, _nested(1, b"".join(map(_number, values.ravel())))
 
+# %% ../../nbs/02_data/07_rlds.ipynb #e79f46ed
 def encode_example(
     features:dict, # name -> list of bytes or strings, or array of floats, integers or bools
 )->bytes: # a `tf.train.Example`
@@ -215,6 +222,7 @@ def _read_json(path):
     raise FileNotFoundError(f"{path} is missing: give the folder of one version, such as "
                             "bridge/1.0.0, downloaded whole")
 
+# %% ../../nbs/02_data/07_rlds.ipynb #3f899445
 def _leaf(node):
     "(kind, shape, dtype) of one feature."
     kind = next((k for k in ("image", "text", "tensor") if k in node), "other")
@@ -223,6 +231,7 @@ def _leaf(node):
     if kind == "tensor" and content.get("encoding", "none").lower() != "none": kind = "other"
     return kind, shape, content.get("dtype", "")
 
+# %% ../../nbs/02_data/07_rlds.ipynb #d22ca285
 def _flat(node, prefix=""):
     "(name, (kind, shape, dtype)) of the features under a node."
     inner = node.get("sequence") or node.get("dataset")
@@ -232,6 +241,7 @@ def _flat(node, prefix=""):
     elif inner and prefix == "/steps": yield from _flat(inner["feature"], prefix)
     else: yield prefix[1:], ("list", (), "") if inner else _leaf(node)
 
+# %% ../../nbs/02_data/07_rlds.ipynb #f6443030
 def read_features(
     folder:Path, # of one version of a dataset
 )->dict: # name, such as steps/observation/image -> (kind, shape, dtype)
@@ -259,6 +269,7 @@ def _shards(folder, info, split):
     paths = [Path(folder)/pattern.format(**names, **place(i)) for i in range(len(lengths))]
     return paths, lengths
 
+# %% ../../nbs/02_data/07_rlds.ipynb #33ea36f0
 def find_shards(
     folder:Path, # of one version of a dataset
     split:str, # such as "train"
@@ -283,6 +294,7 @@ def _stamp(path):
     stat = path.stat()
     return dict(name=path.name, size=stat.st_size, mtime=stat.st_mtime_ns)
 
+# %% ../../nbs/02_data/07_rlds.ipynb #57db37e9
 def _text(value, at, width):
     "The instruction of a step: bytes, or `width` numbers of letters a step, as in Language Table."
     if isinstance(value, list):
@@ -290,6 +302,7 @@ def _text(value, at, width):
     letters = value[at*width:(at + 1)*width].tolist()
     return "".join(chr(c) for c in letters if 0 < c < 0x110000)
 
+# %% ../../nbs/02_data/07_rlds.ipynb #219a5a03
 def index_shard(
     path:Path, # of a shard
     instruction:str, # key of the text of a step
@@ -321,6 +334,7 @@ def _kept_lines(path):
         if isinstance(line, dict) and _LINE <= set(line): lines[line["name"]] = line
     return lines
 
+# %% ../../nbs/02_data/07_rlds.ipynb #811f50ef
 def _index(paths, kept, instruction, width, keep, on_problem):
     "Lines of the shards: kept ones that are still valid, and new ones."
     lines = []
@@ -364,6 +378,7 @@ def step_features(
     "The features of a step."
     return {k.removeprefix("steps/"): f for k, f in features.items() if k.startswith("steps/")}
 
+# %% ../../nbs/02_data/07_rlds.ipynb #569b04e9
 def _is_image(kind, shape, dtype):
     return kind == "image" or kind == "tensor" and dtype == "uint8" and len(shape) == 3
 
@@ -385,6 +400,7 @@ def text_keys(
     keys = [k for k, f in steps.items() if is_text(k, *f)]
     return sorted(keys, key=lambda k: (not known or k != known.text, "instruction" not in k))
 
+# %% ../../nbs/02_data/07_rlds.ipynb #b3899f7f
 def action_keys(
     steps:dict, # of `step_features`
 )->list:
@@ -409,6 +425,7 @@ def _cameras(images, known, reading):
     chosen = choose_cameras([k.split("/")[-1] for k in images], reading.cameras)
     return [next(k for k in images if k.endswith(c)) for c in chosen]
 
+# %% ../../nbs/02_data/07_rlds.ipynb #5b678d7d
 def _rlds_keys(
     folder:Path, # of one version of a dataset
     name:str, # of the dataset; in `TABLE_12`, or it is guessed from the features
@@ -443,6 +460,7 @@ def _is_instruction(kind, shape, dtype):
     stored = dtype in ("string", "object") or dtype.startswith("int")
     return kind == "text" or kind == "tensor" and stored
 
+# %% ../../nbs/02_data/07_rlds.ipynb #bee8b6c6
 def _check_keys(keys, features, folder):
     "Raise `ValueError` if a key is not in the dataset, or holds something else."
     wanted = [("views", k, _is_image) for k in keys.views.values()]
@@ -547,6 +565,7 @@ def _check_value(self:RLDSFolder, e, key, value, record):
                          f"{kind} {shape} {dtype} for {self.lengths[e]} steps: the files do not "
                          "belong together; restore a whole copy")
 
+# %% ../../nbs/02_data/07_rlds.ipynb #5e2ea9df
 @patch
 def _episode(self:RLDSFolder, e):
     "The features of an episode, by key; those of fixed size have one row a step."
@@ -561,6 +580,7 @@ def _episode(self:RLDSFolder, e):
         self._check_value(e, k, example.get(f"steps/{k}", []), f"{path}, byte {place}")
     return {k: example[f"steps/{k}"] for k in wanted}
 
+# %% ../../nbs/02_data/07_rlds.ipynb #afaba5db
 @patch
 def read(self:RLDSFolder,
     e:int, # episode
@@ -581,6 +601,7 @@ def vectors(self:RLDSFolder,
     action = join(self.keys.action)
     return None if action is None else action[:, self.columns], join(self.keys.proprio)
 
+# %% ../../nbs/02_data/07_rlds.ipynb #a8a85ebf
 @patch
 def instructions(self:RLDSFolder,
     e:int, # episode
@@ -633,6 +654,7 @@ def _open_hdf5(path):
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{path} can't be read as HDF5 ({error}): restore a whole copy") from None
 
+# %% ../../nbs/02_data/07_rlds.ipynb #03a3e975
 def _json_attribute(path, attributes, name):
     "The value of an attribute that is JSON; {} where it is missing."
     try: value = json.loads(attributes.get(name, "{}"))
@@ -641,6 +663,7 @@ def _json_attribute(path, attributes, name):
                          "whole copy") from None
     return value if isinstance(value, dict) else {}
 
+# %% ../../nbs/02_data/07_rlds.ipynb #92ebd652
 def _instruction(path, attributes):
     "The instruction of a task's file."
     given = _json_attribute(path, attributes, "problem_info").get("language_instruction", "")
@@ -663,6 +686,7 @@ def _demo_shapes(path, demo): # -> key -> shape, of actions and observations
                          f"actions {rows}: restore a whole copy")
     return {k: list(x.shape) for k, x in arrays.items()}
 
+# %% ../../nbs/02_data/07_rlds.ipynb #6a2c8e0d
 def _scan_open(path, file): # -> JSON value
     if "data" not in file:
         raise ValueError(f"{path} has no group data, it holds {', '.join(file) or 'nothing'}: give "
@@ -676,6 +700,7 @@ def _scan_open(path, file): # -> JSON value
     return dict(text=_instruction(path, about), demos=demos, hz=float(env.get("control_freq", 0)),
                 flipped=str(about.get("macros_image_convention", "")) == "opengl")
 
+# %% ../../nbs/02_data/07_rlds.ipynb #e56287ca
 _DAMAGE = (OSError, RuntimeError, KeyError, AttributeError, TypeError, UnicodeError, OverflowError,
            MemoryError) # that h5py raises
 
@@ -792,6 +817,7 @@ def _images(self:HDF5Folder):
     raise ValueError(f"{self.folder}: obs has no images (n,H,W,3), only {', '.join(self.shapes)}: "
                      "give files with camera observations, such as agentview_rgb")
 
+# %% ../../nbs/02_data/07_rlds.ipynb #c5456e01
 @patch
 def _choose_numbers(self:HDF5Folder, reading):
     "Labels of the chosen numbers of an action, which of them are changes, and keys of the state."

@@ -223,6 +223,7 @@ def _check_finite(actions, labels, name):
                          f"{actions[row, number]}: repair it, or leave this episode out "
                          "(`episodes` of reading)")
 
+# %% ../../nbs/02_data/04_robot_dataset.ipynb #5305d3c8
 def _check_unscaled(actions, labels, name):
     "Raise `ValueError` if actions without a scale are not in [-1, 1]."
     top = np.abs(actions).max(0, initial=0)
@@ -231,6 +232,7 @@ def _check_unscaled(actions, labels, name):
                          "these are the robot's units: give scale=measure_scale(source), and keep "
                          "it with the checkpoint")
 
+# %% ../../nbs/02_data/04_robot_dataset.ipynb #83defc61
 def _check_fit(scale, actions, labels, name):
     "Raise `ValueError` if actions do not fit the range of a scale."
     x, origin = scale.apply(actions), scale.source or "elsewhere"
@@ -337,6 +339,7 @@ class RobotSamples(Samples):
 @patch
 def _name(self:RobotSamples, e): return f"{self.source.name}, episode {self.source.episode_name(e)}"
 
+# %% ../../nbs/02_data/04_robot_dataset.ipynb #8d3871a4
 @patch
 def _check(self:RobotSamples):
     "Raise `ValueError` if there is nothing to sample, or the source lacks views or actions."
@@ -354,6 +357,7 @@ def _check(self:RobotSamples):
             raise ValueError(f"chunk is {self.chunk}, but {source.name} {source.no_action}")
         _check_scale(self.scale, action, source.labels, self._name(e))
 
+# %% ../../nbs/02_data/04_robot_dataset.ipynb #6902dd0e
 @patch
 def locate(self:RobotSamples,
     indices, # int, slice, list, integer array or tensor
@@ -379,6 +383,7 @@ def _video(self:RobotSamples, e, rows):
                          "not fit one batch: give `size`")
     return np.ascontiguousarray(np.stack(x_vthwc).transpose(0, 1, 4, 2, 3))
 
+# %% ../../nbs/02_data/04_robot_dataset.ipynb #eca25ad0
 @patch
 def _actions(self:RobotSamples, action, t, name):
     "(K,A) float32 in [-1, 1], at rest past the end."
@@ -389,6 +394,7 @@ def _actions(self:RobotSamples, action, t, name):
         _check_scale(None, chunk, self.source.labels, f"{name} from row {t}")
     return np.clip(chunk if self.scale is None else self.scale.apply(chunk), -1, 1)
 
+# %% ../../nbs/02_data/04_robot_dataset.ipynb #6cc2e52b
 @patch
 def _arrays(self:RobotSamples, e, t):
     "The arrays of one sample."
@@ -407,6 +413,7 @@ def _arrays(self:RobotSamples, e, t):
 def _sample(self:RobotSamples, e, t):
     with self.source.reading(e): return self._arrays(e, t)
 
+# %% ../../nbs/02_data/04_robot_dataset.ipynb #6e0b1b0f
 @patch
 def __getitem__(self:RobotSamples,
     indices, # int, slice, list, integer array or tensor
@@ -437,6 +444,7 @@ def select(self:RobotSamples,
     ds._check()
     return ds
 
+# %% ../../nbs/02_data/04_robot_dataset.ipynb #c3a2528e
 @patch
 def inside(self:RobotSamples):
     "(S,) place of each sample's episode among those sampled, and whether all its frames lie in it."
@@ -452,6 +460,7 @@ def blind(self:RobotSamples):
     ds.views = ()
     return ds
 
+# %% ../../nbs/02_data/04_robot_dataset.ipynb #f23d5891
 @patch
 def digest(self:RobotSamples):
     "JSON values that tell these samples from others of the source."
@@ -466,6 +475,7 @@ def shown(self:RobotSamples):
         t = np.arange(0, n - self.left, self.stride)
         if len(t): yield e, np.unique(np.minimum(t[:, None] + self.offsets, n - 1))
 
+# %% ../../nbs/02_data/04_robot_dataset.ipynb #976836df
 @patch
 def places(self:RobotSamples, indices):
     "B episodes, and (B,T) rows in them, that some samples show."
@@ -489,6 +499,7 @@ def _update(digest, source, e):
     arrays = [*source.vectors(e), *(source.pictures(e, [row], view)[0] for view in source.views)]
     for x in arrays: digest.update(b"" if x is None else np.ascontiguousarray(x).tobytes())
 
+# %% ../../nbs/02_data/04_robot_dataset.ipynb #c2f490aa
 @patch
 def content(self:RobotSamples, items):
     "JSON values that the images of episodes depend on."

@@ -44,6 +44,7 @@ def _lengths_agree(path, ids): # of recordings; False for an object array, or no
     try: return sorted(read_array(path).ravel().tolist()) == sorted(lengths.tolist())
     except Exception: return False
 
+# %% ../../nbs/03_doctor/02_calvin.ipynb #12a3dcc8
 def _check_segments(
     exam:Exam, # that records findings
     name:str, # of the split
@@ -77,6 +78,7 @@ def _numbers(exam, root):
             if late and not exam.everything: return None
     return np.sort(np.array(numbers, np.int64))
 
+# %% ../../nbs/03_doctor/02_calvin.ipynb #9e177f78
 def _segments_of(numbers): # (n,) sorted -> (S,2) first and last of each gapless part
     breaks = np.flatnonzero(np.diff(numbers) > 1)
     firsts, lasts = np.append(0, breaks + 1), np.append(breaks, len(numbers) - 1)
@@ -119,6 +121,7 @@ def _check_configuration(exam, name, path): # -> the scenes that it names
                   "CALVIN's environment reads this file")
     return set(re.findall(r"calvin_scene_([A-D]\b|[GP]\d+(?:-hand)?)", text))
 
+# %% ../../nbs/03_doctor/02_calvin.ipynb #44148ffb
 def _wrong_scene(frames, spans, config, named): # -> (kind of fault, value, expected), or None
     if frames == _PUBLISHED["task_D_D", "training"] and set(spans) != {"D"}:
         return "the scene is wrong", ", ".join(spans), "D: this is the training split of task_D_D"
@@ -168,6 +171,7 @@ def _check_borders(exam, name, path, a, b, ids): # (W,) first, last frames -> (W
                   "another split", int(n))
     return outside
 
+# %% ../../nbs/03_doctor/02_calvin.ipynb #31bff683
 def _check_repetitions(exam, name, path, rows):
     times = Counter(row[:3] for row in rows)
     if not (twice := len(rows) - len(times)): return
@@ -199,6 +203,7 @@ def _check_windows(exam, name, path, rows, ids):
         f"{len(rows):,} of {len({row[2] for row in rows})} tasks, over "
         f"{_covered(a[~outside], b[~outside], ids):.0%} of the frames")
 
+# %% ../../nbs/03_doctor/02_calvin.ipynb #86f86ee4
 def _covered(a, b, ids): # fraction of the recordings' frames that some window covers
     change = np.zeros(int(ids.max()) + 2, np.int32)
     np.add.at(change, a, 1)
@@ -232,11 +237,13 @@ def _check_keys(exam, name, path, keys): # of a frame
         exam.find("error", f"{name}: frames lack keys", path, f"no {', '.join(sorted(missing))}",
                   "rel_actions, robot_obs, scene_obs", "record them again, or restore a whole copy")
 
+# %% ../../nbs/03_doctor/02_calvin.ipynb #973d9939
 def _check_cameras(exam, name, path, keys):
     if missing := [v for v in VIEWS if f"rgb_{v}" not in keys]:
         exam.find("warning", f"{name}: a camera is missing", path, f"no rgb_{missing[0]}",
                   f"rgb_{' and rgb_'.join(VIEWS)}", "read it with views of those that are there")
 
+# %% ../../nbs/03_doctor/02_calvin.ipynb #45d0c4ac
 def _first_frame(exam, name, root, ids):
     "key -> (shape, dtype) of the first frame that can be read, after a check of its keys."
     for a in ids[:, 0]:
@@ -260,6 +267,7 @@ def _unlike(path, frame, kinds):
     try: check_kinds(path, frame, shapes)
     except ValueError as e: return e
 
+# %% ../../nbs/03_doctor/02_calvin.ipynb #4246c111
 def check_run(
     exam:Exam, # that times the reading
     name:str, # of the split
@@ -286,6 +294,7 @@ def _tally_gripper(exam, name, x, near, steps, place): # x: key -> (n,...); near
     row = exam.tallies.setdefault(f"{name}: gripper", [0., 0., place(0), ""])
     row[0], row[1] = row[0] - moved[moved < 0].sum(), row[1] + np.abs(moved).sum()
 
+# %% ../../nbs/03_doctor/02_calvin.ipynb #66d4b7ec
 def _tally_motion(exam, name, x, numbers, place):
     if "robot_obs" not in x or not np.isfinite(x["robot_obs"]).all(): return
     steps = np.abs(np.diff(x["robot_obs"][:, :7], axis=0))[:, [0, 1, 2, 6]].max(1, initial=0)
@@ -295,6 +304,7 @@ def _tally_motion(exam, name, x, numbers, place):
                f"{steps.max(initial=0):.2f} m in a frame")
     if "rel_actions" in x: _tally_gripper(exam, name, x, near, steps, place)
 
+# %% ../../nbs/03_doctor/02_calvin.ipynb #6278f537
 def _tally_door(exam, name, x, numbers, spans, place):
     if "scene_obs" not in x: return
     scene = next((s for s, (a, b) in spans.items() if a <= numbers[0] <= b), None)
@@ -355,6 +365,7 @@ def _runs(exam, name, root, ids, kinds, fraction): # yields the frames of each r
                                where=lambda run: place.format(name, *run), share=fraction):
         yield frames
 
+# %% ../../nbs/03_doctor/02_calvin.ipynb #a229a104
 def _check_frames_of(
     exam:Exam, # that records findings
     name:str, # of the split
@@ -397,6 +408,7 @@ def _assess_split(exam, name, kinds):
                "wrong scene: write it again, or restore a whole copy", f"{_SLIDE} m")
     for key in (k for k in kinds if k.startswith("rgb_")): assess_images(exam, f"{name}, {key}")
 
+# %% ../../nbs/03_doctor/02_calvin.ipynb #35b1df38
 def _middle_vectors(root, segment):
     "The state in the middle of a recording, with its length."
     a, b = segment
@@ -404,6 +416,7 @@ def _middle_vectors(root, segment):
     vectors = read_npz(root/f"episode_{(a + b)//2:07d}.npz", keys)
     return b"".join((str(b - a).encode(), *(v.tobytes() for v in vectors.values())))
 
+# %% ../../nbs/03_doctor/02_calvin.ipynb #98899224
 def _check_copies_of(exam, name, root, ids, fraction):
     middle = lambda s: f"{name}/episode_{(s[0] + s[1])//2:07d}.npz"
     states = exam.each(f"{name}: recordings", ids.tolist(), partial(_middle_vectors, root),

@@ -29,6 +29,7 @@ def _place(where, row, i, labels):
     place = where(row) if callable(where) else f"{where}, row {row}"
     return f"{place}, {labels[i]!r}"
 
+# %% ../../nbs/03_doctor/01_checks.ipynb #b304ae4d
 def check_vector(
     exam:Exam, # that records findings
     name:str, # of the things, such as "episodes"
@@ -80,6 +81,7 @@ def _metres(exam, name, x): # normalised actions; whether they look like metres
               f"{ROTATION_UNIT}, so that 1 is the largest step")
     return True
 
+# %% ../../nbs/03_doctor/01_checks.ipynb #d0c4240a
 def _dead(exam, name, x, labels, moving): # moving: (A,) bool, whether a number should vary
     still = np.ptp(x, 0) == 0
     if not still.any(): return
@@ -102,6 +104,7 @@ def _limits(exam, name, x, labels, moving, at_limit): # at_limit: (n,A) bool
               "the unit is too small, or the commands were clipped: check how they were recorded",
               len(bad))
 
+# %% ../../nbs/03_doctor/01_checks.ipynb #a048d438
 def _spikes(exam, name, x, labels):
     low, mid, high = np.quantile(x, [.01, .5, .99], 0)
     distance = np.abs(x - mid)
@@ -175,6 +178,7 @@ def _language_facts(exam, name):
                   repr(next(iter(texts))), "several",
                   "a policy trained on this learns to ignore its instruction")
 
+# %% ../../nbs/03_doctor/01_checks.ipynb #0a24b104
 def assess_texts(
     exam:Exam, # with sentences
     name:str, # of the things
@@ -252,6 +256,7 @@ def _check_times(exam, name, path, times, hz): # seconds; frames a second that i
         tally("the video has another rate than the rows", abs(usual*hz - 1) > .05,
               f"{1/max(usual, 1e-6):.3g} frames a second for {hz:g} rows a second")
 
+# %% ../../nbs/03_doctor/01_checks.ipynb #b41de9d6
 def check_video(
     exam:Exam, # that records findings
     name:str, # of the things, such as "clips"
@@ -314,9 +319,11 @@ def _file_digest(
             digest.update(file.read(most//3 if size > most else most))
     return digest.hexdigest()
 
+# %% ../../nbs/03_doctor/01_checks.ipynb #01559206
 def _size(path): # of a file; a missing one is found elsewhere
     return os.path.getsize(path) if os.path.exists(path) else -1
 
+# %% ../../nbs/03_doctor/01_checks.ipynb #740d900c
 def check_copies(
     exam:Exam, # that records findings
     name:str, # of the files, such as "videos"
@@ -347,6 +354,7 @@ def _size_fact(folder, files, seconds):
         return f"about {about} in {files:,} files, by {counted:,} of them"
     return f"more than {format_bytes(total)}: {counted:,} files counted so far"
 
+# %% ../../nbs/03_doctor/01_checks.ipynb #7822a473
 def check_disk(
     exam:Exam, # that records findings
     folder, # of the dataset
@@ -379,6 +387,7 @@ def timed(
     spent = exam.tallies.setdefault("reading", [0, 0., "", ""])
     spent[0], spent[1] = spent[0] + pictures, spent[1] + time.perf_counter() - start
 
+# %% ../../nbs/03_doctor/01_checks.ipynb #ef5917ab
 def assess_speed(
     exam:Exam, # with `timed` reading
     views:int=1, # images of a sample at one time

@@ -37,6 +37,7 @@ def _frames(exam, clip, view):
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, _FRAMES).astype(int))]
     with timed(exam, len(rows)): return read_frames(clip.videos[view], rows, clip.info[view])
 
+# %% ../../nbs/03_doctor/03_clips.ipynb #a6f4ddda
 def _latents(clip, view):
     "(C,) standard deviations of some of a clip's latents, as stored, and their shape."
     if view not in clip.latents: return None
@@ -44,6 +45,7 @@ def _latents(clip, view):
     x = read_latent(clip.latents[view], rows, scale=1.)
     return x.std((0, 2, 3)).numpy(), tuple(x.shape[1:])
 
+# %% ../../nbs/03_doctor/03_clips.ipynb #183e2459
 def _read_clips(
     exam:Exam, # that times reading
     clips:list, # of `Clip`s of the same file
@@ -98,6 +100,7 @@ def _check_clip(exam, name, clip, longest):
                    f"clip {clip.id}", f"{len(rows)} frames")
     return len(rows), len(clip.info or clip.latents)
 
+# %% ../../nbs/03_doctor/03_clips.ipynb #f4614124
 def _check_reads(exam, name, reads): # -> latents, as `_assess_latents` takes them
     latents = []
     for clip, view, frames, latent in reads:
@@ -108,6 +111,7 @@ def _check_reads(exam, name, reads): # -> latents, as `_assess_latents` takes th
         if latent is not None: latents.append((*latent, clip.latents[view]))
     return latents
 
+# %% ../../nbs/03_doctor/03_clips.ipynb #ed30eed0
 def _assess_later(exam, name, longest): # in the end
     for assess in (assess_videos, assess_images, assess_texts):
         exam.later.append(partial(assess, exam, name))
@@ -152,6 +156,7 @@ def _ask_reader(exam, kind, folder, files, hz=0.):
     read = lambda: open_clips(folder.name, clips(), exam.reading, on_problem=problem)
     exam.later.append(partial(exam.last_word, folder, read))
 
+# %% ../../nbs/03_doctor/03_clips.ipynb #ad2175fb
 def _annotated(exam, name, root, fallback, path):
     "The clip of an annotation, without the files that aren't there."
     clip, where = annotated_clip(root, path, scan_annotation(path), fallback), str(path)
@@ -185,6 +190,7 @@ def _note_actions(exam, name, path, note): # of one annotation
                   f"{len(x)} actions, {len(states)} states", "the same, or one less",
                   "mend the annotation")
 
+# %% ../../nbs/03_doctor/03_clips.ipynb #cc4d5eca
 def _annotated_actions(exam, name, paths):
     "Check the actions that annotations hold."
     problem = "an annotation can't be read"
@@ -238,6 +244,7 @@ def _check_texts(exam, name, clips): # each sentence once, with its count
     for c in clips: first.setdefault(c.text, c.id)
     for text, n in counts.items(): check_text(exam, name, text, f"clip {first[text]}", n)
 
+# %% ../../nbs/03_doctor/03_clips.ipynb #a8c8fb9d
 def _check_list(exam, name, clips, skipped, fraction=.6, longest=0): # -> (images, views)
     "Check clips that are known before any file is opened."
     for id, why in skipped.items():
@@ -309,6 +316,7 @@ def _captions(exam, folder): # -> options of `read_folder`
                   "file_column and text_column to read_folder")
     return table or {}
 
+# %% ../../nbs/03_doctor/03_clips.ipynb #c01ecbbf
 def check_videos(
     exam:Exam, # that records findings
     folder:Path, # of videos

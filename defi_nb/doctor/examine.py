@@ -35,6 +35,7 @@ def _known_format(format):
         raise ValueError(f"format is {format!r}: choose one of {', '.join(CHECKS)}, or leave it "
                          "empty")
 
+# %% ../../nbs/03_doctor/05_examine.ipynb #37e55577
 def examine(
     folder, # of a dataset
     everything:bool=False, # examine all there is, however long it takes
@@ -76,6 +77,7 @@ def _describing(folder, format):
     for pattern in _INDEX[format]: files |= {p for p in folder.glob(pattern) if p.is_file()}
     return folders | files
 
+# %% ../../nbs/03_doctor/05_examine.ipynb #90a879c0
 def _package():
     try: return version("defi_nb")
     except PackageNotFoundError: return "" # run from a checkout
@@ -100,12 +102,14 @@ def _state_with_reading(folder, kind, reading): # of a dataset, and how it is re
     changed = "" if reading == PLAIN else json_digest(asdict(reading))[:8]
     return dataset_state(folder, kind) + changed
 
+# %% ../../nbs/03_doctor/05_examine.ipynb #1b4b44e7
 def _read_note(path): # {} if there is no whole one
     try: note = json.loads(path.read_text())
     except (OSError, ValueError): return {}
     keys = {"state", "when", "sound", "verdict", "errors"}
     return note if isinstance(note, dict) and keys <= set(note) else {}
 
+# %% ../../nbs/03_doctor/05_examine.ipynb #3bb30fd7
 def _write_note(path, report, state): # state: () -> str
     try: path.touch() # a new file changes its folder's time, and new content does not
     except OSError: pass
@@ -121,12 +125,14 @@ def _error_line(error): # of a note
     more = f" and {error['places'] - 1:,} more" if error["places"] > 1 else ""
     return f"{error['what']}: {error['where']}{more}: {error['found']}; {error['remedy']}"
 
+# %% ../../nbs/03_doctor/05_examine.ipynb #377ed7d2
 def _refusal(folder, errors, flag, again):
     first, *more = map(_error_line, errors[:3])
     count = f"{len(errors)} kind{'s'*(len(errors) > 1)} of errors"
     return (f"{folder} has {count}: {first}; or give {flag} to train on what is whole, and see all "
             f"with {again}" + "".join(f"\n- {line}" for line in more))
 
+# %% ../../nbs/03_doctor/05_examine.ipynb #f798b2c9
 def require_sound(
     folder, # of a dataset
     go_on:bool=False, # only warn where there are errors

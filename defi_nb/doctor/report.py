@@ -57,6 +57,7 @@ def _plain_text(
     line = "".join(visible(c) for c in re.sub(r"\s+", " ", str(text))).strip()
     return line if len(line) <= most else line[:most - 4] + " ..."
 
+# %% ../../nbs/03_doctor/00_report.ipynb #23853dc4
 def _sort_of(
     text:str, # a message
 )->str: # the same without paths, quotations and numbers
@@ -68,6 +69,7 @@ def _raised(error): # by a statement of ours
     if not (trace := extract_tb(error.__traceback__)): return True
     return "raise " in (trace[-1].line or "") and "site-packages" not in trace[-1].filename
 
+# %% ../../nbs/03_doctor/00_report.ipynb #73d86aa7
 def read_error(
     error:Exception, # raised by a reader
 )->tuple: # (what is wrong, what to do)
@@ -151,6 +153,7 @@ def fail(self:Exam,
     if first.rstrip(":,").endswith(_plain_text(where)): found = rest # the place is named already
     self.find(severity, what, where, found, "", remedy, kind=_sort_of(found))
 
+# %% ../../nbs/03_doctor/00_report.ipynb #0d0d35f9
 @patch
 def attempt(self:Exam,
     what:str, # kind of thing, for a finding
@@ -166,6 +169,7 @@ def attempt(self:Exam,
 def problem(self:Exam, what): # kind of thing -> a reader's `on_problem`
     return lambda name, why: self.fail(what, name, ValueError(why))
 
+# %% ../../nbs/03_doctor/00_report.ipynb #0c95d387
 @patch
 def last_word(self:Exam, folder, read): # () -> the dataset, opened as a run opens it
     "Record what the reader refuses, where there is no error so far."
@@ -185,6 +189,7 @@ def _gentle(exam): # the first Ctrl-C asks to stop, the second interrupts
     finally:
         if catches: signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# %% ../../nbs/03_doctor/00_report.ipynb #3204618c
 def _results(look, items, n_workers): # (item, result, error) of each, in order, some ahead
     def one(item):
         try: return item, look(item), None
@@ -241,6 +246,7 @@ def tally(self:Exam,
         if bad and not row[0]: row[2:] = _plain_text(where), _plain_text(found)
         row[0] += times*bool(bad)
 
+# %% ../../nbs/03_doctor/00_report.ipynb #ea10df0d
 @patch
 def assess(self:Exam,
     what:str, # a kind of thing that was tallied
@@ -319,6 +325,7 @@ def _action_samples(actions): # (name, labels, (n,A)) of episodes -> label -> so
         samples |= {label: x[:, i].tolist() for i, label in enumerate(labels)}
     return samples
 
+# %% ../../nbs/03_doctor/00_report.ipynb #9975a5eb
 @patch
 def report(self:Exam,
     folder, # that was examined
@@ -358,9 +365,11 @@ def _markdown_cell(text):
     for c in "\\|`*$": text = text.replace(c, f"\\{c}")
     return text
 
+# %% ../../nbs/03_doctor/00_report.ipynb #4ef59ba1
 def _markdown_table(header, rows):
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"]*len(header), *rows))
 
+# %% ../../nbs/03_doctor/00_report.ipynb #911aba18
 @patch
 def _repr_markdown_(self:Report):
     cell = _markdown_cell
@@ -384,6 +393,7 @@ def _badge(text, colour):
     style = f"background:{colour};color:#fff;border-radius:3px;padding:1px 6px;white-space:nowrap"
     return f'<span style="{style}">{text}</span>'
 
+# %% ../../nbs/03_doctor/00_report.ipynb #93087174
 def _html_line(tag, row):
     style = ("text-align:left;vertical-align:top;white-space:normal;overflow-wrap:anywhere;"
              "padding:3px 8px")

@@ -33,6 +33,7 @@ def _content(action, images): # by which copies of an episode are recognised
     if action is not None and len(action) > 1 and np.ptp(action, 0).any(): return action
     return next(iter(images.values()), None)
 
+# %% ../../nbs/03_doctor/04_robots.ipynb #fcd9312b
 def _check_episode(
     exam:Exam, # that records findings
     name:str, # of the episodes
@@ -71,6 +72,7 @@ def _assess_episodes(
     assess_texts(exam, name, needed)
     for view in views: assess_images(exam, f"{name}, {view}")
 
+# %% ../../nbs/03_doctor/04_robots.ipynb #9750786b
 def _describe_lengths(lengths, hz, unit="rows"): # (E,) rows of the episodes; rows a second, or 0
     "The number of episodes, and their lengths."
     x = np.asarray(lengths)
@@ -87,6 +89,7 @@ def _rows_of_videos(source): # -> path -> rows of its episodes; path -> key
             key_of[paths[i]] = key
     return rows, key_of
 
+# %% ../../nbs/03_doctor/04_robots.ipynb #a6134c70
 def _lerobot_videos(exam, source):
     "Compare each video file with the rows of the episodes in it."
     rows, key_of = _rows_of_videos(source)
@@ -146,11 +149,13 @@ def _lerobot_facts(exam, source):
                    "cameras": ", ".join(source.views) or "none",
                    "action": ", ".join(source.labels) or "none", "state": source.proprio or "none"}
 
+# %% ../../nbs/03_doctor/04_robots.ipynb #a7fb5804
 def _lerobot_texts(exam, source):
     for i in source.kept:
         tasks = (str(t) for t in source.table["tasks"][i] or () if str(t or "").strip())
         check_text(exam, "episodes", next(tasks, ""), f"episode {source.table['index'][i]}")
 
+# %% ../../nbs/03_doctor/04_robots.ipynb #10ade096
 def _read_lerobot(exam, source, e): # -> actions, states, view -> images of three rows
     n = int(source.lengths[e])
     rows = np.unique(np.linspace(0, n - 1, 3).astype(int))
@@ -238,6 +243,7 @@ def _image(value, feature, row, where):
         return np.asarray(value).reshape(-1, *feature[1])[row].astype(np.uint8)
     return decode_image(bytes(value[row]), where)
 
+# %% ../../nbs/03_doctor/04_robots.ipynb #1a50580e
 def _joined(data, keys, sizes, rows, where): # -> (rows,sum of sizes), or None without keys
     parts = [np.asarray(data.get(f"steps/{k}", ()), np.float32) for k in keys]
     if bad := [k for k, x in zip(keys, parts) if len(x) != rows*sizes[k]]:
@@ -245,6 +251,7 @@ def _joined(data, keys, sizes, rows, where): # -> (rows,sum of sizes), or None w
                          f"{rows} steps: restore a whole copy")
     return np.concatenate([x.reshape(rows, -1) for x in parts], 1) if parts else None
 
+# %% ../../nbs/03_doctor/04_robots.ipynb #044b8dd3
 def _images(exam, data, views, features, rows, where): # view -> images of three steps
     chosen = np.unique(np.linspace(0, rows - 1, 3).astype(int)) if rows else ()
     images = {}
@@ -327,6 +334,7 @@ def _check_shards(exam, split, shards, keys, features, hz, fraction): # -> rows 
     exam.facts[f"{split}: episodes"] = f"{sum(shards[1]):,} in {len(shards[0]):,} shards"
     return lengths
 
+# %% ../../nbs/03_doctor/04_robots.ipynb #088e8c4b
 def _ask_rlds(exam, version, name, shards, hz):
     "Open a dataset of few bytes as a run opens it, in the end."
     total = sum(p.stat().st_size for p in shards[0] if p.exists())
@@ -387,6 +395,7 @@ def _compare_lengths(exam, where, rows_seconds, video_seconds, hz, found, remedy
         exam.find("warning", "episodes: the video lasts longer than the rows", where, found,
                   expected, remedy)
 
+# %% ../../nbs/03_doctor/04_robots.ipynb #bf0c4009
 def _check_stamps(exam, where, times, video_seconds): # (n,) seconds -> rows a second, or 0
     n, steps = len(times), np.diff(times)
     if not np.isfinite(times).all() or (steps <= 0).any():
@@ -404,6 +413,7 @@ def _check_stamps(exam, where, times, video_seconds): # (n,) seconds -> rows a s
                    f"{steps.max():.2f} s between two rows")
     return rate
 
+# %% ../../nbs/03_doctor/04_robots.ipynb #9f394035
 def _check_times(exam, where, times, n, videos, hz): # -> rows a second, or 0
     info = next(iter(videos.values()))[1]
     last = np.median(np.diff(info.times)) if len(info) > 1 else 0.
@@ -431,6 +441,7 @@ def _check_names(exam, folder, names, videos): # -> episode -> sentence
                       "the same names", remedy, len(others))
     return captions
 
+# %% ../../nbs/03_doctor/04_robots.ipynb #86705bfa
 def _compare_episodes(exam, folder, labels_of, rates): # labels -> a file; Hz
     if len(labels_of) > 1:
         (usual, _), (other, path), *_ = labels_of.items()
