@@ -1812,6 +1812,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'defi_nb.data.load._any_name': ('02_data/load.html#_any_name', 'defi_nb/data/load.py'),
                                    'defi_nb.data.load._find_named': ('02_data/load.html#_find_named', 'defi_nb/data/load.py'),
                                    'defi_nb.data.load._folder_of': ('02_data/load.html#_folder_of', 'defi_nb/data/load.py'),
+                                   'defi_nb.data.load._format_tests': ('02_data/load.html#_format_tests', 'defi_nb/data/load.py'),
                                    'defi_nb.data.load._is_dataset': ('02_data/load.html#_is_dataset', 'defi_nb/data/load.py'),
                                    'defi_nb.data.load._is_something': ('02_data/load.html#_is_something', 'defi_nb/data/load.py'),
                                    'defi_nb.data.load._is_split': ('02_data/load.html#_is_split', 'defi_nb/data/load.py'),

@@ -151,17 +151,21 @@ def _is_something(folder):
     return bool(_any_name(folder/"labels", r"(train|validation)\.json"))
 
 # %% ../../nbs/02_data/10_load.ipynb #3fc8fed6
-def _named_format(folder):
-    "The format of a folder, plain videos aside; \"\" if none fits."
+def _format_tests(folder):
+    "format -> function that says whether a folder's names fit it; plain videos aside."
     has = lambda name: (folder/name).exists()
-    tests = dict(
+    return dict(
         calvin=lambda: calvin_splits(folder), lerobot=lambda: has("meta/info.json"),
         rlds=lambda: rlds_version(folder),
         hdf5=lambda: _any_name(folder, HDF5_NAME),
         something=lambda: _is_something(folder),
         release=lambda: release_splits(folder), ego4d=lambda: all(ego4d_parts(folder)),
         own=lambda: _any_name(folder/"actions", r"(?i)[^.].*\.[ct]sv") and has("videos"))
-    return next((name for name, fits in tests.items() if fits()), "")
+
+# %% ../../nbs/02_data/10_load.ipynb #039435f9
+def _named_format(folder):
+    "The format of a folder, plain videos aside; \"\" if none fits."
+    return next((name for name, fits in _format_tests(folder).items() if fits()), "")
 
 # %% ../../nbs/02_data/10_load.ipynb #994efd67
 def _refuse_parent(folder, names):
@@ -176,6 +180,7 @@ def _refuse_parent(folder, names):
 # %% ../../nbs/02_data/10_load.ipynb #9ad27a28
 def detect_format(
     folder:Path, # of a dataset
+    named:str="", # a key of `NEEDS` that it is said to be in; "": none
 )->str: # a key of `NEEDS`
     "The format of a dataset; the `ValueError` says what the folder holds and what formats need."
     folder = Path(folder)
@@ -183,7 +188,10 @@ def detect_format(
         problem = "a file" if folder.exists() else "not there"
         raise ValueError(f"{folder} is {problem}: give the folder of a dataset (a comma stands "
                          "between several, an asterisk before a weight)")
-    if kind := _named_format(folder): return kind
+    if not _format_tests(folder).get(named, lambda: True)():
+        raise ValueError(f"{folder} is not in the format {named}, which needs {NEEDS[named]}: "
+                         "restore what is missing, or give another folder or format")
+    if kind := named or _named_format(folder): return kind
     with scandir(folder) as entries:
         names = sorted(e.name + "/"*e.is_dir() for e in islice(entries, 1000))
     _refuse_parent(folder, names)
@@ -369,7 +377,7 @@ def open_dataset(
     latent:bool=False, # whether to take stored latents, where there are some
 )->OpenDataset:
     "Open a dataset of any format."
-    kind = asked.format or detect_format(asked.folder)
+    kind = detect_format(asked.folder, asked.format)
     index = cache and Path(cache)/f"{asked.name}-index"
     data = _open_data(kind, asked.folder, asked.name, size, reading, index, latent)
     gap = float(np.mean(TABLE_12[asked.name].gap_seconds)) if asked.name in TABLE_12 else 1.

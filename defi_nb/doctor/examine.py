@@ -49,7 +49,7 @@ def examine(
     _known_format(format)
     exam, kind = Exam(everything, seconds, n_workers, reading), format
     try:
-        kind = format or detect_format(folder)
+        kind = detect_format(folder, format)
         CHECKS[kind](exam, Path(folder), hz or reading.hz)
     except KeyboardInterrupt: exam.interrupted = True
     except Exception as e: exam.fail("the dataset can't be read", folder, e)
@@ -144,7 +144,7 @@ def require_sound(
     "Print a line about a dataset, and raise `ValueError` with its first errors if it has some."
     _known_format(format)
     folder = Path(folder)
-    kind = format or detect_format(folder)
+    kind = detect_format(folder, format)
     state, note = lambda: _state_with_reading(folder, kind, reading), _read_note(folder/NOTE)
     if known := note.get("state") == state(): when = f"as seen {note['when']}"
     else:
