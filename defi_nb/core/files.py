@@ -27,6 +27,7 @@ def refuse(
     "Raise a problem as a `ValueError`."
     raise ValueError(why)
 
+# %% ../../nbs/00_core/07_files.ipynb #ca23b2c4
 class Skipped(dict):
     "Name -> what is wrong with it, of what was left out."
     def __call__(self, name, why): self[str(name)] = why
@@ -55,6 +56,7 @@ def _walk(folder, most=10**9, depth=10**9): # as `walk_files`; yields `os.DirEnt
             if e.is_dir(): todo.extend([(Path(e.path), deeper - 1)]*(deeper > 0))
             elif e.is_file(): yield e
 
+# %% ../../nbs/00_core/07_files.ipynb #112145e1
 def walk_files(
     folder, # where to begin
     suffixes:tuple=(), # of the files wanted, in small letters; (): all
@@ -87,11 +89,13 @@ def _spellings(name, suffixes): # of a path, the strictest first
     stems = (small.removesuffix(suffix) for suffix in suffixes if small.endswith(suffix))
     return str(name), plain, small, next(stems, small)
 
+# %% ../../nbs/00_core/07_files.ipynb #3a113869
 def _alone(pairs): # (spelling, thing) -> spelling -> thing, of spellings that only one thing has
     pairs = set(pairs)
     many = Counter(spelling for spelling, _ in pairs)
     return {spelling: thing for spelling, thing in pairs if many[spelling] == 1}
 
+# %% ../../nbs/00_core/07_files.ipynb #6f891e64
 def _tails(spelling): # a/b/c -> a/b/c, b/c, c
     parts = spelling.split("/")
     return ["/".join(parts[i:]) for i in range(len(parts))]
@@ -105,6 +109,7 @@ def _by_spelling(ours, theirs): # {name: file}, by the strictest spelling that d
         matched = new | matched
     return matched
 
+# %% ../../nbs/00_core/07_files.ipynb #25e1c1e5
 def match_names(
     names, # as tables have them
     files, # names of files or episodes, with / between folders
@@ -129,6 +134,7 @@ _MARKS = {BOM_UTF8: "utf-8-sig", BOM_UTF16_LE: "utf-16", BOM_UTF16_BE: "utf-16"}
 def _line_of(data, at): # number of the line, from 1, that holds position `at` of text or bytes
     return data[:at].count("\n" if isinstance(data, str) else b"\n") + 1
 
+# %% ../../nbs/00_core/07_files.ipynb #41190c7f
 def _bytes_of(path):
     try: return Path(path).read_bytes()
     except FileNotFoundError:
@@ -137,6 +143,7 @@ def _bytes_of(path):
         raise ValueError(f"{path} can't be read ({e.strerror}): "
                          "change its permissions, or leave it out") from None
 
+# %% ../../nbs/00_core/07_files.ipynb #2325d67c
 def read_text(
     path, # of the file
     cut:bool=False, # whether its last letter may be cut off
@@ -160,6 +167,7 @@ def _json(text, where):
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{where} is damaged ({e}): repair it, or restore a whole copy") from None
 
+# %% ../../nbs/00_core/07_files.ipynb #f25e0208
 def read_json(
     path, # of the file
 ): # its value
@@ -187,6 +195,7 @@ def _delimiter(text): # the table's text, its delimiter, lines before the header
     header = re.sub(r'"[^"]*"', "", text.partition("\n")[0])
     return text, max(",;\t", key=header.count), 0
 
+# %% ../../nbs/00_core/07_files.ipynb #740f99a3
 def _filled_rows(path, text, mark, before): # (number of its line, its cells)
     reader = csv.reader(StringIO(text, newline=""), delimiter=mark, strict=True)
     filled = lambda row: any(cell.strip() for cell in row)
@@ -197,6 +206,7 @@ def _filled_rows(path, text, mark, before): # (number of its line, its cells)
     if rows: return rows
     raise ValueError(f"{path} is empty: it needs a header and a line for each entry")
 
+# %% ../../nbs/00_core/07_files.ipynb #ef98a986
 def read_cells(
     path, # of a CSV file with a header
 )->tuple: # (column names, list of (number of its line, its cells)), without empty rows

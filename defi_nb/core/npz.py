@@ -47,6 +47,7 @@ def _header(text): # type and shape in an npy header
     if dtype.hasobject or fortran: raise ValueError("objects or Fortran order in a frame")
     return dtype, shape
 
+# %% ../../nbs/00_core/06_npz.ipynb #bd289bab
 def _from_npy(data): # the array in the bytes of an npy file
     if data[:7] != b"\x93NUMPY\x01": raise ValueError("not an npy file of version 1")
     end = 10 + int.from_bytes(data[8:10], "little")
@@ -74,6 +75,7 @@ def _listed(tail, size): # of the file's end, and its size
         at += _ENTRY.size + sum(more) # name, extra field, comment
     return members
 
+# %% ../../nbs/00_core/06_npz.ipynb #02ca4263
 def _at(file, place, n): # n bytes from a place on, fewer at the file's end
     file.seek(place)
     return file.read(n)
@@ -84,6 +86,7 @@ def _unpacked(data, method, packed, full):
     if 1032*packed < _LARGEST: return zlib.decompress(data, -15, full or 1)
     return zlib.decompressobj(-15).decompress(data, full + 1)
 
+# %% ../../nbs/00_core/06_npz.ipynb #a0cb0c16
 def _inflated(file, key, flags, method, crc, packed, full, local): # the bytes of a member
     if full > _LARGEST: raise ValueError(f"{key} claims {full} bytes")
     if flags & 1 or method not in (0, 8):
@@ -97,6 +100,7 @@ def _inflated(file, key, flags, method, crc, packed, full, local): # the bytes o
         raise ValueError(f"{key} does not fit its checksum")
     return data
 
+# %% ../../nbs/00_core/06_npz.ipynb #fdbefc7b
 def _members(path, names): # the bytes of the named members
     with open(path, "rb", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
@@ -133,6 +137,7 @@ def _only_arrays(name): # the same name, or an error where a dictionary of array
     if name in ARRAYS | MAPPINGS or _BUILTIN.fullmatch(name): return name
     raise ValueError(f"it wants to import {name[:80]}")
 
+# %% ../../nbs/00_core/06_npz.ipynb #6144d564
 _NO_DICT = (ValueError, EOFError, SyntaxError, TokenError, AttributeError, IndexError, TypeError,
             KeyError, OverflowError, MemoryError, RecursionError)
 

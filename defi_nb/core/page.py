@@ -34,11 +34,13 @@ def declared_parameters(
 # %% ../../nbs/00_core/08_page.ipynb #c19d77fb
 def _tags(cell): return cell.metadata.get("tags", [])
 
+# %% ../../nbs/00_core/08_page.ipynb #d1431450
 def _given(nb): # name -> value, of the cell that papermill injected
     source = next((c.source for c in nb.cells if "injected-parameters" in _tags(c)), "")
     assigned = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
     return {node.targets[0].id: ast.literal_eval(node.value) for node in assigned}
 
+# %% ../../nbs/00_core/08_page.ipynb #44f1c0f7
 def parameters_table(
     nb, # an executed notebook
 )->str: # markdown; empty if it declares none
@@ -83,10 +85,12 @@ def _with_text(cells): # without headings that nothing follows
     bare = lambda c: c.cell_type == "markdown" and re.fullmatch(r"#+ [^\n]*", c.source.strip())
     return [c for i, c in enumerate(cells) if not bare(c) or any(c.outputs for c in after(i))]
 
+# %% ../../nbs/00_core/08_page.ipynb #fa9751c3
 def _section(heading, body): # cells; none without a body
     from nbformat.v4 import new_markdown_cell
     return [new_markdown_cell(f"## {heading}\n\n{body}")] if body else []
 
+# %% ../../nbs/00_core/08_page.ipynb #19ac3b69
 def page_notebook(
     nb, # an executed notebook
     conclusion:str="", # a sentence

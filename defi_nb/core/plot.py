@@ -25,6 +25,7 @@ matplotlib.rcParams["text.parse_math"] = False # text from data is never markup
 OKABE_ITO = dict(orange="#E69F00", sky="#56B4E9", green="#009E73", yellow="#F0E442",
                  blue="#0072B2", vermilion="#D55E00", purple="#CC79A7")
 
+# %% ../../nbs/00_core/01_plot.ipynb #bbfc3387
 def new_axes(
     width:float, # inches
     height:float, # inches
@@ -34,6 +35,7 @@ def new_axes(
     import matplotlib.pyplot as plt
     return plt.subplots(1, columns, figsize=(width, height), dpi=72, layout="constrained")[1]
 
+# %% ../../nbs/00_core/01_plot.ipynb #e43d33be
 def _array(x): return np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
 
 def _labelled(data): return data if isinstance(data, dict) else {"": data}
@@ -52,6 +54,7 @@ def outer_legend(
 class _Plain(LogFormatter):
     def __call__(self, x, pos=None): return f"{x:g}" if super().__call__(x, pos) else ""
 
+# %% ../../nbs/00_core/01_plot.ipynb #f58e648d
 def log_scale(
     ax, # axes
     which:str="y", # or "x"
@@ -79,6 +82,7 @@ def _resize(frames, height, width): # nearest neighbour
     columns = np.arange(width)*frames.shape[2]//width
     return frames[:, rows][:, :, columns]
 
+# %% ../../nbs/00_core/01_plot.ipynb #75206ed6
 def _strip(videos, gap): # (height, width, 3): one video a row, white between the frames
     T, H, W = (max(v.shape[i] for v in videos) for i in range(3))
     canvas = np.full((len(videos)*(H + gap) - gap, T*(W + gap) - gap, 3), 255, np.uint8)
@@ -87,6 +91,7 @@ def _strip(videos, gap): # (height, width, 3): one video a row, white between th
             canvas[r*(H + gap):][:H, t*(W + gap):][:, :W] = frame
     return canvas
 
+# %% ../../nbs/00_core/01_plot.ipynb #96d6161b
 def show_frames(
     video, # (T,3,H,W) or (T,H,W,3) uint8, or a dict from row label to such videos of any size
     captions:list|None=None, # T texts under the columns; None numbers them
@@ -133,6 +138,7 @@ def _action_lines(axes, action, label, style, hz): # action: (K,7) or (N,K,7)
         lines = axes[i//3].plot(time, a[..., i].T, style, color=f"C{i%3}", **curve)
         lines[0].set_label(f"{name} {label}".strip())
 
+# %% ../../nbs/00_core/01_plot.ipynb #b50f3572
 def show_actions(
     action, # (K,7) in [-1, 1], or (N,K,7) for N samples, or a dict from label to such
     ax=None, # three axes to draw into
@@ -185,6 +191,7 @@ def _curves(history, keys, x): # {label: (2,N) points}
             curves[f"{label} {key if len(keys) > 1 else ''}".strip()] = points.T
     return curves
 
+# %% ../../nbs/00_core/01_plot.ipynb #f18aab0f
 def show_curves(
     history, # list of dicts, or path of a metrics.jsonl or its folder, or a dict from label to such
     keys:tuple|str="loss", # what to draw against `x`; entries without it are passed over

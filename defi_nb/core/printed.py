@@ -45,6 +45,7 @@ def printed_tables()->tuple: # of `PrintedTable`
     made = [t | dict(columns=tuple(t["columns"]), rows=cells(t)) for t in json.loads(text)]
     return tuple(PrintedTable(**t) for t in made)
 
+# %% ../../nbs/00_core/09_printed.ipynb #88e841c5
 def printed_table(
     paper:str, # "DeFI" or "IDL"
     table, # its number, or such as "figure 7"
@@ -74,6 +75,7 @@ def _copied(table, name): # rows of chains that have the same rates and another 
     wrong = abs(sum(rates)/100 - average) > .005 + _ROUNDING
     return [f"its rates are those of {other!r}" for other in same if wrong]
 
+# %% ../../nbs/00_core/09_printed.ipynb #49095762
 def _means(table, name): # averages that are not the mean of the columns since the last one
     marks, values = [], []
     for column, value in table.row(name).items():
@@ -84,6 +86,7 @@ def _means(table, name): # averages that are not the mean of the columns since t
         values = []
     return marks
 
+# %% ../../nbs/00_core/09_printed.ipynb #3be9ee77
 def _counts(table, name): # cells that no count of the trials gives
     near = lambda v: round(v/100*table.trials)
     cells = {c: v for c, v in table.row(name).items() if table.trials and "average" not in c}
@@ -91,6 +94,7 @@ def _counts(table, name): # cells that no count of the trials gives
     return [f"{c} {cells[c]} is {x:.1f} ({near(x)} of {table.trials})" for c, x in exact.items()
             if abs(cells[c] - x) > .05 + _ROUNDING]
 
+# %% ../../nbs/00_core/09_printed.ipynb #d8dffbfe
 def row_marks(
     table:PrintedTable, # the row's
     name:str, # of the row

@@ -73,6 +73,7 @@ class Made:
     args:tuple # its arguments
     state:object = None # what `BUILD` would have set
 
+# %% ../../nbs/00_core/05_safe_load.ipynb #80e35d83
 @dataclass(frozen=True)
 class Stored:
     "Where a tensor lies in its archive."
@@ -88,6 +89,7 @@ def _plain_ints(values):
     if type(values) is not tuple or len(values) > 16: return False
     return all(type(v) is int and 0 <= v < 2**63 for v in values)
 
+# %% ../../nbs/00_core/05_safe_load.ipynb #c9025ba0
 def _storage(parts): # ("storage", Name, key, device, count), as torch.save writes it
     error = ValueError("a storage is not described as torch does it")
     if type(parts) is not tuple or len(parts) != 5: raise error
@@ -96,6 +98,7 @@ def _storage(parts): # ("storage", Name, key, device, count), as torch.save writ
     if not _plain_ints((count,)): raise error
     return Stored(key, _STORAGES[kind.name], count)
 
+# %% ../../nbs/00_core/05_safe_load.ipynb #487d8139
 def _tensor(args): # a storage, and how the tensor lies in it
     storage, offset, size, stride = args[:4]
     is_one = type(storage) is Stored and all(map(_plain_ints, ((offset,), size, stride)))
@@ -110,6 +113,7 @@ def _pairs(args): # of a mapping that is made with some: [key, value] lists, as 
     pairs = args[0] if type(args) is tuple and args and type(args[0]) is list else []
     return [tuple(p) for p in pairs if type(p) in (list, tuple) and len(p) == 2]
 
+# %% ../../nbs/00_core/05_safe_load.ipynb #b985c83f
 def _made(function, args):
     name = function.name if type(function) is Name else None
     if name in MAPPINGS: return {k: v for k, v in _pairs(args) if type(k) in _SCALARS}
@@ -126,6 +130,7 @@ def _is_literal(op): # an instruction that pushes its argument
 
 _LITERALS = {op.name for op in pickletools.opcodes if _is_literal(op)}
 
+# %% ../../nbs/00_core/05_safe_load.ipynb #d0dd2aaa
 class _Machine:
     def __init__(self, check): # check: name -> the same name, or ValueError
         self.stack, self.marked, self.memo, self.names, self.check = [], [], {}, set(), check
@@ -145,6 +150,7 @@ class _Machine:
         self.names.add(self.check(f"{module}.{name}"))
         return Name(f"{module}.{name}")
 
+# %% ../../nbs/00_core/05_safe_load.ipynb #d2227c78
 def _updated(target, flat): # key, value, key, value, ...
     items = zip(flat[::2], flat[1::2])
     if type(target) is dict: target.update((k, v) for k, v in items if type(k) in _SCALARS)
@@ -228,6 +234,7 @@ def _is_plain(made, state): # whether the type described is one of numbers, text
     if not _KINDS.fullmatch(made.args[0]) or state[1] not in ("<", ">", "|", "="): return False
     return all(v is None for v in state[2:5])
 
+# %% ../../nbs/00_core/05_safe_load.ipynb #ffb52d7e
 def _dtype(made):
     state = made.state or (3, "=", None, None, None)
     if not _is_plain(made, state):
@@ -243,6 +250,7 @@ def _array_parts(kind, made): # type and data as described, shape, whether in Fo
         case _: raise ValueError("an array that is not described as NumPy does it")
     return dtype, data, shape, order
 
+# %% ../../nbs/00_core/05_safe_load.ipynb #b3bd3e83
 def _array(made, go): # go: brings what lies in an array of objects
     "The array, scalar or bytes that a pickle describes."
     kind = made.function.rpartition(".")[2]
@@ -296,6 +304,7 @@ def _check_entries(entries, size): # the archive's `zipfile.ZipInfo`s; bytes of 
     if sum(e.file_size for e in entries) > size:
         raise ValueError("its entries are longer than the file")
 
+# %% ../../nbs/00_core/05_safe_load.ipynb #4184d1b8
 def _folder_of(entries): # the folder in the archive that holds everything; entries by name
     pickles = [name for name in entries if name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -308,6 +317,7 @@ def _folder_of(entries): # the folder in the archive that holds everything; entr
         raise ValueError(f"its pickle has {size} bytes, more than {_LARGEST}")
     return folder
 
+# %% ../../nbs/00_core/05_safe_load.ipynb #cd00e075
 def open_archive(
     path:Path, # of a file that torch.save wrote
 )->tuple: # the pickle, bytes; {key of a storage: its `zipfile.ZipInfo`}
@@ -328,6 +338,7 @@ def _data_at(entry, memory): # where the bytes of an archive's entry begin, by i
     name, extra = struct.unpack("<4x22xHH", memory[entry.header_offset:entry.header_offset + 30])
     return entry.header_offset + 30 + name + extra
 
+# %% ../../nbs/00_core/05_safe_load.ipynb #056b01e6
 def _verify(entries, memory):
     "Raise `ValueError` for an entry whose bytes do not fit its checksum."
     with memoryview(memory) as view:
@@ -336,6 +347,7 @@ def _verify(entries, memory):
             if e.CRC and zlib.crc32(view[start:start + e.file_size]) != e.CRC:
                 raise ValueError(f"{e.filename} does not fit its checksum")
 
+# %% ../../nbs/00_core/05_safe_load.ipynb #316a59d0
 def _map_tensor(stored, storages, memory): # `Stored`; entries by key; the file, mapped
     entry, width, n = storages[stored.key], stored.dtype.itemsize, math.prod(stored.size)
     at, start = entry.header_offset, _data_at(entry, memory)
@@ -356,6 +368,7 @@ _AVERAGED = re.compile(r"(^|_)(ema|shadow)(_|$)", re.I) # a key of averaged weig
 def _is_named_tensor(k, v): return type(k) is str and isinstance(v, torch.Tensor | Stored)
 def _is_state(tree): return all(_is_named_tensor(k, v) for k, v in tree.items())
 
+# %% ../../nbs/00_core/05_safe_load.ipynb #c95a1028
 def _state_in(tree, depth=4): # the state dict in nested dicts; None: there is none
     if not isinstance(tree, dict) or not tree or not depth: return None
     if _is_state(tree): return tree
@@ -366,6 +379,7 @@ def _state_in(tree, depth=4): # the state dict in nested dicts; None: there is n
     others = [v for v in inside.values() if _is_state(v)]
     return others[0] if len(others) == 1 else None
 
+# %% ../../nbs/00_core/05_safe_load.ipynb #9bb696bd
 def state_of(
     tree, # what a checkpoint holds
 )->dict: # parameter's name -> its value
@@ -381,6 +395,7 @@ def state_of(
 def _mapped(path):
     with open(path, "rb") as file: return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
+# %% ../../nbs/00_core/05_safe_load.ipynb #1f871b91
 def _read_archive(path): # the state dict of a torch archive
     code, storages = open_archive(path)
     tree, names = interpret(code)
@@ -399,6 +414,7 @@ _AGAIN = "download or copy it again" # the remedy for a damaged file
 
 def _line(text): return " ".join(str(text).split())[:300]
 
+# %% ../../nbs/00_core/05_safe_load.ipynb #fd6b4272
 def _reader(path): # what can read a file
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: download it, or correct the path")
@@ -415,6 +431,7 @@ def _reader(path): # what can read a file
     raise ValueError(f"{path} is no checkpoint: give a safetensors file, "
                      "or a .pt or .ckpt that torch.save wrote")
 
+# %% ../../nbs/00_core/05_safe_load.ipynb #e89195eb
 _DAMAGE = (AttributeError, IndexError, KeyError, TypeError, OverflowError, RuntimeError,
            NotImplementedError, MemoryError, struct.error)
 

@@ -65,10 +65,12 @@ def group_numbers(
         raise ValueError(f"{len(groups)} groups for {n} rows: name the demonstration of each row")
     return np.unique(np.asarray(groups), return_inverse=True)[1]
 
+# %% ../../nbs/00_core/04_stats.ipynb #94ab5664
 def _drawn(of, draws, seed): # (draws,G) how often each demonstration is drawn
     G = of.max() + 1
     return np.random.default_rng(seed).multinomial(G, np.full(G, 1/G), draws)
 
+# %% ../../nbs/00_core/04_stats.ipynb #2eb2b630
 def _around(value, deviations, of, level): # the interval of a value, from deviations of draws
     finite, G = deviations[np.isfinite(deviations)], of.max() + 1
     if G == 1 or not len(finite): return Interval(float(value))
@@ -134,6 +136,7 @@ def _crossed_draws(arm, chains, rng): # (draws,) means of an (S,N) arm
     trainings = lambda: arm[rng.integers(len(arm), size=len(arm) - 1)]
     return np.stack([trainings()[:, drawn].mean() for drawn in chains])
 
+# %% ../../nbs/00_core/04_stats.ipynb #be0553fa
 def crossed_interval(
     first, # (S,N) a measure of N chains for each of S trainings
     second=None, # (R,N) of the same chains for another arm's trainings; None: no difference
@@ -190,6 +193,7 @@ def _log_capital(x, m, alpha): # (n,cells) of a gambler against each mean `m`, a
     gain = x[:, None] - m
     return np.maximum(np.log1p(up*gain).cumsum(0), np.log1p(-down*gain).cumsum(0)) + np.log(.5)
 
+# %% ../../nbs/00_core/04_stats.ipynb #b31d679a
 def anytime_interval(
     values, # n numbers, in the order in which they were measured
     bounds:tuple=(0, 5), # smallest and largest possible value

@@ -145,6 +145,7 @@ def _acquired(path, seconds): # the lock, or `Timeout`
         (lock := SoftFileLock(f"{path}.soft")).acquire(timeout=seconds)
     return lock
 
+# %% ../../nbs/00_core/02_utils.ipynb #8fb248ae
 @contextmanager
 def locked(
     path, # of the lock's file, which stays; its folder is made
@@ -169,6 +170,7 @@ def _parsed(data, where, remedy):
         reason = f"{type(e).__name__}: {str(e)[:80]}"
         raise ValueError(f"{where} is damaged ({reason}): {remedy}") from None
 
+# %% ../../nbs/00_core/02_utils.ipynb #d08ec2ce
 def read_own_json(
     path, # of a file
     remedy:str="delete it, and it is made again", # for the error
@@ -194,6 +196,7 @@ def _journal_row(line, where, keys):
         raise ValueError(f"{where} has no {' and '.join(keys)}: {remedy}")
     return row
 
+# %% ../../nbs/00_core/02_utils.ipynb #29c54e24
 def read_jsonl(
     path, # of a journal
     keys:tuple=(), # that each line, an object, must have
@@ -221,6 +224,7 @@ def write_jsonl(
     "Write a journal in one go."
     return write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
+# %% ../../nbs/00_core/02_utils.ipynb #1c8e54af
 def append_jsonl(
     path, # of a journal without a cut-off line
     row, # JSON value
@@ -245,6 +249,7 @@ def _flat(tree, prefix=""): # nested dict -> {dotted name: value}
     parts = [_flat(v, f"{prefix}.{k}" if prefix else k) for k,v in tree.items()]
     return {k: v for part in parts for k,v in part.items()}
 
+# %% ../../nbs/00_core/02_utils.ipynb #4c6a4323
 def differing_fields(
     there:dict, # JSON values, as a config that was stored
     here:dict, # likewise, as the config in use
@@ -373,11 +378,13 @@ def _end_with_parent():
     fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
     if select.select([0], [], [], 0)[0]: os._exit(1) # it was closed before
 
+# %% ../../nbs/00_core/02_utils.ipynb #a8a6ebe7
 def _run(target, number): # number of the open file that leads to the parent
     "Call a started process's function with its connection."
     _end_with_parent()
     resolve_name(target)(Connection(number))
 
+# %% ../../nbs/00_core/02_utils.ipynb #2cbaa98a
 def start_python(
     target:str, # "module:function" that the process calls with its connection
     python:str=sys.executable, # interpreter, perhaps of another virtual environment
@@ -402,10 +409,12 @@ def process_note(
     started = psutil.Process(pid).create_time()
     return dict(pid=pid or os.getpid(), host=socket.gethostname(), started=started)
 
+# %% ../../nbs/00_core/02_utils.ipynb #77044ed1
 def _is_running(process, started): # `started`: the noted start, seconds
     if abs(process.create_time() - started) >= 1: return False
     return process.uids().effective == os.geteuid() and process.status() != psutil.STATUS_ZOMBIE
 
+# %% ../../nbs/00_core/02_utils.ipynb #5b0ffa88
 def noted_process(
     note, # from `process_note`
 ): # psutil.Process, or None
@@ -441,6 +450,7 @@ def machine_note()->dict: # JSON values; {} where PyTorch is not loaded
 class JobError(Exception):
     "A failed job: JobError(why, again), where `again` is whether another try could end otherwise."
 
+# %% ../../nbs/00_core/02_utils.ipynb #44fafbc6
 def received(
     pipe, # a connection
 ): # yields

@@ -78,6 +78,7 @@ def _encode(file, container, video, hz, codec, options, times=None, faststart=Fa
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
 
+# %% ../../nbs/00_core/03_video.ipynb #3eb1c41d
 def write_video(
     path, # of the file; its suffix says the container
     video, # (N,H,W,3) or (N,3,H,W) uint8
@@ -133,6 +134,7 @@ def _mp4(video, hz): # bytes
     if isinstance(video, bytes): return video
     return Path(video).read_bytes() if isinstance(video, str | Path) else encode_mp4(video, hz)
 
+# %% ../../nbs/00_core/03_video.ipynb #81fef0d3
 def show_video(
     video, # mp4 bytes or path, or frames as for `encode_mp4`; or a dict from caption to such
     hz:float=CONTROL_HZ, # frames a second, where frames are given
@@ -163,6 +165,7 @@ def pack(
     steps = np.diff(np.asarray(numbers, "<i8"), prepend=0)
     return base64.b64encode(zlib.compress(steps.astype("<i8").tobytes(), 9)).decode()
 
+# %% ../../nbs/00_core/03_video.ipynb #594f87d5
 @lru_cache(maxsize=4096)
 def unpack(
     text:str, # from `pack`
@@ -208,6 +211,7 @@ def _open(path): # the container and its video stream
     stream.codec_context.thread_count = 1
     return file, stream
 
+# %% ../../nbs/00_core/03_video.ipynb #38eccde3
 @contextmanager
 def _named(path):
     "Turn what goes wrong inside into a `ValueError` of one line that names the file."
@@ -219,6 +223,7 @@ def _named(path):
         raise ValueError(f"{path} can't be read as a video ({reason}): "
                          "restore a whole copy, or leave it out") from None
 
+# %% ../../nbs/00_core/03_video.ipynb #f46ebe3c
 @contextmanager
 def _opened(path): # yields the container and its video stream
     with _named(path):
@@ -230,10 +235,12 @@ def _opened(path): # yields the container and its video stream
 def _one_thread():
     return dict(threads=1) if "threads=" in (VideoReformatter.reformat.__doc__ or "") else {}
 
+# %% ../../nbs/00_core/03_video.ipynb #cc3f4ef1
 def _rgb(frame): return frame.to_ndarray(format="rgb24", **_one_thread())
 
 def _turn(frame): return round((frame.rotation or 0)/90) % 4
 
+# %% ../../nbs/00_core/03_video.ipynb #16e8b227
 def _image(frame, path): # (H,W,3) uint8
     if frame.is_corrupt:
         raise ValueError(f"{path} is damaged at {frame.time:.2f} s: "
@@ -247,6 +254,7 @@ def _promised_seconds(file, stream): # by the container; None: it does not say
             return Fraction(m[1])*3600 + Fraction(m[2])*60 + Fraction(m[3])
     if len(file.streams) == 1 and file.duration: return Fraction(file.duration, av.time_base)
 
+# %% ../../nbs/00_core/03_video.ipynb #87adb665
 def _check_whole(path, file, stream, pts, total):
     "Raise if the container promises more than is there."
     if stream.frames > total:
@@ -278,6 +286,7 @@ def _packets(path): # stamps of all frames in the packets' order, of key frames,
         _check_whole(path, file, stream, pts, total)
         return pts, keys, stream.time_base
 
+# %% ../../nbs/00_core/03_video.ipynb #c9a66931
 def _stamped_in_order(path):
     "Whether the packets have their stamps in their own order, though the codec has B-frames."
     with _opened(path) as (file, stream):
@@ -288,6 +297,7 @@ def _stamped_in_order(path):
             last = p.pts
     return True
 
+# %% ../../nbs/00_core/03_video.ipynb #cd99c407
 def _counts(path): # positions of key frames where the frames must be counted; None: not needed
     if not _stamped_in_order(path): return None
     shown = []
@@ -313,6 +323,7 @@ def _decoded(path, decode): # first image, its turn, time stamps of what was dec
                          "restore a whole copy, or leave it out")
     return image, turn, shown, name
 
+# %% ../../nbs/00_core/03_video.ipynb #daf7c882
 def scan_video(
     path, # of the file
     decode:bool=False, # decode every frame, which finds damage in the middle
@@ -334,10 +345,12 @@ def _seek(file, stream, pts):
     file.seek(int(pts), stream=stream, backward=True)
     return file.decode(stream)
 
+# %% ../../nbs/00_core/03_video.ipynb #064642da
 def _forward(frames, pts): # the frame with this time stamp; None: the decoder is past it
     for frame in frames:
         if frame.pts is not None and frame.pts >= pts: return frame if frame.pts == pts else None
 
+# %% ../../nbs/00_core/03_video.ipynb #dda456d5
 def _pyav_frames(path, rows, info): # yields (H,W,3) images of increasing rows
     if info.counted: yield from _counted_frames(path, rows, info); return
     pts, keys, at, frames = unpack(info.pts), unpack(info.keys), -1, None
@@ -377,6 +390,7 @@ def _torchcodec(): # its decoder; None: not installed, or finds no FFmpeg
         return VideoDecoder
     except (ImportError, OSError, RuntimeError): return None
 
+# %% ../../nbs/00_core/03_video.ipynb #12bdf5e4
 def _torchcodec_frames(path, rows, info): # the same images; None: it can't, or might give others
     if info.turn or info.counted: return None
     how = dict(dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
@@ -481,6 +495,7 @@ def _read_cache(cache): # rows by file name, and how many lines the cache has
         rows[row["file"]] = row
     return rows, lines
 
+# %% ../../nbs/00_core/03_video.ipynb #aa2ebee9
 def _append(cache, rows):
     "Add lines; a torn line before them is ended first. Returns an empty list."
     if rows:
@@ -493,6 +508,7 @@ def _append(cache, rows):
                           "again: make room, or give another cache", stacklevel=2)
     return []
 
+# %% ../../nbs/00_core/03_video.ipynb #48914e89
 def _stamp(path):
     try: s = os.stat(path)
     except OSError: return None
@@ -509,6 +525,7 @@ def _scanned(paths, scan, n_workers): # yields the results in order
                                 unit="file", disable=len(paths) < 100)
     finally: pool.shutdown(cancel_futures=True)
 
+# %% ../../nbs/00_core/03_video.ipynb #81023f5e
 def _scan_into(cache, rows, todo, scan, n_workers, every): # todo: {path: (file name, stamp)}
     "Scan files; add their rows to `rows`, and to the cache every so many seconds."
     pending, saved = [], time.monotonic()

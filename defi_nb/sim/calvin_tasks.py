@@ -28,6 +28,7 @@ COLOURS = ("red", "blue", "pink")
 def _for_blocks(verb, places):
     return (f"{verb}_{colour}_block_{place}" for colour in COLOURS for place in places)
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #2801afee
 TASKS = (
     *_for_blocks("rotate", ("right", "left")), *_for_blocks("push", ("right", "left")),
     "move_slider_left", "move_slider_right", "open_drawer", "close_drawer",
@@ -35,6 +36,7 @@ TASKS = (
     "place_in_slider", "place_in_drawer", "stack_block", "unstack_block",
     "turn_on_lightbulb", "turn_off_lightbulb", "turn_on_led", "turn_off_led", "push_into_drawer")
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #68866043
 def check_tasks(
     tasks:Iterable, # task names, or one name
 )->tuple: # of the names, without repetition
@@ -68,6 +70,7 @@ def task_family(
     if verb == "turn": return last
     return dict(move="slider", open="drawer", close="drawer", unstack="stack").get(verb, verb)
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #6bd788fb
 def needs_images(
     task:str, # one of TASKS
 )->bool: # for the tasks with blocks, whose places change from chain to chain
@@ -86,6 +89,7 @@ def _block_rules(block): # of the tasks that name a block
     rules[f"lift_{block}_drawer"] = [(at("drawer", drawer=("open",)), held)]
     return rules
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #18e77c62
 _SWITCHES = ( # task, thing, its state before and after
     ("move_slider_left", "slider", "right", "left"),
     ("move_slider_right", "slider", "left", "right"),
@@ -115,6 +119,7 @@ def _any_block_rules():
                        for a, b in pairs],
         push_into_drawer=[(ready | {a: ("table",)}, {a: "drawer"}) for a in blocks])
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #c14331c9
 def _rules(): # task -> list of (condition: key -> accepted values, effect: key -> value)
     rules = _switch_rules() | _any_block_rules()
     for colour in COLOURS: rules |= _block_rules(f"{colour}_block")
@@ -143,6 +148,7 @@ def _after(values, task): # values of the state after a task; None: not exactly 
     effects = [effect for condition, effect in _RULES[task] if holds(condition)]
     return tuple((state | effects[0]).values()) if len(effects) == 1 else None
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #7dd11f3c
 def state_after(
     state:dict, # symbolic state with STATE_KEYS
     task:str, # one of TASKS
@@ -159,6 +165,7 @@ def _chains_from(values, tasks, length, kinds=frozenset()): # all that can start
             if (kind := CATEGORIES[task]) not in kinds and (after := _after(values, task))
             for rest in _chains_from(after, tasks, length - 1, kinds | {kind})]
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #e6fbc177
 def _drawn_chains(state, n, length, rng): # yields n chains from a start
     chains = _chains_from(tuple(state.values()), TASKS, length)
     by_numbers = {tuple(map(TASKS.index, chain)): chain for chain in chains}
@@ -166,6 +173,7 @@ def _drawn_chains(state, n, length, rng): # yields n chains from a start
         chain = by_numbers.get(tuple(rng.permutation(len(TASKS))[:length].tolist()))
         if chain: yield chain; n -= 1
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #86cde8b9
 def _official(n, seed, length): # CALVIN's generator
     states = initial_states()
     out = []
@@ -214,6 +222,7 @@ def first_sequences(
     if not 1 <= n <= 1000: raise ValueError(f"n is {n}: the official list has 1000 chains")
     return get_sequences()[:n]
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #63d008ba
 def in_scenes(
     sequences, # of (initial state, chain)
     scenes, # names, see `sim.layout.layout_of`
@@ -260,6 +269,7 @@ def _spot(slot, home): # (x, y, z); y and z are those of `home` where only x is 
     slot = np.atleast_1d(np.asarray(slot, float))
     return np.concatenate([slot, home[len(slot):]])
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #4bec282c
 def initial_obs(
     state:dict, # one of `initial_states()`
     layout=None, # an object with the fields of `Start`; None: CALVIN's scene D
@@ -292,18 +302,22 @@ def _block(info, name): return info["scene_info"]["movable_objects"][name]
 def _move(start, end, name): # (3,) metres
     return np.asarray(_block(end, name)["current_pos"]) - _block(start, name)["current_pos"]
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #2a12c865
 def _surfaces(info, name): return _block(info, name)["contacts"] - {"robot"}
 
 def _blocks_under(info, name):
     return {c for c in _block(info, name)["contacts"] if c.startswith("block_")}
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #de1944da
 def _slow(info, name):
     block = _block(info, name)
     velocities = block["current_lin_vel"], block["current_ang_vel"]
     return max(np.abs(v).max() for v in velocities) < LIMITS["speed"]
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #9432aa31
 def _any_block(rule, start, end): return any(rule(start, end, f"block_{c}") for c in COLOURS)
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #16c4854f
 def _beyond(value, limit): return bool(value*np.sign(limit) > abs(limit))
 
 # %% ../../nbs/01_sim/00_calvin_tasks.ipynb #35aa4919
@@ -315,16 +329,19 @@ def _rotated(start, end, name, turn):
     in_place = np.linalg.norm(_move(start, end, name)) <= LIMITS["drift"]
     return bool(flat and in_place and _surfaces(end, name) and _beyond(z, turn))
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #f9d5673c
 def _pushed(start, end, name, distance):
     "Moved in x by more than a signed distance, still on what it stood on."
     before, moved = _surfaces(start, name), _move(start, end, name)[0]
     return bool(before and before <= _surfaces(end, name) and _beyond(moved, distance))
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #087d392d
 def _door_moved(start, end, joint, distance):
     "A door or drawer has travelled more than a signed distance."
     now, before = (info["scene_info"]["doors"][joint]["current_state"] for info in (end, start))
     return _beyond(now - before, distance)
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #199e9ef5
 def _lit(start, end, light, on):
     "A light that was off is on, or the other way round."
     before, now = (info["scene_info"]["lights"][light]["logical_state"] for info in (start, end))
@@ -336,6 +353,7 @@ def _lifted(start, end, name, height, surface):
     stood, now = _block(start, name)["contacts"], _block(end, name)["contacts"]
     return bool(_move(start, end, name)[2] > height and now == {"robot"} and surface in stood)
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #508228c4
 def _placed(start, end, surface):
     "The block that the robot alone held at the start is let go and touches a surface."
     held = set(start["robot_info"]["contacts"])
@@ -344,16 +362,19 @@ def _placed(start, end, surface):
     if name in end["robot_info"]["contacts"]: return False
     return _block(start, name)["contacts"] == {"robot"} and surface in _block(end, name)["contacts"]
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #b1f7c191
 def _pushed_into(start, end, name):
     "Stood on the table alone, now touches the drawer and not the robot."
     before, now = _block(start, name)["contacts"], _block(end, name)["contacts"]
     return before == {"base_link"} and "drawer_link" in now and "robot" not in now
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #793f022a
 def _stacked(start, end, name):
     "Rests on blocks alone, and touched none at the start."
     now, under = _block(end, name)["contacts"], _blocks_under(end, name)
     return bool(now and now == under and not _blocks_under(start, name) and _slow(end, name))
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #a0ebfec7
 def _unstacked(start, end, name):
     "Rested on blocks alone, and touches none now."
     before, under = _block(start, name)["contacts"], _blocks_under(start, name)
@@ -374,6 +395,7 @@ def _block_predicates(colour):
         rules[f"lift_{colour}_block_{place}"] = lifted
     return rules
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #e2466c1d
 def _predicates(): # task -> predicate(start_info, info)
     rules = {}
     for colour in COLOURS: rules |= _block_predicates(colour)
@@ -401,6 +423,7 @@ def solved(
     "Whether a task has been solved since `start_info`."
     return _PREDICATES[check_tasks(task)[0]](start_info, info)
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #528708a0
 def solved_tasks(
     start_info:dict, # info at the start
     info:dict, # info now
@@ -465,6 +488,7 @@ def _door_phrases():
         "slide the drawer in until it is closed", "the drawer should be shut"]
     return say
 
+# %% ../../nbs/01_sim/00_calvin_tasks.ipynb #a3981b4e
 def _light_phrases():
     say = {}
     for word, way, look in (("on", "up", "bright"), ("off", "down", "dark")):

@@ -24,6 +24,7 @@ _NEEDS_BLOCK = ("place_in_drawer", "place_in_slider", "stack_block") # begin wit
 class Done(Exception):
     "The task is over: solved, out of steps, or impossible from here."
 
+# %% ../../nbs/01_sim/05_experts.ipynb #09f5fee5
 class Expert:
     "Runs one task at a time, reading the simulator's state and acting only through its `step`."
     def __init__(self,
@@ -57,6 +58,7 @@ def act(self:Expert,
         self.success = self.steps
     if self.steps >= (self.success + self.overrun if self.success else self.limit): raise Done
 
+# %% ../../nbs/01_sim/05_experts.ipynb #facc4870
 @patch
 def run(self:Expert,
     task:str, # one of CALVIN's 34
@@ -97,6 +99,7 @@ def hand(self:Expert)->np.ndarray: # (3,) metres
     "Position of the tool centre point."
     return np.array(self.info["robot_info"]["tcp_pos"])
 
+# %% ../../nbs/01_sim/05_experts.ipynb #b4a0da33
 @patch
 def contacts(self:Expert, colour:str)->set: # names of bodies
     "What a block touches."
@@ -114,6 +117,7 @@ def block(self:Expert, colour:str)->tuple: # centre (3,), yaw, half edges (2,) o
     yaw = np.arctan2(axes[1, long], axes[0, long])
     return np.array(block["current_pos"]), yaw, np.array([half[long], half[short]])
 
+# %% ../../nbs/01_sim/05_experts.ipynb #0a6632fa
 @patch
 def held(self:Expert)->str|None: # its colour
     "The block in the gripper, if any."
@@ -156,6 +160,7 @@ def wrap(
     "An angle without its full turns."
     return (angle + np.pi)%(2*np.pi) - np.pi
 
+# %% ../../nbs/01_sim/05_experts.ipynb #dde62bc3
 @patch
 def goto(self:Expert,
     pos, # (3,) metres
@@ -201,6 +206,7 @@ def away(self:Expert)->np.ndarray: # (2,) metres
     pushed = [d[:2] for d in near if .025 < np.hypot(*d[:2]) and abs(d[2]) < .05]
     return .03*sum((d/np.hypot(*d) for d in pushed), np.zeros(2))
 
+# %% ../../nbs/01_sim/05_experts.ipynb #e5f13c54
 @patch
 def retreat(self:Expert, z:float=_CRUISE_Z): # metres
     "Leave the cabinet, then go up to a height that clears everything."
@@ -297,6 +303,7 @@ def put_down(self:Expert, colour:str, xs:tuple): # least and greatest x, metres
     z = self.env.target_pos[2] + .462 - self.block(colour)[0][2]
     self.goto([x, y, z], tilt=tilt, speed=.5)
 
+# %% ../../nbs/01_sim/05_experts.ipynb #1cfa294a
 @patch
 def let_go(self:Expert):
     "Open the fingers around a block; one that hangs in the air is put down first."
@@ -313,6 +320,7 @@ def lift(self:Expert, colour:str):
     self.grasp(colour)
     self.goto(self.env.target_pos + [0, 0, .18], near=.01)
 
+# %% ../../nbs/01_sim/05_experts.ipynb #4b94847a
 @patch
 def rotate(self:Expert, colour:str, side:str): # "left" or "right"
     "Grasp, turn, let go."
@@ -336,6 +344,7 @@ def push(self:Expert, colour:str, side:str): # "left" or "right"
     self.goto([x + sign*.19, y, .457], speed=.45)
     self.retreat()
 
+# %% ../../nbs/01_sim/05_experts.ipynb #9a93c4d2
 @patch
 def unstack(self:Expert):
     "Lift the upper one of two stacked blocks."
@@ -354,6 +363,7 @@ def place_in_drawer(self:Expert):
     self.fingers(1.)
     self.goto([x, y, .56])
 
+# %% ../../nbs/01_sim/05_experts.ipynb #8ce7e0b3
 @patch
 def stack(self:Expert):
     "Put the held block on a block that lies on the table."
@@ -383,6 +393,7 @@ def _before_drawer(self:Expert)->str: # colour of a block, brought before the dr
         self.fingers(1., 5)
     return colour
 
+# %% ../../nbs/01_sim/05_experts.ipynb #1bc9503b
 @patch
 def push_into_drawer(self:Expert):
     "Push a block over the table's front edge into the open drawer."
@@ -408,6 +419,7 @@ def uncover(self:Expert, x:float): # metres
     if x < layout.plank: side, rest = "right", open_by
     if door - .07 < x < door + .35 and rest > .02: self.move_slider(side)
 
+# %% ../../nbs/01_sim/05_experts.ipynb #686be38c
 @patch
 def lift_from_cabinet(self:Expert, colour:str):
     "Reach into the cabinet, grasp, raise and draw out."
@@ -433,6 +445,7 @@ def free_spot(self:Expert)->float: # metres
     taken = np.array([low - .01, high + .01, *inside])
     return max(np.linspace(low + .06, high - .06, 13), key=lambda x: np.abs(taken - x).min())
 
+# %% ../../nbs/01_sim/05_experts.ipynb #9d89ef2d
 @patch
 def place_in_cabinet(self:Expert):
     "Bring the held block into the cabinet's open half and let go."
@@ -475,6 +488,7 @@ def _before(task, lift): # the tasks that lead to a state in which this one can 
     in_drawer = task.startswith("lift") and task.endswith("drawer")
     return (lift, "place_in_drawer") if in_drawer else ()
 
+# %% ../../nbs/01_sim/05_experts.ipynb #77738994
 def start_for(
     task:str, # one of CALVIN's 34
     rng:np.random.Generator, # chooses among the states that allow it

@@ -80,6 +80,7 @@ def _start(self:PlayTableEnv, rng): # draws starts until the task can begin
     raise RuntimeError(f"20 starts of {self.task} in scene {self.env.scene} failed: choose "
                        f"another scene")
 
+# %% ../../nbs/01_sim/07_gym_env.ipynb #e56f2952
 @patch
 def reset(self:PlayTableEnv,
     seed:int|None=None, # of this and the following episodes; None: the generator goes on

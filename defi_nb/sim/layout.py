@@ -82,6 +82,7 @@ def _fixtures(rng): # x of the fixtures, and how far the door goes
     return dict(button=button, switch=switch, slide=slide, slide_range=slide_range, drawer=drawer,
                 plank=plank, cabinet_slots=(plank - .14, plank + .17))
 
+# %% ../../nbs/01_sim/01_layout.ipynb #363cd68f
 def _slots(rng, button): # two (x, y) on the table, clear of the button and of each other
     while True:
         at = np.stack([rng.uniform(-.26, .32, 2), rng.uniform(-.14, -.07, 2)], 1)
@@ -92,21 +93,25 @@ def _slots(rng, button): # two (x, y) on the table, clear of the button and of e
 def _rgb(hue, saturation, value): # each 0..1
     return np.array(hsv_to_rgb(hue, saturation, value))
 
+# %% ../../nbs/01_sim/01_layout.ipynb #71435cd1
 def _tones(rng): # two RGB tones of a board, 0..255
     hue = rng.uniform(0, 1) if rng.random() < .25 else rng.uniform(.04, .12)
     light = _rgb(hue, rng.uniform(.2, .65), rng.uniform(.35, .97))
     return tuple(tuple(int(255*x) for x in light*dim) for dim in (1., rng.uniform(.6, .85)))
 
+# %% ../../nbs/01_sim/01_layout.ipynb #fcb53f81
 def _colour(rng):
     rgb = _rgb(rng.uniform(0, 1), rng.uniform(.2, .9), rng.uniform(.2, .95))
     return tuple(rgb.tolist())
 
+# %% ../../nbs/01_sim/01_layout.ipynb #0bcdc732
 def _mat(rng):
     place, size = rng.uniform((-.38, -.15), (.38, -.02)), rng.uniform(.02, .09, 2)
     return *place.tolist(), *size.tolist(), _colour(rng)
 
 def _thing(rng, x): return x, *rng.uniform((.012, .03), (.02, .10)).tolist(), _colour(rng)
 
+# %% ../../nbs/01_sim/01_layout.ipynb #c0657cff
 def _look(rng, button, switch):
     light = np.array([-.35, .55, -.85]) + rng.uniform(-.35, .35, 3)*[1, 1, .3]
     floor = _rgb(rng.uniform(0, 1), rng.uniform(0, .25), rng.uniform(.5, .95))
@@ -140,6 +145,7 @@ def _scattered(number): # scene D, with blocks elsewhere on the table
     pair = np.random.default_rng([number, *b"scattered"]).integers(len(_PAIRS))
     return replace(LAYOUTS["D"], table_slots=_PAIRS[pair])
 
+# %% ../../nbs/01_sim/01_layout.ipynb #404eb061
 def layout_of(
     scene:str, # "A" to "D", or "G", "P" or "S" and a number; then "-hand" for the floating hand
 )->Layout: # of this scene

@@ -72,6 +72,7 @@ def _error(self:ArmIK, q, position, rotation): # (6,) metres and radians
     scale = math.atan2(sine, cosine)/(2*sine) if sine > 1e-9 else .5
     return np.array([*(position - at), axis[0]*scale, axis[1]*scale, axis[2]*scale])
 
+# %% ../../nbs/01_sim/04_playtable.ipynb #19bd5276
 @patch
 def solve(
     self:ArmIK,
@@ -127,6 +128,7 @@ def _vector(value, size, name):
     raise ValueError(f"{name} of shape {value.shape} with {np.isfinite(value).sum()} finite "
                      f"numbers: CALVIN's has ({size},), all finite")
 
+# %% ../../nbs/01_sim/04_playtable.ipynb #4214c050
 class PlayTable:
     "One tabletop scene with CALVIN's interface."
     def __init__(
@@ -157,19 +159,23 @@ def joint(self:PlayTable, name): # "base__drawer", ...
     "Position of a joint, metres or radians."
     return float(self.data.qpos[self._qpos[name]])
 
+# %% ../../nbs/01_sim/04_playtable.ipynb #c4cd71c4
 @patch
 def body_pos(self:PlayTable, name): # "drawer_link", "block_red", ...
     "World position (3,) of a body's frame."
     return self.data.xpos[self._body[name]].copy()
 
+# %% ../../nbs/01_sim/04_playtable.ipynb #f24d647f
 @patch
 def _is_pressed(self:PlayTable): return self.joint("base__button") > BUTTON_RANGE/2
 
+# %% ../../nbs/01_sim/04_playtable.ipynb #6f2c0a8c
 @patch
 def _aim(self:PlayTable, q): # the tool's pose at these joint angles becomes the target
     self.target_pos, turn = self.ik.pose(q)
     self.target_orn = matrix_to_euler(turn)
 
+# %% ../../nbs/01_sim/04_playtable.ipynb #0620b482
 @patch
 def _follow(self:PlayTable, move): # (7,) of the servos' targets, radians
     evenly = np.outer(np.arange(1, SUBSTEPS + 1)/SUBSTEPS, move)
@@ -209,6 +215,7 @@ def place(
     mujoco.mj_kinematics(self.model, self.data)
     return self.get_obs()
 
+# %% ../../nbs/01_sim/04_playtable.ipynb #f9eb432c
 @patch
 def reset(
     self:PlayTable,
@@ -236,6 +243,7 @@ def _wanted(self:PlayTable, kind, values): # (7,) joint angles; the target pose 
     rotation = euler_to_matrix(self.target_orn)
     return self.ik.solve(self.joint_target, self.target_pos, rotation, MAX_JOINT_STEP)
 
+# %% ../../nbs/01_sim/04_playtable.ipynb #0c820fb5
 @patch
 def step(
     self:PlayTable,
@@ -258,6 +266,7 @@ def robot_obs(self:PlayTable)->np.ndarray: # (15,)
     opening = [q[7] + q[8]]
     return np.concatenate([pos, matrix_to_euler(turn), opening, q[:7], [self.gripper_action]])
 
+# %% ../../nbs/01_sim/04_playtable.ipynb #f4c1b810
 @patch
 def scene_obs(self:PlayTable)->np.ndarray: # (24,)
     "Door, drawer, button, switch, lightbulb, LED, then position and Euler angles of each block."
@@ -272,11 +281,13 @@ def scene_obs(self:PlayTable)->np.ndarray: # (24,)
 def _state(self:PlayTable): # what an image of this moment is drawn from
     return self.data.qpos.copy(), self.bulb_on, self.led_on
 
+# %% ../../nbs/01_sim/04_playtable.ipynb #84698c50
 @patch
 def _draw(self:PlayTable, state, name):
     if self.cameras is None: self.cameras = Cameras.of(self.scene, self.sizes, self.smooth)
     return self.cameras.draw(state, name)
 
+# %% ../../nbs/01_sim/04_playtable.ipynb #eba21b5a
 @patch
 def get_obs(self:PlayTable)->dict: # rgb_obs, depth_obs: `RenderedImages`; robot_obs, scene_obs
     "The observation of this moment, its images not yet drawn."
@@ -285,6 +296,7 @@ def get_obs(self:PlayTable)->dict: # rgb_obs, depth_obs: `RenderedImages`; robot
     return {"rgb_obs": images("rgb"), "depth_obs": images("depth"),
             "robot_obs": self.robot_obs(), "scene_obs": self.scene_obs()}
 
+# %% ../../nbs/01_sim/04_playtable.ipynb #580df09e
 @patch
 def geoms(
     self:PlayTable,
@@ -301,6 +313,7 @@ def _contacts(self:PlayTable): # names that each thing touches
     for a, b in (*pairs, *(pair[::-1] for pair in pairs)): touching[a].add(b)
     return touching
 
+# %% ../../nbs/01_sim/04_playtable.ipynb #b9aac54d
 @patch
 def _block_info(self:PlayTable, name, contacts):
     i, v, data = self._body[name], self._qvel[name], self.data
@@ -308,6 +321,7 @@ def _block_info(self:PlayTable, name, contacts):
             "current_lin_vel": data.qvel[v:v + 3].copy(),
             "current_ang_vel": data.qvel[v + 3:v + 6].copy(), "contacts": contacts}
 
+# %% ../../nbs/01_sim/04_playtable.ipynb #c320417a
 @patch
 def get_info(self:PlayTable)->dict: # {"robot_info": ..., "scene_info": ...}
     "Privileged state for the task rules."
@@ -335,6 +349,7 @@ def in_scene(
     if scene == self.scene: return self
     return PlayTable(scene, *(self.sizes[view] for view in VIEWS), self.smooth)
 
+# %% ../../nbs/01_sim/04_playtable.ipynb #b030aca7
 @patch
 def close(self:PlayTable):
     "Release the cameras."
@@ -414,6 +429,7 @@ class Snapshot:
     data:mujoco.MjData # the physics
     fields:dict # name -> value of what the environment remembers besides
 
+# %% ../../nbs/01_sim/04_playtable.ipynb #e9bbaa30
 def snapshot(
     env:PlayTable, # in any state
 )->Snapshot:

@@ -48,6 +48,7 @@ def euler_to_matrix(
                      [sy*cp, sy*sp*sr + cy*cr, sy*sp*cr - cy*sr],
                      [-sp, cp*sr, cp*cr]])
 
+# %% ../../nbs/01_sim/03_render.ipynb #8fe1ed3a
 def matrix_to_euler(
     matrix, # (3,3) or (9,) rotation matrix
 )->np.ndarray: # (3,) roll, pitch, yaw, radians
@@ -65,6 +66,7 @@ def euler_to_quat(
     mujoco.mju_mat2Quat(quat, euler_to_matrix(euler).ravel())
     return quat
 
+# %% ../../nbs/01_sim/03_render.ipynb #b6d37424
 def quat_to_euler(
     quat, # (x, y, z, w): CALVIN's order, of any length but zero
 )->np.ndarray: # (3,) roll, pitch, yaw, radians
@@ -81,6 +83,7 @@ def _chosen_for(backend): # variables with which MuJoCo and PyOpenGL draw throug
     platform = dict(PYOPENGL_PLATFORM=backend) if backend in ("egl", "osmesa") else {}
     return dict(MUJOCO_GL=backend) | platform
 
+# %% ../../nbs/01_sim/03_render.ipynb #59f4458d
 def _refusal(backend, without=()): # why another process can't draw, without some variables; ""
     env = {k: v for k, v in os.environ.items() if k not in without} | _chosen_for(backend)
     if backend not in ("osmesa", "egl"): env.pop("PYOPENGL_PLATFORM", None)
@@ -200,6 +203,7 @@ def _set(self:Cameras, state): # (qpos, whether the lightbulb is lit, whether th
         colour, emission = (LIGHT_RGBA[light], .6) if on else ((1, 1, 1, 1), 0)
         material.rgba[:], material.emission[:] = colour, emission
 
+# %% ../../nbs/01_sim/03_render.ipynb #3c6bffcd
 @patch
 def _read(self:Cameras, side, image, depth): # draws and reads one of the two
     area = mujoco.MjrRect(0, 0, side, side)
@@ -216,6 +220,7 @@ def _depth(self:Cameras, size): # (size,size) float32 metres
     buffer = self._read(size, None, np.empty((size, size), np.float32))
     return (near*far/(near + buffer*(far - near))).astype(np.float32)
 
+# %% ../../nbs/01_sim/03_render.ipynb #60fc1a2c
 @patch
 def _geoms(self:Cameras, size): # (size,size) int64, the geom in each pixel's middle; -1: none
     flags = [int(mujoco.mjtRndFlag.mjRND_SEGMENT), int(mujoco.mjtRndFlag.mjRND_IDCOLOR)]

@@ -50,6 +50,7 @@ def box(
     low, high = np.array(low, float), np.array(high, float)
     return element("geom", type="box", pos=(low + high)/2, size=(high - low)/2, **attributes)
 
+# %% ../../nbs/01_sim/02_scene.ipynb #da6b3412
 def rod(
     start, # (x, y, z) of one end, metres
     end, # of the other
@@ -143,6 +144,7 @@ def _flesh(side): # of one finger of the floating hand; the thumb is shorter and
     skin = dict(class_="shell", material="skin")
     return "".join(rod(a, b, radius, **skin) for a, b in zip(bent, bent[1:]))
 
+# %% ../../nbs/01_sim/02_scene.ipynb #eed659d3
 def _palm(): # of the floating hand
     skin, sleeve = dict(class_="shell", material="skin"), dict(class_="shell", material="sleeve")
     curled = "".join(rod((x, .03, .05), (x, .052, .085), .010, **skin) for x in (-.024, -.044))
@@ -184,6 +186,7 @@ def _hand(body):
         element("camera", name="gripper", pos=(-.1, 0, 0), xyaxes=axes, fovy=75),
         name="hand", pos=(0, 0, .107), euler=(0, 0, -np.pi/4), gravcomp=1)
 
+# %% ../../nbs/01_sim/02_scene.ipynb #540538fa
 def robot(
     body:str="arm", # what is seen of it: the arm, or a floating hand
 )->str: # XML of the body panda_link0
@@ -206,6 +209,7 @@ FACE = (.075, .535) # (y, z) of a point on the face
 
 def _face_y(z): return FACE[0] + (z - FACE[1])/np.tan(TILT) # y of the face at height z
 
+# %% ../../nbs/01_sim/02_scene.ipynb #e143a872
 def _prism(name, x_low, x_high, z_low=TABLE_Z, z_high=.648): # mesh of a solid behind the face
     corners = ((y, z) for z in (z_low, z_high) for y in (_face_y(z), .18))
     a, b, c, d = corners # front low, back low, front high, back high
@@ -223,6 +227,7 @@ def _prism(name, x_low, x_high, z_low=TABLE_Z, z_high=.648): # mesh of a solid b
 def _opening(layout): # x of the left and right end of the cabinet's opening
     return layout.plank - .26, layout.plank + .26
 
+# %% ../../nbs/01_sim/02_scene.ipynb #03119a50
 def _grooves(layout):
     left, right = _opening(layout)
     low = max(-.44, min(left, layout.slide - layout.slide_range)) - layout.switch
@@ -249,6 +254,7 @@ def _boards(layout): # material -> opposite corners of boxes
     back = ((left, .165, TABLE_Z), (right, .18, .62))
     return dict(wood=top, shade=(*apron, *legs), deep=(back,))
 
+# %% ../../nbs/01_sim/02_scene.ipynb #5439f57c
 def base_link(
     layout:Layout, # of the scene
 )->str: # XML of the body
@@ -278,6 +284,7 @@ def _handle(start, end, depth, axis, radius=.012): # axis: a unit vector
     stubs = (rod(p, p + back, radius, **style) for p in ends)
     return rod(start, end, radius, **style) + "".join(stubs)
 
+# %% ../../nbs/01_sim/02_scene.ipynb #2d146778
 def drawer(
     layout:Layout, # of the scene
 )->str: # XML of the body drawer_link
@@ -318,6 +325,7 @@ def switch(
     return element("body", joint, inertial(.25, .05), grip,
                    name="switch_link", pos=pos, euler=(TILT, 0, 0), gravcomp=1)
 
+# %% ../../nbs/01_sim/02_scene.ipynb #c0fcbe23
 def button(
     layout:Layout, # of the scene
 )->str: # XML of the body button_link
@@ -340,6 +348,7 @@ def plank(
     floor = box((left, .02, .42), (right, .16, TABLE_Z), class_="fixture", material="shade")
     return element("body", floor, name="plank_link")
 
+# %% ../../nbs/01_sim/02_scene.ipynb #f7684b63
 def block(
     colour:str, # "red", "blue" or "pink"
     size:str, # "small", "middle" or "big"
@@ -380,6 +389,7 @@ def _defaults(): # classes of joints and shapes
         of("fixture", element("geom", contype=1, conaffinity=0, **rough, **hard)),
         of("block", element("geom", contype=1, conaffinity=3, **block, **hard)))
 
+# %% ../../nbs/01_sim/02_scene.ipynb #e9d4a25b
 def _actuators():
     arm = [element("position", name=f"arm{i}", joint=f"panda_joint{i}", kp=kp, kv=kv,
                    forcerange=(-torque, torque))
@@ -415,6 +425,7 @@ def _materials(layout):
         plain("led", (1, 1, 1)), plain("bulb", (1, 1, 1)), plain("skin", (.87, .66, .54)),
         plain("sleeve", (.20, .30, .52)))
 
+# %% ../../nbs/01_sim/02_scene.ipynb #5f6af570
 def _assets(layout):
     left, right = _opening(layout)
     meshes = (_prism("solid_left", -.44, left), _prism("solid_right", right, .44),
@@ -431,6 +442,7 @@ def _lights(look):
     light = lambda kind: element("light", directional="true", castshadow="false", **kind)
     return light(sun) + light(fill)
 
+# %% ../../nbs/01_sim/02_scene.ipynb #a9084fb3
 def _decoration(look):
     style = lambda rgb: dict(class_="decor", rgba=(*rgb, 1))
     mats = [box((x - w, y - h, TABLE_Z), (x + w, y + h, TABLE_Z + .0008), **style(rgb))
@@ -449,6 +461,7 @@ def _world(layout):
         sliding_door(layout), base_link(layout), plank(layout), _decoration(layout.look),
         element("body", floor, name="floor"))
 
+# %% ../../nbs/01_sim/02_scene.ipynb #4a76d278
 def _visual():
     quality = dict(numslices=16, numstacks=4, numquads=1, shadowsize=0, offsamples=0)
     light = dict(ambient=(.42, .42, .42), diffuse=(.10, .10, .10), specular=(0, 0, 0))
@@ -456,6 +469,7 @@ def _visual():
         "visual", element("quality", **quality), element("map", znear=.01, zfar=12),
         element("global", offwidth=640, offheight=640), element("headlight", **light))
 
+# %% ../../nbs/01_sim/02_scene.ipynb #3a3f6236
 def build(
     scene:str, # see `sim.layout.layout_of`
 )->tuple: # (MJCF text, {file name: bytes}) for mujoco.MjModel.from_xml_string

@@ -33,6 +33,7 @@ def _geoms_of(model): # name -> numbers of the geoms that show it
               for name, bodies in _BODIES.items()}
     return shapes | {name: np.array([model.geom(geom).id]) for name, geom in _LIGHTS.items()}
 
+# %% ../../nbs/01_sim/06_segmentation.ipynb #bfa8c498
 def _scene_masks(env, view="static"): # name of `THINGS` -> (H,W) bool, at this moment
     if view not in VIEWS:
         raise ValueError(f"there is no view {view!r}: choose one of {', '.join(VIEWS)}")
@@ -103,6 +104,7 @@ _LEVELS = 8
 @lru_cache(maxsize=4)
 def _stage(scene, *sizes): return PlayTable(scene, *sizes) # this process's, for redrawing
 
+# %% ../../nbs/01_sim/06_segmentation.ipynb #615318a1
 def _put_back(frames, row, scene): # the environment in a recorded frame's state; its observation
     if frames.robot_obs is None or frames.scene_obs is None:
         raise ValueError("these frames have no robot_obs and scene_obs, so the simulator cannot be "
@@ -111,6 +113,7 @@ def _put_back(frames, row, scene): # the environment in a recorded frame's state
     env = _stage(scene, *sizes)
     return env, env.place(frames.robot_obs[row], frames.scene_obs[row])
 
+# %% ../../nbs/01_sim/06_segmentation.ipynb #f3b6d1a6
 def _redraw(frames, row, scene, view="static"): # (H,W,3) uint8; fraction of pixels that differ
     image = _put_back(frames, row, scene)[1]["rgb_obs"][f"rgb_{view}"]
     differs = np.abs(image.astype(int) - frames.video[view][row]).max(-1) > _LEVELS
@@ -141,6 +144,7 @@ def _bins(pixels, side): # (side,pixels) fraction of each bin that each pixel ta
     overlap = np.minimum(edges[1:], at + 1) - np.maximum(edges[:-1], at)
     return overlap.clip(0)*side/pixels
 
+# %% ../../nbs/01_sim/06_segmentation.ipynb #5b4c2eb4
 def patch_fraction(
     mask, # (...,H,W) bool or fractions
     side:int, # patches along each side of the image

@@ -39,6 +39,7 @@ def _steps_left(
             "or `RobotSamples`")
     return batch.left >= steps
 
+# %% ../../nbs/06_train/04_auxiliary.ipynb #0e65e740
 def _gripper_before(
     batch:Batch, # with `proprio`
 )->Tensor: # (B,) -1 or 1
@@ -51,6 +52,7 @@ def _gripper_before(
             "or choose gripper='keep'")
     return batch.proprio[:, 14]
 
+# %% ../../nbs/06_train/04_auxiliary.ipynb #4c19ac6d
 def _future_of(
     batch:Batch, # frames 0 and k as `video`, `latent` or `dino`
     chunk:int, # k
@@ -75,6 +77,7 @@ def _outputs_of(
     try: yield outputs
     finally: hook.remove()
 
+# %% ../../nbs/06_train/04_auxiliary.ipynb #25027e32
 def encoder_pair(
     policy:DirectPolicy, # whose encoder is to be trained
     batch:Batch, # with `action`, `text`, `left` and `video` (B,V,2,3,H,W)
@@ -96,6 +99,7 @@ def pair_features(
     first = later[:, :, policy.cfg.frames.index(0), None]
     return torch.cat([policy.features(replace(batch, feature=None)), first], 2)
 
+# %% ../../nbs/06_train/04_auxiliary.ipynb #d6779b9c
 def _present_and_later(policy, batch): # -> batch of the policy's loss; (B,P,D) features later
     "Split what a real pair needs, from features of a cache or computed now."
     cfg, T = policy.cfg, len(policy.cfg.frames)
@@ -205,6 +209,7 @@ def shuffled_future(
     shuffled.__name__ = f"shuffled_{pair.__name__}"
     return shuffled
 
+# %% ../../nbs/06_train/04_auxiliary.ipynb #6edc9ebd
 def order_only(
     action:Tensor, # (...,k,A)
     rest:Tensor|None=None, # not used
@@ -226,6 +231,7 @@ def _pairs_of(policy):
     raise ValueError(f"a {type(policy).__name__} has neither a vision encoder nor a projection "
                      "that learns: inverse dynamics goes with a direct or a coupled policy")
 
+# %% ../../nbs/06_train/04_auxiliary.ipynb #7e6c4c3d
 def inverse_auxiliary(
     policy:nn.Module, # a `DirectPolicy`, or a `CoupledPolicy` with its GFDM
     wanted:dict, # fields of `InverseDynamicsConfig`; "pair" and "control", see above
@@ -424,6 +430,7 @@ def _loss_and_latents(model, batch): # GIDM -> its loss, its logs, (V*B,Q,C) bef
                          "train it, or leave `auxiliary` out")
     return total, logs, emb, z_q
 
+# %% ../../nbs/06_train/04_auxiliary.ipynb #550f30e0
 @patch
 def loss(self:LatentAuxiliary,
     model:GIDM, # to be trained

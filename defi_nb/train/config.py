@@ -112,6 +112,7 @@ def trackers_(self:TrainConfig)->tuple: # of names
     "The names of the trackers."
     return tuple(t.strip() for t in self.trackers.split(",") if t.strip())
 
+# %% ../../nbs/06_train/00_config.ipynb #7b80edee
 @patch(as_prop=True)
 def device_(self:TrainConfig)->torch.device: # where there are several GPUs, this process's
     "The device that the model is trained on."
@@ -274,6 +275,7 @@ def at(self:StepSampler,
     epoch, place = np.divmod(np.arange(first, first + self.batch_size), self.n)
     return np.array([self.order(e)[p] for e,p in zip(epoch, place)])
 
+# %% ../../nbs/06_train/00_config.ipynb #ff73297d
 @patch
 def order(self:StepSampler,
     epoch:int, # 0 is the first
@@ -294,6 +296,7 @@ def step_seed(
     key = [seed, step, part] if part else [seed, step]
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
+# %% ../../nbs/06_train/00_config.ipynb #96d959cb
 @contextmanager
 def borrowed_torch(
     num_threads:int=0, # torch threads inside; 0: as they are

@@ -88,6 +88,7 @@ def whole(
     if isinstance(tree, (list, tuple)): return [whole(v, keep) for v in tree]
     return tree
 
+# %% ../../nbs/06_train/01_engine.ipynb #b2aab375
 def like(
     tensor:torch.Tensor, # whole
     other:torch.Tensor, # sharded or not, of the same shape
@@ -136,6 +137,7 @@ def _wait_for_port(address, until): # torch's own attempts are noisy
             if time.monotonic() > until: raise
             time.sleep(.2)
 
+# %% ../../nbs/06_train/01_engine.ipynb #8d475a8f
 def _connect(address, rank, world, seconds): # every rank has to call this
     "A store of torch's with all ranks in it; `TimeoutError` names who is missing."
     until = time.monotonic() + seconds
@@ -148,6 +150,7 @@ def _connect(address, rank, world, seconds): # every rank has to call this
         time.sleep(.05)
     return store
 
+# %% ../../nbs/06_train/01_engine.ipynb #46f42ee3
 def _connect_all(given, seconds): # the variables of `_PEERS`, all of them
     "The store of a run of several processes."
     rank, world, host, port = (given[n] for n in _PEERS)
@@ -250,6 +253,7 @@ def loss(self:Engine, batch): # on any device -> (scalar, dict of logs)
     "The model's loss in the run's precision."
     with self.accelerator.autocast(): return self.step(batch.to(self.device))
 
+# %% ../../nbs/06_train/01_engine.ipynb #d60215c0
 @patch
 def backward(self:Engine,
     loss, # scalar, the mean over this part's samples
@@ -266,6 +270,7 @@ def waiting(self:Engine, last:bool): # a context manager
     "Keep gradients on this process until the last part of a step."
     return nullcontext() if last or self.sharded else self.accelerator.no_sync(self.step)
 
+# %% ../../nbs/06_train/01_engine.ipynb #dda2ea29
 @patch
 def clip(self:Engine, norm:float): # the largest norm; infinity: only measured
     "The gradient's norm, before it is clipped to the given one."
@@ -279,6 +284,7 @@ def total(self:Engine, numbers): # (n,) list of floats or scalars
     tensors = [torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in numbers]
     return self.accelerator.reduce(torch.stack(tensors), "sum").tolist()
 
+# %% ../../nbs/06_train/01_engine.ipynb #41705854
 @patch
 def any(self:Engine, flag:bool):
     "Whether a flag is set on some process."

@@ -98,6 +98,7 @@ def read_metrics(
     rows = read_jsonl(Path(folder)/"metrics.jsonl", ("step",), skip=True)
     return [r for r in rows if until is None or r["step"] <= until]
 
+# %% ../../nbs/06_train/02_fit.ipynb #2dbfe457
 def write_metrics(
     folder, # of a checkpoint
     rows:list, # of dicts
@@ -105,6 +106,7 @@ def write_metrics(
     "Replace the record, at once."
     write_jsonl(Path(folder)/"metrics.jsonl", rows)
 
+# %% ../../nbs/06_train/02_fit.ipynb #7af7971d
 def _append_metrics(folder, row): # a checkpoint's; a dict of plain numbers
     "Add a line to the record."
     with open(Path(folder)/"metrics.jsonl", "a") as f: f.write(json.dumps(row) + "\n")
@@ -149,6 +151,7 @@ def _begins(
     shown = [all(low[i - rows:i]) for i in range(rows, len(low) + 1)]
     return any(shown[-1:]) and not any(shown[:-1])
 
+# %% ../../nbs/06_train/02_fit.ipynb #4334c30d
 def _code_warnings(
     history:list, # of rows
     rows:int=10, # logs in a row that must show it, where no pretraining is known
@@ -179,6 +182,7 @@ def _norm_jumped(norms, jump): # of the logs so far, against their median
     return (len(norms) > 5 and norms[-1] > jump*median(norms[:-1])
             and norms[-2] <= jump*median(norms[:-2]))
 
+# %% ../../nbs/06_train/02_fit.ipynb #dd097384
 def _early_warning(
     history:list, # of rows
     rows:int=3, # logs in a row that must show it
@@ -234,6 +238,7 @@ def _same_ingredients(out, there, here): # of two runs' infos, which lose theirs
             f"({was['digest']} -> {is_['digest']}): put the earlier one back{copy}, "
             "or train into another folder (a run's ckpt)")
 
+# %% ../../nbs/06_train/02_fit.ipynb #31987be2
 def _clean(out, resume, steps, record):
     "Drop what an earlier run left if it is not resumed; write down which process trains here."
     recover(out)
@@ -278,6 +283,7 @@ def _engine_state(
         if scaler is not None: state["scaler"] = scaler.state_dict()
         yield whole(model_state(engine.model), engine.main), whole(state, engine.main)
 
+# %% ../../nbs/06_train/02_fit.ipynb #28d44029
 @torch.no_grad()
 def _restore_engine(
     engine:Engine, # of a new process, around a model with the averaged weights
@@ -303,12 +309,14 @@ def _drop(folder):
     (folder/"config.json").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
+# %% ../../nbs/06_train/02_fit.ipynb #b2fc1791
 def _keep(out, step, keep, best):
     "Link the checkpoint of this step as one of the last or the best; safe to repeat after a crash."
     if best.get("step") == step: link_checkpoint(out, Path(out)/"best")
     if keep > 1: link_checkpoint(out, Path(out)/f"step-{step:07d}")
     for old in sorted(Path(out).glob("step-*"))[:-keep if keep > 1 else None]: _drop(old)
 
+# %% ../../nbs/06_train/02_fit.ipynb #25ab834f
 def _save(out, engine, step, meter, run, best):
     "Write the averaged weights as the model, and all that is needed to go on."
     sums = meter.state(engine)
@@ -332,6 +340,7 @@ def _alone(out):
                              "wait for it, or give another folder") from None
         yield
 
+# %% ../../nbs/06_train/02_fit.ipynb #85f2a978
 @contextmanager
 def _stop_signals():
     "A list that is no longer empty once SIGTERM has come."
@@ -346,6 +355,7 @@ def _stop_signals():
 # %% ../../nbs/06_train/02_fit.ipynb #30684103
 def _due(step, every, cfg): return step == cfg.steps or (every and step % every == 0)
 
+# %% ../../nbs/06_train/02_fit.ipynb #3bc2c660
 def _check_finite(step, loss, norm, engine, out, saved):
     "Raise `ValueError` before the weights are spoilt."
     scaled = engine.accelerator.scaler is not None
@@ -357,6 +367,7 @@ def _check_finite(step, loss, norm, engine, out, saved):
         f"{last}: check the data, or train with a lower lr than {engine.cfg.lr} "
         f"or a longer warm-up than {engine.cfg.warmup}")
 
+# %% ../../nbs/06_train/02_fit.ipynb #af673c34
 def _bar(name, cfg, done, history, main):
     "The steps' numbers with a progress bar, and one line at the end."
     began, numbers = time.perf_counter(), range(done + 1, cfg.steps + 1)
@@ -377,6 +388,7 @@ def _estimate_memory(engine, data):
         warnings.warn(f"{need}: {remedies(engine.cfg)}", stacklevel=3)
     return need
 
+# %% ../../nbs/06_train/02_fit.ipynb #6b3d1236
 def _report(out, row, history, hooks, accelerator):
     "Give a logged row to the hooks, which may add to it, to the record and to the trackers."
     for hook in hooks: hook(row)
@@ -392,12 +404,14 @@ def _end_reader(error, item): # of a process that reads, instead of going on wit
 
 def _start_reader(number): queues.Queue._on_queue_feeder_error = staticmethod(_end_reader)
 
+# %% ../../nbs/06_train/02_fit.ipynb #7911ed6c
 def _room_in_shm():
     "How much room shared memory has."
     if not Path("/dev/shm").is_dir(): return "is not there"
     shm = shutil.disk_usage("/dev/shm")
     return f"has {format_bytes(shm.free)} of {format_bytes(shm.total)} left"
 
+# %% ../../nbs/06_train/02_fit.ipynb #67d48340
 @contextmanager
 def _reading(workers):
     "Errors of the processes that read, in one line."
@@ -423,6 +437,7 @@ def _no_garbage_inherited():
     try: yield
     finally: gc.unfreeze()
 
+# %% ../../nbs/06_train/02_fit.ipynb #a3738f4d
 def _batches(data, sampler, workers):
     "The batches of a sampler, read here or by other processes."
     start = _start_reader if workers else None
@@ -449,6 +464,7 @@ def _gradient(engine, step, batches, pace, meter): # -> loss of the last part, g
         meter.add(dict(logs, loss=loss) | restart_logs(engine.model), fraction)
     return loss, engine.clip(cfg.grad_clip or math.inf)
 
+# %% ../../nbs/06_train/02_fit.ipynb #a661e073
 def _row(engine, step, meter, pace, val_data): # a dataset, or None
     "A logged row: what was measured since the last one, and, with `val_data`, the validation."
     row = dict(step=step, **meter.means(engine), lr=lr_at(step, engine.cfg), **pace.row(engine))
@@ -466,6 +482,7 @@ class _Progress:
     best:dict # step and validation loss of the best checkpoint; {}: none yet
     saved:int # step of the last checkpoint
 
+# %% ../../nbs/06_train/02_fit.ipynb #4a261110
 _STOPPED = "stopped by SIGTERM: saved after step {}, in {}; the same call goes on"
 
 def _loop(engine, batches, val_data, progress, out, run, hooks, stop):
@@ -504,6 +521,7 @@ def _resume_folder(out, progress, state, cfg):
     if out: write_metrics(out, progress.history)
     if out and state: _keep(out, progress.done, cfg.keep, progress.best)
 
+# %% ../../nbs/06_train/02_fit.ipynb #a3d28085
 def _step_batches(engine, data, done):
     "The batches of the steps that are left, for this process."
     cfg = engine.cfg
@@ -511,6 +529,7 @@ def _step_batches(engine, data, done):
                           engine.ranks, cfg.accumulate)
     return _batches(data, sampler, cfg.num_workers)
 
+# %% ../../nbs/06_train/02_fit.ipynb #1a0a4e0f
 def _init_trackers(accelerator, out, run):
     name = Path(out or "defi_nb").name
     accelerator.init_trackers(name, {k: str(v) for k,v in run.items()})

@@ -117,6 +117,7 @@ def _pooled(tokens, side): # (B,P,C) of a square image -> (B,side*side,C)
     grid = tokens.transpose(1, 2).unflatten(2, (n, n))
     return F.adaptive_avg_pool2d(grid, side).flatten(2).transpose(1, 2)
 
+# %% ../../nbs/06_train/03_inverse_dynamics.ipynb #5b6798b4
 def _hidden(width, cfg, layers): # -> list of modules
     "Hidden layers, the first from another width."
     modules = []
@@ -262,6 +263,7 @@ def _by_view(self:AuxInverseDynamics, passes, B):
     if first: return rows.unflatten(0, (self.views, B))
     return rows.unflatten(0, (B, self.views)).transpose(0, 1)
 
+# %% ../../nbs/06_train/03_inverse_dynamics.ipynb #8c97da7c
 _NOT_ATTACHED = ("the auxiliary loss is not attached: compute it, and the policy's loss before it, "
                  "inside `with aux.attached():`")
 _NO_FUTURE = ("there are no future images: sample frames 0 and {k} of each window "
@@ -374,6 +376,7 @@ def spatialvla_rows(
     "The rows of the future images."
     return torch.minimum(index + k, goal), index + k <= goal
 
+# %% ../../nbs/06_train/03_inverse_dynamics.ipynb #c132d860
 def spatialvla_rest(
     q01, # (7,) the data's 1st percentiles, the gripper last
     q99, # (7,) its 99th

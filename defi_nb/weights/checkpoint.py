@@ -34,6 +34,7 @@ def plain_config(
     "A config as it looks after a round trip through JSON."
     return json.loads(json.dumps(asdict(config) if is_dataclass(config) else config or {}))
 
+# %% ../../nbs/05_weights/00_checkpoint.ipynb #26ce7d2e
 def _preset_name(
     config, # a dataclass instance
 )->str: # one of `PRESETS`, or "custom"
@@ -44,6 +45,7 @@ def _preset_name(
 # %% ../../nbs/05_weights/00_checkpoint.ipynb #dea1f1f5
 def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, list) else v
 
+# %% ../../nbs/05_weights/00_checkpoint.ipynb #e6434097
 _RENAMED = dict(drops="dropout") # fields of earlier checkpoints -> their names today
 
 def restore_config(
@@ -90,6 +92,7 @@ def _split_tensors(
     plain = {k: p for k,(p,_) in parts.items()}
     return (plain if isinstance(tree, dict) else list(plain.values())), tensors
 
+# %% ../../nbs/05_weights/00_checkpoint.ipynb #625c7bc7
 def _join_tensors(
     tree, # as `_split_tensors` leaves it
     tensors:dict, # name -> tensor
@@ -109,6 +112,7 @@ def _staged(folder):
     if not _is_commit(folder): return []
     return [f for f in (folder/".commit").iterdir() if f.is_file() and not f.is_symlink()]
 
+# %% ../../nbs/05_weights/00_checkpoint.ipynb #6e7ac11f
 def checkpoint_file(
     folder, # of a checkpoint
     name:str, # of one of its files
@@ -121,6 +125,7 @@ def _unless_gone(f, *args):
     try: f(*args)
     except FileNotFoundError: pass
 
+# %% ../../nbs/05_weights/00_checkpoint.ipynb #a256620c
 def recover(
     folder, # of a checkpoint
 ):
@@ -131,6 +136,7 @@ def recover(
         f.unlink(missing_ok=True) # where both are links to one file, `replace` leaves both
     if _is_commit(folder): _unless_gone(os.rmdir, folder/".commit")
 
+# %% ../../nbs/05_weights/00_checkpoint.ipynb #7a33c23a
 def _write_all(folder, files): # name -> bytes, or a function that writes to a path
     "Replace several files of a folder at once."
     recover(folder)
@@ -158,6 +164,7 @@ def model_state(
     "The tensors that a checkpoint holds of a model: `saved_state()` where the model has one."
     return model.saved_state() if hasattr(model, "saved_state") else model.state_dict()
 
+# %% ../../nbs/05_weights/00_checkpoint.ipynb #0dd51b62
 def _untie(state):
     "({name: tensor} without second names, {second name: first name})."
     first, tied = {}, {}
@@ -167,6 +174,7 @@ def _untie(state):
         else: first[key] = name
     return {name: state[name] for name in first.values()}, tied
 
+# %% ../../nbs/05_weights/00_checkpoint.ipynb #d28f69de
 def _write_tensors(tensors):
     "A function that writes tensors to a path; copies, for views of one storage cannot be written."
     def write(path):
@@ -183,6 +191,7 @@ def git_commit()->str|None: # 40 hex digits, None outside a clone
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
 
+# %% ../../nbs/05_weights/00_checkpoint.ipynb #4de523dc
 def checksum(
     path, # of a file
 )->str: # 8 hex digits
@@ -202,6 +211,7 @@ def _write_about(about, path):
     noted = about | {"checksums": {name: checksum(path.with_name(name)) for name in _FILES[:-1]}}
     path.write_bytes(_as_json(noted | {"checksum": json_digest(noted)[:8]}))
 
+# %% ../../nbs/05_weights/00_checkpoint.ipynb #21ca637a
 def save_checkpoint(
     folder, # where; made if missing
     model, # an `nn.Module`
@@ -241,6 +251,7 @@ def has_checkpoint(
     "Whether a folder holds a checkpoint."
     return checkpoint_file(folder, "config.json").is_file()
 
+# %% ../../nbs/05_weights/00_checkpoint.ipynb #3b3fd669
 def read_config(
     folder, # of a checkpoint
 )->dict: # class, preset, fields, step, info, ...
@@ -266,6 +277,7 @@ def _read_tensors(path):
     except SafetensorError as e:
         raise ValueError(f"{path} is damaged or cut short ({e}): {_AGAIN}") from None
 
+# %% ../../nbs/05_weights/00_checkpoint.ipynb #0e3cad01
 def verify(
     folder, # of a checkpoint
     names:tuple=_FILES[:-1], # of its files
@@ -279,6 +291,7 @@ def verify(
             raise ValueError(f"{path} is damaged (its checksum is {is_}, {noted[name]} was saved): "
                              f"{_AGAIN}")
 
+# %% ../../nbs/05_weights/00_checkpoint.ipynb #626a93ba
 def load_state(
     folder, # of a checkpoint
 )->dict: # as given to `save_checkpoint`; tuples are lists
@@ -294,6 +307,7 @@ def _few(names, most=4):
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
+# %% ../../nbs/05_weights/00_checkpoint.ipynb #4479210b
 def _check_fits(folder, about, model, config, tensors):
     "Raise `ValueError` if a checkpoint is another model's."
     here, there = type(model).__name__, about["class"]

@@ -31,6 +31,7 @@ def measured_rows(
         rows.append((f"{result['policy']}: {i} in a row", f"{rate:.2f}", span(pair, 2)))
     return rows
 
+# %% ../../nbs/05_weights/06_hub.ipynb #53460ba0
 def read_result(
     path, # a result.json, or the folder of a run that holds one
 )->dict: # its content
@@ -89,11 +90,13 @@ def _check_repo(repo):
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise ValueError(f"{repo!r} is no name on the hub: give one such as org/name")
 
+# %% ../../nbs/05_weights/06_hub.ipynb #b185b52a
 def _hub(hub):
     if hub is not None: return hub
     from huggingface_hub import HfApi
     return HfApi()
 
+# %% ../../nbs/05_weights/06_hub.ipynb #c39dbfd7
 def push_checkpoint(
     folder, # of a checkpoint
     repo:str, # on the hub, as org/name; made if it is missing

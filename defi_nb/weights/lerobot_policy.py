@@ -34,6 +34,7 @@ def _camera_views(inputs): # feature -> view
     named = {k: k.rsplit(".", 1)[-1] for k in keys}
     return named if set(named.values()) <= set(VIEWS) else dict(zip(keys, VIEWS))
 
+# %% ../../nbs/05_weights/07_lerobot_policy.ipynb #9c8df279
 def _misfits(config): # yields what an observation does not have, in words
     inputs = {k: tuple(f.shape) for k, f in config.input_features.items()}
     views, output = _camera_views(inputs), tuple(config.output_features["action"].shape)
@@ -103,6 +104,7 @@ def is_lerobot_policy(
     path = Path(folder)/"config.json"
     return path.is_file() and {"type", "input_features"} <= set(read_json(path))
 
+# %% ../../nbs/05_weights/07_lerobot_policy.ipynb #1cc39c09
 def lerobot_digest(
     folder, # `pretrained_model`
 )->str: # 16 hex digits of SHA-256

@@ -105,6 +105,7 @@ def _safetensors_fault(
     expected = 8 + length + max(ends, default=0)
     return "" if size == expected else f"has {size:,} bytes of {expected:,}"
 
+# %% ../../nbs/05_weights/02_load.ipynb #bd92ebee
 def _is_there(path): # a file; in the place of weights also their parts or a variant of them
     if path.name == "diffusion_pytorch_model.safetensors":
         with suppress(FileNotFoundError): return bool(weight_files(path.parent))
@@ -136,6 +137,7 @@ def _base_model_row(model, ckpts):
     return dict(name=model.name, state=state, gigabytes=size, purpose=model.purpose,
                 source=f"https://huggingface.co/{model.repo}")
 
+# %% ../../nbs/05_weights/02_load.ipynb #ad0fe893
 def ckpt_table(
     ckpts, # folder of checkpoints
 )->list: # dicts with name, state, gigabytes, purpose, source
@@ -214,14 +216,17 @@ def _build(cls, config, reads):
     "A builder of a class that takes its config and some encoders."
     return lambda fields, encoders, info: cls(restore_config(config, fields), reads(encoders))
 
+# %% ../../nbs/05_weights/02_load.ipynb #3251502c
 def _build_lora(fields, encoders, info): # without numbers: `with_base` reads those of the base
     config = restore_config(LoraGFDMConfig, fields)
     with torch.device("meta"): return LoraGFDM(config, encoders.clip)
 
+# %% ../../nbs/05_weights/02_load.ipynb #7be68b53
 def _build_coupled(fields, encoders, info):
     forward = BUILDERS[info.get("forward", "GFDM")](info["gfdm"], encoders, info)
     return CoupledPolicy(restore_config(PolicyConfig, fields), encoders, forward)
 
+# %% ../../nbs/05_weights/02_load.ipynb #0a4c942f
 _CLIP, _T5 = attrgetter("clip"), attrgetter("t5")
 
 BUILDERS = dict( # class name -> how to build it from (fields, encoders, info)
@@ -260,12 +265,14 @@ def _check_encoders(folder, about, encoders):
         raise ValueError(f"{folder} was trained with other encoders (there -> here: {differ}): "
                          "load those, or train again with these")
 
+# %% ../../nbs/05_weights/02_load.ipynb #6cee3b6a
 def _shapes(folder, about): # name -> tensor without numbers, of what the file holds
     path = checkpoint_file(folder, "model.safetensors")
     with _refusing(path), safe_open(path, "pt") as f:
         shapes = {k: torch.empty(f.get_slice(k).get_shape(), device="meta") for k in f.keys()}
     return shapes | {second: shapes[first] for second, first in about["tied"].items()}
 
+# %% ../../nbs/05_weights/02_load.ipynb #ff58b7f1
 def _check_counts(folder, tree, most, name=""):
     "Raise `ValueError` before as many modules are built as a config may name."
     if isinstance(tree, dict):
@@ -286,6 +293,7 @@ def _laid_out(folder, about, encoders, fields): # the model without numbers
     with suppress(RuntimeError), torch.device("meta"): return build()
     return build() # a quantiser's library computes with its numbers while it is built
 
+# %% ../../nbs/05_weights/02_load.ipynb #a3c60563
 def _stored_scale_of(
     about:dict, # what `read_config` gives
 )->ActionScale|None: # None: actions are CALVIN's, or the model has none
@@ -299,6 +307,7 @@ def _stored_scale_of(
                          "finite")
     return scale
 
+# %% ../../nbs/05_weights/02_load.ipynb #d17ffee3
 def _check_class(folder, about, expect):
     "Raise `ValueError` if a checkpoint holds another class."
     if about["class"].removeprefix("Lora") not in expect: # adapters load as what they adapt
@@ -356,6 +365,7 @@ def is_finished(
     run = load_state(folder).get("run")
     return run is None or read_config(folder)["step"] >= run["train"]["steps"]
 
+# %% ../../nbs/05_weights/02_load.ipynb #9c3dbb3c
 def checkpoint_digest(
     folder, # of a checkpoint
 )->str: # 16 hex digits of SHA-256

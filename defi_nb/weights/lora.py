@@ -47,6 +47,7 @@ def _with_adapters(unet, cfg): # the same UNet, frozen, with adapters on its cho
     adapters = _peft().LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=cfg.adapted)
     return _peft().inject_adapter_in_model(adapters, unet)
 
+# %% ../../nbs/05_weights/01_lora.ipynb #4f525208
 class LoraGFDM(GFDM):
     "A GFDM whose pretrained weights stay as they are, with low-rank adapters that are trained."
     def __init__(self,
@@ -71,6 +72,7 @@ class LoraGFDM(GFDM):
 def _gfdm_config(cfg): # without what is the adapters'
     return GFDMConfig(**{f.name: getattr(cfg, f.name) for f in fields(GFDMConfig)})
 
+# %% ../../nbs/05_weights/01_lora.ipynb #ad33e313
 def adapt(
     model:GFDM, # pretrained; it becomes the adapted one, and is not to be used any more
     base:str, # where it is from, see `LoraGFDMConfig`
@@ -106,6 +108,7 @@ def _base_files(cfg): # (files of the adapted model's UNet, prefix of its names 
     if (folder/"unet").is_dir(): return weight_files(folder/"unet"), ""
     return [checkpoint_file(folder, "model.safetensors")], "unet."
 
+# %% ../../nbs/05_weights/01_lora.ipynb #2a4a2132
 def with_base(
     adapters:LoraGFDM, # as loaded from a checkpoint; its other weights are not looked at
     trained:bool=True, # False: both with random weights, for comparison

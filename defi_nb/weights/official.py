@@ -65,6 +65,7 @@ def _bare(tensors, source):
                          "give the state dict of one model")
     return {n: t for n, t in bare.items() if n not in _COUNTERS or t.numel() != 1}
 
+# %% ../../nbs/05_weights/03_official.ipynb #d1c38382
 def _starts(bare):
     "What stands before the names of each copy of the model, the averaged one first."
     always = next((a for a in _ALWAYS if any(f".{n}".endswith(f".{a}") for n in bare)), None)
@@ -73,6 +74,7 @@ def _starts(bare):
     starts = {s.removesuffix("lam.") if f".{s}".endswith(".lam.") else s for s in starts}
     return sorted(starts, key=lambda start: (_is_running(start), start))
 
+# %% ../../nbs/05_weights/03_official.ipynb #3b5d35f8
 def _is_running(start): return "ema" not in re.split(r"\W|_", start.lower())
 
 # %% ../../nbs/05_weights/03_official.ipynb #29737bae
@@ -91,6 +93,7 @@ def _unwrapped(tensors, source):
     kept = {n.removeprefix(start): t for n, t in bare.items() if n.startswith(start) or not others}
     return kept, f" ({start})" if others else ""
 
+# %% ../../nbs/05_weights/03_official.ipynb #3f63d1a6
 def read_official(
     source, # path of a file; a state dict; or a dict with one under `state_dict` or `model`
 )->Official:
@@ -118,8 +121,10 @@ def _listed(named, most=5): # {name: text}
     more = f" and {len(lines) - most} more" if len(lines) > most else ""
     return ", ".join(lines[:most]) + more
 
+# %% ../../nbs/05_weights/03_official.ipynb #13642fa5
 def _shape(t): return "x".join(map(str, t.shape)) or "scalar"
 
+# %% ../../nbs/05_weights/03_official.ipynb #75b9ac3d
 def _misfits(expected, given): # name -> tensor, both
     "What does not fit, as {what: {name: text}}."
     both = [n for n in expected if n in given]
@@ -161,6 +166,7 @@ def _size(tensors, name, axis, axes, source):
                          f"where {axes} axes are expected")
     return tensors[name].shape[axis]
 
+# %% ../../nbs/05_weights/03_official.ipynb #1fbe3f6e
 def _heads(width, of_one, what):
     "How many heads of a given width there are."
     if width % of_one:
@@ -168,6 +174,7 @@ def _heads(width, of_one, what):
                          "head: this is no official model")
     return width//of_one
 
+# %% ../../nbs/05_weights/03_official.ipynb #f1b521a4
 def _blocks(tensors, start):
     "How many blocks have names that begin so."
     return len({n.removeprefix(start).split(".")[0] for n in tensors if n.startswith(start)})
@@ -229,6 +236,7 @@ def _adapter_config(tensors, size, coupled): # `size(name, axis)` of a tensor
         enc_blocks=_blocks(tensors, f"{inner}encoder.blocks."),
         dec_blocks=_blocks(tensors, f"{inner}decoder.blocks."))
 
+# %% ../../nbs/05_weights/03_official.ipynb #d5e20a48
 def _policy_config(
     tensors:dict, # official name -> tensor
     source:str="the state dict", # where they come from, for the error
@@ -258,6 +266,7 @@ def official_name(
         if name.startswith(ours): return theirs + name.removeprefix(ours)
     return name
 
+# %% ../../nbs/05_weights/03_official.ipynb #11d37402
 def load_policy(
     state_dict_or_path, # of a stage-3 file of DeFI or a policy of VPP, or its state dict
     gfdm:nn.Module|None=None, # forward model, frozen; None: features are given to `condition`
@@ -292,6 +301,7 @@ def _differing(here, there, prefix=""):
         elif a != b: plain.append(f"{name} is {a!r}, not {b!r}")
     return nested + plain
 
+# %% ../../nbs/05_weights/03_official.ipynb #a83ce0d3
 def _save(tensors, path, key):
     "Write tensors, all or nothing."
     path = Path(path)
@@ -324,6 +334,7 @@ def export_policy(
         raise ValueError(_ELSE.format("; ".join(differ[:5]), build))
     _save(tensors | getattr(policy, "official_unused", {}), path, "model")
 
+# %% ../../nbs/05_weights/03_official.ipynb #19b283e8
 def export_gidm(
     gidm:GIDM, # with or without decoder
     path, # of the file: safetensors, or {"state_dict": tensors} of torch.save in .pt, .pth, .ckpt
@@ -345,6 +356,7 @@ def _json(path):
     try: return json.loads(path.read_text())
     except ValueError: raise ValueError(f"{path} is not JSON: download it again") from None
 
+# %% ../../nbs/05_weights/03_official.ipynb #367b8f7f
 def from_folder(
     given, # a diffusers module, which is returned, or the folder of one
     kind:str, # name of its class
@@ -400,6 +412,7 @@ def _check_unet(ours, given):
         raise ValueError("this UNet is built otherwise than Stable Video Diffusion's: "
                          f"{_listed(differ)}")
 
+# %% ../../nbs/05_weights/03_official.ipynb #95b2b1ed
 def load_gfdm(
     unet, # diffusers' module or its folder; or the folder of a whole pipeline
     vae=None, # likewise; None: from the pipeline

@@ -84,12 +84,14 @@ def _center(conv, weight, bias=0.): # make a convolution a linear map (out,in) o
     conv.weight[(slice(None), slice(None), *(k//2 for k in conv.kernel_size))] = weight
     conv.bias.copy_(torch.as_tensor(bias).expand_as(conv.bias))
 
+# %% ../../nbs/05_weights/04_tiny_encoders.ipynb #7995f868
 def _close_residuals(model):
     "Set the last layer of each residual branch to zero."
     for name, module in model.named_modules():
         last = getattr(module, "conv2", module if name.endswith("to_out.0") else None)
         if last is not None: last.weight.zero_(); last.bias.zero_()
 
+# %% ../../nbs/05_weights/04_tiny_encoders.ipynb #9bbe3de7
 def _undo_norm(norm, groups, constant):
     "Undo what a norm does to the first groups of a component, its negative and a constant."
     used = torch.arange(96) < 3*groups
@@ -235,6 +237,7 @@ def tiny_clip(
         max_position_embeddings=77, **ends)
     return CLIPTextModelWithProjection(config)
 
+# %% ../../nbs/05_weights/04_tiny_encoders.ipynb #965c0326
 def tiny_t5(
     tokenizer, # of `t5_tokenizer`
     width:int=64, # D of a token
