@@ -78,6 +78,7 @@ def _connect(self:RealCalvin):
     if self.env.use_egl: # whose first two images lack shadows
         for camera in 2*[*self.cameras.values()]: camera.render()
 
+# %% ../../nbs/12_benchmarks/02_calvin_env.ipynb #7e39b328
 @patch
 def _read_names(self:RealCalvin, cfg):
     "Read the names of bodies and links, and the layout."
@@ -108,6 +109,7 @@ def _forgets_led(self:RealCalvin):
     button.reset(0)
     return forgets
 
+# %% ../../nbs/12_benchmarks/02_calvin_env.ipynb #4bd594a5
 @patch
 def close(self:RealCalvin):
     "End the simulation; harmless if that has happened."
@@ -125,6 +127,7 @@ def _state(value, size, name):
     raise ValueError(f"{name} of shape {value.shape} with {np.isfinite(value).sum()} finite "
                      f"numbers: CALVIN's has ({size},), all finite")
 
+# %% ../../nbs/12_benchmarks/02_calvin_env.ipynb #f28ae54c
 @patch
 def _draw_from(self:RealCalvin, rng):
     "Give scene and blocks a random generator; calvin_env's own `seed` doesn't reach them."
@@ -157,6 +160,7 @@ def reset(
     self._begin()
     return self.get_obs()
 
+# %% ../../nbs/12_benchmarks/02_calvin_env.ipynb #98d4c68b
 @patch
 def _begin(self:RealCalvin):
     "A new moment, of which nothing is drawn."
@@ -174,6 +178,7 @@ def _as_calvin(self:RealCalvin, action):
     raise ValueError(f"the calvin_env {self.versions['calvin_env'][:7]} has no {kind} actions: "
                      "take its newest commit")
 
+# %% ../../nbs/12_benchmarks/02_calvin_env.ipynb #32c84c73
 @patch
 def step(
     self:RealCalvin,
@@ -190,6 +195,7 @@ def get_obs(self:RealCalvin)->dict: # rgb_obs, depth_obs: mappings; robot_obs (1
     "The observation of this moment, its images not yet drawn."
     return self._observation(self.env.get_state_obs())
 
+# %% ../../nbs/12_benchmarks/02_calvin_env.ipynb #1a26c8a8
 @patch
 def _observation(self:RealCalvin, state):
     "calvin_env's states with images of this moment."
@@ -198,6 +204,7 @@ def _observation(self:RealCalvin, state):
               for kind in ("rgb", "depth")}
     return images | {name: state[name] for name in ("robot_obs", "scene_obs")}
 
+# %% ../../nbs/12_benchmarks/02_calvin_env.ipynb #3685a528
 @patch
 def _draw(self:RealCalvin, moment, name):
     "An image of the present moment; colours and depth of a camera are drawn together."
@@ -216,6 +223,7 @@ def _touching(self:RealCalvin, contacts):
     "Names of the bodies and links in a list of contacts."
     return {self._bodies.get(c[2]) or self._owner.get((c[2], c[4]), "floor") for c in contacts}
 
+# %% ../../nbs/12_benchmarks/02_calvin_env.ipynb #f4e94e08
 @patch
 def _named(self:RealCalvin, info):
     "calvin_env's info with names for numbers."
@@ -230,6 +238,7 @@ def _named(self:RealCalvin, info):
     return {"robot_info": vectors | numbers | contacts(robot),
             "scene_info": {"movable_objects": blocks, **others}}
 
+# %% ../../nbs/12_benchmarks/02_calvin_env.ipynb #495c13c5
 @patch
 def get_info(self:RealCalvin)->dict: # {"robot_info": ..., "scene_info": ...}
     "Privileged state for the task rules."
@@ -241,6 +250,7 @@ def joint(self:RealCalvin, name): # "base__drawer", ...
     "Position of a joint of the table, metres or radians."
     return float(self.bullet.getJointState(self._table, self._joints[name])[0])
 
+# %% ../../nbs/12_benchmarks/02_calvin_env.ipynb #422e2951
 @patch
 def body_pos(self:RealCalvin, name): # "drawer_link", "block_red", ...
     "World position (3,) of a body's frame."
@@ -292,6 +302,7 @@ def real_env_here(
     "The real CALVIN in this process, for an evaluation of single chains."
     return RealCalvin(config.scene, config.static_size, config.gripper_size, root, renderer)
 
+# %% ../../nbs/12_benchmarks/02_calvin_env.ipynb #0d82217f
 def real_env(
     config, # `eval.rollout.EvalConfig`: scene and sizes of the images
     root=None, # of the checkout, see `calvin_root`
@@ -328,6 +339,7 @@ def image_read_speeds(
     often = {"never": 0, f"every {execute} steps, as a policy does": execute, "at every step": 1}
     return {name: _looking_speed(env, n, steps) for name, n in often.items()}
 
+# %% ../../nbs/12_benchmarks/02_calvin_env.ipynb #02cc0a2d
 def image_read_table(
     speeds:dict, # from `image_read_speeds`
 )->str: # a table

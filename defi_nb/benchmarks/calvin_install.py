@@ -38,11 +38,13 @@ def _is_root(folder):
     parts = ("calvin_env/envs/play_table_env.py", "conf/scene", "data")
     return all((folder/part).exists() for part in parts)
 
+# %% ../../nbs/12_benchmarks/00_calvin_install.ipynb #ed6d0771
 def _installed_roots():
     "Folders in which Python finds a package calvin_env."
     spec = find_spec("calvin_env")
     return [Path(place).parent for place in (spec.submodule_search_locations or ())] if spec else []
 
+# %% ../../nbs/12_benchmarks/00_calvin_install.ipynb #aa2db419
 def calvin_root(
     root=None, # of the checkout; None: CALVIN_ENV_ROOT, else where calvin_env is installed
 )->Path: # holds calvin_env/, conf/ and data/
@@ -60,6 +62,7 @@ def calvin_root(
     if given: reason = f"the calvin_env installed in {given[0]} comes without conf/ and data/"
     raise ValueError(f"{reason}: {CLONE}")
 
+# %% ../../nbs/12_benchmarks/00_calvin_install.ipynb #6c6e20d4
 def calvin_missing(
     root=None, # as for `calvin_root`
 )->str: # empty if nothing is
@@ -80,6 +83,7 @@ def _git_folders(root):
     common = git/"commondir"
     return [git, (git/common.read_text().strip()).resolve()] if common.is_file() else [git]
 
+# %% ../../nbs/12_benchmarks/00_calvin_install.ipynb #65c79a9b
 def _ref(folders, name):
     "The commit that a reference names."
     for folder in folders:
@@ -90,6 +94,7 @@ def _ref(folders, name):
         if commits := [row[0] for row in rows if row[1:] == [name]]: return commits[0]
     return "unknown"
 
+# %% ../../nbs/12_benchmarks/00_calvin_install.ipynb #1cdc06a2
 def commit_of(
     root:Path, # of the checkout
 )->str: # 40 hexadecimal digits, or "unknown"
@@ -119,6 +124,7 @@ def _np_random(seed=None):
     sequence = np.random.SeedSequence(seed)
     return np.random.Generator(np.random.PCG64(sequence)), sequence.entropy
 
+# %% ../../nbs/12_benchmarks/00_calvin_install.ipynb #7f2f9cf6
 STAND_INS = { # module -> its names
     "gym": dict(Env=object, Wrapper=object), "gym.utils": {},
     "gym.utils.seeding": dict(np_random=_np_random),
@@ -181,6 +187,7 @@ def compose(
     cfg.env.update(use_egl=egl, show_gui=False, use_scene_info=True, seed=seed)
     return cfg
 
+# %% ../../nbs/12_benchmarks/00_calvin_install.ipynb #eb140e3f
 def block_order(
     cfg, # from `compose`
 )->tuple: # of (colour, size), in the order of scene_obs
@@ -199,6 +206,7 @@ image = pybullet.getCameraImage(32, 32)[2]
 sys.exit(0 if plugin >= 0 and image.min() < image.max() else "EGL draws nothing")
 """
 
+# %% ../../nbs/12_benchmarks/00_calvin_install.ipynb #a0d2ea63
 @lru_cache
 def egl_device(
     timeout:float=60., # seconds
@@ -211,6 +219,7 @@ def egl_device(
     names = dict(re.findall(r"^GL_(RENDERER|VERSION)=(.*)$", run.stdout, re.M))
     return ", ".join(name.strip() for name in names.values()) if run.returncode == 0 else ""
 
+# %% ../../nbs/12_benchmarks/00_calvin_install.ipynb #410d1ce1
 def renderer_of(
     renderer:str|None=None, # "egl" or "tiny"; None: EGL if it can draw
 )->tuple: # whether it is EGL, and its description
@@ -235,9 +244,11 @@ def _quiet(base):
         self.cid = -1
     return type(base.__name__, (base,), {"close": close})
 
+# %% ../../nbs/12_benchmarks/00_calvin_install.ipynb #b12c44b0
 def _get_loader(name): # pkgutil's, which Python 3.14 no longer has
     return find_spec(name).loader
 
+# %% ../../nbs/12_benchmarks/00_calvin_install.ipynb #2d01e86b
 def build_calvin(
     root:Path, # of the checkout
     cfg, # from `compose`

@@ -36,6 +36,7 @@ def _recorded(obs): # of the embedded simulator
     return {"image": obs["rgb_obs"]["rgb_static"], "wrist_image": obs["rgb_obs"]["rgb_gripper"],
             "state": np.asarray(obs["robot_obs"], np.float32)}
 
+# %% ../../nbs/12_benchmarks/06_harness.ipynb #8fa00ce7
 def _record_expert(path, env, task, seed):
     "Record the scripted expert at one task; the number of control steps."
     from defi_nb.sim.calvin_tasks import INSTRUCTIONS, get_sequences, initial_obs
@@ -94,6 +95,7 @@ class BenchConfig:
             raise ValueError(f"no benchmark is called {self.benchmark!r}: "
                              f"choose {', '.join(_MODES)}")
 
+# %% ../../nbs/12_benchmarks/06_harness.ipynb #c9d90cc4
 def _episodes_of(
     config:BenchConfig, # which
     recordings=(), # episodes of the stand-in, for "replay"
@@ -122,6 +124,7 @@ def _units_of(
     raise ValueError(f"the server's actions are {space!r} in units {units}: say what they are with "
                      f"`units` ({', '.join(ACTION_UNITS)})")
 
+# %% ../../nbs/12_benchmarks/06_harness.ipynb #1b51f88b
 def _without_paths(episode): # so that a digest does not depend on where a recording lies
     make = {k: Path(v).name if k == "recording" else v for k, v in episode["make"].items()}
     return episode | {"make": make}
@@ -189,6 +192,7 @@ def _mean_of_tasks_interval(
         return float(np.quantile(np.mean(rates, 0), quantile))
     return end(True, (1 - level)/2), end(False, (1 + level)/2)
 
+# %% ../../nbs/12_benchmarks/06_harness.ipynb #0bd75cf0
 def _result_of(
     header:dict, # of the journal
     rows, # finished episodes
@@ -218,6 +222,7 @@ def _how(result):
             f"{versions['simulator']}, {versions['renderer']}; "
             f"fingerprint {result['fingerprint'][:12]}.")
 
+# %% ../../nbs/12_benchmarks/06_harness.ipynb #123c7e84
 def result_markdown(
     result:dict, # of `_result_of`
 )->str: # markdown
@@ -248,12 +253,14 @@ def _worker_python(
                          f"give the folder of {' or '.join(known)}")
     return str(python_of(folder)), environment_of(folder), SIMULATORS[name], settings
 
+# %% ../../nbs/12_benchmarks/06_harness.ipynb #c0812548
 def _play_config(config, protocol, url, key, frames, simulator, settings):
     "How a worker plays, from the protocol."
     return PlayConfig(simulator, url, key, protocol["success"], protocol["execute"],
                       protocol["units"], config.hold, config.flip, tuple(protocol["sent"]),
                       protocol["seed"], record=frames, settings=settings)
 
+# %% ../../nbs/12_benchmarks/06_harness.ipynb #2222d681
 def _open_journal(config, episodes, url, out, key):
     "The journal of a run against a server, and the protocol."
     with Client(url, key) as client: server = client.metadata
@@ -360,12 +367,14 @@ def _folder(args): # of the environment that is meant
         raise ValueError(f"{name} does not play {args.benchmark}: choose {' or '.join(known)}")
     return name, Path(args.where)/name
 
+# %% ../../nbs/12_benchmarks/06_harness.ipynb #587fb86b
 def _setup(args):
     name, folder = _folder(args)
     make_environment(name, folder, args.checkout, args.assets, args.libraries,
                      log=partial(print, flush=True))
     return _check(args)
 
+# %% ../../nbs/12_benchmarks/06_harness.ipynb #7c1cac62
 def _check(args):
     "Print what is there and what is missing; 1 if anything is."
     name, folder = _folder(args)
@@ -384,6 +393,7 @@ def served_policy(
     loaded, digest = load_served(policy)
     return serving(PolicyServer(loaded, contract_of(loaded, checkpoint=digest))), None
 
+# %% ../../nbs/12_benchmarks/06_harness.ipynb #f8f14a4f
 def _run(args):
     config = BenchConfig(args.benchmark, args.suite, tuple(args.task), args.episodes, args.mode,
                          args.execute, args.units, args.hold, args.flip, args.seed)
@@ -398,6 +408,7 @@ def _run(args):
         print(result_markdown(result))
     return 0
 
+# %% ../../nbs/12_benchmarks/06_harness.ipynb #dba38b48
 def main(
     argv:list|None=None, # arguments; None takes the command line's
 )->int: # exit status

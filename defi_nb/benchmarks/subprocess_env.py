@@ -56,6 +56,7 @@ def _answer(pipe, call):
     try: pipe.send(("value", call()))
     except Exception as error: pipe.send(("error", portable_error(error)))
 
+# %% ../../nbs/12_benchmarks/01_subprocess_env.ipynb #38420c99
 def _serve_env(pipe):
     "Make an environment and answer requests until the parent is done; the process runs this."
     host = None
@@ -111,6 +112,7 @@ def _ask(self:EnvProcess, kind, *args, **kwargs):
     what = args[2] if kind == "image" else " ".join(str(a) for a in args[:1])
     return self._unpacked(self._exchange(what, partial(self._pipe.send, (kind, args, kwargs))))
 
+# %% ../../nbs/12_benchmarks/01_subprocess_env.ipynb #db873d8d
 @patch
 def _exchange(self:EnvProcess, what, send):
     "Send, and wait for the answer."
@@ -143,6 +145,7 @@ def _last_printed(self:EnvProcess, length=500):
     text = self._printed.read().decode(errors="replace").strip()
     return f"; it printed last: {text}" if text else ""
 
+# %% ../../nbs/12_benchmarks/01_subprocess_env.ipynb #0076b002
 @patch
 def _unpacked(self:EnvProcess, value):
     "An answer, its observation with images that are fetched when they are read."
@@ -152,6 +155,7 @@ def _unpacked(self:EnvProcess, value):
     return {k: RenderedImages(v, fetch(k)) if isinstance(v, tuple) else v
             for k, v in value["obs"].items()}
 
+# %% ../../nbs/12_benchmarks/01_subprocess_env.ipynb #dc843c88
 @patch
 def close(self:EnvProcess):
     "Close the environment and end its process; harmless if that has happened."
@@ -160,6 +164,7 @@ def close(self:EnvProcess):
     except OSError: pass
     self._end(5)
 
+# %% ../../nbs/12_benchmarks/01_subprocess_env.ipynb #72f3f474
 @patch
 def _end(self:EnvProcess, patience): # seconds
     "End the process, at once or when it has had time to end by itself."

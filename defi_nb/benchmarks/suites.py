@@ -29,6 +29,7 @@ def _quat_to_axis_angle(
     sine = np.linalg.norm(vector)
     return vector*(2*np.arctan2(sine, w)/sine if sine > 1e-12 else 2.)
 
+# %% ../../nbs/12_benchmarks/03_suites.ipynb #ba9df3dd
 def _euler_to_axis_angle(
     rpy, # (3,) roll, pitch, yaw about fixed axes, radians
 )->np.ndarray: # (3,) axis times angle, radians
@@ -94,6 +95,7 @@ def is_over(
     "Whether an episode has come to its end."
     return len(solved) >= cap or (check_mode(mode) == "early_stop" and any(solved))
 
+# %% ../../nbs/12_benchmarks/03_suites.ipynb #8fe66e18
 def episode_success(
     mode:str, # of SUCCESS_MODES
     solved, # for each step: whether the simulator says solved
@@ -110,6 +112,7 @@ def _nested(rows, names):
     for row in rows: parts.setdefault(row[names[0]], []).append(row)
     return float(np.mean([_nested(part, names[1:]) for part in parts.values()]))
 
+# %% ../../nbs/12_benchmarks/03_suites.ipynb #50f2c9fb
 def scores(
     rows, # of episodes: {"task", "group", "variant", "success"}
 )->dict: # "tasks": {task: {"rate", "successes", "attempts", "groups"}}; "average" of the rates
@@ -153,6 +156,7 @@ LIBERO_HZ = 20
 def _tasks():
     return json.loads((resources.files("defi_nb")/"assets"/"libero_tasks.json").read_text())
 
+# %% ../../nbs/12_benchmarks/03_suites.ipynb #3737dbef
 def libero_tasks(
     suite:str, # of STEP_CAPS
 )->tuple: # names
@@ -161,6 +165,7 @@ def libero_tasks(
         raise ValueError(f"LIBERO has no suite {suite!r}: choose {', '.join(STEP_CAPS)}")
     return tuple(_tasks()[suite])
 
+# %% ../../nbs/12_benchmarks/03_suites.ipynb #29a5263b
 def libero_instruction(
     task:str, # a task's name
 )->str: # the instruction
@@ -195,6 +200,7 @@ def _libero_image(
     if flip not in FLIPS: raise ValueError(f"no flip is called {flip!r}: choose {', '.join(FLIPS)}")
     return np.ascontiguousarray(image[FLIPS[flip]])
 
+# %% ../../nbs/12_benchmarks/03_suites.ipynb #a57987df
 def libero_observation(
     obs, # of the simulator
     flip:str, # of FLIPS
@@ -228,6 +234,7 @@ CAMERAS = {"google_robot_static": "overhead_camera", "widowx": "3rd_view_camera"
 _ARM_TEXTURES = (None, "recolor_tabletop_visual_matching_1", "recolor_tabletop_visual_matching_2",
                  "recolor_cabinet_visual_matching_1") # colours
 
+# %% ../../nbs/12_benchmarks/03_suites.ipynb #bef2e495
 def _episode(task, group, variant, make, xy, yaw=0., **objects):
     "One episode; a rounded pose, so that every machine writes the same digits."
     rotation = [round(float(x), 9) + 0. for x in (-np.sin(yaw/2), 0, 0, np.cos(yaw/2))]
@@ -235,6 +242,7 @@ def _episode(task, group, variant, make, xy, yaw=0., **objects):
     reset = {"robot_init_options": robot, "obj_init_options": objects}
     return {"task": task, "group": group, "variant": variant, "make": make, "reset": reset}
 
+# %% ../../nbs/12_benchmarks/03_suites.ipynb #dd564b48
 def _grid(*ranges): # (first, last, number) of each axis
     "All points of a grid, the last axis fastest."
     axes = [np.linspace(*r) for r in ranges]
@@ -257,9 +265,11 @@ _CAN_VARIANTS = {"base": {}, **_TEXTURES, "distractors": {"env_id": _CROWDED},
 _NEAR_VARIANTS = {"base": {}, "no distractor": {"no_distractor": True}, **_BACKGROUNDS, **_LIGHTING,
                   **_TEXTURES}
 
+# %% ../../nbs/12_benchmarks/03_suites.ipynb #18ef7ef2
 def _arms(overlay): # variants of Visual Matching
     return {f"arm {arm}": {"urdf_version": arm, "rgb_overlay": overlay} for arm in _ARM_TEXTURES}
 
+# %% ../../nbs/12_benchmarks/03_suites.ipynb #5094211f
 def _cans(variants):
     "25 episodes of each orientation and variant; 80 steps."
     make = {"env_id": _CAN, **_GOOGLE, "scene_name": _TABLE, "max_episode_steps": 80}
@@ -271,6 +281,7 @@ def _cans(variants):
                          for xy in places]
     return episodes
 
+# %% ../../nbs/12_benchmarks/03_suites.ipynb #4beda728
 def _near(env_id, variants):
     "60 episodes of each variant; 80 steps."
     make = {"env_id": env_id, **_GOOGLE, "scene_name": _TABLE, "max_episode_steps": 80}
@@ -292,6 +303,7 @@ _DRAWER_VARIANTS = {"base": {}, **{name: {"scene_name": name} for name in _ROOMS
 _MATCHED_DRAWER = {"scene_name": "dummy_drawer", "station_name": "mk_station_recolor",
                    "light_mode": "simple", "disable_bad_material": True}
 
+# %% ../../nbs/12_benchmarks/03_suites.ipynb #5b315d8e
 def _drawers(scene, variants, stands):
     "An episode of each environment, variant and stand; 113 steps."
     make, episodes = {**_GOOGLE, "shader_dir": "rt", "max_episode_steps": 113}, []
@@ -303,11 +315,13 @@ def _drawers(scene, variants, stands):
                                          init_xy=[0., 0.]))
     return episodes
 
+# %% ../../nbs/12_benchmarks/03_suites.ipynb #cd58502a
 def _matched_drawers():
     stands = [(pose, {"rgb_overlay": f"open_drawer_{name}.png"}) for name, pose in _STANDS.items()]
     arms = {f"arm {arm}": {"urdf_version": arm} for arm in _ARM_TEXTURES}
     return _drawers(_MATCHED_DRAWER, arms, stands)
 
+# %% ../../nbs/12_benchmarks/03_suites.ipynb #59e46113
 def _varied_drawers():
     stands = [((x, y, 0.), {}) for x, y in _grid((.65, .85, 3), (-.2, .2, 3))]
     return _drawers({"scene_name": _ROOM}, _DRAWER_VARIANTS, stands)
@@ -322,6 +336,7 @@ _COUNTER = {"scene_name": "bridge_table_1_v1", "rgb_overlay": "bridge_real_eval_
 _SINK = {"robot": "widowx_sink_camera_setup", "scene_name": "bridge_table_1_v2",
          "rgb_overlay": "bridge_sink.png", "max_episode_steps": 120}
 
+# %% ../../nbs/12_benchmarks/03_suites.ipynb #034ee817
 def _widowx():
     episodes = []
     for task, env_id in _WIDOWX_TASKS.items():
@@ -331,6 +346,7 @@ def _widowx():
         episodes += [_episode(task, "all", "base", make, xy, episode_id=i) for i in range(24)]
     return episodes
 
+# %% ../../nbs/12_benchmarks/03_suites.ipynb #32e6ea4d
 def maniskill3_id(
     env_id:str, # of an episode's `make`
 )->str: # the same task's name in ManiSkill3
@@ -348,14 +364,17 @@ def _cameras():
     cans, near = of("GraspSingleOpenedCokeCan"), of("MoveNear")
     return _cans(cans) + _near("MoveNearGoogleInScene-v0", near)
 
+# %% ../../nbs/12_benchmarks/03_suites.ipynb #c2ba1b71
 def _matched():
     near = _near("MoveNearGoogleBakedTexInScene-v0", _arms("google_move_near_real_eval_1.png"))
     return _cans(_arms("google_coke_can_real_eval_1.png")) + near + _matched_drawers()
 
+# %% ../../nbs/12_benchmarks/03_suites.ipynb #0674ed23
 def _varied():
     near = _near("MoveNearGoogleInScene-v0", _NEAR_VARIANTS)
     return _cans(_CAN_VARIANTS) + near + _varied_drawers()
 
+# %% ../../nbs/12_benchmarks/03_suites.ipynb #e2ca3e84
 SUITES = {"google_vm": _matched, "google_va": _varied, "google_cameras": _cameras,
           "widowx": _widowx} # name -> its episodes
 

@@ -31,10 +31,12 @@ PIP_RECIPES = { # environment -> requirements for pip
 BENCHMARKS = {"simpler": ("maniskill3", "simplerenv"), "libero": ("libero",)} # -> environments
 SETTINGS = "defi_nb.json" # in an environment's folder
 
+# %% ../../nbs/12_benchmarks/04_venvs.ipynb #16fed8e6
 def python_of(folder): # of an environment
     "Its interpreter."
     return Path(folder)/("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
+# %% ../../nbs/12_benchmarks/04_venvs.ipynb #7621d1b1
 def read_settings(
     folder, # of an environment
 )->dict: # {"simulator", "assets", "checkout", "environment": variables of its processes, ...}
@@ -56,6 +58,7 @@ def _package_alone(folder):
         link.symlink_to(package)
     return link.parent
 
+# %% ../../nbs/12_benchmarks/04_venvs.ipynb #646a6287
 _NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "MUJOCO_GL", "PYOPENGL_PLATFORM")
 
 def environment_of(
@@ -100,6 +103,7 @@ def _run(command, env=None, log=print):
         raise RuntimeError(f"`{text}` ended with code {done.returncode}:\n{output}")
     return done.stdout
 
+# %% ../../nbs/12_benchmarks/04_venvs.ipynb #8392e246
 def _commits(checkout): # {"SimplerEnv": ..., "ManiSkill2_real2sim": ...}
     "Commits of a checkout and its submodule."
     def of(path):
@@ -109,6 +113,7 @@ def _commits(checkout): # {"SimplerEnv": ..., "ManiSkill2_real2sim": ...}
     return {"SimplerEnv": of(checkout),
             "ManiSkill2_real2sim": of(Path(checkout)/"ManiSkill2_real2sim")}
 
+# %% ../../nbs/12_benchmarks/04_venvs.ipynb #0268dad0
 def _check_checkout(name, checkout):
     "Raise `ValueError` unless SimplerEnv, if it is to be installed, has its Python and checkout."
     if name != "simplerenv": return
@@ -129,6 +134,7 @@ def _variables(name, folder, assets, libraries):
     if name == "libero": own = {"LIBERO_CONFIG_PATH": str(folder/"config")}
     return {"OMP_NUM_THREADS": "1", **own, **_library_variables(libraries, folder)}
 
+# %% ../../nbs/12_benchmarks/04_venvs.ipynb #06faa67e
 def _install(folder, recipe, checkout, run, log):
     "Install a recipe into an environment, its first part before the rest."
     pins = "\n".join((*recipe["first"], *recipe["constraints"])) + "\n"
@@ -292,6 +298,7 @@ def _missing_assets(folder):
     if missing: return missing, f"{place}: missing {', '.join(missing)}"
     return missing, f"{place}: all {len(files)} that were looked for"
 
+# %% ../../nbs/12_benchmarks/04_venvs.ipynb #da84e686
 def check_environment(
     folder, # of an environment
 )->list: # of {"what", "ok", "found", "remedy"}

@@ -81,6 +81,7 @@ def _plain(array): # of NumPy, or a tensor with a batch of one
     array = np.asarray(array)
     return np.ascontiguousarray(array[0] if array.ndim in (2, 4) else array)
 
+# %% ../../nbs/12_benchmarks/05_worker.ipynb #6aeb2244
 class _Simulator:
     "A simulator that keeps its environment for as long as episodes need the same one."
     env = made = None
@@ -199,6 +200,7 @@ def _libero_config(
     path.write_text("".join(lines))
     return path
 
+# %% ../../nbs/12_benchmarks/05_worker.ipynb #4f1251e5
 def _version(name): # of an installed distribution
     from importlib.metadata import version
     return version(name)
@@ -224,6 +226,7 @@ def _open_libero(config):
                 "renderer": f"MuJoCo, {os.environ.get('MUJOCO_GL', 'default')}"}
     return OffScreenRenderEnv, get_benchmark, versions
 
+# %% ../../nbs/12_benchmarks/05_worker.ipynb #dcce74ff
 def _gate_cameras(simulator):
     "Leave the cameras' sampling as it is, but draw only while the simulator is `drawing`."
     simulator.drawing = False # setting a sensor tries it
@@ -298,11 +301,13 @@ def _ask(infer, seen, prompt, send, noise):
                          "a chunk is (at least 1, 7) finite numbers")
     return actions
 
+# %% ../../nbs/12_benchmarks/05_worker.ipynb #10c5c039
 def _keep_frames(frames, path, prompt):
     "Write the images that the policy got, as a compressed npz."
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, image=np.stack(frames), prompt=prompt)
 
+# %% ../../nbs/12_benchmarks/05_worker.ipynb #534e16a2
 class _Clock:
     "Seconds that are spent in parts of an episode."
     def __init__(self, *parts): self.spent = dict.fromkeys(parts, 0.)

@@ -81,6 +81,7 @@ def _set_status(self:Explorer, text, error=None):
     color = "#555" if error is None else "#b00020"
     self.status.value = f'<span style="color:{color}">{html.escape(text)}</span>'
 
+# %% ../../nbs/10_explore/04_app.ipynb #643e5178
 @patch
 def _guarded(self:Explorer, call):
     "A callback whose errors are shown in place."
@@ -89,6 +90,7 @@ def _guarded(self:Explorer, call):
         except Exception as error: self._set_status("", error)
     return guarded
 
+# %% ../../nbs/10_explore/04_app.ipynb #b7115569
 @patch
 def _button(self:Explorer, text, call, tip):
     "A button with a guarded callback."
@@ -123,6 +125,7 @@ def _query_widgets(self:Explorer):
                            button_width=41, tooltips=["of the sampler of the predicted video"]*5)
     self.seed = _labelled(w.BoundedIntText, "noise", 74, min=0, max=10**6)
 
+# %% ../../nbs/10_explore/04_app.ipynb #be7c392f
 @patch
 def _choice_widgets(self:Explorer):
     "The widgets of the choice."
@@ -156,6 +159,7 @@ def _offer(selector, options):
     value, selector.options = selector.value, tuple(options)
     selector.value = value if value in options else options[0]
 
+# %% ../../nbs/10_explore/04_app.ipynb #bdfd7594
 @patch
 def _update_options(self:Explorer):
     "Bring the selectors up to date with the answers that are there."
@@ -192,6 +196,7 @@ def _keys(self:Explorer, s):
                 notes=(moment, part("maps", "future"), heat, s.heat, coded),
                 motion=(moment, part("chunk"), s.level, self.teleop and len(self.teleop.actions)))
 
+# %% ../../nbs/10_explore/04_app.ipynb #e2caf35d
 @patch
 def _redraw(self:Explorer):
     "Bring every panel up to date whose content has changed."
@@ -217,6 +222,7 @@ def _table(self:Explorer, panel):
     self.table.layout.display = "none" if panel is None else ""
     return b"" if panel is None else panel.png()
 
+# %% ../../nbs/10_explore/04_app.ipynb #ba0d6724
 @patch
 def _send_motion(self:Explorer, s):
     "Send the lines that have changed."
@@ -238,6 +244,7 @@ def _on_choice_changed(self:Explorer, change=None):
         self._update_options()
         self._redraw()
 
+# %% ../../nbs/10_explore/04_app.ipynb #1867a828
 @patch
 def _on_query_changed(self:Explorer, change=None):
     "The query has changed: request the present moment, then all others."
@@ -248,6 +255,7 @@ def _on_query_changed(self:Explorer, change=None):
     queries = [(s, replace(self.query, t=t)) for t in order for s in self.sessions]
     self.ahead.request(queries, urgent=len(self.sessions))
 
+# %% ../../nbs/10_explore/04_app.ipynb #916851a5
 @patch
 def _on_answer(self:Explorer, session, query, error):
     "A part of an answer is there; called in the thread."
@@ -342,6 +350,7 @@ def _simulator_widgets(self:Explorer):
     self.do = self._button("do it", lambda: self.act(action(), self.times.value),
                            "one control step for each time")
 
+# %% ../../nbs/10_explore/04_app.ipynb #6d700f98
 @patch
 def _started(self:Explorer):
     "The simulator, or an error with how to start one."
@@ -357,6 +366,7 @@ def go_on(self:Explorer):
     self._set_status(f"the simulator goes on from control step {self.time.value}")
     self._on_step()
 
+# %% ../../nbs/10_explore/04_app.ipynb #a7c75d2b
 @patch
 def drive(self:Explorer,
     steps:int|None=None, # control steps, with a new plan when one is done; None: one new plan
@@ -381,6 +391,7 @@ def act(self:Explorer,
     for _ in range(times): self._started().step(action)
     self._on_step()
 
+# %% ../../nbs/10_explore/04_app.ipynb #f1537cc8
 @patch
 def press(self:Explorer,
     key:str, # of `KEYS`, the space bar or "Enter"
@@ -418,6 +429,7 @@ def _run_view(run):
         return np.stack(captioned)
     return View(run.name, lambda: paint_video(run.video, CONTROL_HZ), frames)
 
+# %% ../../nbs/10_explore/04_app.ipynb #1c18b2e0
 @patch
 def as_view(self:Explorer,
     name:str, # one of `STATIC_VIEWS`, or "live"
@@ -438,6 +450,7 @@ def save(self:Explorer,
     "Write a panel as it is now."
     return self.as_view(name).save(path)
 
+# %% ../../nbs/10_explore/04_app.ipynb #ba8425da
 @patch
 def report(self:Explorer,
     t:int|None=None, # control step; None: where the scrubber is
@@ -451,6 +464,7 @@ def report(self:Explorer,
         self.time.value = t
     with self.ahead.pause(): show_report(self.state, names)
 
+# %% ../../nbs/10_explore/04_app.ipynb #1ab43c94
 @patch
 def _export_widgets(self:Explorer):
     "The widgets that write."
@@ -474,6 +488,7 @@ def _row(*items):
     import ipywidgets as w
     return w.HBox(items, layout=w.Layout(align_items="center", flex_flow="row wrap"))
 
+# %% ../../nbs/10_explore/04_app.ipynb #12563ee0
 @patch
 def _arrange(self:Explorer):
     "The widgets, in their places."
@@ -493,6 +508,7 @@ def _arrange(self:Explorer):
                        _row(self.what, self.where, self.write)])
     self.box.add_class("defi-explorer")
 
+# %% ../../nbs/10_explore/04_app.ipynb #94713b6b
 @patch
 def _ipython_display_(self:Explorer):
     from IPython.display import Markdown, display

@@ -47,6 +47,7 @@ def _video_html(view):
             'style="width:min(100%,640px);image-rendering:pixelated" '
             f'src="data:video/mp4;base64,{source}"></video>')
 
+# %% ../../nbs/10_explore/02_export.ipynb #dd9cf3ce
 def _view_page(
     views:list, # of `View`, one below the other
 )->str: # a page that needs nothing else
@@ -84,6 +85,7 @@ def _side_by_side(videos, side=256):
     "Videos (T,H,W,3) of any size side by side, (T,side,n*side,3)."
     return np.concatenate([np.stack([resize_square(f, side) for f in v]) for v in videos], 2)
 
+# %% ../../nbs/10_explore/02_export.ipynb #790d25d8
 def _video_view(
     state:ViewState, # of the episode
 )->View:
@@ -92,6 +94,7 @@ def _video_view(
     return View(f"{e.name}: {e.text}", lambda: paint_video(e.video, CONTROL_HZ),
                 lambda: _side_by_side(e.video.values()))
 
+# %% ../../nbs/10_explore/02_export.ipynb #faefc7bd
 def _future_view(
     state:ViewState, # the moment
 )->View:
@@ -142,6 +145,7 @@ def _heat_film(
         film.append(np.concatenate(laid, 1))
     return np.stack(film)
 
+# %% ../../nbs/10_explore/02_export.ipynb #15985938
 def _heatmap_view(
     state:ViewState, # the moment
 )->View:
@@ -168,6 +172,7 @@ def _codes_view(
     wide = replace(state, side=max(state.side, room))
     return View(f"codes over time, asked for {state.query.text!r}", wide.codes_panel)
 
+# %% ../../nbs/10_explore/02_export.ipynb #a02ebe06
 def _motion_view(
     state:ViewState, # the moment
     part:str="path", # the end effector's "path" in space, or its "actions" over time
@@ -180,6 +185,7 @@ STATIC_VIEWS = dict(video=_video_view, future=_future_view, heatmap=_heatmap_vie
                     codes=_codes_view, actions=partial(_motion_view, part="actions"),
                     path=_motion_view, denoising=_denoising_view) # name -> function of a state
 
+# %% ../../nbs/10_explore/02_export.ipynb #a26dc69a
 def static_view(
     state:ViewState, # the moment
     name:str, # one of `STATIC_VIEWS`
@@ -190,6 +196,7 @@ def static_view(
     for s in state.sessions: s.answer(state.query)
     return STATIC_VIEWS[name](state)
 
+# %% ../../nbs/10_explore/02_export.ipynb #0dec07f1
 def show_report(
     state:ViewState, # the moment
     names:tuple=tuple(STATIC_VIEWS), # of the views

@@ -79,6 +79,7 @@ def _glyphs(text, size, anchor, upright):
     ImageDraw.Draw(mask).text((-left, -top), text, 255, **style)
     return (mask.rotate(90, expand=True), top, -right) if upright else (mask, left, top)
 
+# %% ../../nbs/10_explore/01_panels.ipynb #ea533a9b
 @patch
 def png(self:Painting,
     dpi:float=_SCREEN_DPI, # dots per inch
@@ -131,6 +132,7 @@ def _add_svg(svg, kind, x, y, *mark):
             add("text", x=0, y=dy, fill=color, font_size=size, text_anchor=anchor,
                 transform=f"translate({x} {y}) rotate({-90*upright})").text = line
 
+# %% ../../nbs/10_explore/01_panels.ipynb #14d3bf12
 @patch
 def html(self:Painting)->str:
     "The marks as SVG, with what the mouse brings up."
@@ -159,6 +161,7 @@ def _paint_frame(strip, x, y, side, frame, heat, top):
     strip.add_hover(x, y, side, side, heat.shape,
                     lambda i, j: f"row {i}, column {j}: {100*heat[i, j]:.1f} %")
 
+# %% ../../nbs/10_explore/01_panels.ipynb #8d39fc08
 def paint_strip(
     rows:dict, # name -> list of frames (H,W,3) uint8 or None; a sentence (the reason) ends it
     captions:list, # of the columns
@@ -284,6 +287,7 @@ def _broken(paths):
     ends = [np.pad(p.astype(float), ((0, 1), (0, 0)), constant_values=np.nan) for p in paths]
     return np.concatenate(ends) if ends else None
 
+# %% ../../nbs/10_explore/01_panels.ipynb #6035f32b
 def _motion_lines(
     t:int, # control step
     recorded=None, # (N,3) metres, the end effector in the recording
@@ -330,6 +334,7 @@ def _path_trace(name, names, live):
     return style | dict(name=f"{names[int(i)]}'s {kind}", line=line, opacity=.45 if first else 1,
                         showlegend=not first)
 
+# %% ../../nbs/10_explore/01_panels.ipynb #5399a288
 def _action_trace(name):
     "Style of a line over time."
     lane, _, who = name.rpartition(" ")
@@ -342,6 +347,7 @@ def _action_trace(name):
     return dict(line=line, yaxis=f"y{d//3 + 1}", opacity=.7 if thin else 1, mode="lines",
                 showlegend=False, hovertemplate=f"{lane}: %{{y:.3f}}")
 
+# %% ../../nbs/10_explore/01_panels.ipynb #167a3cf0
 def _space(lines):
     "The ranges of the axes in space, (3,2) metres: the recording and the chunks, with some air."
     shown = [line for name, line in lines.items() if name == "recorded" or name.startswith("chunk")]
@@ -361,6 +367,7 @@ def _path_layout(lines, domain):
     return dict(scene=dict(domain=dict(x=domain, y=[0, 1]), aspectmode="data", **axes,
                            camera=dict(eye=dict(x=.45, y=-2.1, z=1.0))))
 
+# %% ../../nbs/10_explore/01_panels.ipynb #764351bd
 def _actions_layout(steps, domain):
     "The axes over time: position, rotation and gripper, and the colours of x, y and z."
     rows = (("position,<br>cm a step", .7, 1, 2.2), ("rotation,<br>rad a step", .34, .64, .055),
@@ -414,6 +421,7 @@ def _print_trace(ax, trace):
     label = None if trace.showlegend is False else trace.name
     ax.plot(*(trace[a] for a in axes), alpha=trace.opacity, label=label, **style)
 
+# %% ../../nbs/10_explore/01_panels.ipynb #00c2057c
 def _print_space(ax, scene):
     "The axes in space, seen by the figure's camera."
     eye = scene.camera.eye
@@ -524,6 +532,7 @@ def layer_options(
     rollout = ["rollout"]*(attention.rollout is not None)
     return ("mean", *rollout, *(n for n in attention.layers if n not in ("rollout", "mean")))
 
+# %% ../../nbs/10_explore/01_panels.ipynb #be0757f0
 @patch
 def heat_maps(self:ViewState,
     i:int=0, # number of the policy
@@ -571,6 +580,7 @@ def lines(self:ViewState)->dict: # see `_motion_lines`
     recorded = None if e.robot_obs is None else e.robot_obs[:, :3]
     return _motion_lines(self.t, recorded, e.action, chunks, paths, self.live)
 
+# %% ../../nbs/10_explore/01_panels.ipynb #bd010b1b
 @patch
 def motion_panel(self:ViewState,
     parts:tuple=("path", "actions"), # in space, over time, or both
@@ -627,6 +637,7 @@ def _psnr(frame, truth):
     "dB between two frames (H,W,3), at the size of the second."
     return float(psnr(*(torch.from_numpy(x.copy()).permute(2, 0, 1) for x in (frame, truth))))
 
+# %% ../../nbs/10_explore/01_panels.ipynb #dd1f97a7
 def _frame_measures(predicted, recorded, captions):
     "PSNR of predicted frames, where there are any, and of the present frame in their place."
     out = {}
@@ -637,6 +648,7 @@ def _frame_measures(predicted, recorded, captions):
         out[f"standing still {caption}, dB"] = _psnr(present, truth)
     return out
 
+# %% ../../nbs/10_explore/01_panels.ipynb #0e3893c3
 @patch
 def measures(self:ViewState)->dict: # policy -> measure -> number
     "The numbers of the present moment."
@@ -659,6 +671,7 @@ def _formatted(name, x):
     if "agrees" in name or "attention" in name: return f"{100*x:.0f} %"
     return "equal" if np.isinf(x) else f"{x:.{3 if 'rad' in name else 2 if 'cm' in name else 1}f}"
 
+# %% ../../nbs/10_explore/01_panels.ipynb #63357fb9
 def numbers_table(
     measured:dict, # policy -> measure -> number
 )->str: # HTML
@@ -681,6 +694,7 @@ def _constant_codes(self:ViewState, i, least=8): # [a sentence], or []: too few,
     return [f"{s.name}'s codes are the same at all {len(codes)} moments: "
             "they say nothing of this motion (eval_gidm measures it)"]
 
+# %% ../../nbs/10_explore/01_panels.ipynb #d48795c0
 @patch
 def _worse_than_still(self:ViewState, i): # [a sentence], or [], of the last predicted frame
     rows, captions, _ = self.frames()
@@ -709,6 +723,7 @@ def caption(self:ViewState)->str: # one sentence
             parts.append(f"{s.name} has no such layer, its mean is shown")
     return "; ".join(parts)
 
+# %% ../../nbs/10_explore/01_panels.ipynb #72c4c61e
 @patch
 def notes(self:ViewState)->list: # of sentences
     "Warnings about what would mislead."

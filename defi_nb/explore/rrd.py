@@ -24,6 +24,7 @@ def _recorded(episode, t): # rows of the recording
             yield f"action/{name}", "number", float(value)
     if episode.robot_obs is not None: yield "robot/end_effector", "point", episode.robot_obs[t, :3]
 
+# %% ../../nbs/10_explore/05_rrd.ipynb #c195e2e5
 def _predicted(session, query): # rows of the policy's answer
     answer = session.answer(query, ("chunk", "codes", "future"))
     for view, frames in answer.get("future", {}).items():
@@ -31,6 +32,7 @@ def _predicted(session, query): # rows of the policy's answer
     for i, code in enumerate(answer.get("codes", ())): yield f"codes/{i}", "number", float(code)
     yield "robot/planned", "path", session.episode.path(query.t, answer["chunk"][-1])
 
+# %% ../../nbs/10_explore/05_rrd.ipynb #4b423704
 def log_rows(
     session:Session, # a policy and an episode
     every:int=5, # control steps between two queries

@@ -97,11 +97,13 @@ def _home_state():
     "The arm's home posture, as CALVIN's robot_obs."
     return PlayTable("D", 8, 8).robot_obs()
 
+# %% ../../nbs/10_explore/00_session.ipynb #e63e29b7
 @patch
 def state(self:Episode, t)->np.ndarray: # (15,) CALVIN's robot_obs at row t
     "The robot's state; the home posture where there is no robot."
     return _home_state() if self.robot_obs is None else self.robot_obs[t]
 
+# %% ../../nbs/10_explore/00_session.ipynb #0bc61fe8
 @patch
 def observe(self:Episode,
     t:int, # row
@@ -146,6 +148,7 @@ def _missing_plain(policy): # part -> the reason
     maps = dict(maps="a blind policy: it reads no image") if blind else {}
     return dict(future=reason, codes=reason) | maps
 
+# %% ../../nbs/10_explore/00_session.ipynb #1f13045f
 def _missing_coupled(policy):
     no_decoder = "its forward model predicts features, which no decoder turns into images"
     reasons = {}
@@ -190,6 +193,7 @@ def batch(self:Session, query:Query)->Batch: # of one sample
     "The moment as the policy observes it."
     return self.episode.observe(query.t, query.text, self.policy.cfg.spec.image_size)
 
+# %% ../../nbs/10_explore/00_session.ipynb #176cc927
 @patch
 def noise(self:Session, query:Query)->Tensor: # (1,K,7) standard normal
     "The noise of the chunk."
@@ -218,12 +222,14 @@ def _codes(session, query):
     "(Q,) codes."
     return session.policy.encode_batch(session.batch(query))[1].indices[0].flatten().numpy()
 
+# %% ../../nbs/10_explore/00_session.ipynb #51dd27b4
 @torch.no_grad()
 def _chunk(session, query):
     "(S,K,7) the chunk at each step of the sampler, within what can be executed."
     steps = chunk_steps(session.policy, session.batch(query), session.noise(query))
     return steps[0].clamp(-1, 1).float().numpy()
 
+# %% ../../nbs/10_explore/00_session.ipynb #665a7a0d
 _PARTS = dict(chunk=_chunk, codes=_codes,
               maps=lambda s, q: policy_maps(s.policy, s.batch(q), s.noise(q)),
               future=lambda s, q: s.futures(q, (q.steps,))[q.steps])
@@ -237,6 +243,7 @@ def _bytes(x):
     parts = x.values() if isinstance(x, dict) else x if isinstance(x, tuple | list) else ()
     return sum(map(_bytes, parts))
 
+# %% ../../nbs/10_explore/00_session.ipynb #0edd4266
 @patch
 def _once(self:Session, key, compute):
     "The cached value of a key, computed now if there is none."
@@ -248,6 +255,7 @@ def _once(self:Session, key, compute):
                 self.size -= _bytes(self.cache.popitem(last=False)[1])
         return self.cache[key]
 
+# %% ../../nbs/10_explore/00_session.ipynb #cdb6fed6
 @patch
 def answer(self:Session,
     query:Query, # the moment
@@ -257,6 +265,7 @@ def answer(self:Session,
     keys, wanted = query.keys(), [part for part in parts if part not in self.missing]
     return {p: self._once(keys[p], lambda p=p: _PARTS[p](self, query)) for p in wanted}
 
+# %% ../../nbs/10_explore/00_session.ipynb #f5dc8207
 @patch
 def cached(self:Session,
     query:Query, # the moment
@@ -310,6 +319,7 @@ def _part(self:Background, session, query):
     open_parts = (p for p in PARTS if p not in done and (*key, p) not in self.attempted)
     return next(open_parts, None)
 
+# %% ../../nbs/10_explore/00_session.ipynb #7aad2e95
 @patch
 def _next(self:Background):
     "The next (session, query, part) to compute; None when closed."
@@ -321,6 +331,7 @@ def _next(self:Background):
             if not self.queue: self.change.notify_all() # whoever waits may go on
             self.change.wait()
 
+# %% ../../nbs/10_explore/00_session.ipynb #948b6426
 @patch
 def _work(self:Background):
     while (todo := self._next()) is not None:
@@ -339,6 +350,7 @@ def wait(self:Background,
     "Wait until nothing is left to compute."
     with self.change: return self.change.wait_for(lambda: not self.queue, seconds)
 
+# %% ../../nbs/10_explore/00_session.ipynb #58a51905
 @patch
 @contextmanager
 def pause(self:Background):
@@ -356,6 +368,7 @@ def close(self:Background):
     self.closed = True
     self._wake()
 
+# %% ../../nbs/10_explore/00_session.ipynb #843f4814
 def _end(reference):
     "Close a background, if it is still there, and wait for it."
     if (background := reference()) is None: return

@@ -82,6 +82,7 @@ def replan(self:Teleop,
     self.plan, self.queries = list(actions[:execute]), self.queries + 1
     return actions
 
+# %% ../../nbs/10_explore/03_teleop.ipynb #a63ef3fd
 @patch
 def execute(self:Teleop,
     steps:int|None=None, # control steps; None: all
@@ -95,6 +96,7 @@ def path(self:Teleop)->np.ndarray: # (n+1,3) metres
     "Path of the end effector so far."
     return np.stack([obs["robot_obs"][:3] for obs in self.observations])
 
+# %% ../../nbs/10_explore/03_teleop.ipynb #ed703a64
 @patch
 def episode(self:Teleop)->Episode:
     "The run so far, as an episode."
@@ -163,6 +165,7 @@ def _key_field_class():
             finally: self.done += 1
     return KeyField
 
+# %% ../../nbs/10_explore/03_teleop.ipynb #249c7bbf
 def key_field(
     known, # names of keys as browsers have them: "a", " ", "Enter"
     pressed, # called with each key

@@ -180,6 +180,7 @@ class Part:
 
 def _drawn(): return torch.Generator().manual_seed(0) # the inputs of both ways
 
+# %% ../../nbs/13_run/09_bench_inference.ipynb #1b78539b
 def _vae_part(
     vae, # `VAE` with weights
     size:int, # pixels of the square frames
@@ -205,6 +206,7 @@ def _gfdm_part(
     fast = lambda: light.to_tokens(light.feature_maps(latent, hidden, noise))
     return Part("GFDM", lambda: plain_tokens(gfdm, latent, hidden), fast)
 
+# %% ../../nbs/13_run/09_bench_inference.ipynb #88a78dfc
 def _text_part(
     encoders, # with `clip` and `t5`
     text:str = "lift the red block from the table", # instruction
@@ -233,6 +235,7 @@ def _gidm_part(
     fast = lambda: policy.latent_tokens(policy.gidm.encode(entering(), text))
     return Part("MLP and GIDM", plain, fast)
 
+# %% ../../nbs/13_run/09_bench_inference.ipynb #9bb89313
 def _former_part(
     policy:CoupledPolicy, # with weights in `video_former`
     patches:int, # P of GFDM's features
@@ -242,6 +245,7 @@ def _former_part(
     features = torch.randn(*shape, generator=_drawn()).to(policy.video_former.latents)
     return Part("Video Former", *[lambda: policy.video_former(features)]*2)
 
+# %% ../../nbs/13_run/09_bench_inference.ipynb #2d1754c2
 def _adapter_part(
     adapter, # `ActionAdapter` with weights
     context_tokens:int, # M
@@ -267,6 +271,7 @@ def _in_precision(
         with torch.no_grad(), cast: return f()
     return run
 
+# %% ../../nbs/13_run/09_bench_inference.ipynb #7fc645b5
 def _fill_gidm(policy, device): # its positions are float32, so its weights are; autocast narrows
     for module in (policy.project, policy.gidm): random_weights(module, device)
     for name in ("time_pos_emb", "latent_pos_emb"):
@@ -274,6 +279,7 @@ def _fill_gidm(policy, device): # its positions are float32, so its weights are;
         zeros = torch.zeros(getattr(policy, name).shape, device=device)
         setattr(policy, name, nn.Parameter(zeros, requires_grad=False))
 
+# %% ../../nbs/13_run/09_bench_inference.ipynb #34571901
 def _context_tokens(cfg): # M of a `PolicyConfig`
     latents = cfg.gidm.queries*(1 + (cfg.latents == "both"))
     return 1 + len(cfg.frames)*cfg.former_queries + latents + bool(cfg.adapter.proprio_dim)
@@ -335,6 +341,7 @@ def _peak_memory(
     if start: (own/"clear_refs").write_text("5")
     return 1.024e-3*int((own/"status").read_text().split("VmHWM:")[1].split()[0])
 
+# %% ../../nbs/13_run/09_bench_inference.ipynb #e2b811ff
 def measure(
     f, # function without arguments
     repeats:int = 20, # timed calls
@@ -427,6 +434,7 @@ def machine_name(
     if str(device).startswith("cuda"): return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
+# %% ../../nbs/13_run/09_bench_inference.ipynb #785d25ac
 def bench_totals(
     rows:list, # from `compare`, of all parts
 )->dict: # way -> {"median": ms, "gmac"}

@@ -108,6 +108,7 @@ class EachCamera:
 def _images(frames, w, view): # of a window
     return np.ascontiguousarray(frames.video[view][w.start:w.end + 1])
 
+# %% ../../nbs/13_run/10_bench_loader.ipynb #d809270b
 def write_clips(
     folder:Path, # for the videos, a folder for each camera
     frames:Frames, # a recording with windows
@@ -127,6 +128,7 @@ def _latents(images):
     x = torch.from_numpy(np.concatenate([x, x.mean(-1, keepdims=True)], -1))
     return x.permute(0, 3, 1, 2).contiguous()*LATENT_SCALE
 
+# %% ../../nbs/13_run/10_bench_loader.ipynb #55223d42
 def write_release(
     folder:Path, # root of the dataset
     frames:Frames, # a recording with windows
@@ -152,10 +154,12 @@ def write_release(
 RLDS_KEYS = RLDSKeys({v: f"observation/{v}" for v in VIEWS}, "language_instruction", CONTROL_HZ,
                      action=("action",), proprio=("observation/robot_obs",))
 
+# %% ../../nbs/13_run/10_bench_loader.ipynb #12ea3217
 def _jpeg(image):
     Image.fromarray(image).save(file := io.BytesIO(), "jpeg", quality=95)
     return file.getvalue()
 
+# %% ../../nbs/13_run/10_bench_loader.ipynb #a7e87648
 def _rlds_features(frames): # the content of features.json
     sizes = lambda *shape: dict(dimensions=[str(n) for n in shape])
     tensor = lambda n: dict(tensor=dict(dtype="float32", shape=sizes(n), encoding="none"))
@@ -211,6 +215,7 @@ def _batch_bytes(
     tensors = [t for part in parts for t in vars(part).values() if isinstance(t, torch.Tensor)]
     return sum(t.nbytes for t in tensors)
 
+# %% ../../nbs/13_run/10_bench_loader.ipynb #c2290e0a
 def _time_samples(
     ds, # `ds[indices]` is a `Batch`
     n:int=256, # samples in all
@@ -225,6 +230,7 @@ def _time_samples(
     seconds, n = time.perf_counter() - begin, batches.size
     return dict(samples_s=n/seconds, mb_s=size/seconds/1e6, ms=1e3*seconds/n)
 
+# %% ../../nbs/13_run/10_bench_loader.ipynb #7f45fc76
 def _time_ways(
     ways:dict, # name -> dataset
     n:int=256, # samples of a pass
@@ -342,6 +348,7 @@ def _other_formats(folder, size, spec): # way -> dataset
             f"videos, {spec.frames} frames": VideoDataset(clips, size=size, **seconds),
             f"release's latents, {spec.frames} frames": latents}
 
+# %% ../../nbs/13_run/10_bench_loader.ipynb #90748fc7
 def open_formats(
     folder, # from `write_formats`
     size:int, # height and width of the frames that a model takes, pixels
@@ -409,6 +416,7 @@ def rate_cells(
             cells.append([r["way"], kind, *rates, faster])
     return cells
 
+# %% ../../nbs/13_run/10_bench_loader.ipynb #d320b611
 def rate_ratios(
     rows:list, # of `time_loaders`
 )->dict: # way -> times the release's

@@ -50,10 +50,12 @@ def _run_notebooks_of(
     folder = root/"nbs" if (root/"settings.ini").is_file() else package
     return {p.stem: p for p in sorted(folder.glob("[a-z]*.ipynb")) if p.stem != "index"}
 
+# %% ../../nbs/13_run/01_cli.ipynb #8d7557a6
 def _suggest(word, known): # ", did you mean ...?" for a word that is not among the known ones
     close = difflib.get_close_matches(word, list(known), 1, .5)
     return f"did you mean {close[0]!r}? " if close else ""
 
+# %% ../../nbs/13_run/01_cli.ipynb #2ca42303
 def find_notebook(
     name:str # such as "train_coupled"; a path to it will do too
 )->Path:
@@ -111,6 +113,7 @@ def options_of(
     named = re.search(r"`([a-z]\w*(?:\.[a-z]\w*)*)\.([A-Z]\w*)`", help or "")
     return getattr(import_module(f"defi_nb.{named[1]}"), named[2]) if named else None
 
+# %% ../../nbs/13_run/01_cli.ipynb #46043f2a
 def _option_fields(
     cls:type, # a dataclass
 )->dict: # key -> dict(type, default, help)
@@ -140,6 +143,7 @@ def _check_options(name, given, help): # a dictionary parameter's keys and their
     if not cls.__module__.endswith(".options"): return checked
     return {n: d["default"] for n, d in known.items()} | checked
 
+# %% ../../nbs/13_run/01_cli.ipynb #2325c10c
 def _gathered(given, declared): # parameter -> value; keys as "variant.quantiser" in dictionaries
     is_whole = lambda n: n.partition(".")[0] not in declared or "." not in n
     whole = {n: v for n, v in given.items() if is_whole(n)}
@@ -167,6 +171,7 @@ def _check_names(given, declared): # raise for a name that a notebook lacks
         raise ValueError(f"unknown parameter {name!r}: {hint}"
                          f"This notebook takes {', '.join(declared)}")
 
+# %% ../../nbs/13_run/01_cli.ipynb #568133c4
 def _checked_values(values, declared, notebook=""): # parameter -> value of its type
     typed = {n: _check_type(n, values[n], d["type"]) for n, d in declared.items()}
     for n, value in typed.items():
@@ -201,6 +206,7 @@ def _help_of(name, sources): # the comment behind a parameter in the cell that d
     comments = re.findall(rf"^{name} *:[^=\n]+=.*?#\s*(.*)$", sources, re.M)
     return comments[-1] if comments else ""
 
+# %% ../../nbs/13_run/01_cli.ipynb #0377843c
 def check_injected(
     namespace:dict # the notebook's `globals()`; typed values and missing keys are put in
 )->dict: # every parameter -> value
@@ -226,6 +232,7 @@ def _write_json(path, content): # whole or not at all
     write_whole(path, plain + "\n")
     return json.loads(plain)
 
+# %% ../../nbs/13_run/01_cli.ipynb #bdd359fe
 def write_metrics(
     folder:Path, # of the run
     metrics:dict, # name -> number, list, dict or text; arrays and tensors become lists
@@ -256,6 +263,7 @@ def _of_papermill(): # whether plain papermill started this kernel
     if parent is None: return False
     return any(Path(part).name == "papermill" for part in parent.cmdline()[:3])
 
+# %% ../../nbs/13_run/01_cli.ipynb #dc515f84
 def _prepare_kernel(name, folder):
     "Figures with twice the dots, for pages; under plain papermill, progress that can be seen."
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
@@ -277,6 +285,7 @@ def _new_folder(name): # runs/NAME/TIME, made by this call alone
         return folder
     raise FileExistsError(f"{folder.parent} is full of runs of this second")
 
+# %% ../../nbs/13_run/01_cli.ipynb #e10898e9
 def run_folder(
     name:str, # of the run notebook
     params:dict, # from `check_injected`; `out` names the folder, relative to the project's root
@@ -298,11 +307,13 @@ def _open_log(folder): # the terminal's output also goes to log.txt, unless it i
     log = open(folder/"log.txt", "a", encoding="utf-8")
     return log if os.path.sameopenfile(1, log.fileno()) else Tee(sys.stdout, log)
 
+# %% ../../nbs/13_run/01_cli.ipynb #b3f538ef
 def _conclusion(metrics): # a sentence, or the first numbers
     is_number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
     numbers = [f"{n} {v:.4g}" for n, v in metrics.items() if is_number(v)]
     return metrics.get("conclusion") or ", ".join(numbers[:8])
 
+# %% ../../nbs/13_run/01_cli.ipynb #88cb0971
 def _cost(folder, params, seconds): # of a run that has ended in another process: markdown
     memory, root = 1024*resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, project_root()
     kept = {str(folder.relative_to(root)): folder} if folder.is_relative_to(root) else {}
@@ -318,11 +329,13 @@ _RANKS = re.compile( # what launchers and clusters set
     "(LOCAL_|GROUP_|NODE_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|"
     "(ACCELERATE|TORCHELASTIC|OMPI_COMM_WORLD|MV2_COMM_WORLD|PMI)_.*")
 
+# %% ../../nbs/13_run/01_cli.ipynb #c1200fd2
 def _free_cores(): # that this process may use and nobody else uses now, at least 1
     may = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if may else os.cpu_count()
     return max(1, round(cores - os.getloadavg()[0]))
 
+# %% ../../nbs/13_run/01_cli.ipynb #5811355e
 @contextmanager
 def _kernel_environment():
     "Without the shell's variables: no rank, figures drawn into the notebook, files in UTF-8."
@@ -358,6 +371,7 @@ def _keep_interrupted(record): # rename the copy that an interrupted run left
     names = (record.with_name(f"{record.stem}.interrupted{i}.ipynb") for i in range(1, 10_000))
     record.rename(next(path for path in names if not path.exists()))
 
+# %% ../../nbs/13_run/01_cli.ipynb #5ea21715
 def _keep_traceback(folder=None): # of the error being handled; None: where temporary files lie
     "Where the traceback was written, as the end of a line."
     for place in filter(None, (folder, tempfile.gettempdir())):
@@ -366,6 +380,7 @@ def _keep_traceback(folder=None): # of the error being handled; None: where temp
             return f" (traceback in {write_whole(path, traceback.format_exc())})"
     return ""
 
+# %% ../../nbs/13_run/01_cli.ipynb #85751249
 def _running_cell(record): # number of the cell that was running when its kernel died
     with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
         cells = json.loads(record.read_text(encoding="utf-8"))["cells"]
@@ -373,6 +388,7 @@ def _running_cell(record): # number of the cell that was running when its kernel
         return f" in cell {[i for i, s in enumerate(status, 1) if s != 'pending'][-1]}"
     return ""
 
+# %% ../../nbs/13_run/01_cli.ipynb #8ddec296
 def _failure(name, error, folder, record): # the line of an error in a run
     kind = type(error).__name__
     if kind == "PapermillExecutionError":
@@ -388,6 +404,7 @@ def _failure(name, error, folder, record): # the line of an error in a run
 def _literal(path): # papermill would fill in parameters
     return str(path).replace("{", "{{").replace("}", "}}")
 
+# %% ../../nbs/13_run/01_cli.ipynb #651e28fd
 def _papermill(source, record, params, log): # execute a notebook; the copy is written as it goes on
     run = needed("papermill", "lab").execute_notebook
     run(_literal(source), _literal(record), params, cwd=project_root(), progress_bar=False,
@@ -489,6 +506,7 @@ def _removable(data): # path -> what it is
     records = sorted((root/"runs").rglob("*.interrupted*.ipynb"))
     return removable | {p: "record of an interrupted run" for p in records}
 
+# %% ../../nbs/13_run/01_cli.ipynb #582ce964
 def _clean(data, yes): # `defi-nb clean`
     removable = _removable(data)
     sizes = {p: folder_bytes(p)[0] if p.is_dir() else p.stat().st_size for p in removable}
@@ -526,6 +544,7 @@ def _print_list():
     for name, path in _run_notebooks_of(project_root()).items():
         print(f"{name:<18} {describe(path)}")
 
+# %% ../../nbs/13_run/01_cli.ipynb #90c22230
 def _print_params(name):
     for n, p in read_parameters(find_notebook(name)).items():
         print(f"{n}: {p['type']} = {p['default']!r}  # {p['help']}")
@@ -533,6 +552,7 @@ def _print_params(name):
         for key, k in keys.items():
             print(f"    {n}.{key}: {k['type']} = {k['default']!r}  # {k['help']}")
 
+# %% ../../nbs/13_run/01_cli.ipynb #e87951f0
 def _print_run_parameters(words): # of `defi-nb run NAME --help`
     for path in [p for name, p in _run_notebooks_of(project_root()).items() if name in words]:
         print(f"{path.stem}: {describe(path)}\n")
@@ -554,6 +574,7 @@ def _ckpts(args): # `defi-nb ckpts`
         print(push_checkpoint(project_root()/folder, repo, results, args.private))
     if not args.get and not args.push: print(ckpt_text(ckpt_table(ckpts), args.ckpts))
 
+# %% ../../nbs/13_run/01_cli.ipynb #435aa6f1
 def _doctor(args): # `defi-nb doctor`; the exit status
     from defi_nb.doctor.examine import examine
     report = examine(args.dataset, args.all, args.seconds, args.format, args.hz)
@@ -561,6 +582,7 @@ def _doctor(args): # `defi-nb doctor`; the exit status
     if args.json: report.to_json(args.json)
     return 130 if report.interrupted else 0 if report.sound else 1
 
+# %% ../../nbs/13_run/01_cli.ipynb #4a28d515
 def _compare(first, second, varying): # `defi-nb compare`
     from defi_nb.eval.results import EvalResult, compare, fingerprint, protocol_name
     paths = [Path(p)/"result.json" if Path(p).is_dir() else Path(p) for p in (first, second)]
@@ -666,6 +688,7 @@ def _add_rest(sub):
                          help="fields of the protocol that are meant to differ, such as steps or "
                               "seed; otherwise all must be equal")
 
+# %% ../../nbs/13_run/01_cli.ipynb #857398b4
 def _parser():
     parser = ArgumentParser(prog="defi-nb", description="List, check and execute run notebooks; "
                                                         "look after checkpoints and datasets.")
@@ -679,17 +702,20 @@ def _stop_with_parent(): # end this process and its kernel when the pipe from th
     os.read(0, 1) # not sys.stdin, whose lock would disturb a normal end
     os._exit(1)
 
+# %% ../../nbs/13_run/01_cli.ipynb #9e4dcdaa
 def _result(folder): # of a finished run, for the terminal: its conclusion, and where its page is
     pages = [str(page) for page in folder.glob("*.html")]
     conclusion = _conclusion(read_own_json(folder/"metrics.json", _MADE_AGAIN))
     return "\n".join(filter(None, (conclusion, f"page: {pages[0]}" if pages else "")))
 
+# %% ../../nbs/13_run/01_cli.ipynb #e28a5219
 def _run(name, given, child): # `defi-nb run`
     if child: threading.Thread(target=_stop_with_parent, daemon=True).start()
     folder = execute(name, given)
     if not child and (result := _result(folder)): print(result)
     print(f"{name}: done, in {folder}")
 
+# %% ../../nbs/13_run/01_cli.ipynb #7d5ed54b
 def _command(args): # the exit status
     if args.command == "doctor": return _doctor(args)
     if args.command == "list": _print_list()

@@ -94,6 +94,7 @@ def _recorded_folder(split, tasks, demos, data, preset):
     record_demonstrations(folder, config)
     return folder
 
+# %% ../../nbs/13_run/04_datasets.ipynb #4563d832
 def _named_datasets(where, tasks="default", demos=200, data="data", preset="tiny"):
     "A `DatasetRef` of each dataset, and whether it is the embedded default's (then made)."
     named = []
@@ -107,9 +108,11 @@ def _named_datasets(where, tasks="default", demos=200, data="data", preset="tiny
             else: raise ValueError(_no_split(part, a.folder))
     return named
 
+# %% ../../nbs/13_run/04_datasets.ipynb #6e8930d5
 def _reading_of_tasks(tasks, reading=PLAIN): # of recordings, only the windows of some tasks
     return reading if tasks == "default" else replace(reading, tasks=task_list(tasks))
 
+# %% ../../nbs/13_run/04_datasets.ipynb #6bd3a748
 def recorded_frames(
     split:str, # a name of `SPLITS`, or the folder of a recording in CALVIN's format
     tasks:str, # see `task_list`; of a folder, "default" is all that it has
@@ -140,6 +143,7 @@ def _encoder_of(encoders, field): # "latent" (VAE) or "dino", of `Batch`
     encode, name = dict(latent=(encoders.vae.encode, "vae"), dino=(encoders.dino, "dino"))[field]
     return encode, encoders.identity()[name]
 
+# %% ../../nbs/13_run/04_datasets.ipynb #9c01142c
 def encoded(
     frames, # `data.episodes.Frames` with images
     encoders, # `models.encoders.Encoders`
@@ -223,6 +227,7 @@ def _encoders_on(
     finally:
         if not any(ds.per_step for ds in made): encoders.to("cpu")
 
+# %% ../../nbs/13_run/04_datasets.ipynb #bd744c7e
 def keep_run_texts(
     encoders, # `models.encoders.Encoders`, which will use them
     texts, # sentences of the data
@@ -252,6 +257,7 @@ def _encoded_folders(dataset, data, preset): # of a dataset, or of those that it
     names = dataset.names or (dataset.name,)
     return [project_root()/data/f"{store_name(name, preset)}-encoded" for name in names]
 
+# %% ../../nbs/13_run/04_datasets.ipynb #3c9fd8ee
 def _codes(dataset, sets, field, encoders, keep_gb, folders, views):
     "Samples with encodings instead of images; of fewer cameras than there are, in other files."
     encode, identity = _encoder_of(encoders, field)
@@ -260,6 +266,7 @@ def _codes(dataset, sets, field, encoders, keep_gb, folders, views):
     places = [folder/name for folder in folders]
     return encode_samples(sets, encode, field, places, identity, keep_gb)
 
+# %% ../../nbs/13_run/04_datasets.ipynb #eccdecd4
 def _video_pair(dataset, parts, field, encoders, keep_gb, folders, stride, kw):
     "Samples with encodings; a release's own latents where they are of the right shape."
     side, strides = kw["size"]//encoders.vae.downsampling, (stride/CONTROL_HZ, 2*stride/CONTROL_HZ)
@@ -288,11 +295,13 @@ def _check_video(datasets, video_frac, chunk): # raise for what these data canno
                          "simulator, or one folder in CALVIN's format; leave the labels out, or "
                          "name such data")
 
+# %% ../../nbs/13_run/04_datasets.ipynb #7117dc1e
 def _video_units(dataset, parts, video_frac): # to train on, and held out
     units, unseen = split_units(dataset)
     own, *others = parts
     return (_watched_share(units, len(own), video_frac) if others else units), unseen
 
+# %% ../../nbs/13_run/04_datasets.ipynb #eabc7566
 def _mixed(train, held, datasets, where, cfg, field): # name -> samples, of which a run draws
     n_val = min(4096, sum(map(len, held.values())))
     data_val = mix(held, datasets, where, n_val, cfg.seed, (field,))
@@ -402,6 +411,7 @@ def _trained_on(dataset, data_frac): # a recording with the windows of a policy'
                          "--data-frac takes a part: name episodes with --episodes")
     return replace(dataset.data, windows=take_fraction(split_units(dataset)[0], data_frac))
 
+# %% ../../nbs/13_run/04_datasets.ipynb #daf6f888
 def main(
     argv:list|None=None, # arguments; None takes the command line's
 )->int: # exit status
@@ -432,6 +442,7 @@ def _lab_episodes(
                    action=np.asarray(frames.action[rows])*_LAB_UNITS,
                    state=np.asarray(frames.robot_obs[rows])[:, :7])
 
+# %% ../../nbs/13_run/04_datasets.ipynb #dc28ff29
 def example_lab(
     folder, # to be written, relative to the project's root
     demos:int=40, # demonstrations

@@ -49,6 +49,7 @@ def _processes():
     _peers = meet_peers() # held until they are connected
     return PartialState(cpu=not torch.cuda.is_available())
 
+# %% ../../nbs/13_run/02_launch.ipynb #5198b140
 def _same_folder(state, name, params): # on every process, the first one's
     from accelerate.utils import broadcast_object_list
     folders = [""]
@@ -98,6 +99,7 @@ def _parser():
                         help="the run's folder; an interrupted run in it goes on")
     return parser
 
+# %% ../../nbs/13_run/02_launch.ipynb #cb12e82f
 def main(
     argv:list|None=None # arguments; None takes the command line's
 )->int: # exit status
@@ -132,6 +134,7 @@ def _launch_command(
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return [sys.executable, *torchrun, "-m", "defi_nb.run.launch", name, "--out", out, *given]
 
+# %% ../../nbs/13_run/02_launch.ipynb #0a07c73a
 def start_run(
     name:str, # of a run notebook
     params:dict|None=None, # parameter -> value; the others keep their defaults

@@ -61,6 +61,7 @@ def _checkpoint_of(
         f"{folder} has no training yet: give the folder of a run that trains, or of its "
         "checkpoint; a run that began just now may still be preparing its data (see its log.txt)")
 
+# %% ../../nbs/13_run/03_monitor.ipynb #748bc023
 def _alive(note, folder):
     "Whether the process is there; on another machine, whether it wrote in the last five minutes."
     if note.get("host") != socket.gethostname():
@@ -68,6 +69,7 @@ def _alive(note, folder):
         except FileNotFoundError: return False
     return noted_process(note) is not None
 
+# %% ../../nbs/13_run/03_monitor.ipynb #6e6198a0
 def training_state(
     folder, # of a run, or of its checkpoint
 )->TrainingState:
@@ -139,6 +141,7 @@ def _numbers_html(
     cells = "".join(cell.format(html.escape(k), html.escape(v)) for k, v in numbers.items())
     return f"{_BAR.format(100*min(fraction, 1))}<table><tr>{cells}</tr></table>"
 
+# %% ../../nbs/13_run/03_monitor.ipynb #0ce34f2a
 def _png_of(
     state:TrainingState, # of a training
 )->bytes: # of a PNG file

@@ -253,11 +253,13 @@ def _in_range(value, help): # whether a number lies where its comment says
     above = low < value or bounds[1] == "[" and value == low
     return above and (value < high or bounds[4] == "]" and value == high)
 
+# %% ../../nbs/13_run/00_options.ipynb #4b04526d
 def _unknown_split(value, root): # the first word like ABC_D, neither split nor folder; or None
     parts = [part.strip() for part in value.split(",")]
     words = [word for word in parts if re.fullmatch(r"[A-Z]+(_[A-Z]+)?", word)]
     return next((w for w in words if w not in SPLITS and not (Path(root)/w).is_dir()), None)
 
+# %% ../../nbs/13_run/00_options.ipynb #efc488ea
 _OTHER_TASKS = "eval_real", "eval_simulators" # notebooks whose tasks are not CALVIN's
 
 def check_value(

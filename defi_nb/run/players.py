@@ -62,6 +62,7 @@ class Player:
 # %% ../../nbs/13_run/08_players.ipynb #fb294dc0
 _SCRIPTS = dict(noop=NoOpPolicy(), random=RandomPolicy(), expert=Expert) # players without weights
 
+# %% ../../nbs/13_run/08_players.ipynb #fe77c170
 def _remote_player(url, untrained): # of a server's policy
     if untrained:
         raise ValueError(f"untrained is true, and {url} is a server, which has its own weights: "
@@ -71,6 +72,7 @@ def _remote_player(url, untrained): # of a server's policy
     return Player(partial(RemotePolicy, url), about["policy"], remote_preset(about),
                   about["checkpoint"] or about["policy"])
 
+# %% ../../nbs/13_run/08_players.ipynb #11f7e459
 def find_player(
     choice:str, # of `_SCRIPTS`; of `run.options.POLICIES`, made if missing; a folder; or ws://...
     shared:dict, # parameters for `train_coupled`, `split` among them
@@ -105,6 +107,7 @@ def query_times(
             if turn: seconds[name].append(time.perf_counter() - start)
     return {name: 1e3*np.median(of) for name, of in seconds.items()}
 
+# %% ../../nbs/13_run/08_players.ipynb #a459210d
 def query_markdown(
     milliseconds:dict, # from `query_times`
 )->str:
@@ -231,6 +234,7 @@ def _demo_pretraining(params, at, shared): # name -> job of both pretrainings an
     given = dict(steps=params["steps_align"], ckpt=at("aligned"), ckpts=params["ckpts"])
     return jobs | dict(align=("align", shared | start | given, [*jobs])), start
 
+# %% ../../nbs/13_run/08_players.ipynb #3e63839a
 _NEEDS = dict(coupled=["align"], no_gidm=["pretrain_gfdm"]) # policy -> jobs before it
 
 def demo_jobs(
@@ -344,6 +348,7 @@ def _psnr_rows(views): # of `eval_gfdm`'s metrics
             what = f"PSNR of predicted frames, {view} camera, {name}"
             yield what, f"{value:.2f} dB", f"{low:.2f} to {high:.2f}"
 
+# %% ../../nbs/13_run/08_players.ipynb #c3e625a9
 def _suite_rows(suite): # of `eval_gidm`'s metrics
     for name in ("reconstruction skill", "joint perplexity of the tuple", "R2 of the position"):
         m = suite[name]
@@ -351,6 +356,7 @@ def _suite_rows(suite): # of `eval_gidm`'s metrics
         before = m["references"].get("before the book")
         if before: yield f"{name}, before the codebook", f"{before['value']:.2f}", ""
 
+# %% ../../nbs/13_run/08_players.ipynb #6b657829
 def _played_rows(played, chains): # of `eval_calvin`'s metrics
     length, low, high = (f"{played[n]:.2f}" for n in ("average_length", "low", "high"))
     rates = ", ".join(f"{rate:.2f}" for rate in played["rates"])
@@ -368,12 +374,14 @@ _SUMMARIES = dict(
 _LIMITS = ("It knows this simulator, its 64-pixel images and its tasks, and nothing else. "
            "It is one training.")
 
+# %% ../../nbs/13_run/08_players.ipynb #d79bd6ee
 def _recorded(params): # the recordings that a card names
     names = names_list(f"{params['split']},{params['video']}")
     splits = ", ".join(f"{s} ({SPLITS[s][0]})" if s in SPLITS else s for s in names)
     return (f"of the embedded simulator's recordings {splits}: scripted demonstrations of "
             f"{len(task_list(params['tasks']))} tasks")
 
+# %% ../../nbs/13_run/08_players.ipynb #9dcc8b25
 def zoo_cards(
     params:dict, # of `pretrain_zoo`
     zoo, # folder of the shipped models

@@ -109,9 +109,11 @@ def _adapter(base, params, robot):
                          "out, or give 0")
     return replace(base.adapter, **given | numbers | robot)
 
+# %% ../../nbs/13_run/06_policies.ipynb #0515f049
 def _aligns(base, variant): # as the preset does, unless the run says
     return base.projection_frozen if variant["align"] < 0 else bool(variant["align"])
 
+# %% ../../nbs/13_run/06_policies.ipynb #85c55127
 def _without_gidm(params): # "none" or "actions": what `latents` is without GIDM; "": it has one
     variant, without = params["variant"], params["policy"] == "no_gidm"
     latents = variant.get("latents", "")
@@ -146,6 +148,7 @@ def _starting(model, **models): # a policy that knows what it starts from
     model.ingredients = ingredients([], **models)
     return model
 
+# %% ../../nbs/13_run/06_policies.ipynb #475c0468
 def _coupled(params, encoders, views, robot):
     "GFDM and GIDM, pretrained first where they are missing, and the policy behind them."
     variant = asdict(PolicyVariant(**params["variant"]))
@@ -165,6 +168,7 @@ def _coupled(params, encoders, views, robot):
     aligned = load_aligned(aligned_folder(params, shared), gfdm, gidm, encoders)
     return _starting(model.start_from(aligned), **used, gidm=gidm, aligned=aligned)
 
+# %% ../../nbs/13_run/06_policies.ipynb #3c48ecaf
 def _direct(params, encoders, views, robot):
     "A vision encoder, pretrained where there is one, and the adapter behind it."
     preset, given = params["preset"], params["pretrained"]["vision_encoder"]
@@ -187,6 +191,7 @@ def _blind(params, encoders, views, robot):
     base = preset_of(BlindConfig, params["preset"])
     return BlindPolicy(replace(base, adapter=_adapter(base, params, robot)), encoders)
 
+# %% ../../nbs/13_run/06_policies.ipynb #d773cfdb
 _BUILDERS = dict(coupled=_coupled, no_gidm=_coupled, direct=_direct, plain=_plain, blind=_blind)
 
 def build_policy(
@@ -204,6 +209,7 @@ def _encoded_folder(params): # where a run's encodings are kept
     name = store_name(params["split"], params["preset"])
     return project_root()/params["data"]/f"{name}-encoded"
 
+# %% ../../nbs/13_run/06_policies.ipynb #5f11d2e2
 def policy_samples(
     model:nn.Module, # from `build_policy`; GFDM's features are computed on the training's device
     demo:PolicyData, # its demonstrations
@@ -249,6 +255,7 @@ def keep_policy_texts(
     has_gidm = getattr(model, "gidm", None) is not None
     keep_run_texts(encoders, demo.piece.texts, data, t5=[model.cfg.gidm] if has_gidm else [])
 
+# %% ../../nbs/13_run/06_policies.ipynb #dcdc7a25
 def policy_info(
     model:nn.Module, # from `build_policy`
     encoders, # `models.encoders.Encoders`
@@ -396,11 +403,13 @@ _RUNGS = dict(policy=("coupled", "train_coupled", _OF_POLICY), # part -> kind, n
               gfdm=("gfdm", "pretrain_gfdm", "GFDM's features"),
               gidm=("gidm", "pretrain_gidm", "GIDM's latents and codes of true pairs"))
 
+# %% ../../nbs/13_run/06_policies.ipynb #c0f80086
 def _around(gfdm, encoders, preset, views): # a policy that is not trained, to read features with
     dim = gfdm.feature_shape()[-1]
     base = preset_of(PolicyConfig, preset, feature_dim=dim, views=VIEWS[:views])
     return CoupledPolicy(base.without_gidm(), encoders, gfdm).eval()
 
+# %% ../../nbs/13_run/06_policies.ipynb #bb88a8e0
 def _rung_folder(kind, params): # of a finished checkpoint; None, and a line, where it is left out
     (name, maker, rungs), choice, split = _RUNGS[kind], params[kind], params["split"]
     default = f"{params['ckpts']}/{checkpoint_name(name, split, params['preset'])}"
@@ -458,6 +467,7 @@ def demonstration_numbers(
         return np.array([number[units[w]] for w in samples.blind.inside()[0]])
     return of(demo.train, demo.demonstrations), of(demo.held, demo.held_out)
 
+# %% ../../nbs/13_run/06_policies.ipynb #97df15a2
 def ladder_samples(
     demo:PolicyData, # from `ladder_data`
     policy, # `models.policy.CoupledPolicy` with a GFDM; None: no features

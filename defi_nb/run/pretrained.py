@@ -127,10 +127,12 @@ def _fresh_gfdm(encoders, forward, preset, ckpts, fields): # see `fresh_model`
     model.cfg, model.vae = replace(model.cfg, **dict(other) | fields), None # frames come encoded
     return _from(f"{ckpts}/{folder}", model)
 
+# %% ../../nbs/13_run/05_pretrained.ipynb #e432c8a9
 def _from(path, model): # that remembers where its weights are from
     model.origin = str(path)
     return model
 
+# %% ../../nbs/13_run/05_pretrained.ipynb #e9fde976
 def fresh_model(
     kind:str, # "gfdm" or "gidm"
     encoders, # `models.encoders.Encoders`
@@ -197,6 +199,7 @@ def _made_by_one(
         return
     with locked(Path(folder).with_name(f".{Path(folder).name}.lock")): yield not is_finished(folder)
 
+# %% ../../nbs/13_run/05_pretrained.ipynb #8e9bfab6
 def _make(notebook, folder, params): # run the notebook that makes a checkpoint, where it is missing
     with _made_by_one(folder) as missing:
         if not missing: return print(f"using {folder}")
@@ -210,11 +213,13 @@ def _own(kind, variant): # those of a run's choices that its pretrained model de
     known = asdict(dict(gfdm=GFDMVariant, gidm=GIDMVariant)[kind]())
     return {n: v for n, v in (variant or {}).items() if n in known and n not in _FINE_TUNED}
 
+# %% ../../nbs/13_run/05_pretrained.ipynb #cefd7825
 def _folder_name(kind, choice, shared, variant, ckpts): # see `pretrained_folder`; relative
     if choice: return choice
     preset = shared.get("preset", "tiny")
     return f"{ckpts}/{checkpoint_name(kind, shared['split'], preset, **_own(kind, variant))}"
 
+# %% ../../nbs/13_run/05_pretrained.ipynb #4df46c34
 def pretrained_folder(
     kind:str, # "gfdm" or "gidm"
     choice:str, # a finished checkpoint's folder, relative; "shipped"; "": the default's
@@ -238,6 +243,7 @@ def _check_built(folder, model, built): # raise where a GIDM is of another kind 
             raise ValueError(f"{folder} holds a GIDM with {n} {has!r}, and {built[n]!r} is asked "
                              f"for: give variant.{n}={has}, or another gidm")
 
+# %% ../../nbs/13_run/05_pretrained.ipynb #b6e1b013
 def pretrained(
     kind:str, # "gfdm" or "gidm"
     choice:str, # see `pretrained_folder`; also an official checkpoint, or "untrained"
@@ -287,6 +293,7 @@ def _alignment_inputs(params, shared): # names of the models that are aligned; i
     name = checkpoint_name("aligned", shared["split"], shared["preset"], **own, **other)
     return own, names, f"{ckpts}/{name}"
 
+# %% ../../nbs/13_run/05_pretrained.ipynb #74035757
 def aligned_folder(
     params:dict, # of a policy's run: pretrained, variant, split, preset, ckpts, and shared ones
     shared:dict, # parameters for `align`, where it is missing
@@ -378,6 +385,7 @@ _OWN = dict(pretrain_gfdm=4.5, pretrain_gidm=2.5, align=2, eval_calvin=1.5) # mi
 _READS = dict(coupled=("gfdm", "gidm", "aligned"), no_gidm=("gfdm",), gidm=("gidm",),
               gfdm=("gfdm",))
 
+# %% ../../nbs/13_run/05_pretrained.ipynb #1380543c
 def _needed(name, params): # kinds of models that a run reads, those that others need first
     what = params.get("policy") or params.get("model") or ""
     without_gidm = (params.get("variant") or {}).get("latents") in WITHOUT_GIDM
@@ -389,6 +397,7 @@ def _needed(name, params): # kinds of models that a run reads, those that others
     parts = tuple(p for p in parts if not given.get(p))
     return parts if mine or what not in POLICIES else (*parts, what)
 
+# %% ../../nbs/13_run/05_pretrained.ipynb #a6fd21e9
 def _missing(name, params): # what has to be made first: its name -> its kind
     split, preset = params["split"], params.get("preset", "tiny")
     variant, root = params.get("variant", {}), project_root()

@@ -110,6 +110,7 @@ def _read(params, encoders, cfg, field, times, **more):
     return video_data(params["split"], variant["video"], field, encoders, cfg, times,
                       reading=reading, **given)
 
+# %% ../../nbs/13_run/07_pretraining.ipynb #76a77ece
 def forward_clips(
     params:dict, # of the run
     encoders, # `models.encoders.Encoders`
@@ -125,6 +126,7 @@ def forward_clips(
 _BUILT = ("forward", "inverse", "quantiser", "codes", "queries", "commitment", "restart_below",
           "camera_draw", "augment") # keys of a variant that decide what is built
 
+# %% ../../nbs/13_run/07_pretraining.ipynb #8e7cdf1b
 def _adapted(model, variant): # with adapters, where the run trains those
     if variant.get("train") != "lora": return model
     if not isinstance(model, GFDM):
@@ -139,6 +141,7 @@ def _adapted(model, variant): # with adapters, where the run trains those
                          "(weights.zoo.ship), and give the folder of the merged model")
     return adapt(model, model.origin, **chosen(variant, "rank", "alpha", "targets"))
 
+# %% ../../nbs/13_run/07_pretraining.ipynb #f923fe7a
 def pretraining_model(
     kind:str, # "gfdm" or "gidm"
     params:dict, # of the run
@@ -175,6 +178,7 @@ def _pair_times(params): # `OpenDataset` -> seconds of a pair's frames; the pape
     seconds = params["gap_seconds"] or float(params["preset"] == "printed")
     return lambda dataset: (0, dataset.pair_seconds(pair_steps(params), seconds))
 
+# %% ../../nbs/13_run/07_pretraining.ipynb #be33af66
 def inverse_pairs(
     params:dict, # of the run
     encoders, # `models.encoders.Encoders`
@@ -214,6 +218,7 @@ def _alignment_config(gidm, base, variant, untrained): # `AlignConfig`
     inverse = replace(gidm.cfg, dec_blocks=0, texts=base.gidm.texts)
     return AlignConfig(inverse, latent_weight=weight, **like)
 
+# %% ../../nbs/13_run/07_pretraining.ipynb #504309a7
 def alignment_models(
     params:dict, # of the run
     encoders, # `models.encoders.Encoders`
@@ -280,6 +285,7 @@ def show_datasets(
     "Bars of the demonstrations of each task, of a recording in CALVIN's format."
     return show_tasks(pieces[0].units) if pieces[0].tasks else None
 
+# %% ../../nbs/13_run/07_pretraining.ipynb #83e26813
 def spread_batch(
     data, # a dataset, indexed by arrays
     n:int, # samples

@@ -19,6 +19,7 @@ KINDS = "biuf" # an array's numbers: bool, integers, floats
 _MAX_DIMS, _MAX_DEPTH = 8, 16 # axes of an array; nesting of a message
 _MAX_LENGTH, _MAX_ITEMS = 4096, 2**16 # entries of a list or mapping; of a message, with its lists
 
+# %% ../../nbs/11_serve/00_protocol.ipynb #a82fe4ca
 def _dtype(name):
     "A type of numbers by its name on the wire."
     try: dtype = np.dtype(name) if isinstance(name, str) and len(name) < 8 else None
@@ -28,6 +29,7 @@ def _dtype(name):
                          "send bool, integers or floats of at most 8 bytes")
     return dtype
 
+# %% ../../nbs/11_serve/00_protocol.ipynb #38a56f96
 def _to_wire(x):
     "What msgpack does not know: arrays and NumPy's numbers."
     if not isinstance(x, (np.ndarray, np.generic)):
@@ -37,6 +39,7 @@ def _to_wire(x):
     if isinstance(x, np.generic): return {b"__npgeneric__": True, b"data": x.item(), b"dtype": name}
     return {b"__ndarray__": True, b"data": x.tobytes(), b"dtype": name, b"shape": list(x.shape)}
 
+# %% ../../nbs/11_serve/00_protocol.ipynb #a0c1d57d
 def pack(
     message, # numbers, text, bytes, lists, dicts and NumPy arrays of numbers
 )->bytes: # openpi's msgpack
@@ -58,6 +61,7 @@ def _array(entry):
                          f"it takes {takes}")
     return np.ndarray(shape, dtype, data).copy() # writable, and the message can be freed
 
+# %% ../../nbs/11_serve/00_protocol.ipynb #f9207f14
 def _number(entry):
     "A number of NumPy's."
     dtype, value = _dtype(entry.get(b"dtype")), entry.get(b"data")
@@ -82,6 +86,7 @@ class _Reader:
         self.count(x)
         return _array(x) if b"__ndarray__" in x else _number(x) if b"__npgeneric__" in x else x
 
+# %% ../../nbs/11_serve/00_protocol.ipynb #d4468c8e
 def _entries(x): return x.values() if isinstance(x, dict) else x if isinstance(x, list) else ()
 
 def _check_depth(x):
@@ -92,6 +97,7 @@ def _check_depth(x):
         if not level: return x
     raise ValueError(f"the message is nested more than {_MAX_DEPTH} deep; send a flat dictionary")
 
+# %% ../../nbs/11_serve/00_protocol.ipynb #3136a0e0
 def _no_extension(code, data):
     raise ValueError(f"the message holds an extension of msgpack (type {code}); send plain types")
 
@@ -118,6 +124,7 @@ def unpack(
 class ServerError(RuntimeError):
     "A server's answer where it has no actions."
 
+# %% ../../nbs/11_serve/00_protocol.ipynb #372623d7
 class _Connection:
     "One websocket to a server, whose failures are errors in words."
     def _open(self):

@@ -19,6 +19,7 @@ class Clock:
     def now(self): return time.perf_counter()
     def wait(self, until): time.sleep(max(0., until - self.now()))
 
+# %% ../../nbs/11_serve/02_robot_loop.ipynb #64f03646
 @contextmanager
 def in_background(
     infer, # infer(obs) -> {"actions": (H,A)}, such as `Client.infer`
@@ -36,6 +37,7 @@ class _Later:
     def done(self): return self.clock.now() >= self.due
     def result(self): return self.actions
 
+# %% ../../nbs/11_serve/02_robot_loop.ipynb #abc8e390
 @dataclass
 class SimulatedClock:
     "Time that passes when one waits."

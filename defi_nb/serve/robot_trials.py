@@ -82,6 +82,7 @@ def measured_outcome(robot, task, trial:int, attempt:int)->str: # one of `OUTCOM
                          "let an operator say so")
     return "success" if robot.moved() > task.door_m else "again"
 
+# %% ../../nbs/11_serve/04_robot_trials.ipynb #e103a059
 def outcomes_in(
     path, # of a file with a JSON object a line: task, trial, attempt, outcome
 ): # an operator
@@ -159,6 +160,7 @@ def open_robot(
                          "with reset, look, act and close")
     return getattr(import_module(module), made)(metadata)
 
+# %% ../../nbs/11_serve/04_robot_trials.ipynb #1ff11b3f
 @contextmanager
 def policy_at(
     url:str, # of a server that runs; empty: one is started here
@@ -220,6 +222,7 @@ def read_trials(
     lines = Path(path).read_text().splitlines(keepends=True) if Path(path).exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
+# %% ../../nbs/11_serve/04_robot_trials.ipynb #23216365
 def _append(log, row):
     "Write a row and make sure that it is on the disk."
     with open(log, "a") as file:
@@ -227,6 +230,7 @@ def _append(log, row):
         file.flush()
         os.fsync(file.fileno())
 
+# %% ../../nbs/11_serve/04_robot_trials.ipynb #e29a2154
 def run_trials(
     robot, infer, tasks:list, # of `RealTask`
     trials:int, # of each task
@@ -264,6 +268,7 @@ def trial_rates(
                            attempts=float(np.mean([r["attempts"] for r in mine])))
     return rates | dict(average=float(np.mean([r["rate"] for r in rates.values()])))
 
+# %% ../../nbs/11_serve/04_robot_trials.ipynb #18e73c08
 def trials_markdown(
     rows:list, # from `run_trials`
 )->str: # markdown

@@ -91,6 +91,7 @@ def _own_actions(scale):
     return dict(action_space="the robot's own", action_labels=tuple(scale.labels), units=(),
                 low=tuple(low.tolist()), high=tuple(high.tolist()), control_hz=None)
 
+# %% ../../nbs/11_serve/01_server.ipynb #2c24acf4
 def contract_of(
     policy, # with `act(batch, noise)`
     **changes, # fields of the `Contract` to set otherwise
@@ -121,6 +122,7 @@ class Request:
     reset:bool # whether an episode begins with it
     noise_key:tuple|None # integers, if it brings its own
 
+# %% ../../nbs/11_serve/01_server.ipynb #2c70cc9d
 def _checked_image(x, name):
     if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.ndim != 3 or x.shape[2] != 3:
         is_array = isinstance(x, np.ndarray)
@@ -131,6 +133,7 @@ def _checked_image(x, name):
                          f"1 to {_MAX_SIDE} a side are taken")
     return x
 
+# %% ../../nbs/11_serve/01_server.ipynb #3aed853c
 def _checked_vector(x, name, size):
     with np.errstate(over="ignore"): # too large for a float32 is infinite, and refused
         try: x = np.asarray(x, np.float32) if not isinstance(x, (str, bytes, dict)) else None
@@ -151,11 +154,13 @@ def _checked_key(x):
         raise ValueError(f"'noise_key' is {x!r:.60}; give 1 to 8 integers of at least 0")
     return tuple(x)
 
+# %% ../../nbs/11_serve/01_server.ipynb #6d9f0fab
 def _checked_text(x, name):
     if not isinstance(x, str) or not x.strip() or len(x) > _MAX_TEXT:
         raise ValueError(f"{name!r} is {x!r:.40}; give a text of 1 to {_MAX_TEXT} letters")
     return x
 
+# %% ../../nbs/11_serve/01_server.ipynb #a84dc329
 def read_request(
     message, # as `serve.protocol.unpack` gives it
     contract:Contract, # of the policy
@@ -184,6 +189,7 @@ def _request_noise(
     "The noise of one answer; of (seed, chain, task, query), that of `eval.rollout.chain_noise`."
     return torch.from_numpy(np.random.default_rng(key).standard_normal(shape, np.float32))
 
+# %% ../../nbs/11_serve/01_server.ipynb #cabb0d38
 def _requests_to_batch(
     requests, # B of `Request`
     contract:Contract, # of the policy
@@ -218,6 +224,7 @@ def _scaled(policy, scale, batch, noise):
                          "train it again from data whose actions are")
     return action
 
+# %% ../../nbs/11_serve/01_server.ipynb #94fc1031
 def answer(
     policy, # with `act(batch, noise)`
     contract:Contract, # of it
@@ -235,6 +242,7 @@ def answer(
 class PolicyError(RuntimeError):
     "The policy failed; the message is for the client."
 
+# %% ../../nbs/11_serve/01_server.ipynb #c35ac3dc
 @dataclass
 class PolicyServer:
     "A policy that answers over websockets."
@@ -267,6 +275,7 @@ class PolicyServer:
 def _has_key(given, key): # values of the header "Authorization"
     return len(given) == 1 and hmac.compare_digest(given[0].encode(), f"Api-Key {key}".encode())
 
+# %% ../../nbs/11_serve/01_server.ipynb #599cc1ac
 @patch
 def _admit(self:PolicyServer, connection, request):
     "Answer requests that want no websocket, and refuse those that may not have one."
@@ -280,6 +289,7 @@ def _admit(self:PolicyServer, connection, request):
     if self.open >= self.clients:
         return connection.respond(503, f"{self.open} clients are connected already: try later\n")
 
+# %% ../../nbs/11_serve/01_server.ipynb #1eda7818
 @patch
 def _answers(self:PolicyServer, waiting): # of (request, key, future); in the thread that computes
     "A list of (H,A) arrays or exceptions."
@@ -331,6 +341,7 @@ async def _reply(self:PolicyServer, data, place): # place: episode, requests in 
         return pack({"actions": actions, "server_timing": timing | total})
     except (ValueError, PolicyError) as e: return str(e)
 
+# %% ../../nbs/11_serve/01_server.ipynb #abf10ed0
 @patch
 async def _talk(self:PolicyServer, connection):
     "One client, from its first request to its last."
@@ -373,6 +384,7 @@ def _abort_unread(server):
     for connection in list(server.connections):
         if connection.transport.get_write_buffer_size(): connection.transport.abort()
 
+# %% ../../nbs/11_serve/01_server.ipynb #f93bb046
 class _Bounded(ServerConnection):
     "A connection that ends when its client sends pings and does not read the answers."
     unread = 0 # bytes of answers to pings since all was read
@@ -384,6 +396,7 @@ class _Bounded(ServerConnection):
         self.unread = new + (self.unread if before else 0)
         if self.unread > _UNREAD: self.transport.abort()
 
+# %% ../../nbs/11_serve/01_server.ipynb #27e26b89
 def _complain(log, every=10.): # seconds
     "A handler of an event loop's errors that logs those of the system, not too often."
     last = -every
@@ -406,6 +419,7 @@ def _listen(self:PolicyServer, host, port):
                  origins=[None], compression=None, max_size=self.max_bytes, max_queue=2,
                  open_timeout=10, close_timeout=2, server_header=None, logger=quiet)
 
+# %% ../../nbs/11_serve/01_server.ipynb #8f1818b4
 @patch
 async def _finish(self:PolicyServer, server, work):
     "Answer what is being computed, and close."
@@ -417,6 +431,7 @@ async def _finish(self:PolicyServer, server, work):
     _abort_unread(server)
     server.close(reason="the server was stopped")
 
+# %% ../../nbs/11_serve/01_server.ipynb #5c103291
 def _url(server):
     host, port = server.sockets[0].getsockname()[:2]
     return f"ws://{f'[{host}]' if ':' in host else host}:{port}"
@@ -479,6 +494,7 @@ def read_key(
         raise ValueError(f"{path} holds no key: write one into its first line")
     return lines[0].strip()
 
+# %% ../../nbs/11_serve/01_server.ipynb #df6bab61
 def _check_host(
     host:str, # to listen at
     key:str|None, # that clients must send
@@ -527,6 +543,7 @@ def _say(line): # if anyone is left who reads; a server goes on when its termina
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+# %% ../../nbs/11_serve/01_server.ipynb #daa38fba
 def _server(args):
     "The server that a command line asks for."
     if not 0 <= args.port < 2**16 or not 0 < args.max_mb <= 1024 or args.seed < 0:
@@ -542,6 +559,7 @@ def _server(args):
                   max_bytes=int(args.max_mb*2**20))
     return PolicyServer(policy, contract, key, args.seed, **limits, log=_say)
 
+# %% ../../nbs/11_serve/01_server.ipynb #ea8bcdf2
 def _announcement(server, url):
     c, inputs = server.contract, [server.contract.names[v] for v in server.contract.views]
     inputs += [c.names["state"]]*bool(c.state) + [c.names["prompt"]]
@@ -567,6 +585,7 @@ async def _until_stopped(server, host, port):
         raise ValueError(f"can't listen at {host}:{port} ({e.strerror or e}): "
                          "choose another --host or --port") from None
 
+# %% ../../nbs/11_serve/01_server.ipynb #293e1ee5
 def main(
     argv:list|None=None, # arguments; None takes the command line's
 )->int: # exit status
@@ -630,6 +649,7 @@ def bench_observation(
         images[name] = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
     return images | {"observation/state": np.zeros(15), "prompt": "open the drawer"}
 
+# %% ../../nbs/11_serve/01_server.ipynb #417861c5
 def throughput_cells(
     one_by_one:list, # rows of `throughput`
     batched:list, # rows of the same numbers of clients

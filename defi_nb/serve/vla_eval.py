@@ -49,6 +49,7 @@ def harness_actions(
     unit = [POSITION_UNIT]*3 + [ROTATION_UNIT]*3 + [1] if relative else 1
     return (actions*np.array(unit)).astype(np.float32)
 
+# %% ../../nbs/11_serve/03_vla_eval.ipynb #960ee27f
 def task_number(
     config:dict, # of an episode, when the harness starts it
 )->int: # 32 bits
