@@ -19,6 +19,7 @@ def _left_over(rank, explained): # None where nothing but rounding is left
     rest = rank - line @ np.linalg.lstsq(line, rank, rcond=None)[0]
     return rest if rest.std() > 1e-9*rank.std() else None
 
+# %% ../../nbs/08_analysis/02_alignment.ipynb #dcc2575a
 def partial_spearman(
     x, # (n,) numbers
     y, # (n,) numbers
@@ -64,6 +65,7 @@ def _cosine_distance(a, b):
     length = np.linalg.norm(a, axis=-1)*np.linalg.norm(b, axis=-1)
     return 1 - (a*b).sum(-1)/np.maximum(length, 1e-12)
 
+# %% ../../nbs/08_analysis/02_alignment.ipynb #1398e4c1
 def feature_distances(
     a, # (n,P,C) tokens
     b, # (n,P,C)
@@ -138,6 +140,7 @@ def _partials(distances, pose, pixels, take):
     return {(name, angles): partial_spearman(d[take], pose[angles][take], pixels[take])
             for name, d in distances.items() for angles in pose}
 
+# %% ../../nbs/08_analysis/02_alignment.ipynb #4b8d97ea
 def _over_segments(distances, pose, pixels, segment, draws, seed, level):
     "(distance, angles) -> interval, by drawing demonstrations with replacement."
     rng = np.random.default_rng(seed)

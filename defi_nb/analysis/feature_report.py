@@ -49,6 +49,7 @@ def _latent_sizes(
     mean, length = flat.mean(0), np.linalg.norm(flat, axis=1)
     return dict(length=length, cos=1 - flat @ mean/np.maximum(length*np.linalg.norm(mean), 1e-12))
 
+# %% ../../nbs/08_analysis/08_feature_report.ipynb #0214da3a
 def _align_source(
     tokens, # (N,P,C) of all frames
     data:ProbeData, # the frames
@@ -187,6 +188,7 @@ def _mean_measure(
     references = {n: (float(x.mean()), *differences[n]) for n, x in others}
     return Measured(_FEATURE_MEASURES[key], value, tuple(ends), references, "lower")
 
+# %% ../../nbs/08_analysis/08_feature_report.ipynb #f6b75e21
 def _alignment_measures(report, both, near, draws): # key -> `Measured`
     "Correlations of a source's pairs, with those of references that have the same pairs."
     a, alike = report.aligned, {n: r.aligned for n, r in both.items() if r.gap == report.gap}
@@ -271,6 +273,7 @@ def _panel_of(
     measures = {n: _compare_source(r, other(n), near, draws) for n, r in named.items()}
     return Panel(named, measures, reference, near)
 
+# %% ../../nbs/08_analysis/08_feature_report.ipynb #61613955
 def feature_panel(
     sources:list, # of `FeatureSource`
     data:ProbeData, # frames on which all are measured
@@ -295,6 +298,7 @@ def _plain_alignment(score):
                 per_gap={str(g): {n: plain(x) for n, x in of.items()}
                          for g, of in score.per_gap.items()})
 
+# %% ../../nbs/08_analysis/08_feature_report.ipynb #1eae90cf
 @patch
 def metrics(self:Panel)->dict: # None for what does not apply
     "Measures of all sources as JSON types."
@@ -325,6 +329,7 @@ def _draw_measure(ax, panel, key):
     ax.grid(axis="x", alpha=.3)
     ax.tick_params(labelsize=8)
 
+# %% ../../nbs/08_analysis/08_feature_report.ipynb #1622d234
 def show_panel(
     panel:Panel, # to be drawn
     keys:tuple=("place", "position", "proprio", "cloning", "cos"), # of `_FEATURE_MEASURES`
@@ -408,6 +413,7 @@ def _cell(m):
     "A value and its difference to the present frame's."
     return "; ".join(filter(None, (str(Interval(m.value)), f"{m.minus(_PRESENT):+}")))
 
+# %% ../../nbs/08_analysis/08_feature_report.ipynb #a90bd57a
 @dataclass(repr=False)
 class Foresight:
     "Probes of predicted frames against true later states."

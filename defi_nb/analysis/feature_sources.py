@@ -47,6 +47,7 @@ def _read(array, rows):
     unique, back = np.unique(rows, return_inverse=True)
     return np.asarray(array[unique])[back.reshape(np.shape(rows))]
 
+# %% ../../nbs/08_analysis/07_feature_sources.ipynb #b30b5b8c
 @dataclass
 class ProbeData:
     "Frames of demonstrations, and the rows that are their targets."
@@ -88,10 +89,12 @@ def __repr__(self:ProbeData):
         return f"{rows.sum()} frames of {len(np.unique(self.demo[rows]))} demonstrations{where}"
     return f"train on {count(~self.held)}; test on {count(self.held)}"
 
+# %% ../../nbs/08_analysis/07_feature_sources.ipynb #1509d55a
 @patch(as_prop=True)
 def target(self:ProbeData): # (N,7) in spreads
     return (self.state - self.state[~self.held].mean(0))/self.spread
 
+# %% ../../nbs/08_analysis/07_feature_sources.ipynb #ef2aacc7
 @patch(as_prop=True)
 def pose(self:ProbeData): # (N,6) metres and Euler angles, for alignment
     return _read(self.frames.robot_obs, self.asked)[:, :6].astype(float)
@@ -102,11 +105,13 @@ def later(self:ProbeData, n:int): # control steps, at most `ahead`
     "The same frames, with the targets of a later moment."
     return self._moved(n, asked=self.asked + n)
 
+# %% ../../nbs/08_analysis/07_feature_sources.ipynb #a1eccd1b
 @patch
 def moved(self:ProbeData, n:int): # control steps, at most `ahead`
     "The frames themselves at a later moment, with its targets."
     return self._moved(n, asked=self.asked + n, rows=self.rows + n)
 
+# %% ../../nbs/08_analysis/07_feature_sources.ipynb #e2b96052
 @patch
 def _moved(self:ProbeData, n, **rows):
     if not 0 <= (used := int((self.asked - self.rows).max()) + n) <= self.ahead:
@@ -131,6 +136,7 @@ def _evenly(windows, n): # n windows at most, spread evenly; None: all
     if n is None or n >= len(windows): return windows
     return [windows[i] for i in np.linspace(0, len(windows) - 1, n).round().astype(int)]
 
+# %% ../../nbs/08_analysis/07_feature_sources.ipynb #cf4a6f58
 def probe_data(
     frames:Frames, # a store with images, actions and robot_obs
     learn:list, # of its windows: training demonstrations
@@ -282,6 +288,7 @@ def encoder_source(
     "Features of the static camera's images by an encoder."
     return FeatureSource(name, lambda video, text: encode(video[:, 0]))
 
+# %% ../../nbs/08_analysis/07_feature_sources.ipynb #f45d7598
 def vision_source(
     name:str, # in tables
     vision, # `models.direct_policy.VisionTokens` of any model

@@ -93,6 +93,7 @@ class ClonedTask:
     rollouts:int
     probe:ProbeResult # losses of training and of held-out demonstrations
 
+# %% ../../nbs/08_analysis/10_frozen_cloning.ipynb #773c26f6
 def clone_task(
     source:FeatureSource, # frozen
     frames, # `data.episodes.Frames` of demonstrations

@@ -97,6 +97,7 @@ def chunk_motion(
              for lo in range(0, len(samples), batch)]
     return torch.cat(parts)
 
+# %% ../../nbs/08_analysis/01_ladder.ipynb #b7424f99
 def motion_columns(
     labels:tuple|None=None, # names of an action's numbers; None: CALVIN's seven
 )->dict: # name -> its numbers; the first is what summaries are about
@@ -128,6 +129,7 @@ class ReaderConfig:
     steps:int = 1500 # of a training, at least
     epochs:float = 5. # passes over the labelled samples, at least
 
+# %% ../../nbs/08_analysis/01_ladder.ipynb #56ae124e
 class Reader(nn.Module):
     "Network from a token grid, a vector, or both to a motion."
     def __init__(self,
@@ -235,6 +237,7 @@ def before(self:Ladder,
     name, sides = rung.interface.before, (rung.side,) if rung.interface.side else (True, False)
     return next((r for s in sides if (r := self.find(name, rung.fraction, s))), None)
 
+# %% ../../nbs/08_analysis/01_ladder.ipynb #3bc90bcd
 @patch
 def draws(self:Ladder,
     rung:Rung, # one of `rungs`
@@ -272,6 +275,7 @@ def _read_fraction(interface, side, inputs, motion, demo, fraction, draws, cfg):
         predicted.append(fit_reader(train, motion[rows], inputs[1], cfg, seed))
     return Rung(interface, side, fraction, len(np.unique(demo[rows])), np.stack(predicted))
 
+# %% ../../nbs/08_analysis/01_ladder.ipynb #79d38777
 def climb_ladder(
     interfaces:list, # of `Interface`, from input to output
     samples:tuple, # (labelled ones, held-out ones), which the interfaces understand
@@ -343,6 +347,7 @@ def table(self:Ladder)->str:
                                                 for part in [*self.columns][1:]))
     return markdown_table(head, [[name, *cells] for name, cells in rows.items()])
 
+# %% ../../nbs/08_analysis/01_ladder.ipynb #7b219b6f
 @patch
 def _repr_markdown_(self:Ladder):
     return "\n\n".join([self.table(), *(self.sentence(f) for f in self.fractions)])
@@ -460,6 +465,7 @@ def token_grid(
                          "them, or read them as a vector")
     return x.unflatten(-1, (side, side)).flatten(1, 2)
 
+# %% ../../nbs/08_analysis/01_ladder.ipynb #d252e9b8
 def first_and_change(
     x:Tensor, # (B,V,2,...) of two frames
 )->Tensor: # (B,V,2,...) the first frame, and the second minus the first
@@ -478,6 +484,7 @@ def blind_interface(
     return Interface(BLIND, vectors=(state, goal) if proprio else (goal,),
                      step="proprio, text" if proprio else "text", side=False)
 
+# %% ../../nbs/08_analysis/01_ladder.ipynb #497be0eb
 def data_interfaces()->list: # of `Interface`
     "Interfaces of frozen encoders; samples have `latent` and `dino` of two frames."
     pair = dict(latent=lambda b: first_and_change(b.latent).flatten(1, 3),
@@ -505,6 +512,7 @@ def _of_cameras(gidm, batch):
     row = lambda x: x.unflatten(0, (cameras, -1)).transpose(0, 1).flatten(1)
     return SimpleNamespace(emb=row(out.emb), z_q=row(out.z_q))
 
+# %% ../../nbs/08_analysis/01_ladder.ipynb #82b23322
 def true_pair_interfaces(
     gidm, # pretrained `models.gidm.GIDM`
 )->list: # of `Interface`
@@ -519,6 +527,7 @@ def true_pair_interfaces(
 def _inferred(policy, batch): # `models.gidm.LatentActions` of the predicted pair
     return policy.gidm.quantise(policy.embed_latents(batch))
 
+# %% ../../nbs/08_analysis/01_ladder.ipynb #cc071e4a
 def policy_interfaces(
     policy, # trained `models.policy.CoupledPolicy`, in evaluation mode
 )->list: # of `Interface`

@@ -68,6 +68,7 @@ def _entropy(counts):
     p = counts[counts > 0]/counts.sum()
     return float(-(p*np.log(p)).sum())
 
+# %% ../../nbs/08_analysis/03_latent_actions.ipynb #f11b0d9e
 def code_action_information(
     codes, # (N,) integers
     actions, # (N,) numbers of bins, integers
@@ -236,6 +237,7 @@ def inner_gidm(
     raise ValueError(f"a {type(model).__name__} infers no latent actions: give a GIDM or a "
                      f"coupled policy")
 
+# %% ../../nbs/08_analysis/03_latent_actions.ipynb #5133a66e
 def as_read(
     model, # a `GIDM`, or a `CoupledPolicy`
     features:Tensor, # (N,2,P,D) DINO's, or of a policy its forward model's
@@ -250,6 +252,7 @@ def _texts(model, text):
     encode = model.text_encoder if isinstance(model, GIDM) else model.encoders.t5
     return encode(prepare_texts(text, inner_gidm(model).cfg))
 
+# %% ../../nbs/08_analysis/03_latent_actions.ipynb #751f52f7
 def _snapped(z, codes):
     "Latents without the rounding of straight-through arithmetic, where they are one per code."
     flat = z if codes.shape == z.shape[:2] else z.reshape(len(z), -1, 1)
@@ -261,6 +264,7 @@ def _snapped(z, codes):
     near = np.abs(exact - flat).max() < 1e-4*max(np.abs(z).max(), 1.)
     return exact.reshape(z.shape) if near else z
 
+# %% ../../nbs/08_analysis/03_latent_actions.ipynb #cfa84a1a
 @torch.no_grad()
 def infer(
     model, # a `GIDM`, or a `CoupledPolicy`, in evaluation mode
@@ -378,6 +382,7 @@ class Transfer:
     again:Inferred # inferred again, from the other first frame to the decoded one
     errors:dict # "foreign", "own", "shuffled", "copy" -> (N,) squared errors of the second frames
 
+# %% ../../nbs/08_analysis/03_latent_actions.ipynb #881c5738
 def transfer(
     model:GIDM, # with a decoder
     given:Pairs, # whose latents are taken

@@ -29,6 +29,7 @@ def _code_table(
                          f"none of a codebook of {size}: give (N,Q) and the codebook's size")
     return np.stack([np.bincount(q, minlength=size) for q in codes.T])
 
+# %% ../../nbs/08_analysis/05_latent_plots.ipynb #3cc8279f
 def show_code_table(
     counts, # (Q,S) of `_code_table`
     ax=None, # axes to draw into
@@ -71,6 +72,7 @@ def _top_clips(
     _, first = np.unique(np.asarray(demo)[order], return_index=True)
     return order[np.sort(first)][:n]
 
+# %% ../../nbs/08_analysis/05_latent_plots.ipynb #06a2b0ae
 def show_clips(
     pairs:Pairs, # all of them
     rows:dict, # label -> numbers of pairs, such as those of `_top_clips`
@@ -125,6 +127,7 @@ def _action_table(
     np.add.at(counts, (codes, bins), 1)
     with np.errstate(invalid="ignore"): return counts/counts.sum(1, keepdims=True)
 
+# %% ../../nbs/08_analysis/05_latent_plots.ipynb #907c2b97
 def show_action_table(
     codes, # (N,) codes of one position
     bins, # (N,) kinds of action
@@ -208,6 +211,7 @@ def _embed_2d(
     sign = np.sign(v[:2][[0, 1], np.abs(v[:2]).argmax(1)]) # the same orientation on every machine
     return u[:, :2]*s[:2]*sign, s[:2]**2/max((s**2).sum(), 1e-12)
 
+# %% ../../nbs/08_analysis/05_latent_plots.ipynb #ed3ba6b4
 def _tsne_2d(
     latents, # (N,...) flattened
     perplexity:float=30., # neighbours, about; fewer where there are few latents
@@ -237,6 +241,7 @@ def _action_direction(
                      np.array(["-x", "-y", "-z"])[axis])
     return np.where(np.abs(along) < least, "still", names)
 
+# %% ../../nbs/08_analysis/05_latent_plots.ipynb #3435276d
 def show_embedding(
     points, # (N,2)
     direction, # (N,) keys of `DIRECTIONS`
@@ -324,6 +329,7 @@ def _meaning(action): # (N,n,7) of the pairs of one code: their mean motion, in 
     done = np.concatenate([action[..., :6].sum(1), action[..., 6:].mean(1)], 1).mean(0)
     return _bin_names([done])[0]
 
+# %% ../../nbs/08_analysis/05_latent_plots.ipynb #03a46672
 def show_common_codes(
     pairs:Pairs, # held out
     got:Inferred, # of them

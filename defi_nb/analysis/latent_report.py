@@ -128,6 +128,7 @@ def _gripper_measure(predictions, change, demo):
     of = {k: lambda r, p=p: auroc(p[r, 7], change[r]) for k, p in predictions.items()}
     return measured(name, of, demo, note=f"{change.sum()} of {len(demo)} pairs have one")
 
+# %% ../../nbs/08_analysis/04_latent_report.ipynb #a798daf7
 def _action_measures(
     x_train:dict, # name -> (N,...) of training pairs, see `probe_features`; first the latents
     x_held:dict, # name -> (n,...) of held-out pairs
@@ -184,6 +185,7 @@ def _motion_distance(held): # (N,)
     poses[..., 3:] = np.angle(turns/turns.mean((0, 1)))
     return pose_distance(*poses, poses.reshape(-1, 6).std(0), wrap=True)
 
+# %% ../../nbs/08_analysis/04_latent_report.ipynb #2a96de08
 def _alignment_measures(
     got:Inferred, # of held-out pairs
     random:Inferred, # of them, by the model with random weights
@@ -270,6 +272,7 @@ def consecutive(
 # %% ../../nbs/08_analysis/04_latent_report.ipynb #374ae13a
 def _cosines(a, b): return reversal_antisymmetry(a, b)["cosines"]
 
+# %% ../../nbs/08_analysis/04_latent_report.ipynb #c737a0b9
 def _backward_measures(got, back, random, back_random, other, demo):
     "Antisymmetry of latents, and purity of codes, of pairs played backwards."
     both = {"latents": (got.z, back.z), "before the book": (got.emb, back.emb),
@@ -302,6 +305,7 @@ def _past_future_measure(pairs, got, back, random, back_random):
                "two motions in a row": _cosines(got.z[first], got.z[then])}
     return measured(name, _means(cosines), pairs.demo[first], "lower")
 
+# %% ../../nbs/08_analysis/04_latent_report.ipynb #e02c9aa3
 def _idle_measures(got, idle, random, idle_random, demo):
     "Length of latents, and perplexity of codes, of pairs in which nothing happens."
     both = {"latents": (idle.z, got.z), "before the book": (idle.emb, got.emb),
@@ -368,6 +372,7 @@ def joined(
         return torch.cat(xs) if isinstance(xs[0], torch.Tensor) else np.concatenate(xs)
     return Pairs(**{f.name: join([getattr(p, f.name) for p in parts]) for f in fields(Pairs)})
 
+# %% ../../nbs/08_analysis/04_latent_report.ipynb #8170e57b
 def _stacked(by_scene, scenes): # by_scene: scene -> `Inferred`
     "The latents of several scenes as one."
     parts = [by_scene[s] for s in scenes]

@@ -41,6 +41,7 @@ def _paths(x, y, test, penalties):
     left, right = left @ u, u.T @ right
     return np.stack([(left/(s.clip(0) + p)) @ right for p in penalties]) + centre
 
+# %% ../../nbs/08_analysis/00_probes.ipynb #702f8cc4
 def linear_probe(
     features, # (N,...) of training frames, flattened
     targets, # (N,O)
@@ -124,6 +125,7 @@ def _frame_losses(
     gripper = F.binary_cross_entropy_with_logits(p[..., 6], (t[..., 6] > 0).to(p), reduction="none")
     return (p[..., :6] - t[..., :6]).abs().mean((1, 2)) + gripper_weight*gripper.mean(1)
 
+# %% ../../nbs/08_analysis/00_probes.ipynb #a3d9e7fd
 def probe_loss(
     predicted:Tensor, # (B,O)
     target:Tensor, # (B,O), see `_frame_losses`
@@ -143,6 +145,7 @@ class ProbeResult:
     errors:np.ndarray # (E,n) loss of each held-out frame at each evaluation; its mean is `val`
     head:ProbeHead = field(repr=False) # after the last step
 
+# %% ../../nbs/08_analysis/00_probes.ipynb #deecf88a
 @torch.no_grad()
 def _evaluated(head, x, y, cfg):
     "(n,) the loss of each held-out frame, without dropout."

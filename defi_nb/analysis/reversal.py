@@ -49,6 +49,7 @@ class Directions:
     probes:dict # ("train" or "few", "emb" or "z") -> (N,7) predicted actions
     errors:dict # "there" and "back" -> (N,) squared errors of the decoder
 
+# %% ../../nbs/08_analysis/06_reversal.ipynb #5b6a79b9
 def read_directions(
     model:GIDM, # with a decoder, in evaluation mode
     data:ReversalData, # the pairs
@@ -150,6 +151,7 @@ def _apart(self:ArmTable, name, arm):
     d = self.difference(name, arm)
     return "{0}{1:+.3f} ({2:+.3f} to {3:+.3f}){0}".format("**" if d[1]*d[2] > 0 else "", *d)
 
+# %% ../../nbs/08_analysis/06_reversal.ipynb #198c8c07
 @patch
 def _repr_markdown_(self:ArmTable):
     values = [[f"{name} ({better} is better)", *(self._cell(name, arm) for arm in self.arms)]

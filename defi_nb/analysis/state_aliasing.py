@@ -158,6 +158,7 @@ def _probe_encoder(
     return dict(there=there, elsewhere=probe_source(source, data["elsewhere"], proprio=state,
                                                     cloning=None, gaps=(), seed=seed))
 
+# %% ../../nbs/08_analysis/09_state_aliasing.ipynb #d5a360fd
 def probe_arms(
     folders:dict, # (arm, seed) -> folder of a checkpoint; of the first arm, random weights too
     encoders, # `models.encoders.Encoders`

@@ -85,6 +85,7 @@ class _Beating:
         self._beat()
         return self._env.step(action)
 
+# %% ../../nbs/07_eval/03_evaluate.ipynb #8af3d17e
 @contextmanager
 def _player(policy, config, make_env, play, keep, device, beat=lambda: None):
     "(play_group(group, on_chain), {}): one thread, the policy in evaluation mode, undone after it."
@@ -116,10 +117,12 @@ def _enough(config, journal, n):
         if (high - low)/2 <= config.precision: return end
     return n if have == n else None
 
+# %% ../../nbs/07_eval/03_evaluate.ipynb #3e376913
 def _machines(records): # that played, in the order of the chains, with their numbers of chains
     counts = Counter(json.dumps(r["machine"], sort_keys=True) for r in records if "machine" in r)
     return [json.loads(machine) | dict(chains=n) for machine, n in counts.items()]
 
+# %% ../../nbs/07_eval/03_evaluate.ipynb #ce385dc2
 def _finish(journal, sequences, n, config, out, **about):
     "The result of the first n chains, written if there is a folder."
     records = [journal.rows[i] for i in range(n)]
@@ -145,6 +148,7 @@ def read_shard(
     raise ValueError(f"part is {text!r}: write 0/4 for the first of four parts, and 3/4 for the "
                      f"last")
 
+# %% ../../nbs/07_eval/03_evaluate.ipynb #3a01fa99
 def _check_shard(shard, config, out):
     "Raise `ValueError` for parts that can't be played."
     part, parts = shard
@@ -169,12 +173,14 @@ def _check_checkpoint(policy, play, out, checkpoint):
         raise ValueError("`checkpoint` is empty: say which weights the policy loads, or a resumed "
                          "evaluation could mix those of two")
 
+# %% ../../nbs/07_eval/03_evaluate.ipynb #9a14ef47
 def _groups(sequences, config, shard, out): # of (number, sequence)
     "Groups of consecutive chains of one part: every `shard[1]`-th, from number `shard[0]` on."
     _check_shard(shard, config, out)
     numbered, size = list(enumerate(sequences)), config.group
     return [numbered[i:i + size] for i in range(0, len(numbered), size)][shard[0]::shard[1]]
 
+# %% ../../nbs/07_eval/03_evaluate.ipynb #0babd29f
 def _open_journal(policy, sequences, config, name, out, checkpoint, make_env, restart, shard):
     "Journal of an evaluation, with all that its chains depend on in the header."
     env = make_env(config)

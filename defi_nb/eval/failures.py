@@ -81,6 +81,7 @@ def _sample(observations, text, size):
     frames = obs_to_batch(observations, [text]*len(observations), size)
     return Batch([text], video=frames.video.permute(2, 1, 0, 3, 4, 5), proprio=frames.proprio[:1])
 
+# %% ../../nbs/07_eval/09_failures.ipynb #73a7c80b
 def play_task(
     policy, # with `act(batch, noise)`
     chains, # of `Chain`, at the start of the same task, each in an environment of its own
@@ -143,6 +144,7 @@ def _kept(obs):
     return {"rgb_obs": {f"rgb_{v}": np.array(obs["rgb_obs"][f"rgb_{v}"]) for v in VIEWS},
             "robot_obs": obs["robot_obs"]}
 
+# %% ../../nbs/07_eval/09_failures.ipynb #f5dc8a5b
 def _replay_queries(policy, record, sequence, config, make_env, only, expert):
     "Play a chain again: a dict a query, with the latents of what happened and an expert's video."
     env, offsets = make_env(config), frame_offsets(policy)
@@ -253,6 +255,7 @@ class FailureReport:
 # %% ../../nbs/07_eval/09_failures.ipynb #500fe053
 def _rate_text(rate): return "" if rate is None else str(Interval(*rate[:3]))
 
+# %% ../../nbs/07_eval/09_failures.ipynb #3f3c0d2f
 @patch
 def conclusion(self:FailureReport)->str:
     "Conclusion that the control allows, in words."
@@ -277,6 +280,7 @@ def _error_text(rows, kind): # mean over rows that have one
     errors = [r[kind] for r in rows if r.get(kind) is not None]
     return f"{np.mean(errors):.2f}" if errors else ""
 
+# %% ../../nbs/07_eval/09_failures.ipynb #4d26266d
 @patch
 def _repr_markdown_(self:FailureReport):
     "Conclusion, split, rates and tasks as tables."
@@ -339,11 +343,13 @@ def _rows_of(path, header):
     write_jsonl(path, [header, *lines[1:]]) # no torn last line
     return lines[1:]
 
+# %% ../../nbs/07_eval/09_failures.ipynb #95515b66
 def _other_text(task, sequences, number):
     "The instruction of another task of the evaluation."
     others = sorted({t for _, chain in sequences for t in chain} - {task})
     return INSTRUCTIONS[others[number*7 % len(others)]][0] if others else "do nothing"
 
+# %% ../../nbs/07_eval/09_failures.ipynb #728a6cbd
 def _study_row(policy, informed, record, sequences, i, config, offsets, envs, make_env):
     "One task under all conditions, with its verdict and the errors of its predictions."
     predicts, sequence = isinstance(policy, CoupledPolicy), sequences[record["chain"]]

@@ -65,6 +65,7 @@ INK, PAPER, FAINT = (235, 235, 235), (28, 28, 28), (140, 140, 140)
 def _text(draw, where, text, size, fill=INK, anchor="lm"):
     draw.text(where, text, fill=fill, font=ImageFont.load_default(size), anchor=anchor)
 
+# %% ../../nbs/07_eval/07_film.ipynb #21aa41fd
 def _draw_actions(
     actions:np.ndarray, # (K,7) in [-1, 1]
     done:int, # of them executed

@@ -43,6 +43,7 @@ def _replace_stride(
                         samples.scale, rows/samples.source.hz, size=samples.size,
                         views=samples.views, episodes=samples.episodes)
 
+# %% ../../nbs/07_eval/04_open_loop.ipynb #9d50e70b
 def _predict_episode(
     policy, # with `act(batch)`
     samples:RobotSamples, # of the episode's source, with the policy's images, actions and a scale

@@ -46,6 +46,7 @@ def _paper_rows(): # of both papers' tables of chains, ABC to D
             name = name if table.table == "table 1" else f"{table.paper}: {name}"
             yield dict(name=name, split="ABC_D", average=average, rates=rates, source=table.source)
 
+# %% ../../nbs/07_eval/10_published.ipynb #408f3383
 def published(
     split:str="", # "ABC_D" or "ABCD_D"; empty: all
 )->list: # of `Published`, by average length
@@ -139,11 +140,13 @@ class Row:
 # %% ../../nbs/07_eval/10_published.ipynb #ccfc41a4
 def _quantiser(name, row, **kw): return Row(row, gidm=dict(quantiser=name), **kw)
 
+# %% ../../nbs/07_eval/10_published.ipynb #43f2da46
 _OTHER = dict(video="ABC_D") # video of scenes that a run on D_D does not see
 
 def _with_video(fraction, video="ABC_D"):
     return {kind: dict(video=video, video_frac=fraction) for kind in ("gfdm", "gidm")}
 
+# %% ../../nbs/07_eval/10_published.ipynb #c78116ce
 _FRACTIONS = ( # name, fraction of the video, the paper's row
     ("a fifth of the", .2, "0.2 of the human video"), ("half of the", .5, ""),
     ("all", 1., "1.0 of the human video"))
@@ -255,15 +258,18 @@ def _by_video(rows): # rows: of (`Row`, table row)
             for video in videos for row, t in rows
             if row.video_fraction == 0 or row.video_fraction and row.gfdm["video"] == video]
 
+# %% ../../nbs/07_eval/10_published.ipynb #38d9d6b7
 # of the chains; early tables have no such key, and five tasks
 def _length(table): return max((t.get("length", 5) for t in table), default=5)
 
+# %% ../../nbs/07_eval/10_published.ipynb #eaddbbdf
 def _means_and_bars(rows): # of the table; one training has no interval, and a bar of length 0
     mean = np.array([t["average_length"] for t in rows])
     bounds = np.array([[m if b is None else b for b in t["interval"]]
                        for t, m in zip(rows, mean)]).T
     return mean, np.abs(bounds - mean)
 
+# %% ../../nbs/07_eval/10_published.ipynb #8610b631
 def _show_curve(ax, points, i, label): # points: (fraction, table row)
     "One line with intervals, and a dot for each training."
     at, rows = zip(*sorted(points, key=lambda p: p[0]))
@@ -344,6 +350,7 @@ def ablation_table(
 def _bounds(interval):
     return "" if interval[0] is None else f" ({interval[0]:.2f}–{interval[1]:.2f})"
 
+# %% ../../nbs/07_eval/10_published.ipynb #1364d5c1
 def ablation_markdown(
     table:list, # from `ablation_table`
 )->str:

@@ -68,6 +68,7 @@ def _exchanged_images(batch, other):
     images = {f: getattr(batch, f) for f in ("video", "latent", "dino")}
     return replace(batch, **{f: x[other] for f, x in images.items() if x is not None})
 
+# %% ../../nbs/07_eval/05_reading.ipynb #37b8a559
 def _exchanged(policy, batch, name, other):
     "The batch with one input of other samples."
     if name == "text":
@@ -81,6 +82,7 @@ def _exchanged(policy, batch, name, other):
     wide = torch.tensor(taken, device=batch.feature.device)[:, None, None]
     return batch.with_feature(torch.where(wide, batch.feature[other], batch.feature))
 
+# %% ../../nbs/07_eval/05_reading.ipynb #ece20fd9
 def exchanged_context(
     policy:nn.Module, # any policy; a coupled one as `taking_features` gives it
     batch:Batch, # B samples; for a coupled policy with `feature` (B,V,T,P,D)
@@ -154,6 +156,7 @@ def conclusion(self:InputReliance)->str:
     return " ".join(f"Another sample's {INPUTS[n]}: {x:+.0f} % of action loss, {self.verdict(n)}."
                     for n, x in more.items())
 
+# %% ../../nbs/07_eval/05_reading.ipynb #9e4ea04d
 @patch
 def _repr_markdown_(self:InputReliance):
     about = (f"{self.samples} held-out samples of {self.demonstrations} demonstrations, "
@@ -171,6 +174,7 @@ def _demonstrations(data):
     while not hasattr(data, "inside"): data = data.samples
     return np.asarray(data.inside()[0])
 
+# %% ../../nbs/07_eval/05_reading.ipynb #fc1fa2e0
 def _exchange_losses(policy, batch, names, others, seeds): # name -> (B,) mean over draws
     "Losses of the samples of a batch with each input exchanged; the name \"\" is none."
     if isinstance(policy, CoupledPolicy) and batch.feature is None:

@@ -100,6 +100,7 @@ def _check_counts(row):
         raise ValueError(f"the task table has {done} successes in {tried} attempts, "
                          f"but the chains solved {sum(solved)} tasks")
 
+# %% ../../nbs/07_eval/00_results.ipynb #4a8867c3
 def _check_row(
     row:dict, # "rates", "average_length", "protocol" and, if measured here, "solved" and "tasks"
     tolerance:float=1e-6, # between the average length and the sum of the rates, tasks
@@ -126,6 +127,7 @@ def write_row(
     "Check a row and write it."
     return write_whole(path, json.dumps(_check_row(row), indent=1, allow_nan=False))
 
+# %% ../../nbs/07_eval/00_results.ipynb #60f34cce
 def read_row(
     path, # of the JSON file
 )->dict: # the checked row
@@ -182,6 +184,7 @@ def interval(self:EvalResult): # (low, high)
     if self.early: return tuple(anytime_interval(self.solved, bounds)[-1].tolist())
     return bounded_mean_interval(self.solved, bounds)[1:]
 
+# %% ../../nbs/07_eval/00_results.ipynb #d1794663
 @patch(as_prop=True)
 def rate_intervals(self:EvalResult): # L times (low, high)
     "95 % interval of each rate."
@@ -214,6 +217,7 @@ def families(self:EvalResult)->dict: # family -> {"attempts", "successes"}
             for key in row: row[key] += counts[key]
     return table
 
+# %% ../../nbs/07_eval/00_results.ipynb #2a92ccc7
 def _success(counts): # {"attempts", "successes"}
     "Rate in percent with Wilson's interval; without a value where nothing was tried."
     n = counts["attempts"]
@@ -233,6 +237,7 @@ def closing_table(
 def _median_mm(values): # metres
     return f"{1000*np.median(values):.0f}" if len(values) else ""
 
+# %% ../../nbs/07_eval/00_results.ipynb #21b7cdb7
 def closing_markdown(
     result:EvalResult, # of an evaluation
 )->str: # empty if no closing is known
@@ -256,6 +261,7 @@ def _cell(value): # a value of the protocol
     if isinstance(value, (list, tuple)): return ", ".join(map(str, value))
     return str(value)[:12] if len(str(value)) == 64 else str(value)
 
+# %% ../../nbs/07_eval/00_results.ipynb #d49e39ba
 def _machines(results):
     "A sentence on the machines that played; a warning where they are unlike."
     counts = Counter()
@@ -319,6 +325,7 @@ def family_markdown(
     table = markdown_table(["family", "attempts", "successes", "success, %"], rows)
     return "\n\n".join(filter(None, (table, closing_markdown(result))))
 
+# %% ../../nbs/07_eval/00_results.ipynb #197dc256
 @patch
 def _repr_markdown_(self:EvalResult):
     trained = ""

@@ -66,6 +66,7 @@ def _resized(
     return F.interpolate(video.float(), (size, size), mode="bilinear",
                          antialias=True).round().clamp(0, 255).byte()
 
+# %% ../../nbs/07_eval/01_rollout.ipynb #f2701b2b
 def obs_to_batch(
     obs, # B observations: {"rgb_obs": {"rgb_static": (H,W,3) uint8, ...}, "robot_obs": (15,), ...}
     texts, # B instructions
@@ -155,6 +156,7 @@ class NoOpPolicy:
         action[..., -1] = 1
         return action
 
+# %% ../../nbs/07_eval/01_rollout.ipynb #0c59bc10
 class RandomPolicy:
     "Policy that moves at random, uniform in [-1, 1]; the gripper keeps one side for a chunk."
     def act(
@@ -207,6 +209,7 @@ def act(self:Chain, action): # (7,)
     self.actions.append(action)
     return self.env.step(action.copy())
 
+# %% ../../nbs/07_eval/01_rollout.ipynb #a4eab9e3
 @patch
 def _note_closing(self:Chain):
     "Record the tool's distance from the block to be grasped, at an attempt's first closing."
@@ -217,6 +220,7 @@ def _note_closing(self:Chain):
     self.closings.append({"task": self.solved,
                           **{k: round(v, 6) for k, v in measure(block).items()}})
 
+# %% ../../nbs/07_eval/01_rollout.ipynb #df5774f6
 @patch
 def run(
     self:Chain,
@@ -255,6 +259,7 @@ def _side_by_side(envs):
     else:
         with ThreadPoolExecutor(len(envs)) as pool: yield pool.map
 
+# %% ../../nbs/07_eval/01_rollout.ipynb #a23f5f11
 def play_policy(
     policy, # with `act(batch, noise)`
     envs, # at least as many environments as chains
@@ -287,6 +292,7 @@ class _Recorder:
 
     def step(self, action): return self._chain.act(np.array(action, float))
 
+# %% ../../nbs/07_eval/01_rollout.ipynb #6a3ad3ce
 def play_expert(
     expert, # expert(env).run(task) -> (success, steps)
     envs, # of which the first is used

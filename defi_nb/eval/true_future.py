@@ -35,6 +35,7 @@ class _Moment:
     gripper_action:int
     bodies:np.ndarray # positions
 
+# %% ../../nbs/07_eval/08_true_future.ipynb #3f59fc5b
 def _moment(env):
     "The present one."
     return _Moment(env.get_obs(), env.get_info(), env.target_pos, env.target_orn,
@@ -44,6 +45,7 @@ def _moment(env):
 class _Enough(Exception):
     "The expert has reached the last moment that is needed."
 
+# %% ../../nbs/07_eval/08_true_future.ipynb #737661da
 class _Replayed:
     "Environment whose first moments are given; those that follow are simulated and kept."
     def __init__(self, env, moments, end):
@@ -123,6 +125,7 @@ def _batch_latents(
     cameras = [VIEWS.index(view) for view in policy.cfg.views]
     return latents[:, cameras].to(policy.adapter.lang_emb[0].weight)
 
+# %% ../../nbs/07_eval/08_true_future.ipynb #163748c8
 @torch.no_grad()
 def _future_tokens(
     model, # a `GFDM` or `DinoForward`
@@ -145,6 +148,7 @@ def _by_patch(x_bvtpd): return x_bvtpd.transpose(2, 3).flatten(3) # (B,V,P,T*D)
 
 def _with_one(x): return torch.cat([x, torch.ones_like(x[..., :1])], -1)
 
+# %% ../../nbs/07_eval/08_true_future.ipynb #2cebf10e
 @torch.no_grad()
 def _fit_translator(
     policy:CoupledPolicy, # with a forward model
@@ -216,6 +220,7 @@ class _OtherText(nn.Module):
     def tokens(self, present, text, noise=None):
         return self.model.tokens(present, self.text*(len(text)//len(self.text)), noise)
 
+# %% ../../nbs/07_eval/08_true_future.ipynb #1d1ada50
 def wrong_instruction(
     policy:CoupledPolicy, # with a forward model
     text:list, # B instructions that only the forward model is given
@@ -271,6 +276,7 @@ def best_variant(
     "Variant with the least action loss with true futures."
     return ways[int(np.argmin([row["right"] for row in losses[-len(ways):]]))]
 
+# %% ../../nbs/07_eval/08_true_future.ipynb #10f4a468
 def losses_markdown(
     losses:list, # from `future_losses`
 )->str:

@@ -30,6 +30,7 @@ def _unit(
     "Image values in [0, 1], whatever the data type."
     return image.float()/255 if image.dtype == torch.uint8 else image.float()
 
+# %% ../../nbs/07_eval/06_video_metrics.ipynb #cef3915d
 def psnr(
     image:Tensor, # (...,C,H,W) uint8, or float in [0, 1]
     target:Tensor, # same shape
@@ -64,6 +65,7 @@ def cosine_distance(
     "One minus the cosine, mean over patches."
     return (1 - F.cosine_similarity(tokens, target, dim=-1)).mean(-1)
 
+# %% ../../nbs/07_eval/06_video_metrics.ipynb #a54bf8df
 def squared_distance(
     tokens:Tensor, # (...,P,D)
     target:Tensor, # (...,P,D)
@@ -118,11 +120,13 @@ def _frechet_gaussians(
     return max(0., float((mean1 - mean2).double().square().sum() + cov1.double().trace()
                          + cov2.double().trace() - 2*cross))
 
+# %% ../../nbs/07_eval/06_video_metrics.ipynb #d5d495e6
 def _gaussian(x):
     "Mean (K,) and covariance (K,K) of a set."
     centred = x.double() - x.double().mean(0)
     return x.double().mean(0), centred.T @ centred/(len(x) - 1)
 
+# %% ../../nbs/07_eval/06_video_metrics.ipynb #fcc5202f
 def frechet(
     features:Tensor, # (N,K)
     target:Tensor, # (M,K)
@@ -155,6 +159,7 @@ class Projection:
         inside, whole = self(features).var(0).sum(), features.var(0).sum()
         return float(inside/whole) if whole > 0 else 1.
 
+# %% ../../nbs/07_eval/06_video_metrics.ipynb #b4f8be05
 def _fit_projection(
     features:Tensor, # (N,F) of true clips
     dims:int=16, # K, components to keep; fewer where the features have fewer
@@ -307,6 +312,7 @@ def _frechet_markdown(scores): # blocks: none, or the table and its caption
             f"Of {first.clips} clips in {first.dims} dimensions, which hold {first.kept[0]:.0%} of "
             "the true clips' variance. Compare \"between halves\" with \"floor\"."]
 
+# %% ../../nbs/07_eval/06_video_metrics.ipynb #c562f009
 @patch
 def _repr_markdown_(self:VideoScores):
     "Tables of the measures, of the differences to the copy, and of the Fréchet distances."

@@ -98,6 +98,7 @@ def begin(self:Journal,
     self.header = header
     if self.folder: write_jsonl(self.path, lines or [header]) # no torn last line
 
+# %% ../../nbs/07_eval/02_workers.ipynb #17e69e6b
 @patch
 def add(self:Journal,
     row:dict, # with its number, JSON types; or {"event": text}
@@ -232,11 +233,13 @@ def _check_silence(self:Pool, worker):
     if time.monotonic() - worker.heard > limit:
         self._lost(worker, f"nothing was heard for {limit:g} s in stage {worker.stage!r}")
 
+# %% ../../nbs/07_eval/02_workers.ipynb #04f31ad4
 @patch
 def _end(self:Pool, worker):
     worker.kill()
     self.live.remove(worker)
 
+# %% ../../nbs/07_eval/02_workers.ipynb #098943ae
 @patch
 def _lost(self:Pool, worker, error=None, again=True):
     "Replace a worker that is gone, unless its job failed too often or can't be saved by a retry."

@@ -57,6 +57,7 @@ def paper(cls:AdapterConfig):
                video_dim=384, latent_dim=768, proprio_dim=0, dropout=(.3, .1, .05),
                cross_attn="causal", adaln_offset=0., pos_embed="none", init_std=.02, noise_scale=1.)
 
+# %% ../../nbs/04_models/06_action_adapter.ipynb #b467dd6a
 @patch(cls_method=True)
 def printed(cls:AdapterConfig): # Table 10: twelve layers; they come to the text's 30 M
     return replace(cls.paper(), enc_blocks=6, dec_blocks=6)
@@ -118,6 +119,7 @@ def _check_adapter(cfg):
         raise ValueError(f"proprio_dropout is {cfg.proprio_dropout}, and proprio_dim 0: "
                          "there is no state to hide")
 
+# %% ../../nbs/04_models/06_action_adapter.ipynb #70ab0116
 def _initialise(adapter): # see `AdapterConfig.init_std`
     std = adapter.cfg.init_std
     for module in adapter.modules():
@@ -191,6 +193,7 @@ def embed_actions(self:ActionAdapter,
     "Tokens of the noisy actions."
     return self.action_emb(x) if self.pos_emb is None else self.action_emb(x) + self.pos_emb
 
+# %% ../../nbs/04_models/06_action_adapter.ipynb #282a3966
 @patch
 def decode(self:ActionAdapter,
     x:Tensor, # (B,K,A) noisy actions, scaled to unit variance

@@ -71,6 +71,7 @@ def _two_frames(batch, name, width, cameras=None): # -> (B,V,2,P,width); V=camer
                          f"(B,{cameras or 'V'},2,P,{width}), of GIDM's two frames")
     return x
 
+# %% ../../nbs/04_models/10_aligned_gidm.ipynb #a99dfa05
 def _pairs(model, batch): # -> features (B,2,P,D), true tokens (B,2,P,in_dim), T5's tokens and mask
     cfg, device = model.cfg, model.time_pos_emb.device
     features = _two_frames(batch, "feature", cfg.feature_dim, 1)[:, 0]

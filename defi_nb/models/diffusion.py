@@ -95,6 +95,7 @@ def _check_levels(
     if not (n >= 1 and 0 < low <= high):
         raise ValueError(f"need n >= 1 and 0 < low <= high, got n={n}, low={low}, high={high}")
 
+# %% ../../nbs/04_models/01_diffusion.ipynb #b1183766
 def exponential_sigmas(
     n:int, # levels above zero, N
     low:float, # the last of them

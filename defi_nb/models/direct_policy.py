@@ -45,6 +45,7 @@ def _find_encoder(
         f"{', '.join(VISION_ENCODERS)}. Add yours to `models.direct_policy.VISION_ENCODERS`, with "
         "`patches` where its output is (B,P,C)")
 
+# %% ../../nbs/04_models/09_direct_policy.ipynb #d4ea3ef0
 def _projecting(model): # -> the module that projects its encoder's tokens; None if there is none
     projects = lambda m: "multi_modal_projector" in dict(m.named_children())
     owners = (m for m in model.modules() if projects(m) and hasattr(m, "get_image_features"))
@@ -60,11 +61,13 @@ def _check_sizes(encoder, grid): # grid: Qwen3-VL's sizes, or SigLIP 2's mask
         raise ValueError(f"images of different sizes are packed together ({grid.tolist()}): resize "
                          "them to one size")
 
+# %% ../../nbs/04_models/09_direct_policy.ipynb #99ad8b30
 def _tensor_of(output, tap): # of a module's output
     if isinstance(output, Tensor): return output
     if isinstance(output, tuple): return output[0]
     return output.pooler_output if tap == "merged" else output.last_hidden_state
 
+# %% ../../nbs/04_models/09_direct_policy.ipynb #7b5ec51d
 def _tokens(encoder, output, grid, tap):
     "(B,P,C) of an encoder's output, or of a block's."
     if tap == "projected": return output
@@ -254,6 +257,7 @@ def pixels(self:DirectPolicy,
     mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (cfg.mean, cfg.std))
     return dict(pixel_values=(x - mean)/std)
 
+# %% ../../nbs/04_models/09_direct_policy.ipynb #f3a67072
 @patch
 def see(self:DirectPolicy,
     video:Tensor, # (B,V,3,H,W) uint8, all cameras of a batch
@@ -277,6 +281,7 @@ def encode_batch(self:DirectPolicy,
     proprio = batch_ee_state(batch, cfg.adapter, device)
     return self.adapter.tokens(goal, tokens.flatten(1, 2), proprio=proprio)
 
+# %% ../../nbs/04_models/09_direct_policy.ipynb #d2371690
 @patch
 def augmented(self:DirectPolicy,
     batch:Batch, # with `video`
@@ -309,6 +314,7 @@ def _side_of(preprocessor, path): # pixels of an encoder's images
                          "pixels; a direct policy's are square")
     return sides.pop()
 
+# %% ../../nbs/04_models/09_direct_policy.ipynb #25cb770e
 def around_encoder(
     cfg:DirectConfig, # of which all else is kept
     folder, # of a vision encoder, or of a CLIP or SigLIP with its text encoder

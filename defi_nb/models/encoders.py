@@ -54,6 +54,7 @@ def _images_at_once(
     "Number of images of a size that take as much memory as a batch of small ones."
     return max(1, batch*64*64//(height*width))
 
+# %% ../../nbs/04_models/03_encoders.ipynb #38a1b114
 @torch.no_grad()
 def _in_batches(
     encode, # function of (n,...) that returns (n,...)
@@ -87,6 +88,7 @@ def _tensors_in(file): # yields what has `keys()` and `get_tensor(name)`
         tensors = read_tensors(file)
         yield SimpleNamespace(keys=tensors.keys, get_tensor=tensors.__getitem__)
 
+# %% ../../nbs/04_models/03_encoders.ipynb #765c8a68
 def _misfits(wanted, read): # names -> tensors, both; sentences
     "The tensors that are missing or of another shape."
     shape = lambda tensor: tuple(tensor.shape)
@@ -174,6 +176,7 @@ def encode(self:VAE,
     batch = _images_at_once(self.batch, *video.shape[-2:])
     return _in_batches(to_latent, check_images(video, self.downsampling), batch)
 
+# %% ../../nbs/04_models/03_encoders.ipynb #4f73ee72
 @patch
 def encode_pixels(self:VAE,
     pixels:Tensor, # (...,3,H,W) float in [-1,1]
@@ -217,6 +220,7 @@ def _empty_vae(config): # on the meta device
     from diffusers import AutoencoderKLTemporalDecoder
     with torch.device("meta"): return AutoencoderKLTemporalDecoder.from_config(config)
 
+# %% ../../nbs/04_models/03_encoders.ipynb #1ae0374b
 def load_vae(
     folder, # with config.json and weights of an AutoencoderKLTemporalDecoder
     batch:int=128, # images of 64x64 pixels at a time, fewer of larger ones
@@ -234,6 +238,7 @@ def vae_encoder(
     model.decoder = Absent("this VAE has its encoder only; load_vae loads both halves")
     return model
 
+# %% ../../nbs/04_models/03_encoders.ipynb #42a169de
 def load_vae_encoder(
     folder, # with config.json and safetensors weights of an AutoencoderKLTemporalDecoder
     batch:int=128, # images of 64x64 pixels at a time, fewer of larger ones
@@ -263,6 +268,7 @@ def _variant(folder): # "fp16" where nothing else is there; None: as transformer
     variants = [m[1] for n in names if (m := _VARIANT.fullmatch(n))]
     return min(variants, key=lambda v: (_VARIANTS.get(v, 3), v), default=None)
 
+# %% ../../nbs/04_models/03_encoders.ipynb #53bfe113
 def load_pretrained(
     cls, # a class of transformers
     folder:Path, # with config.json and its weights
@@ -332,6 +338,7 @@ def _check_texts(
         raise ValueError(f"instructions must be a list of non-empty strings, got {texts!r}")
     return texts
 
+# %% ../../nbs/04_models/03_encoders.ipynb #56eca04b
 _REMEMBERED = 1024 # texts that an encoder remembers; at full size about 50 KB each
 
 def remember(
@@ -465,6 +472,7 @@ def _digest(tensors, settings):
         digest.update(value.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
+# %% ../../nbs/04_models/03_encoders.ipynb #747109b6
 def weights_digest(
     module, # nn.Module
     *settings, # whatever else changes its output
@@ -472,6 +480,7 @@ def weights_digest(
     "A short identity of a module's weights."
     return _digest(sorted(module.state_dict().items()), settings)
 
+# %% ../../nbs/04_models/03_encoders.ipynb #3a87bf0e
 def _files_digest(
     files:tuple, # of weights
     *settings, # whatever else changes its output
@@ -522,6 +531,7 @@ def _encoder_spec(
                          "pass an EncoderSpec")
     return presets[name]()
 
+# %% ../../nbs/04_models/03_encoders.ipynb #76f501ea
 def load_encoders(
     name="tiny", # "tiny", "paper" or an `EncoderSpec`
 )->Encoders:
@@ -531,6 +541,7 @@ def load_encoders(
     clip = load_clip(spec.clip, spec.text_tokens)
     return Encoders(load_vae(spec.vae), dino, clip, load_t5(spec.t5))
 
+# %% ../../nbs/04_models/03_encoders.ipynb #69b4d395
 def load_acting_encoders(
     name="tiny", # "tiny", "paper" or an `EncoderSpec`
 )->Encoders:

@@ -67,6 +67,7 @@ def paper(cls:GFDMConfig):
                heads=(5, 10, 20, 20), layers=2, text_dim=512, id_dim=256, fps=7., extract_fps=4.,
                group=1, noise_seed=None, camera_draw=.75)
 
+# %% ../../nbs/04_models/04_gfdm.ipynb #5a41f78f
 @patch(cls_method=True)
 def printed(cls:GFDMConfig): # chain and betas are not printed: DDPM's
     return replace(cls.paper(), noising="betas", extract_sigma=float(beta_sigmas()[-1]))
@@ -144,6 +145,7 @@ def network(self:GFDM,
     twice = torch.cat([text, text], dim=-1)
     return lambda x, c_noise: self.unet(torch.cat([x, repeated], dim=2), c_noise, twice, ids).sample
 
+# %% ../../nbs/04_models/04_gfdm.ipynb #e16f55cd
 @patch
 def encode_text(self:GFDM,
     text:list, # B instructions
@@ -200,6 +202,7 @@ def draw_cameras(self:GFDM,
     wrist = (torch.rand(len(latent)) >= self.cfg.camera_draw).long()
     return latent[torch.arange(len(latent)), wrist][:, None]
 
+# %% ../../nbs/04_models/04_gfdm.ipynb #c8e0fc00
 @patch
 def draw_levels(self:GFDM,
     n:int, # clips
@@ -431,6 +434,7 @@ def _attentions(model): # (level, transformer) of a `GFDM`; level 0 is the fines
     for level, block in [*enumerate(unet.down_blocks), (last, unet.mid_block), *up]:
         for transformer in getattr(block, "attentions", []): yield level, transformer
 
+# %% ../../nbs/04_models/04_gfdm.ipynb #cb76b61c
 def share_text(
     model:GFDM, # changed in place
 )->GFDM: # the same
@@ -456,6 +460,7 @@ def for_features(
         unet.conv_norm_out = unet.conv_out = absent
     return share_text(model).eval().requires_grad_(False)
 
+# %% ../../nbs/04_models/04_gfdm.ipynb #0173cce6
 def load_for_features(
     cfg:GFDMConfig, # of the model in the files
     files:list, # safetensors files

@@ -106,6 +106,7 @@ def _dino_clips(
                          f"{cfg.in_dim}): give the dataset `dino` and {cfg.frames} offsets")
     return dino.flatten(0, 1).float()
 
+# %% ../../nbs/04_models/08_gfdm_dino.ipynb #da8e04c6
 @patch
 def loss(self:DinoForward,
     batch:Batch, # with dino (B,V,T,P,D) and text
@@ -127,6 +128,7 @@ def tokens(self:DinoForward,
     "Tokens of the present and the predicted frames."
     return self(present, *self.encode_text(text))
 
+# %% ../../nbs/04_models/08_gfdm_dino.ipynb #bb549598
 @patch
 def feature_shape(self:DinoForward)->tuple: # (T,P,D)
     "The shape of one clip's tokens."

@@ -67,6 +67,7 @@ def prepare_texts(
 def _entrance(width, dim): # norm, linear, norm
     return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim), nn.LayerNorm(dim))
 
+# %% ../../nbs/04_models/05_gidm.ipynb #e508315b
 class Encoder(nn.Module):
     "Space-time attention of queries to the patches of two frames."
     def __init__(self,
@@ -192,6 +193,7 @@ def _check_choices(cfg):
         if (value := getattr(cfg, field)) not in allowed:
             raise ValueError(f"{field} is {value!r}; choose one of {allowed}")
 
+# %% ../../nbs/04_models/05_gidm.ipynb #fc1afa00
 class GIDM(nn.Module):
     "An autoencoder of transitions with quantised latent actions."
     def __init__(self,
@@ -240,6 +242,7 @@ def embed(self:GIDM,
     mask = self.token_mask(text_mask, self.cfg.queries + features.shape[2], features.shape[1])
     return self.to_codebook(self.encoder(self.action_latent, features, self.lang_proj(text), mask))
 
+# %% ../../nbs/04_models/05_gidm.ipynb #49bec776
 @patch
 def quantise(self:GIDM,
     emb:Tensor, # (B,Q,code_dim) from `embed`
@@ -274,6 +277,7 @@ def decode(self:GIDM,
     mask = self.token_mask(text_mask, latent_actions.shape[1] + first.shape[1])
     return self.decoder(latent_actions, self.patch_up(first), self.lang_proj(text), mask)
 
+# %% ../../nbs/04_models/05_gidm.ipynb #e3519e7f
 @patch
 def reconstruct(self:GIDM,
     features:Tensor, # (B,2,P,in_dim) of the two frames
@@ -295,6 +299,7 @@ def _crop(clips, area, draw): # (n,T,3,H,W) -> the same shape; draw(*shape): uni
     x = F.grid_sample(clips.flatten(0, 1), grid, padding_mode="border", align_corners=False)
     return x.unflatten(0, (n, T))
 
+# %% ../../nbs/04_models/05_gidm.ipynb #c75cb33a
 def _turn_colours(x, turn, strength): # (n,T,3,H,W); radians and factor (n,1,1,1,1)
     yiq = torch.tensor(_YIQ, device=x.device)
     y, i, q = torch.einsum("ck,btkhw->cbthw", yiq, x).unsqueeze(3)

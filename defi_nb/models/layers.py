@@ -187,6 +187,7 @@ def _unbiased_ffn(dim):
     linear = lambda n, m: nn.Linear(n, m, bias=False)
     return nn.Sequential(nn.LayerNorm(dim), linear(dim, 4*dim), nn.GELU(), linear(4*dim, dim))
 
+# %% ../../nbs/04_models/00_layers.ipynb #dfacbc56
 def _mix_frames(mix, x, T): # (B*T,Q,D) tokens of each frame -> the change of them
     by_query = x.unflatten(0, (-1, T)).transpose(1, 2) # (B,Q,T,D)
     mixed = mix(by_query.flatten(0, 1)).unflatten(0, by_query.shape[:2])
@@ -361,6 +362,7 @@ class Sinusoid(nn.Module):
         angle = t[:, None]*rate
         return torch.cat([angle.sin(), angle.cos()], -1)
 
+# %% ../../nbs/04_models/00_layers.ipynb #7c5f27bb
 def sigma_embedding(
     dim:int, # width D, even
 )->nn.Module: # (B,) -> (B,D)

@@ -54,6 +54,7 @@ def ee_state(
     width, action = proprio[:, 6:7], proprio[:, 14:]
     return torch.cat([position, euler.sin(), euler.cos(), width/.04 - 1, action], 1)
 
+# %% ../../nbs/04_models/07_policy.ipynb #6bcafc6c
 def batch_ee_state(
     batch:Batch, # with `proprio`, where the adapter takes it
     cfg:AdapterConfig, # its `proprio_dim` is 0 where the adapter does not
@@ -78,6 +79,7 @@ def present_embedding(
     patch_up = nn.Linear(channels*group**2, dim)
     return patch_up, nn.Parameter(.02*torch.randn(1, views, (side//group)**2, dim))
 
+# %% ../../nbs/04_models/07_policy.ipynb #c4c251be
 def present_tokens(
     policy, # with `patch_up` and `place` from `present_embedding`, `encoders` and `cfg.spec`
     batch:Batch, # with `latent` or `video`
@@ -133,6 +135,7 @@ def paper(cls:PolicyConfig):
                former_head_dim=64, former_hidden=768, adapter=AdapterConfig.paper(),
                gidm=replace(GIDMConfig.paper(), dec_blocks=0, texts="raw"))
 
+# %% ../../nbs/04_models/07_policy.ipynb #2a117271
 @patch(cls_method=True)
 def printed(cls:PolicyConfig):
     return replace(cls.paper(), spec=DataSpec.printed(), adapter=AdapterConfig.printed(),
@@ -162,12 +165,14 @@ def _check_widths(cfg):
     wrong = [f"{names} are {a}, {b}" for names, (a, b) in pairs.items() if a != b]
     if wrong: raise ValueError("these must be equal: " + "; ".join(wrong))
 
+# %% ../../nbs/04_models/07_policy.ipynb #8afd027b
 def _check_frames(cfg):
     needed = set(cfg.spec.gidm_frames) if cfg.latents != "none" else set()
     if not needed <= set(cfg.frames) <= set(range(cfg.spec.frames)):
         raise ValueError(f"frames {cfg.frames} must be among GFDM's {cfg.spec.frames} "
                          f"and have GIDM's {cfg.spec.gidm_frames} among them")
 
+# %% ../../nbs/04_models/07_policy.ipynb #4e662d67
 def _check_views(cfg):
     gidm_view = cfg.gidm.views[0] if cfg.latents != "none" else None
     if cfg.views not in (VIEWS, VIEWS[:1], VIEWS[1:]) or gidm_view and gidm_view not in cfg.views:
@@ -188,6 +193,7 @@ def _check_train(cfg):
         raise ValueError(f"train is {cfg.train}, and latents {cfg.latents!r}: there is no GIDM to "
                          "train")
 
+# %% ../../nbs/04_models/07_policy.ipynb #b29095e8
 def _check_policy_config(
     cfg:PolicyConfig, # to be checked
 )->PolicyConfig: # the same
@@ -227,6 +233,7 @@ def _add_projection(policy): # to the input of GIDM or of the network to actions
     if cfg.projection_frozen:
         for part in (policy.project, policy.time_pos_emb): part.requires_grad_(False)
 
+# %% ../../nbs/04_models/07_policy.ipynb #f60753ff
 def _add_gidm(policy): # GIDM and the layers around it, as submodules of a policy
     cfg, gidm = policy.cfg, policy.cfg.gidm
     policy.gidm = GIDM(gidm).requires_grad_("gidm" in cfg.train)
@@ -276,6 +283,7 @@ class CoupledPolicy(nn.Module):
 @patch(as_prop=True)
 def device(self:CoupledPolicy): return self.adapter.lang_emb[0].weight.device # of its weights
 
+# %% ../../nbs/04_models/07_policy.ipynb #946d34d6
 @patch(as_prop=True)
 def latents_frozen(self:CoupledPolicy): # whether no trained weight stands before the latent actions
     return self.gidm is not None and self.cfg.projection_frozen and "gidm" not in self.cfg.train
@@ -290,6 +298,7 @@ def check_gidm(
                          "no latent actions: give a coupled policy that has one")
     return policy
 
+# %% ../../nbs/04_models/07_policy.ipynb #8757a45e
 @patch
 def start_from(self:CoupledPolicy,
     pretrained:nn.Module, # `GIDM`, or `models.aligned_gidm.AlignedGIDM`, of the same size
@@ -328,6 +337,7 @@ def _by_view(policy, features): # (B,V,T,P,D), or rows of all views -> (B,V,T,P,
                          f"(B,V,T,P,D) with V={V}, T={T} and D={cfg.feature_dim}")
     return features
 
+# %% ../../nbs/04_models/07_policy.ipynb #e460ed76
 def _gidm_text(policy, texts): # -> (B,L,text_dim) T5's token features, (B,L) their mask
     encoded = policy.encoders.t5(prepare_texts(texts, policy.cfg.gidm))
     return tuple(t.to(policy.device) for t in encoded)
@@ -343,6 +353,7 @@ def pair_input(self:CoupledPolicy,
     pair = [cfg.frames.index(frame) for frame in cfg.spec.gidm_frames]
     return self.project(_by_view(self, features)[:, view, pair]) + self.time_pos_emb
 
+# %% ../../nbs/04_models/07_policy.ipynb #a4d5fa29
 @patch
 def embed_latents(self:CoupledPolicy,
     batch:Batch, # with `feature` and `text`
@@ -417,6 +428,7 @@ def _check_given(policy, batch): # `feature` and `latent_action` of a batch
         raise ValueError("the batch brings a `latent_action`, but this policy's latent actions are "
                          "not fixed by a `feature`: leave it out (None)")
 
+# %% ../../nbs/04_models/07_policy.ipynb #0a742cca
 @patch
 def encode_batch(self:CoupledPolicy,
     batch:Batch, # with `text`, and `feature`, `latent` or `video`; with `present` two of them
@@ -462,6 +474,7 @@ def sample_actions(self:CoupledPolicy,
     first = self.cfg.adapter.sigma_high if sigmas is None else sigmas[0].item()
     return self.adapter.sample(context, None if x_T is None else x_T/first, sigmas, callback)
 
+# %% ../../nbs/04_models/07_policy.ipynb #2cc0451a
 @patch
 @torch.no_grad()
 def act(self:CoupledPolicy,

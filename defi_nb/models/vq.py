@@ -43,6 +43,7 @@ def code_usage(
     "Fraction of the use that each code has."
     return torch.bincount(indices.flatten(), minlength=n_codes).float()/indices.numel()
 
+# %% ../../nbs/04_models/02_vq.ipynb #3cedd2cd
 def perplexity(
     usage:Tensor, # (S,) fractions that sum to 1
 )->Tensor: # scalar in [1, S], codes
@@ -175,6 +176,7 @@ def _factors(
     while n_codes % 4 == 0: n_codes, fours = n_codes//4, fours + 1
     return (4,)*fours + ((n_codes,) if n_codes > 1 else ())
 
+# %% ../../nbs/04_models/02_vq.ipynb #a501fcc1
 class FSQuantizer(nn.Module):
     "Finite scalar quantisation: a few numbers, each rounded to a few levels."
     def __init__(self,
@@ -254,6 +256,7 @@ class Continuous(nn.Module):
         zero = z.new_zeros(())
         return Quantised(z, None, zero, zero, zero)
 
+# %% ../../nbs/04_models/02_vq.ipynb #77f8bf6f
 class Binning(nn.Module):
     "Each number to the middle of one of a few equal bins."
     def __init__(self,

@@ -51,6 +51,7 @@ def former_maps(
     with record(former) as seen, torch.no_grad(): former(features)
     return read_former(seen, frames, views)[0]
 
+# %% ../../nbs/09_viz/02_attention.ipynb #ec83dba5
 def adapter_matrix(
     adapter, # `ActionAdapter`
     context:Tensor, # (1,M,dim) of one sample, from `tokens`
@@ -124,6 +125,7 @@ def _read_plain(policy, records, step):
                 rollout)
     return [maps, matrix]
 
+# %% ../../nbs/09_viz/02_attention.ipynb #13a678c4
 def _read_coupled(policy, records, step):
     "Attention of a `CoupledPolicy`, behind its forward model."
     cfg, stride, latent, across = policy.cfg, policy.cfg.spec.frame_stride, None, None
@@ -136,6 +138,7 @@ def _read_coupled(policy, records, step):
     through = _through(cfg, matrix, tokens, latent)
     return [through, *filter(None, (matrix, former, mixed, latent, across))]
 
+# %% ../../nbs/09_viz/02_attention.ipynb #ab46509a
 def _attending(policy):
     "Patterns of what attends in a policy without its forward model, and the function to read it."
     if isinstance(policy, PlainPolicy): return ["adapter.*"], _read_plain
@@ -163,6 +166,7 @@ def _read_forward(policy, records, text):
     return [read_words(records, gfdm.cfg, words, frames, views, "gfdm.", call),
             read_times(records, frames, "gfdm.", call)]
 
+# %% ../../nbs/09_viz/02_attention.ipynb #9438cebd
 def policy_maps(
     policy, # `CoupledPolicy` or `PlainPolicy`
     batch:Batch, # one sample (B=1), as for `act`
@@ -197,6 +201,7 @@ def _latents(gidm, x, text, text_mask):
     mask = None if text_mask is None else text_mask.expand(len(x), -1)
     return gidm.encode(x, text.expand(len(x), -1, -1), mask).emb
 
+# %% ../../nbs/09_viz/02_attention.ipynb #2e90afeb
 def _still_score(
     gidm, # `GIDM`
     features:Tensor, # (1,2,P,in_dim) of the two frames of one sample
@@ -221,6 +226,7 @@ def _own_queries(name, maps):
     return Maps(name, pick("weights", 2), first.layers, first.queries, first.frames, first.views,
                 pick("rollout", 0))
 
+# %% ../../nbs/09_viz/02_attention.ipynb #0e2857eb
 def gidm_gradients(
     gidm, # `GIDM`
     features:Tensor, # (1,2,P,in_dim) of the two frames of one sample

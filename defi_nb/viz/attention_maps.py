@@ -41,6 +41,7 @@ def _heat(heat):
                          "video (T,row,column), and at least 0")
     return x.numpy()
 
+# %% ../../nbs/09_viz/01_attention_maps.ipynb #4a73c72e
 _ALPHA = .75 # weight of the brightest colour
 
 def _mix(x, light, alpha=_ALPHA): # x (...) heat in [0, 1], light (...) in [0, 255] -> (...,3) uint8
@@ -49,6 +50,7 @@ def _mix(x, light, alpha=_ALPHA): # x (...) heat in [0, 1], light (...) in [0, 2
     colour = 255*matplotlib.colormaps["inferno"](x)[..., :3]
     return ((1 - cover)*light[..., None] + cover*colour).round().astype(np.uint8)
 
+# %% ../../nbs/09_viz/01_attention_maps.ipynb #7a389045
 def overlay_video(
     video, # (T,3,H,W) or (T,H,W,3) uint8
     heat, # (T,row,column) a map for each frame, or (row,column) one for all; >= 0
@@ -89,6 +91,7 @@ def _heat_axes(n, columns, size, aspect):
     for spare in grid[n:]: spare.set_axis_off()
     return grid[:n]
 
+# %% ../../nbs/09_viz/01_attention_maps.ipynb #754acd16
 def _heat_bar(ax, top, label):
     "The colour bar of the axes, mixed as the heat is over middle grey."
     import matplotlib
@@ -155,6 +158,7 @@ def _place(names, which, what):
     raise ValueError(f"no {what} is called {which!r}; there are {', '.join(map(str, names))} "
                      f"(or a number below {len(names)})")
 
+# %% ../../nbs/09_viz/01_attention_maps.ipynb #9fbab522
 def _check(kind, weights, axes, rollout, rolled):
     "Raise `ValueError` unless tensors have the named axes, and hold fractions or strengths."
     for tensor, names in ((weights, axes), (rollout, rolled)):
@@ -169,6 +173,7 @@ def _check(kind, weights, axes, rollout, rolled):
             raise ValueError(f"{kind} has weights from {tensor.min():.3g} to {tensor.max():.3g}: "
                              "they must be finite and at least 0")
 
+# %% ../../nbs/09_viz/01_attention_maps.ipynb #aa9f43e4
 def _select(self, layer, head):
     "(query,...) of a layer and a head, or of their mean."
     if layer == "rollout":
@@ -239,6 +244,7 @@ def frame_names(
     "Names of frames."
     return tuple("present" if frame == 0 else f"+{frame*stride}" for frame in frames)
 
+# %% ../../nbs/09_viz/01_attention_maps.ipynb #922eaf9a
 def _records(records, pattern, call):
     "The records of one call of the modules that fit."
     if kept := [r for r in records.of(pattern) if r.call == call]: return kept
@@ -246,6 +252,7 @@ def _records(records, pattern, call):
     raise ValueError(f"{pattern} attended {calls} times, so there is no call {call}: "
                      "choose an earlier call or step")
 
+# %% ../../nbs/09_viz/01_attention_maps.ipynb #d9eb83d9
 def _calls(records, pattern, batch, call=0):
     "Their weights (B,h,N,M), a list, as shapes may differ between layers."
     kept = _records(records, pattern, call)
@@ -255,6 +262,7 @@ def _calls(records, pattern, batch, call=0):
                              "record one sample at a time")
     return [r.weights for r in kept]
 
+# %% ../../nbs/09_viz/01_attention_maps.ipynb #0dc2696e
 def _numbered(word, n, first=1): return tuple(f"{word} {i + first}" for i in range(n))
 
 # %% ../../nbs/09_viz/01_attention_maps.ipynb #71bf28f3
@@ -265,6 +273,7 @@ def _roll_within(
     "Rollout through attention within frames, or within one sequence (T=1)."
     return (R[:, :A.shape[1]] + A @ R)/2
 
+# %% ../../nbs/09_viz/01_attention_maps.ipynb #4f6401a5
 def _roll_across(
     R:Tensor, # (T,n,S) fractions of S sources in each token of each frame
     A:Tensor, # (n,T,T) attention across frames, of each token
@@ -419,6 +428,7 @@ def _unet_labels(records, prefix, transformer, attention):
     short = lambda name: name.removeprefix(f"{prefix}unet.").replace(f".{transformer}.0", "")
     return tuple(short(r.name).removesuffix(f".{attention}") for r in records)
 
+# %% ../../nbs/09_viz/01_attention_maps.ipynb #1034b9ae
 def _word_fractions(record, cfg, belongs, views, frames):
     "(h,words,T,V,row,column) of one block: the fraction of each patch's attention on each word."
     sides = {-(-cfg.latent_size//2**level) for level in range(len(cfg.widths))} # rounded up
@@ -432,6 +442,7 @@ def _word_fractions(record, cfg, belongs, views, frames):
     by_frame = by_patch.reshape(views, frames, -1, *by_patch.shape[2:]) # (V,T,n,h,L)
     return on_grid((by_frame @ belongs.T).permute(3, 4, 1, 0, 2))
 
+# %% ../../nbs/09_viz/01_attention_maps.ipynb #ae81dba0
 def _to_finest(maps):
     "Maps (h,words,T,V,row,column) of one size, with their heads, or with the mean over them."
     if len({len(m) for m in maps}) > 1: maps = [m.mean(0, keepdim=True) for m in maps]

@@ -58,6 +58,7 @@ class Recorded:
     axes:tuple = ("batch", "head", "query", "key") # of `weights`
     gradient:Tensor|None = None # dL/dweights of the last backward pass, where requested
 
+# %% ../../nbs/09_viz/00_attention_recorder.ipynb #54c9c539
 @dataclass
 class Activation:
     "One output of a module."
@@ -74,6 +75,7 @@ def _near(pattern, names):
     more = f" and {len(names) - len(close)} more" if len(names) > len(close) else ""
     return (", ".join(close) or "none") + more
 
+# %% ../../nbs/09_viz/00_attention_recorder.ipynb #f498dcd1
 @dataclass
 class Records:
     "What a recorder has kept."
@@ -108,6 +110,7 @@ def save_records(
             entries.append(dict(kind=kind, name=record.name, call=record.call, axes=record.axes))
     with atomic(path) as file: file.write(save(tensors, dict(records=json.dumps(entries))))
 
+# %% ../../nbs/09_viz/00_attention_recorder.ipynb #e143b796
 def load_records(
     path, # of a file from `save_records`
 )->Records:
@@ -132,6 +135,7 @@ def _four(x): # (...,N,M) with any leading axes -> (B,h,N,M)
     if x.ndim > 4: return x.flatten(0, -4)
     return x[(None,)*(3 - x.ndim)][:, None] if x.ndim < 4 else x
 
+# %% ../../nbs/09_viz/00_attention_recorder.ipynb #d051d4a7
 class Recorder(TorchFunctionMode):
     "A mode that sees every call of attention in its thread, and the module that makes it."
     def __init__(self,
@@ -181,6 +185,7 @@ def _see_fused(recorder, out, query, key, value, attn_mask=None, dropout_p=0., i
     weights = lambda: attention_weights(q, k, attn_mask, is_causal, scale, enable_gqa)
     recorder.keep(weights, out, lambda gradient: gradient.float() @ shared.float().mT)
 
+# %% ../../nbs/09_viz/00_attention_recorder.ipynb #59bbe191
 def _see_softmax(recorder, out, input, dim=None, *args, **kwargs):
     module = recorder.running[-1][1]
     if not re.search("att(n|ention)", type(module).__name__, re.IGNORECASE): return
@@ -190,6 +195,7 @@ def _see_softmax(recorder, out, input, dim=None, *args, **kwargs):
     by_head = (lambda x: x.unflatten(0, (-1, heads))) if heads else lambda x: x
     recorder.keep(lambda: by_head(out), out, by_head)
 
+# %% ../../nbs/09_viz/00_attention_recorder.ipynb #43e84aab
 def _see_multihead(recorder, out, *args, **kwargs):
     options = kwargs | dict(need_weights=True, average_attn_weights=False, training=False)
     def weights():
@@ -208,6 +214,7 @@ def _check_open(model, names, activations):
         if any(fnmatchcase(path, pattern) for path in paths): continue
         raise ValueError(f"no module is called {pattern!r}; there is {_near(pattern, paths)}")
 
+# %% ../../nbs/09_viz/00_attention_recorder.ipynb #1382b45d
 def _check_closed(recorder, ran, activations):
     "Raise `ValueError` if a pattern fitted no module that attended, or none that ran."
     checks = ((recorder.names, recorder.attended, "attended"), (activations, ran, "ran"))
@@ -225,6 +232,7 @@ def _outputs(name, output):
     else: items = enumerate(output) if isinstance(output, tuple | list) else ()
     return {f"{name}:{place}": value for place, value in items if isinstance(value, Tensor)}
 
+# %% ../../nbs/09_viz/00_attention_recorder.ipynb #7b98d68a
 def _activation(name, call, value, pattern, activations):
     "One activation, with the axes that are named for its pattern, or numbered ones."
     axes = tuple(f"axis {i}" for i in range(value.ndim))
@@ -234,6 +242,7 @@ def _activation(name, call, value, pattern, activations):
                          f"{pattern!r} names {len(axes)}: {axes}")
     return Activation(name, call, value.detach().cpu().clone(), tuple(axes))
 
+# %% ../../nbs/09_viz/00_attention_recorder.ipynb #f606241c
 def _add_hooks(model, recorder, ran, activations):
     "Hooks that keep the stack of running modules, count calls and keep activations."
     mine = lambda: get_ident() == recorder.thread

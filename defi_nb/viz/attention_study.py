@@ -92,15 +92,18 @@ NONE = 1e-12 # heat of a patch that has none: a map of zeros is a constant one, 
 def _sample(pairs, i): return pairs.features[i:i + 1], pairs.text[i:i + 1], pairs.mask[i:i + 1]
 def _maps(pairs, i): return gidm_maps(pairs.gidm, *_sample(pairs, i))
 
+# %% ../../nbs/09_viz/04_attention_study.ipynb #855c27a2
 def _mean_attention(pairs:GivenPairs, i:int)->Tensor: # (2,P)
     "Attention of all latent actions, layers and heads."
     return _maps(pairs, i).weights.mean((0, 1, 2)).flatten(1)
 
+# %% ../../nbs/09_viz/04_attention_study.ipynb #6b9db738
 def _query_heats(pairs:GivenPairs)->Tensor: # (Q,N,2,P)
     "Attention of each latent action, its mean over layers and heads, in each frame of each pair."
     heats = [_maps(pairs, i).weights.mean((0, 1)).flatten(2) for i in range(len(pairs))]
     return torch.stack(heats, 1)
 
+# %% ../../nbs/09_viz/04_attention_study.ipynb #e825be34
 def rollout(pairs:GivenPairs, i:int)->Tensor: # (2,P)
     "Attention rollout of all latent actions."
     return _maps(pairs, i).rollout.mean(0).flatten(1)
@@ -115,6 +118,7 @@ def _gradient_weighted(pairs:GivenPairs, i:int)->Tensor: # (2,P)
     maps = gidm_gradients(pairs.gidm, *_sample(pairs, i), score=towards)
     return NONE + maps.weights.mean((0, 1, 2)).flatten(1)
 
+# %% ../../nbs/09_viz/04_attention_study.ipynb #bb742cb3
 def _occluded(pairs:GivenPairs, i:int)->Tensor: # (2,P), `NONE` in the first frame, which stays
     "Distance that the latent action moves where one patch is deleted."
     maps = gidm_occlusion(pairs.gidm, *_sample(pairs, i), baseline=pairs.still[i:i + 1])
@@ -136,6 +140,7 @@ class PairMaps:
     maps:dict # kind -> (N,2,P)
     areas:dict # "deletion" and "insertion" -> kind, "chance" or "centre prior" -> (N,) areas
 
+# %% ../../nbs/09_viz/04_attention_study.ipynb #897b8684
 def look(
     pairs:GivenPairs, # N of them
     kinds:dict, # name -> function of pairs and a number, see `KINDS`
@@ -236,6 +241,7 @@ def _measured(pairs, i, heat, score, draws):
     centre = centre_map(pairs.side, pairs.side).flatten()
     return heat, measure_map(score, pairs.features[i], heat, pairs.still[i], draws, centre=centre)
 
+# %% ../../nbs/09_viz/04_attention_study.ipynb #23d537cd
 def measure_kinds(
     pairs:GivenPairs, # of which one is taken
     i:int, # which
@@ -247,6 +253,7 @@ def measure_kinds(
     return {name: _measured(pairs, i, kind(pairs, i).sum(0), score, draws)
             for name, kind in kinds.items()}
 
+# %% ../../nbs/09_viz/04_attention_study.ipynb #3be509fa
 def measure_queries(
     pairs:GivenPairs, # of which one is taken
     i:int, # which
@@ -298,6 +305,7 @@ def mask_ceiling(
         ceiling[name] = float(np.mean(of_rows))
     return ceiling
 
+# %% ../../nbs/09_viz/04_attention_study.ipynb #2087f6a2
 def report_studies(
     trained:PairMaps, # of the model
     untrained:PairMaps|None, # of the same network with random weights; None: there are no masks

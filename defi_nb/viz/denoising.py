@@ -71,6 +71,7 @@ def sample_schedules(
     noise = future_noise(check_draws(gfdm), latent.shape[:-3]) if noise is None else noise
     return {n: gfdm.sample(latent, text, n, noise, guidance=guidance) for n in steps}
 
+# %% ../../nbs/09_viz/05_denoising.ipynb #00da9640
 @torch.no_grad()
 def _sample_estimates(
     gfdm:GFDM, # whole
@@ -99,6 +100,7 @@ def _decoded(vae, latents):
                          "from load_model, or encoders.load_vae")
     return vae.decode(latents).cpu()
 
+# %% ../../nbs/09_viz/05_denoising.ipynb #7cac26d1
 def future_steps(
     gfdm:GFDM, # whole, see `check_draws`
     vae, # `models.encoders.VAE` with its decoder
@@ -112,6 +114,7 @@ def future_steps(
     sampled = sample_schedules(gfdm, latent[None], [text], steps, noise)
     return {n: _decoded(vae, x[0]) for n, x in sampled.items()}
 
+# %% ../../nbs/09_viz/05_denoising.ipynb #b18c0f4c
 def estimate_steps(
     gfdm:GFDM, # whole, see `check_draws`
     vae, # `models.encoders.VAE` with its decoder
@@ -164,6 +167,7 @@ def _strip_axes(rows, T, times, size, height=1.32, room=.6):
         ax.set_title(title, fontsize=8)
     return axes
 
+# %% ../../nbs/09_viz/05_denoising.ipynb #29c65475
 def _steps_label(n): return f"{n} {'step' if n == 1 else 'steps'}"
 
 # %% ../../nbs/09_viz/05_denoising.ipynb #16efe182
@@ -214,6 +218,7 @@ class MotionSteps:
                 "agreement with the final prediction": mean(self.with_final),
                 "agreement with the true future": mean(self.with_true)}
 
+# %% ../../nbs/09_viz/05_denoising.ipynb #fef0eed0
 def _motion_steps(
     estimates:dict, # step -> (N,T,3,H,W) uint8 of one view; the last is the final prediction
     true:Tensor, # (N,T,3,H,W) uint8
@@ -268,6 +273,7 @@ def many_futures(
     sampled = sample_schedules(gfdm, rows, [text]*draws, steps, noise)
     return {n: _decoded(vae, x) for n, x in sampled.items()}
 
+# %% ../../nbs/09_viz/05_denoising.ipynb #e1a7fd0f
 def _spread_map(
     videos:Tensor, # (N,...,T,3,H,W) uint8, one for each noise
 )->Tensor: # (...,T,H,W) standard deviation over draws, of values in [0, 1]
@@ -305,6 +311,7 @@ class _Wordless:
         encoded = self.clip(texts)
         return replace(encoded, hidden=torch.zeros_like(encoded.hidden))
 
+# %% ../../nbs/09_viz/05_denoising.ipynb #d139b553
 def without_text(
     gfdm:GFDM, # with its text encoder
 )->GFDM: # another one that shares all weights
@@ -352,6 +359,7 @@ def ee_path(
     moves = action[..., :3].clamp(-1, 1)*POSITION_UNIT
     return start[:3] + torch.cat([torch.zeros_like(moves[..., :1, :]), moves.cumsum(-2)], -2)
 
+# %% ../../nbs/09_viz/05_denoising.ipynb #fbb20805
 def _executed_path(
     env, # `PlayTable`, at the moment at which the chunk begins; it is put back afterwards
     action, # (K,7) relative actions
@@ -370,11 +378,13 @@ def _fan_steps(
     "Steps that show how a chunk settles: the first, the last, and some between, mostly early ones."
     return tuple(sorted({int(k) for k in np.geomspace(1, total, min(most, total)).round()}))
 
+# %% ../../nbs/09_viz/05_denoising.ipynb #2fb502e2
 def _shades(n): # n colours from light to dark that survive grey printing and colour blindness
     import matplotlib.pyplot as plt
     colours = plt.get_cmap("viridis_r")
     return colours(np.linspace(.15, .95, n)) if n > 1 else colours([.95])
 
+# %% ../../nbs/09_viz/05_denoising.ipynb #315fc6c1
 def _fan_cube(
     paths:Tensor, # (N,S,K+1,3) metres, which begin where the end effector is
     true:Tensor|None=None, # (K+1,3) metres
@@ -392,6 +402,7 @@ def _fan_axes():
     figure = plt.figure(figsize=(4.6, 3.8), dpi=72, layout="constrained")
     return figure.add_subplot(projection="3d")
 
+# %% ../../nbs/09_viz/05_denoising.ipynb #4135d19f
 def _fan_box(ax, centre, half):
     "A cube of axes, in cm, with small labels."
     for axis, middle in zip("xyz", centre):
@@ -482,6 +493,7 @@ def futures_film(
         frames.append(np.asarray(frame))
     return frames
 
+# %% ../../nbs/09_viz/05_denoising.ipynb #46ba252a
 def fan_film(
     paths:Tensor, # (N,S,K+1,3) metres
     true:Tensor|None=None, # (K+1,3) metres, what was done
@@ -503,6 +515,7 @@ def predicts_frames(
     "Whether a policy predicts frames, which can be shown step by step."
     return isinstance(getattr(policy, "gfdm", None), GFDM)
 
+# %% ../../nbs/09_viz/05_denoising.ipynb #46bc3f16
 @dataclass
 class Moment:
     "One held-out moment, and what the forward model predicts from it."
@@ -537,6 +550,7 @@ def denoise_moment(
     several = many_futures(*arguments, ends, noises, seed)
     return Moment(sample.video[0], text, future_steps(*arguments, schedules), estimates, several)
 
+# %% ../../nbs/09_viz/05_denoising.ipynb #3247c78c
 def moment_figures(
     moment:Moment, # from `denoise_moment`
     dino, # `models.encoders.Dino`, for the distances

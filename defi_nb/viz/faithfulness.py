@@ -32,6 +32,7 @@ def _heat_order(
     shuffled = torch.randperm(len(heat), generator=torch.Generator().manual_seed(seed))
     return shuffled[heat[shuffled].argsort(descending=True, stable=True)]
 
+# %% ../../nbs/09_viz/03_faithfulness.ipynb #c95bf858
 def _masked(features, baseline, order, shape, insert):
     "(P+1,...) inputs in which the first 0 to P patches of an order are replaced, or all but these."
     rank = torch.empty_like(order)
@@ -187,6 +188,7 @@ def _checked_overlap(heat, fraction):
                          "leave such frames out, and say how many")
     return h, m
 
+# %% ../../nbs/09_viz/03_faithfulness.ipynb #130ed606
 def overlap(
     heat, # (P,) or (rows,columns), >= 0
     share, # as many, 0..1: fraction of each patch in the mask, see `segmentation.patch_fraction`
@@ -242,6 +244,7 @@ def markdown(self:MapStudy)->str:
     rivals = [f"{r}: difference (95 %)" for r in self.rivals]
     return markdown_table(["map", f"{self.measure} ({self.better} is better)", *rivals], rows)
 
+# %% ../../nbs/09_viz/03_faithfulness.ipynb #f51081c5
 @patch
 def conclusion(self:MapStudy)->str:
     "A sentence: the maps that beat all their rivals; and the others, with the reason."
