@@ -198,9 +198,9 @@ DAMAGES = [ # set, what is done to it, severity, what the finding must say, and 
     ("calvin", "actions of 0 to 255", lambda f: every(f, lambda x: x | dict(rel_actions=x["rel_actions"]*127 + 128)), "error", "outside [-1, 1]", "episode_"),
     ("calvin", "no actions", lambda f: every(f, lambda x: x | dict(rel_actions=np.zeros(7))), "error", "never change", "x"),
     ("calvin", "a dead number", lambda f: every(f, lambda x: x | dict(rel_actions=x["rel_actions"]*[1, 0, 1, 1, 1, 1, 1])), "warning", "never change", "y"),
-    ("calvin", "gripper turned around", lambda f: every(f, lambda x: x | dict(rel_actions=x["rel_actions"]*[1, 1, 1, 1, 1, 1, -1])), "warning", "opens when told to close", "episode_"),
-    ("calvin", "black pictures", lambda f: every(f, lambda x: x | dict(rgb_static=x["rgb_static"]*0)), "error", "black pictures", "episode_"),
-    ("calvin", "the same picture", lambda f: every(f, lambda x: x | dict(rgb_gripper=fake_video(1, 16)[0])), "error", "same picture", "training"),
+    ("calvin", "gripper turned around", lambda f: every(f, lambda x: x | dict(rel_actions=x["rel_actions"]*[1, 1, 1, 1, 1, 1, -1])), "warning", "opens when commanded to close", "episode_"),
+    ("calvin", "black images", lambda f: every(f, lambda x: x | dict(rgb_static=x["rgb_static"]*0)), "error", "black images", "episode_"),
+    ("calvin", "the same image", lambda f: every(f, lambda x: x | dict(rgb_gripper=fake_video(1, 16)[0])), "error", "same picture", "training"),
     ("calvin", "no gripper camera", lambda f: every(f, lambda x: {k: v for k, v in x.items() if k != "rgb_gripper"}), "warning", "a camera is missing", "episode_"),
     ("calvin", "no states", lambda f: every(f, lambda x: {k: v for k, v in x.items() if k != "scene_obs"}), "error", "lack keys", "episode_"),
     ("calvin", "duplicate recording", same_frames, "warning", "the same", "training"),
@@ -227,7 +227,7 @@ DAMAGES = [ # set, what is done to it, severity, what the finding must say, and 
     ("release", "path that leads out", lambda f: note(f, 0, videos=[dict(video_path="../../x.mp4")]), "error", "leads out", "0.json"),
     ("release", "empty caption", lambda f: note(f, 1, texts=[""]), "error", "no sentence", "1"),
     ("release", "NaN action", with_nan, "error", "action is not finite", "row 5"),
-    ("release", "black clip", lambda f: write_video(f/"videos/train/2/rgb.mp4", fake_video(20)*0, hz=5), "warning", "black pictures", "2/rgb.mp4"),
+    ("release", "black clip", lambda f: write_video(f/"videos/train/2/rgb.mp4", fake_video(20)*0, hz=5), "warning", "black images", "2/rgb.mp4"),
     ("release", "frozen clip", lambda f: write_video(f/"videos/train/2/rgb.mp4", fake_video(1).repeat(20, 0), hz=5, qp=0), "warning", "same picture", "2/rgb.mp4"),
     ("release", "copied clip", lambda f: shutil.copy(f/"videos/train/1/rgb.mp4", f/"videos/train/2/rgb.mp4"), "warning", "same content twice", "rgb.mp4"),
     ("release", "latents without their factor", lambda f: latents(f, 1/.18215), "error", "another scale", ".pt"),
@@ -304,7 +304,7 @@ def read_as_a_run(folder):
     return len(piece.units)
 
 
-JUDGED = {("calvin", "actions in metres"), ("calvin", "no actions"), ("calvin", "black pictures"), ("calvin", "the same picture"), # what can be read and makes no sense
+JUDGED = {("calvin", "actions in metres"), ("calvin", "no actions"), ("calvin", "black images"), ("calvin", "the same image"), # what can be read and makes no sense
           ("release", "NaN action"), ("release", "latents without their factor"), ("release", "latents multiplied twice")} # actions that no run reads; a scale that a run is not told
 
 

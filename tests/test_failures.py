@@ -74,7 +74,7 @@ def test_watched_and_filmed_without_putting_back(policy, records):
     rows = watch(policy, records[0], SEQUENCES[0], CONFIG, toy_env, steps=2)
     assert len(rows) == sum(-(-n//10) for n in records[0]["steps"])
     assert relative_error(rows) > 0 and relative_error(rows, "expert") is None
-    frames = film_chain(records[0], SEQUENCES[0], CONFIG, make_env=toy_env, looks=[r["look"] for r in rows])
+    frames = film_chain(records[0], SEQUENCES[0], CONFIG, make_env=toy_env, queries=[r["query"] for r in rows])
     assert frames[0].shape == (382, 870, 3)
 
 

@@ -102,7 +102,7 @@ def aligned(found, like):
 def encoded(rows):
     "Clips with what each stage reads, made on the CPU."
     clip, own = fake_batch(SPEC, rows, frames=SPEC.frames), encoders("cpu")
-    clip = replace(clip, latent=own.vae.encode(clip.video), dino=own.dino(clip.video), left=torch.full((rows,), 20))
+    clip = replace(clip, latent=own.vae.encode(clip.video), dino=own.dino(clip.video), steps_left=torch.full((rows,), 20))
     coupled, _ = policies("cpu")
     with torch.no_grad(): feature = coupled.features(replace(clip, video=None, latent=clip.latent[:, :, :1]))
     return replace(clip, feature=feature[:, :1])

@@ -66,7 +66,7 @@ def test_samples_are_upright_and_in_order(folder):
 @pytest.mark.parametrize("convention", ["opencv", ""])
 def test_images_that_are_upright_stay_so(tmp_path, convention):
     write_task(tmp_path/"a.hdf5", convention=convention)
-    image = open_hdf5(tmp_path).pictures(0, [3], "agentview_rgb")[0]
+    image = open_hdf5(tmp_path).read_images(0, [3], "agentview_rgb")[0]
     assert image[0, 0, 0] == 3
 
 
@@ -78,7 +78,7 @@ def test_choices(folder):
     with pytest.raises(ValueError, match="no camera 'top'"): open_hdf5(folder, Reading(cameras=("top",)))
 
 
-def first_row(source): return source.pictures(0, [1], "agentview_rgb")[0].sum()
+def first_row(source): return source.read_images(0, [1], "agentview_rgb")[0].sum()
 
 
 def test_other_processes_open_their_own_files(folder):

@@ -35,7 +35,7 @@ from defi_nb.data.clips import (
 from defi_nb.eval.evaluate import read_records
 from defi_nb.eval.workers import Journal
 from defi_nb.run.monitor import training_state
-from defi_nb.train.fit import read_metrics, write_metrics
+from defi_nb.train.fit import read_metrics, replace_metrics
 from defi_nb.weights.checkpoint import load_checkpoint, load_state, read_config, save_checkpoint
 
 FIXTURES = Path(__file__).parent/"fixtures"
@@ -502,7 +502,7 @@ def own_files(folder):
     "What this package writes itself, and how it is read: name of a file -> function of no arguments."
     numbers = lambda lo, hi: np.arange(lo, hi)[:, None]
     save_checkpoint(folder/"ckpt", net := torch.nn.Linear(3, 3), config=dict(), step=5, info=dict(encoders={}), state=dict(a=1))
-    write_metrics(folder/"ckpt", [dict(step=i, loss=1/(i + 1)) for i in range(5)])
+    replace_metrics(folder/"ckpt", [dict(step=i, loss=1/(i + 1)) for i in range(5)])
     write_whole(folder/"ckpt/run.json", json.dumps(dict(steps=9) | process_note()))
     write_whole(folder/"run/training.json", json.dumps(dict(checkpoint=str(folder/"ckpt"))))
     for journal in (Journal(folder/"eval", dict(policy="p", protocol=dict(a=1))),):

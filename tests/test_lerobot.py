@@ -57,7 +57,7 @@ def test_equals_lerobots_own_reader(toy):
     assert (ours.video[:, 0].numpy() == theirs[TOP]).all() # every pixel
     source = ds.source
     for (e, t), picture in zip(zip(*ds.locate(slice(None))), theirs[WRIST]):
-        assert (source.pictures(e, [t], "wrist")[0].transpose(2, 0, 1) == picture).all()
+        assert (source.read_images(e, [t], "wrist")[0].transpose(2, 0, 1) == picture).all()
     assert source.labels == ("x", "y", "z", "roll", "pitch", "yaw", "gripper") and source.hz == 10
 
 

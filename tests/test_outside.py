@@ -87,7 +87,7 @@ def opened(folder, reading=PLAIN):
     source = piece.data
     for e in range(len(source.lengths)):
         with source.reading(e):
-            action, frame = source.vectors(e)[0], source.pictures(e, [0], piece.views[0])[0]
+            action, frame = source.vectors(e)[0], source.read_images(e, [0], piece.views[0])[0]
             found.setdefault(source.instructions(e, [0])[0], []).append((int(read_numbers(frame)), None if action is None else float(action[0, 0])))
     return found
 

@@ -52,8 +52,8 @@ def test_equals_what_tensorflow_datasets_reads(toy, split):
         assert n == len(expected("is_first")) and (proprio == expected("observation/state")).all()
         assert (action == np.concatenate([expected(k) for k in KEYS.action], 1).astype(np.float32)).all()
         assert source.instructions(e, range(n)) == [bytes(x).decode() for x in expected("language_instruction")]
-        assert (np.stack(source.pictures(e, range(n), "wrist")) == expected("observation/wrist_image")).all() # PNG
-        jpeg = np.stack(source.pictures(e, range(n), "front")).astype(int) - expected("observation/image")
+        assert (np.stack(source.read_images(e, range(n), "wrist")) == expected("observation/wrist_image")).all() # PNG
+        jpeg = np.stack(source.read_images(e, range(n), "front")).astype(int) - expected("observation/image")
         assert np.abs(jpeg).max() <= 2 # two decoders of JPEG round differently
 
 

@@ -160,7 +160,7 @@ def test_a_chain_over_the_wire_is_the_chain_at_home():
         chain = Chain(1, sequence, env)
         while not chain.done:
             obs = {"observation/image": chain.obs["rgb_obs"]["rgb_static"], "observation/wrist_image": chain.obs["rgb_obs"]["rgb_gripper"], "observation/state": chain.obs["robot_obs"],
-                   "prompt": chain.text, "noise_key": [config.seed, chain.index, chain.solved, chain.looks]}
+                   "prompt": chain.text, "noise_key": [config.seed, chain.index, chain.solved, chain.queries]}
             chain.run(client.infer(obs)["actions"][:config.execute].astype(float), config.steps)
     env.close()
     np.testing.assert_array_equal(chain.actions, home)

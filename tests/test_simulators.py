@@ -270,7 +270,7 @@ def test_a_real_simulator_steps_and_renders(url, tmp_path, benchmark, name, task
     row = found["episodes"][0]
     assert not found["stand_in"] and row["steps"] == found["protocol"]["step_caps"][tasks[0]] and not row["success"]
     with np.load(next((tmp_path/"out/frames").glob("*.npz"))) as file: frames = file["image"]
-    assert len(frames) == row["looks"] and all(frame.std() > 10 for frame in frames) and np.abs(frames[-1].astype(int) - frames[0]).max() > 50 # pictures, and the arm moved
+    assert len(frames) == row["queries"] and all(frame.std() > 10 for frame in frames) and np.abs(frames[-1].astype(int) - frames[0]).max() > 50 # pictures, and the arm moved
 
 
 def test_interrupt_ends_the_simulators(url, recordings, tmp_path, odd):

@@ -126,7 +126,7 @@ def test_the_scale_is_kept_with_the_checkpoint(made, encoders, monkeypatch, tmp_
     fit(plain, demo.train, CFG, out=tmp_path/"policy", info=model_info(plain, encoders, preset="tiny", action_scale=asdict(demo.scale)))
     policy = load_to_act(tmp_path/"policy")
     assert policy.action_scale == demo.scale
-    seen = RobotSamples(demo.piece.data, size=64)[[0]]
+    seen = RobotSamples(demo.dataset.data, size=64)[[0]]
     low, high = np.array(demo.scale.low), np.array(demo.scale.high)
     acted = policy.action_scale.undo(policy.act(seen))
     assert acted.shape == (1, SPEC.chunk, 3) and (acted >= low - 1e-4).all() and (acted <= high + 1e-4).all()

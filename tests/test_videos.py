@@ -67,7 +67,7 @@ def test_an_index_that_errs_about_key_frames_still_gives_the_right_frame(tmp_pat
     path, seeks, plain = made(tmp_path, "h265-open", 10, 10), [], decode._seek
     monkeypatch.setattr(decode, "_torchcodec", lambda: None)
     monkeypatch.setattr(decode, "_seek", lambda file, stream, pts: seeks.append(pts) or plain(file, stream, pts))
-    info = replace(scan_video(path), keys=decode.pack(range(70)))
+    info = replace(scan_video(path), keys=decode.pack_integers(range(70)))
     for row in range(70): assert read_numbers(read_frames(path, [row], info)).tolist() == [row]
     assert len(seeks) > 80
 

@@ -60,8 +60,8 @@ def rollout(
                          **{k: given[k] for k in ("steps", "execute", "seed", "precision")})
     record = next(r for r in read_records(run) if r["chain"] == number)
     rows = watch(load_model(checkpoint_path(given["policy"], "coupled")), record, sequences[number], config, steps=1)
-    last = lambda look: replace(look, frames={v: f[-1:] for v, f in look.frames.items()}, offsets=look.offsets[-1:])
-    frames = film_chain(record, sequences[number], config, every=every, looks=[last(row["look"]) for row in rows])
+    last = lambda query: replace(query, frames={v: f[-1:] for v, f in query.frames.items()}, offsets=query.offsets[-1:])
+    frames = film_chain(record, sequences[number], config, every=every, queries=[last(row["query"]) for row in rows])
     save_gif([f for f in frames if f.shape == frames[-1].shape], IMAGES/"rollout.gif", CONTROL_HZ/every)
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = Path(__file__).with_suffix(".json")
 COLUMNS, MOST_COLUMNS = 100, 120 # of a line of code; the second for tables of data
 CELL, DEFINITIONS, TEST, NOTEBOOK = 35, 2, 15, 400 # lines of an exported cell, public names in it, lines of a test cell, exported lines of a notebook
-WORD = re.compile(r"(?<![a-z])(?:pictures?|books?|foresee[ns]?|foresaw|foresight|told|said|pieces?|judge[sd]?|twins?|beside|pilots?)(?![a-z])", re.I)
+WORD = re.compile(r"(?<![a-z])(?:(?<!groups of )pictures?|books?|foresee[ns]?|foresaw|foresight|told|said|pieces?|judge[sd]?|twins?|beside|pilots?)(?![a-z])", re.I)
 
 
 def is_export(text): return re.match(r"#\| *exports?\b", text) is not None

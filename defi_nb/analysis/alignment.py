@@ -36,15 +36,15 @@ def partial_spearman(
 _LUMA = np.array([.299, .587, .114]) # BT.601, red, green, blue
 
 def thumbnails(
-    pictures, # (N,H,W,3) uint8; H and W divisible by `side`
+    images, # (N,H,W,3) uint8; H and W divisible by `side`
     side:int=32, # pixels of a thumbnail
 )->np.ndarray: # (N,side,side) in [0, 1]
     "Small grey images, by averaging areas."
-    N, H, W, _ = np.shape(pictures)
+    N, H, W, _ = np.shape(images)
     if H % side or W % side:
         raise ValueError(f"images of {H} by {W} pixels are not made of {side} by {side} equal "
                          "areas: choose another side")
-    grey = np.asarray(pictures, float) @ _LUMA/255
+    grey = np.asarray(images, float) @ _LUMA/255
     return grey.reshape(N, side, H//side, side, W//side).mean((2, 4))
 
 # %% ../../nbs/08_analysis/02_alignment.ipynb #9c18a451
@@ -105,14 +105,14 @@ def draw_pairs(
 # %% ../../nbs/08_analysis/02_alignment.ipynb #f396a16e
 def pair_distances(
     pose, # (N,6) position and Euler angles of the end effector, as CALVIN's robot_obs begins
-    pictures, # (N,h,w) grey thumbnails
+    images, # (N,h,w) grey thumbnails
     pairs, # (n,2) rows, see `draw_pairs`
 )->tuple: # dict of (n,): "raw" and "wrapped" angles; (n,) mean squared difference of the images
     "Distances of poses and images of pairs."
     (i, j), pose = np.asarray(pairs).T, np.asarray(pose, float)
     poses = {name: pose_distance(pose[i], pose[j], pose.std(0), wrap)
              for name, wrap in (("raw", False), ("wrapped", True))}
-    return poses, np.square(np.asarray(pictures)[i] - np.asarray(pictures)[j]).mean((1, 2))
+    return poses, np.square(np.asarray(images)[i] - np.asarray(images)[j]).mean((1, 2))
 
 # %% ../../nbs/08_analysis/02_alignment.ipynb #c57e2c37
 @dataclass
@@ -180,7 +180,7 @@ def align_distances(
 def alignment_score(
     tokens, # (N,P,C) features of all frames
     pose, # (N,6) see `pair_distances`, likewise the next two
-    pictures, # (N,h,w)
+    images, # (N,h,w)
     pairs, # (n,2)
     segment, # (n,) see `align_distances`, likewise what follows
     gap=None, # (n,)
@@ -190,5 +190,5 @@ def alignment_score(
 )->Alignment:
     "The paper's score, with an interval, and with angles wrapped too."
     a, b = (np.asarray(tokens)[rows] for rows in np.asarray(pairs).T)
-    return align_distances(feature_distances(a, b), *pair_distances(pose, pictures, pairs),
+    return align_distances(feature_distances(a, b), *pair_distances(pose, images, pairs),
                            segment, gap, draws, seed, level)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'Aligned', 'SourceReport', 'probe_source', 'Panel', 'feature_panel', 'show_panel', 'show_gaps',
-           'forward_lines', 'present_and_text', 'Foresight', 'foresight', 'show_foresight']
+           'forward_lines', 'present_and_text', 'PredictionReport', 'probe_predictions', 'show_predictions']
 
 # %% ../../nbs/08_analysis/08_feature_report.ipynb #8f0d71c7
 from dataclasses import dataclass, replace
@@ -86,7 +86,7 @@ class SourceReport:
     name:str
     shape:tuple # tokens and width, after pooling
     gap:int # of a pair source; 0: a frame source
-    said:np.ndarray # (n,7) state of held-out frames that the linear probe predicts, in spreads
+    predicted:np.ndarray # (n,7) state of held-out frames that the linear probe predicts, in spreads
     true:np.ndarray # (n,7) in spreads
     spread:np.ndarray # (7,) metres and radians
     demo:np.ndarray # (n,) number of the demonstration
@@ -102,19 +102,20 @@ class SourceReport:
 
     def r2(self, rows=slice(None), numbers=range(7)): # NaN where no number varies
         "Mean over the numbers of `STATE` that vary, each at most 1."
-        each = [r2(self.said[rows, k], self.true[rows, k])
+        each = [r2(self.predicted[rows, k], self.true[rows, k])
                 for k in numbers if np.ptp(self.true[rows, k]) > 1e-6]
         return float(np.mean(each)) if each else float("nan")
 
     # (n,) mean absolute error of the linear probe, in spreads
     def errors(self, numbers=slice(None)):
-        return np.abs(self.said - self.true)[:, numbers].mean(1)
+        return np.abs(self.predicted - self.true)[:, numbers].mean(1)
 
     def millimetres(self): # (n,) distance of the predicted position from the true one
-        return 1000*np.linalg.norm(((self.said - self.true)*self.spread)[:, :3], axis=1)
+        return 1000*np.linalg.norm(((self.predicted - self.true)*self.spread)[:, :3], axis=1)
 
     def degrees(self): # (n,) between the orientations, near enough where they are small
-        return np.degrees(np.linalg.norm(((self.said - self.true)*self.spread)[:, 3:6], axis=1))
+        turned = ((self.predicted - self.true)*self.spread)[:, 3:6]
+        return np.degrees(np.linalg.norm(turned, axis=1))
 
 # %% ../../nbs/08_analysis/08_feature_report.ipynb #f71797c6
 def _without_still(
@@ -415,7 +416,7 @@ def _cell(m):
 
 # %% ../../nbs/08_analysis/08_feature_report.ipynb #a90bd57a
 @dataclass(repr=False)
-class Foresight:
+class PredictionReport:
     "Probes of predicted frames against true later states."
     reports:dict # (line, j) -> `SourceReport`
     measures:dict # (line, j) -> {key of `_FEATURE_MEASURES` -> `Measured`}, minus the present frame
@@ -448,7 +449,7 @@ class Foresight:
         return "\n\n".join([*tables, about])
 
 # %% ../../nbs/08_analysis/08_feature_report.ipynb #84b974aa
-def foresight(
+def probe_predictions(
     lines:dict, # name -> features of all predicted frames, `forward_lines`; first for references
     data:ProbeData, # with as many control steps ahead as the last predicted frame is away
     stride:int=5, # control steps between two predicted frames
@@ -456,13 +457,14 @@ def foresight(
     side:int=4, # tokens are averaged to a grid of this side at most
     draws:int=200, # of demonstrations, for intervals
     **kw, # of `_probe_tokens`
-)->Foresight:
+)->PredictionReport:
     "Probe predicted frames against true later states."
     kw = dict(proprio=None, cloning=None) | kw
     def probe(name, tokens, j):
         return _probe_tokens(name, tokens, data.later(j*stride), draws=draws, **kw)
     read, reports = next(iter(lines.values())), {}
-    for i, (name, of) in enumerate(progress_bar(lines.items(), desc="foresight", unit="line")):
+    bar = progress_bar(lines.items(), desc="predicted frames", unit="line")
+    for i, (name, of) in enumerate(bar):
         tokens = gather({name: of}, data, side=side)[name]
         frames = range(1, tokens.shape[1])
         reports |= {(name, j): probe(name, tokens[:, j], j) for j in frames}
@@ -476,7 +478,7 @@ def foresight(
     reference = lambda name, j: None if name == _PRESENT else reports[_PRESENT, j]
     measures = {(name, j): _compare_source(r, reference(name, j), draws=draws)
                 for (name, j), r in reports.items()}
-    return Foresight(reports, measures, stride)
+    return PredictionReport(reports, measures, stride)
 
 # %% ../../nbs/08_analysis/08_feature_report.ipynb #2655329b
 # predicted frames are blue, random weights grey
@@ -491,8 +493,8 @@ def _draw_line(ax, x, measures, colour, style, label):
                 ms=4, lw=1.2, elinewidth=.8, capsize=2, label=label)
 
 # %% ../../nbs/08_analysis/08_feature_report.ipynb #8447beca
-def show_foresight(
-    result:Foresight, # to be drawn
+def show_predictions(
+    result:PredictionReport, # to be drawn
     key:str="position", # of `_FEATURE_MEASURES`
     axes=None, # two axes side by side; new ones if None
 ):

@@ -122,12 +122,14 @@ def _moved(self:ProbeData, n, **rows):
 # %% ../../nbs/08_analysis/07_feature_sources.ipynb #c47346b7
 def scene_windows(
     windows:list, # of a store
-    judge:str="D", # test scene
+    test_scene:str="D", # test scene
 )->tuple: # (windows of all other scenes, windows of this one)
     "Windows of the training scenes and of the test scene."
-    train, test = [w for w in windows if w.scene != judge], [w for w in windows if w.scene == judge]
+    train = [w for w in windows if w.scene != test_scene]
+    test = [w for w in windows if w.scene == test_scene]
     if not train or not test:
-        raise ValueError(f"scenes are {sorted({w.scene for w in windows})}: to test on {judge!r}, "
+        scenes = sorted({w.scene for w in windows})
+        raise ValueError(f"scenes are {scenes}: to test on {test_scene!r}, "
                          "there must be windows in it and in others")
     return train, test
 
@@ -140,7 +142,7 @@ def _evenly(windows, n): # n windows at most, spread evenly; None: all
 def probe_data(
     frames:Frames, # a store with images, actions and robot_obs
     learn:list, # of its windows: training demonstrations
-    judge:list, # of its windows: test demonstrations, see `scene_windows`
+    test:list, # of its windows: test demonstrations, see `scene_windows`
     stride:int=2, # control steps between two frames of a demonstration
     ahead:int=0, # control steps that must follow each frame in its demonstration
     most:tuple=(None, None), # demonstrations to take at most, spread evenly
@@ -149,7 +151,7 @@ def probe_data(
     if frames.robot_obs is None:
         raise ValueError("the recording has no robot_obs, and a probe needs states to read: give "
                          "one in CALVIN's format")
-    tested, test = np.zeros(len(frames), bool), _evenly(list(judge), most[1])
+    tested, test = np.zeros(len(frames), bool), _evenly(list(test), most[1])
     for w in test: tested[w.start:w.end + 1] = True
     train = _evenly([w for w in learn if not tested[w.start:w.end + 1].any()], most[0])
     windows, held = train + test, np.arange(len(train) + len(test)) >= len(train)
@@ -404,8 +406,7 @@ def predicted_pair_source(
 
 # %% ../../nbs/08_analysis/07_feature_sources.ipynb #e2de745b
 SOURCES = ("gfdm", "projection", "gidm", "imagined", "encoder")
-# names of stored results; the book is the codebook
-_PARTS = dict(emb="before the book", z="after it")
+_PARTS = dict(emb="before quantisation", z="quantised")
 
 def model_sources(
     models:dict, # "policy": `CoupledPolicy`; and, optional, "gfdm", "gidm": `GIDM`, "direct"

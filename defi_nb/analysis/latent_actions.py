@@ -35,7 +35,7 @@ def codebook_report(
     usage, tuples = code_usage(indices, size), torch.unique(indices, dim=0, return_counts=True)[1]
     effective = float(perplexity(usage.double()))
     return dict(usage=(usage > 0).double().mean().item(), dead=int((usage == 0).sum()),
-                perplexity=effective, share=effective/size,
+                perplexity=effective, fraction=effective/size,
                 per_position=[float(perplexity(code_usage(q, size).double())) for q in indices.T],
                 tuples=len(tuples), joint=float(perplexity(tuples.double()/len(indices))))
 
@@ -176,7 +176,7 @@ class Pairs:
     scene:np.ndarray # (N,) letter or name of the scene
     action:np.ndarray # (N,n,7) in [-1, 1], from the first frame to the second
     pose:np.ndarray # (N,15) CALVIN's robot_obs at the first frame
-    pictures:np.ndarray # (N,2,H,W,3) uint8
+    images:np.ndarray # (N,2,H,W,3) uint8
     after:np.ndarray # (N,15) robot_obs at the second frame
 
     def __len__(self): return len(self.text)
@@ -355,7 +355,7 @@ def replayed_pairs(
     view:str="static", # camera
 )->dict: # scene -> `Pairs` of the same events; those that ended alike in all scenes
     "Replay the actions of pairs in look-alike scenes."
-    size, played = pairs.pictures.shape[2], {}
+    size, played = pairs.images.shape[2], {}
     for scene in scenes:
         env = PlayTable(scene, **{"static_size": 64, "gripper_size": 64, f"{view}_size": size})
         played[scene] = [replay(env, pose, action, view)
@@ -368,7 +368,7 @@ def replayed_pairs(
     def in_scene(scene, after):
         images = np.stack([p for p, _ in played[scene]])[alike]
         tokens = dino(torch.from_numpy(images).permute(0, 1, 4, 2, 3).contiguous())
-        return replace(pairs[alike], features=tokens.float().cpu(), pictures=images,
+        return replace(pairs[alike], features=tokens.float().cpu(), images=images,
                        scene=np.full(alike.sum(), scene), after=after[alike])
     return {scene: in_scene(scene, after) for scene, after in zip(scenes, ends)}
 

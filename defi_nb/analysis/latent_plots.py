@@ -80,7 +80,7 @@ def show_clips(
     size:float=.9, # of an image, inches
 ):
     "Draw pairs as strips, the first frame above the second. Returns the axes."
-    strips = {f"{label}\n{when}": pairs.pictures[r, i]
+    strips = {f"{label}\n{when}": pairs.images[r, i]
               for label, r in rows.items() for i, when in enumerate(("first", "second")) if len(r)}
     if not strips:
         raise ValueError(f"no pair is to be shown: {', '.join(map(str, rows))} are used by none")
@@ -181,7 +181,7 @@ def show_transfer(
     onto:Pairs, # on whose first frames they were decoded
     moved:Transfer, # of `analysis.latent_actions.transfer`
     known, # (M,P,D) features of true frames of the second scene
-    pictures, # (M,H,W,3) uint8 of them
+    images, # (M,H,W,3) uint8 of them
     rows=range(6), # pairs to be shown
     truth:bool=False, # whether the second frames of `onto` show the same event
     ax=None, # axes to draw into
@@ -190,10 +190,10 @@ def show_transfer(
     "Draw the result of latents in another scene. Returns the axes."
     rows = list(rows)
     near = nearest_frames(moved.decoded[rows], torch.as_tensor(known))
-    strips = {"latent of: first": given.pictures[rows, 0], "second": given.pictures[rows, 1],
-              "carried to": onto.pictures[rows, 0],
-              "nearest to\nthe decoded": np.asarray(pictures)[near]}
-    if truth: strips["what the same\nactions do here"] = onto.pictures[rows, 1]
+    strips = {"latent of: first": given.images[rows, 0], "second": given.images[rows, 1],
+              "carried to": onto.images[rows, 0],
+              "nearest to\nthe decoded": np.asarray(images)[near]}
+    if truth: strips["what the same\nactions do here"] = onto.images[rows, 1]
     ax = show_frames(strips, [""]*len(rows), ax, size)
     ax.tick_params(axis="y", labelsize=8)
     return ax
@@ -318,7 +318,7 @@ def show_first_transfers(
 ): # matplotlib axes
     "Draw one transfer of each demonstration, at most eight."
     _, first = np.unique(played[home].demo, return_index=True)
-    images = held.pictures.reshape(-1, *held.pictures.shape[2:])
+    images = held.images.reshape(-1, *held.images.shape[2:])
     ax = show_transfer(played[away], played[home], moved, held.features.flatten(0, 1), images,
                        first[:8].tolist(), truth=True)
     ax.set_title(f"latents of scene {away}, carried to scene {home}", fontsize=9)

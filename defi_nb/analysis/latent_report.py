@@ -52,14 +52,14 @@ def _code_measures(
     table=None, # (S,C), see `codebook`
 )->list: # of `Measured`
     "Use of the codes."
-    names = ("codes in use, share", "perplexity / size of the book",
-             "joint perplexity of the tuple", "pairs of equal codes in the book")
+    names = ("codes in use, fraction", "perplexity / size of the codebook",
+             "joint perplexity of the tuple", "pairs of equal codes in the codebook")
     if got.codes is None:
         return [missing(name, "the latent is continuous and has no codes") for name in names]
     of = lambda key: {"codes": lambda r: codebook_report(got.codes[r], size)[key],
                       "random weights": lambda r: codebook_report(random.codes[r], size)[key]}
     rows = [measured(name, of(key), demo, bounds=(0, most))
-            for name, key, most in zip(names, ("usage", "share", "joint"), (1, 1, np.inf))]
+            for name, key, most in zip(names, ("usage", "fraction", "joint"), (1, 1, np.inf))]
     report = codebook_report(got.codes, size)
     positions = [f"{p/size:.2f}" for p in report["per_position"]]
     note = "by position " + ", ".join(positions[:8]) + ", ..."*(len(positions) > 8)
@@ -112,11 +112,11 @@ def probe_features(
     random:Inferred, # of them, by the model with random weights
 )->dict: # name -> (N,...)
     "Latents and reference features, from which the action is read."
-    small = [thumbnails(pairs.pictures[:, i], np.gcd(32, pairs.pictures.shape[2])) for i in (0, 1)]
+    small = [thumbnails(pairs.images[:, i], np.gcd(32, pairs.images.shape[2])) for i in (0, 1)]
     now, later = pairs.features.float().unbind(1)
-    return {"latents": got.z, "before the book": got.emb, "random weights": random.z,
+    return {"latents": got.z, "before quantisation": got.emb, "random weights": random.z,
             "first frame only": now, "difference of features": later - now,
-            "difference of pictures": small[1] - small[0]}
+            "difference of images": small[1] - small[0]}
 
 # %% ../../nbs/08_analysis/04_latent_report.ipynb #c68317d3
 def _gripper_measure(predictions, change, demo):
@@ -160,7 +160,7 @@ def _network_measures(
     train:Pairs, # that probes are trained on
     held:Pairs, # held out
     steps:int=60, # of training
-    names:tuple=("latents", "before the book", "random weights", "difference of features"),
+    names:tuple=("latents", "before quantisation", "random weights", "difference of features"),
 )->list: # of `Measured`
     "The action as a small network reads it."
     y, true = (action_targets(p.action)[:, :7] for p in (train, held))
@@ -193,11 +193,11 @@ def _alignment_measures(
 )->list: # of `Measured`
     "Correlation of a latent's length, and its angle to the mean, with the end effector's motion."
     now, later = held.features.float().numpy().transpose(1, 0, 2, 3)
-    vectors = {"latents": got.z, "before the book": got.emb, "random weights": random.z,
+    vectors = {"latents": got.z, "before quantisation": got.emb, "random weights": random.z,
                "difference of features": later - now}
     flat = {name: np.asarray(x, float).reshape(len(x), -1) for name, x in vectors.items()}
     motion, (first, last) = _motion_distance(held), (
-        thumbnails(held.pictures[:, i], np.gcd(32, held.pictures.shape[2])) for i in (0, 1))
+        thumbnails(held.images[:, i], np.gcd(32, held.images.shape[2])) for i in (0, 1))
     pixels = np.square(last - first).mean((1, 2))
     length = {k: np.linalg.norm(x, axis=1) for k, x in flat.items()}
     angle = {k: 1 - (x @ x.mean(0))/np.maximum(length[k]*np.linalg.norm(x.mean(0)), 1e-12)
@@ -208,7 +208,7 @@ def _alignment_measures(
                      ("angle to the mean latent and the hand's way", angle)):
         if of["latents"].std() <= 1e-9: rows.append(missing(name, "all latents are alike"))
         else: rows.append(measured(name, {k: rho(d) for k, d in of.items()}, held.demo,
-                                   note="partial Spearman, pictures' difference taken out"))
+                                   note="partial Spearman, images' difference taken out"))
     return rows
 
 # %% ../../nbs/08_analysis/04_latent_report.ipynb #e52cea13
@@ -252,12 +252,12 @@ def _leak_measures(
     rows = [measured("R2 of where the hand is", _r2s(predictions, true, slice(3)), held.demo,
                      "lower")]
     if len(scenes) < 2:
-        return rows + [missing("the scene, share recognised",
+        return rows + [missing("the scene, fraction recognised",
                                f"all pairs are of scene {scenes[0] or '?'}")]
     right = lambda p: (scenes[p[:, 3:].argmax(1)] == held.scene).astype(float)
     most = (held.scene == max(scenes, key=lambda s: (train.scene == s).sum())).astype(float)
     hits = {k: right(p) for k, p in predictions.items()} | {"the most frequent": most}
-    return rows + [measured("the scene, share recognised", _means(hits), held.demo, "lower")]
+    return rows + [measured("the scene, fraction recognised", _means(hits), held.demo, "lower")]
 
 # %% ../../nbs/08_analysis/04_latent_report.ipynb #19d08c6f
 def consecutive(
@@ -275,13 +275,13 @@ def _cosines(a, b): return reversal_antisymmetry(a, b)["cosines"]
 # %% ../../nbs/08_analysis/04_latent_report.ipynb #c737a0b9
 def _backward_measures(got, back, random, back_random, other, demo):
     "Antisymmetry of latents, and purity of codes, of pairs played backwards."
-    both = {"latents": (got.z, back.z), "before the book": (got.emb, back.emb),
+    both = {"latents": (got.z, back.z), "before quantisation": (got.emb, back.emb),
             "random weights": (random.z, back_random.z), "other pairs": (got.z, back.z[other])}
     reports = {k: reversal_antisymmetry(*ab) for k, ab in both.items()}
     of = lambda key: _means({k: report[key] for k, report in reports.items()})
     rows = [measured("backwards: antisymmetry error", of("errors"), demo, "lower"),
             measured("backwards: cosine", of("cosines"), demo, "lower")]
-    names = "backwards: purity of codes", "backwards: share of codes that stay"
+    names = "backwards: purity of codes", "backwards: fraction of codes that stay"
     if got.codes is None:
         return rows + [missing(name, "the latent is continuous and has no codes") for name in names]
     codes = {"codes": (got.codes, back.codes), "other pairs": (got.codes, back.codes[other]),
@@ -300,7 +300,7 @@ def _past_future_measure(pairs, got, back, random, back_random):
         return missing(name, "no pair begins where another ends: choose a stride that divides the "
                              "gap")
     cosines = {"latents": _cosines(got.z[first], back.z[then]),
-               "before the book": _cosines(got.emb[first], back.emb[then]),
+               "before quantisation": _cosines(got.emb[first], back.emb[then]),
                "random weights": _cosines(random.z[first], back_random.z[then]),
                "two motions in a row": _cosines(got.z[first], got.z[then])}
     return measured(name, _means(cosines), pairs.demo[first], "lower")
@@ -308,7 +308,7 @@ def _past_future_measure(pairs, got, back, random, back_random):
 # %% ../../nbs/08_analysis/04_latent_report.ipynb #e02c9aa3
 def _idle_measures(got, idle, random, idle_random, demo):
     "Length of latents, and perplexity of codes, of pairs in which nothing happens."
-    both = {"latents": (idle.z, got.z), "before the book": (idle.emb, got.emb),
+    both = {"latents": (idle.z, got.z), "before quantisation": (idle.emb, got.emb),
             "random weights": (idle_random.z, random.z)}
     of = {k: lambda r, a=a, b=b: idle_norm(a[r], b[r]) for k, (a, b) in both.items()}
     rows = [measured("standing still: relative length", of, demo, "lower")]
@@ -349,7 +349,7 @@ def _agreement_measures(
 )->list: # of `Measured`
     "Agreement of latents of one event."
     other, (a0, b0) = np.random.default_rng(seed).permutation(len(demo)), random
-    cosines = {"latents": _cosines(a.z, b.z), "before the book": _cosines(a.emb, b.emb),
+    cosines = {"latents": _cosines(a.z, b.z), "before quantisation": _cosines(a.emb, b.emb),
                "other motions": _cosines(a.z, b.z[other]), "random weights": _cosines(a0.z, b0.z)}
     rows, name = [measured(f"across {what}: cosine", _means(cosines),
                            demo)], f"across {what}: equal codes"
@@ -390,11 +390,11 @@ def _other_scenes_measure(x, replays, x_train, train):
     def read(name): # (scenes, events, 3)
         predicted = linear_probe(x_train[name], moved(train), train.demo, x[name])
         return predicted.reshape(len(replays), -1, 3)
-    names = "latents", "before the book", "difference of features"
+    names = "latents", "before quantisation", "difference of features"
     predicted, true = {name: read(name) for name in names}, moved(replays[home])
     parts = {"latents": predicted["latents"][:-1],
              f"latents in scene {home}": predicted["latents"][-1:],
-             "before the book": predicted["before the book"][:-1],
+             "before quantisation": predicted["before quantisation"][:-1],
              "difference of features": predicted["difference of features"][:-1],
              f"difference of features in scene {home}": predicted["difference of features"][-1:]}
     score = lambda p: lambda r: r2(p[:, r].reshape(-1, 3), np.tile(true[r], (len(p), 1)))
@@ -413,7 +413,7 @@ def _scene_measures(
     seed:int=0, # of the demonstrations by which probes of the scene are trained
 )->list: # of `Measured`
     "Influence of the scene on codes and probes, and how well it is recognised."
-    scenes, name = list(replays), "the scene of a replay, share recognised"
+    scenes, name = list(replays), "the scene of a replay, fraction recognised"
     got, random = ({s: infer(m, p.features, p.text) for s, p in replays.items()}
                    for m in (model, untrained))
     ones, others = zip(*combinations(scenes, 2))
@@ -472,19 +472,19 @@ def transfer_measures(
 # %% ../../nbs/08_analysis/04_latent_report.ipynb #32daf4db
 def label_curve(
     fit:dict, # features of training pairs, see `probe_features`
-    judge:dict, # of held-out pairs
+    test:dict, # of held-out pairs
     known:Pairs, # that probes are trained on
     held:Pairs, # held out
-    shares:tuple=(.01, .025, .1, 1.), # of the demonstrations that have labels
+    fractions:tuple=(.01, .025, .1, 1.), # of the demonstrations that have labels
     names:tuple=("latents", "random weights", "first frame only", "difference of features"),
     seed:int=0, # of the choice
 )->dict: # fraction -> `Measured` of the position's R2
     "Position read by a probe when few demonstrations have labels."
     demos, curve = np.random.default_rng(seed).permutation(np.unique(known.demo)), {}
     y, true = action_targets(known.action)[:, :3], action_targets(held.action)[:, :3]
-    for fraction in shares:
+    for fraction in fractions:
         rows = np.isin(known.demo, demos[:max(2, round(fraction*len(demos)))])
-        predictions = {k: linear_probe(fit[k][rows], y[rows], known.demo[rows], judge[k])
+        predictions = {k: linear_probe(fit[k][rows], y[rows], known.demo[rows], test[k])
                        for k in names}
         note = f"{len(np.unique(known.demo[rows]))} demonstrations"
         curve[fraction] = measured(f"R2 of the position, {fraction:.1%} of the labels",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 # %% ../../nbs/08_analysis/00_probes.ipynb #d4da259d
 def held_out(
     groups, # (N,) number of the demonstration of each frame
-    share:float=.1, # of the demonstrations that are held out, 0..1; at least one, and one is kept
+    fraction:float=.1, # of the demonstrations, 0..1; one is held out at least, and one is kept
     seed:int=0, # of the draw
 )->np.ndarray: # (N,) bool, True for held-out frames
     "Test frames of a probe, by whole demonstrations."
@@ -25,7 +25,7 @@ def held_out(
     if len(names) < 2:
         raise ValueError(f"all frames are of one demonstration ({names[:1].tolist()}): a probe "
                          "needs one to train on and one to test on")
-    n = min(max(1, round(share*len(names))), len(names) - 1)
+    n = min(max(1, round(fraction*len(names))), len(names) - 1)
     return np.isin(groups, np.random.default_rng(seed).permutation(names)[:n])
 
 # %% ../../nbs/08_analysis/00_probes.ipynb #5473dc58
@@ -46,16 +46,16 @@ def linear_probe(
     features, # (N,...) of training frames, flattened
     targets, # (N,O)
     demo, # (N,) number of the demonstration of each row; of no use with a single penalty
-    judged, # (n,...) features of other demonstrations
+    test, # (n,...) features of other demonstrations
     penalties:tuple=_PENALTIES, # lambda, to choose from
 )->np.ndarray: # (n,O) predictions
     "Fit a ridge regression, its penalty chosen by held-out demonstrations."
     flat = lambda x: np.asarray(x, np.float64).reshape(len(x), -1)
-    if len(features) != len(targets) or not len(features) or not len(judged):
+    if len(features) != len(targets) or not len(features) or not len(test):
         raise ValueError(f"{len(features)} features with {len(targets)} targets, and "
-                         f"{len(judged)} to test on: one target a feature, and some of both, see "
+                         f"{len(test)} to test on: one target a feature, and some of both, see "
                          "`held_out`")
-    x, y, test = flat(features), np.asarray(targets, float), flat(judged)
+    x, y, test = flat(features), np.asarray(targets, float), flat(test)
     if len(penalties) == 1: return _paths(x, y, test, penalties)[0]
     out = held_out(demo, .2)
     best = np.square(_paths(x[~out], y[~out], x[out], penalties) - y[out]).mean(1).argmin(0)
@@ -194,13 +194,13 @@ def train_probe(
 def network_error(
     features, # (N,P,C) of training frames
     targets, # (N,O), of one unit
-    judged, # (n,P,C) features of other demonstrations
+    test, # (n,P,C) features of other demonstrations
     true, # (n,O) their targets
     steps:int=60, # of training
     seed:int=0, # of weights and batches
 )->float: # mean absolute error, in the targets' unit
     "Error of a small network trained on the targets."
-    x, test, y, true = (np.asarray(a, np.float32) for a in (features, judged, targets, true))
+    x, test, y, true = (np.asarray(a, np.float32) for a in (features, test, targets, true))
     spread, mean = x.std(0), x.mean(0)
     both = (np.concatenate([x, test]) - mean)/np.where(spread > 1e-6, spread, 1)
     cfg = ProbeConfig(*x.shape[1:], out=y.shape[1], batch_size=64, lr=1e-3, steps=steps,

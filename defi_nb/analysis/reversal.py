@@ -87,7 +87,7 @@ def reversal_measures(
     purity = lambda key: lambda d, r: reversal_purity(codes(d, "mute", r),
                                                       codes(d, "mute_back", r))[key]
     skill = lambda way: lambda d, r: 1 - d.errors[way][r].mean()/copied[r].mean()
-    used = lambda d, r: codebook_report(codes(d, "there", r), size)["share"]
+    used = lambda d, r: codebook_report(codes(d, "there", r), size)["fraction"]
     idle = lambda d, r: idle_norm(d.latents["still"].emb[r], d.latents["there"].emb[r])
     return {
         **{f"antisymmetry error, {way}": ("lower", opposite(way, "errors")) for way in _WAYS},

@@ -59,14 +59,14 @@ def show_compared(
 def alike(
     pixels, # (n,) distance of the two images of each pair
     gap, # (n,) control steps between them
-    share:float=.25, # of the pairs of each gap, 0..1
+    fraction:float=.25, # of the pairs of each gap, 0..1
 )->np.ndarray: # (n,) bool
     "Pairs whose images differ least."
     pixels, gap = np.asarray(pixels, float), np.asarray(gap)
     chosen = np.zeros(len(pixels), bool)
     for g in np.unique(gap):
         of = np.flatnonzero(gap == g)
-        chosen[of[np.argsort(pixels[of], kind="stable")[:max(1, round(share*len(of)))]]] = True
+        chosen[of[np.argsort(pixels[of], kind="stable")[:max(1, round(fraction*len(of)))]]] = True
     return chosen
 
 # %% ../../nbs/08_analysis/09_state_aliasing.ipynb #3b394e62

@@ -52,7 +52,7 @@ def task_samples(
         batch = samples[i:i + 64]
         tokens.append(pool(encoder.read(batch.video[:, :, 0], batch.text).float(), side))
         actions.append(batch.action)
-        whole.append(batch.left >= chunk - 1)
+        whole.append(batch.steps_left >= chunk - 1)
     keep = torch.cat(whole)
     held = held_out(samples.locate(slice(None))[0], .1)
     return torch.cat(tokens)[keep], torch.cat(actions)[keep].numpy(), held[keep.numpy()]

@@ -328,20 +328,20 @@ def _play_episode(
     infer, # infer(request) -> {"actions": (H,7)}
     config:PlayConfig, # how it is played
     report=lambda stage: None, # called with each stage of the episode
-)->dict: # the row: "success", "steps", "solved_at", "looks", "prompt"; and seconds, as of `_Clock`
+)->dict: # "success", "steps", "solved_at", "queries", "prompt"; and seconds, as of `_Clock`
     "Play one episode to its end."
-    solved, looks, frames = [], 0, []
+    solved, queries, frames = [], 0, []
     timed, number = _Clock("start", "policy", "simulator"), episode["number"]
     report("make")
     seen, prompt = timed("start", simulator.start, episode)
     cap, over = episode["make"]["max_episode_steps"], False
     while not over:
         report("ask")
-        noise = {"noise_key": [config.seed, number, 0, looks], "reset": not looks}
+        noise = {"noise_key": [config.seed, number, 0, queries], "reset": not queries}
         if config.seed is None: noise = {}
         if config.record: frames.append(seen["observation/image"])
         actions = timed("policy", _ask, infer, seen, prompt, config.send, noise)[:config.execute]
-        looks += 1
+        queries += 1
         for steps_left, action in zip(reversed(range(len(actions))), actions):
             report("step")
             seen, prompt, now, ended = timed("simulator", simulator.step, action, not steps_left)
@@ -351,7 +351,7 @@ def _play_episode(
     if config.record: _keep_frames(frames, Path(config.record)/f"episode{number:05d}.npz", prompt)
     solved_at = solved.index(True) + 1 if any(solved) else None
     return {"success": episode_success(config.mode, solved), "steps": len(solved),
-            "solved_at": solved_at, "looks": looks, "prompt": prompt, **timed.seconds()}
+            "solved_at": solved_at, "queries": queries, "prompt": prompt, **timed.seconds()}
 
 # %% ../../nbs/12_benchmarks/05_worker.ipynb #91fe7955
 _FINAL = (ConnectionError, PermissionError, TimeoutError, ServerError, ValueError, ImportError,

@@ -67,7 +67,7 @@ class Batch:
     latent_action:Tensor|None = None # (B,Q,C) float, a frozen GIDM's, before quantisation
     action:Tensor|None = None # (B,K,A) float32 in [-1, 1]
     proprio:Tensor|None = None # (B,15) float32, CALVIN's robot_obs
-    left:Tensor|None = None # (B,) int64, control steps to the demonstration's last frame
+    steps_left:Tensor|None = None # (B,) int64, control steps to the demonstration's last frame
 
     def __len__(self): return len(self.text)
 
@@ -108,7 +108,7 @@ def check_batch(
     if v is not None and not is_video(v):
         raise ValueError(
             f"video has shape {tuple(v.shape)} and type {v.dtype}; this model takes "
-            f"(B,V,T,3,{size},{size}) uint8: resize the pictures or choose another preset")
+            f"(B,V,T,3,{size},{size}) uint8: resize the images or choose another preset")
     if a is not None and tuple(a.shape[1:]) != (spec.chunk, ACTION_DIM):
         raise ValueError(f"action has shape {tuple(a.shape)}; "
                          f"this model takes (B,{spec.chunk},{ACTION_DIM})")

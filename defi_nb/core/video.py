@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'fake_video', 'read_numbers', 'write_video', 'save_video', 'encode_mp4', 'show_video', 'resize_image',
-           'pack', 'unpack', 'VideoInfo', 'scan_video', 'read_frames', 'OpenVideo', 'index_files']
+           'pack_integers', 'unpack_integers', 'VideoInfo', 'scan_video', 'read_frames', 'OpenVideo', 'index_files']
 
 # %% ../../nbs/00_core/03_video.ipynb #c633084a
 import base64
@@ -158,7 +158,7 @@ def resize_image(
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
 
 # %% ../../nbs/00_core/03_video.ipynb #2077b3fb
-def pack(
+def pack_integers(
     numbers, # (N,) integers
 )->str: # text for JSON
     "Integers as their differences, compressed."
@@ -167,8 +167,8 @@ def pack(
 
 # %% ../../nbs/00_core/03_video.ipynb #594f87d5
 @lru_cache(maxsize=4096)
-def unpack(
-    text:str, # from `pack`
+def unpack_integers(
+    text:str, # from `pack_integers`
 )->np.ndarray: # (N,) int64, read-only
     "The integers again."
     numbers = np.cumsum(np.frombuffer(zlib.decompress(base64.b64decode(text)), "<i8"))
@@ -188,11 +188,11 @@ class VideoInfo:
     keys:str # which of the frames are key frames, packed
     counted:bool = False # frames are counted from a key frame; packets have other stamps
 
-    def __len__(self): return len(unpack(self.pts))
+    def __len__(self): return len(unpack_integers(self.pts))
 
     @property
     def times(self): # (N,) seconds since the first frame
-        pts = unpack(self.pts)
+        pts = unpack_integers(self.pts)
         return (pts - pts[0])*float(Fraction(self.tick))
 
 # %% ../../nbs/00_core/03_video.ipynb #81b32e0e
@@ -338,7 +338,8 @@ def scan_video(
     key_rows = counts or (np.searchsorted(rows, np.unique(keys)) if keys else [0])
     return VideoInfo(
         width=image.shape[1], height=image.shape[0], codec=codec, tick=str(Fraction(tick)),
-        turn=turn, pts=pack(rows), keys=pack(key_rows), counted=counts is not None)
+        turn=turn, pts=pack_integers(rows), keys=pack_integers(key_rows),
+        counted=counts is not None)
 
 # %% ../../nbs/00_core/03_video.ipynb #ae772249
 def _seek(file, stream, pts):
@@ -353,7 +354,7 @@ def _forward(frames, pts): # the frame with this time stamp; None: the decoder i
 # %% ../../nbs/00_core/03_video.ipynb #dda456d5
 def _pyav_frames(path, rows, info): # yields (H,W,3) images of increasing rows
     if info.counted: yield from _counted_frames(path, rows, info); return
-    pts, keys, at, frames = unpack(info.pts), unpack(info.keys), -1, None
+    pts, keys, at, frames = unpack_integers(info.pts), unpack_integers(info.keys), -1, None
     with _opened(path) as (file, stream):
         for row in rows:
             key, back = max(np.searchsorted(keys, row, "right") - 1, 0), 1
@@ -369,7 +370,7 @@ def _pyav_frames(path, rows, info): # yields (H,W,3) images of increasing rows
 
 # %% ../../nbs/00_core/03_video.ipynb #b9d91d2b
 def _counted_frames(path, rows, info): # as `_pyav_frames`
-    pts, keys, at, frames = unpack(info.pts), unpack(info.keys), -1, None
+    pts, keys, at, frames = unpack_integers(info.pts), unpack_integers(info.keys), -1, None
     with _opened(path) as (file, stream):
         for row in rows:
             key = int(keys[np.searchsorted(keys, row, "right") - 1])
@@ -400,7 +401,7 @@ def _torchcodec_frames(path, rows, info): # the same images; None: it can't, or 
         decoded = decoder.get_frames_at(indices=[int(r) for r in rows])
     except (RuntimeError, ValueError, IndexError): return None
     stamps = np.round(decoded.pts_seconds.numpy()/float(Fraction(info.tick))).astype(int)
-    same = (stamps == unpack(info.pts)[rows]).all()
+    same = (stamps == unpack_integers(info.pts)[rows]).all()
     same = same and decoded.data.shape[1:3] == (info.height, info.width)
     return iter(decoded.data.numpy()) if same else None
 

@@ -313,7 +313,7 @@ def _by_file(self:VideoDataset, samples):
 
 # %% ../../nbs/02_data/02_clips.ipynb #cadd11e8
 @patch
-def pictures(self:VideoDataset,
+def read_images(self:VideoDataset,
     samples:list, # B triples from `sample`
 )->torch.Tensor: # (B,V,T,3,H,W) uint8
     "The images of some samples."
@@ -345,7 +345,7 @@ def __getitem__(self:VideoDataset, indices): # int, slice, list, integer array o
     every = isinstance(indices, slice)
     i = np.arange(len(self))[indices] if every else np.atleast_1d(np.asarray(indices))
     samples = [self.sample(k) for k in i]
-    out = dict(video=self.pictures(samples)) if self.video else {}
+    out = dict(video=self.read_images(samples)) if self.video else {}
     if self.latent: out["latent"] = self.latents(samples)
     return Batch(text=[clip.text for clip, _, _ in samples], **out)
 
@@ -382,7 +382,7 @@ def items(self:VideoDataset): return {self._file(c): c for c in self.clips}
 @patch
 def read(self:VideoDataset, clip, rows):
     "(V,T,3,H,W) uint8 of some rows of a clip's files."
-    return self.pictures([(clip, rows, None)])[0].numpy()
+    return self.read_images([(clip, rows, None)])[0].numpy()
 
 # %% ../../nbs/02_data/02_clips.ipynb #2de579bf
 @patch

@@ -346,7 +346,7 @@ def instructions(self:CSVFolder,
 
 # %% ../../nbs/02_data/08_csv_folder.ipynb #7cfe1262
 @patch
-def pictures(self:CSVFolder,
+def read_images(self:CSVFolder,
     e:int, # episode
     rows, # of the episode
     view:str, # one of `views`

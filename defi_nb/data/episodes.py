@@ -462,7 +462,7 @@ class ImageTable:
         "JSON values that the images depend on."
         content = repr(self.units).encode() + b"".join(r.tobytes() for r in self.rows.values())
         rows = hashlib.sha256(content).hexdigest()[:16]
-        return dict(self.samples.content(self.items), pictures=len(self), rows=rows)
+        return dict(self.samples.content(self.items), images=len(self), rows=rows)
 
 # %% ../../nbs/02_data/00_episodes.ipynb #e7954dd1
 class Samples:
@@ -526,15 +526,16 @@ class WindowDataset(Samples):
         end, robot_obs = self.ends[which], self.frames.robot_obs
         rows = np.minimum(t[:,None] + self.offsets, end[:,None])
         out = {name: _to_bvt(a[rows]) for name, a in self.arrays.items()}
-        if self.video: out["video"] = self.pictures(rows)
-        if self.chunk: out |= dict(action=self.actions(t, end), left=torch.from_numpy(end - t))
+        if self.video: out["video"] = self.read_images(rows)
+        if self.chunk:
+            out |= dict(action=self.actions(t, end), steps_left=torch.from_numpy(end - t))
         if robot_obs is not None:
             out["proprio"] = torch.from_numpy(np.asarray(robot_obs[t], np.float32))
         return Batch(text=[self.windows[w].text for w in which], **out)
 
 # %% ../../nbs/02_data/00_episodes.ipynb #8dfdbd99
 @patch
-def pictures(self:WindowDataset,
+def read_images(self:WindowDataset,
     rows:np.ndarray, # (B,T) rows of the store
 )->torch.Tensor: # (B,V,T,3,H,W) uint8
     "The images of some rows."

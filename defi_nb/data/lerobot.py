@@ -466,7 +466,7 @@ def _stored(self:LeRobotFolder, value, name):
 
 # %% ../../nbs/02_data/06_lerobot.ipynb #8e0eb080
 @patch
-def pictures(self:LeRobotFolder,
+def read_images(self:LeRobotFolder,
     e:int, # episode
     rows, # of the episode
     view:str, # one of `views`
@@ -559,7 +559,7 @@ def _image_statistics(source, view, most=100):
     ends, pixels = np.cumsum(source.lengths), []
     for row in np.unique(np.linspace(0, ends[-1] - 1, min(most, ends[-1])).astype(int)):
         e = int(np.searchsorted(ends, row, side="right"))
-        x, = source.pictures(e, [row - ends[e] + source.lengths[e]], view)
+        x, = source.read_images(e, [row - ends[e] + source.lengths[e]], view)
         step = max(1, len(x)//64)
         pixels.append(x[::step, ::step].reshape(-1, 3)/255)
     stats = _statistics(np.concatenate(pixels))
@@ -572,7 +572,7 @@ _VIDEO = {"video.codec": "h264", "video.pix_fmt": "yuv420p", "video.is_depth_map
 
 def _video_feature(source, view):
     "What info.json has of a camera."
-    height, width, _ = shape = list(source.pictures(0, [0], view)[0].shape)
+    height, width, _ = shape = list(source.read_images(0, [0], view)[0].shape)
     info = _VIDEO | {"video.fps": int(source.hz), "video.height": height, "video.width": width}
     return dict(dtype="video", shape=shape, names=["height", "width", "channels"], info=info)
 
@@ -638,7 +638,8 @@ def _write_videos(root, source, episodes, number, quality):
     for view in source.views:
         key, images = f"observation.images.{view}", []
         for e in episodes:
-            with source.reading(e): images += source.pictures(e, np.arange(source.lengths[e]), view)
+            with source.reading(e):
+                images += source.read_images(e, np.arange(source.lengths[e]), view)
         path = root/_FILES["video_path"].format(video_key=key, **_file(number))
         write_video(path, np.stack(images), int(source.hz), g=2, crf=quality)
         columns |= {f"videos/{key}/{k}": [v]*len(episodes) for k, v in _file(number).items()}

@@ -180,7 +180,7 @@ def _refuse_parent(folder, names):
 # %% ../../nbs/02_data/10_load.ipynb #9ad27a28
 def detect_format(
     folder:Path, # of a dataset
-    named:str="", # a key of `NEEDS` that it is said to be in; "": none
+    named:str="", # a key of `NEEDS`, where the format is given; "": it is recognised
 )->str: # a key of `NEEDS`
     "The format of a dataset; the `ValueError` says what the folder holds and what formats need."
     folder = Path(folder)
@@ -398,30 +398,30 @@ def load_dataset(
 
 # %% ../../nbs/02_data/10_load.ipynb #a1f24a0e
 def split_units(
-    piece:OpenDataset, # whose windows, clips or episodes
+    dataset:OpenDataset, # whose windows, clips or episodes
     val_frac:float=.05, # fraction to hold out, at least one
     seed:int=0, # of the choice
 )->tuple: # (units to train on, units held out)
     "Hold out whole units; with too few of them, both parts are all units."
-    train, held = piece.data.split(val_frac, seed)
+    train, held = dataset.data.split(val_frac, seed)
     if train and held: return train, held
-    print(f"{piece.name} has too little to hold something out: validation sees the training data")
-    return piece.units, piece.units
+    print(f"{dataset.name} has too little to hold something out: validation sees the training data")
+    return dataset.units, dataset.units
 
 # %% ../../nbs/02_data/10_load.ipynb #80012a96
 def join_recordings(
-    pieces:list, # of `OpenDataset`
+    datasets:list, # of `OpenDataset`
 )->list: # one `OpenDataset` if all are recordings without weights, else the same
     "Join recordings in CALVIN's format into one dataset."
-    if len(pieces) < 2 or any(p.format != "calvin" or p.weight for p in pieces): return pieces
-    names, folders = zip(*((p.name, p.folder) for p in pieces))
-    frames = concat_frames([p.data for p in pieces])
+    if len(datasets) < 2 or any(p.format != "calvin" or p.weight for p in datasets): return datasets
+    names, folders = zip(*((p.name, p.folder) for p in datasets))
+    frames = concat_frames([p.data for p in datasets])
     return [OpenDataset("+".join(names), "calvin", frames, names=names, folder=", ".join(folders))]
 
 # %% ../../nbs/02_data/10_load.ipynb #e9532edb
 def mix(
     datasets:dict, # name -> dataset
-    pieces:list, # of `OpenDataset`, in the same order
+    datasets:list, # of `OpenDataset`, in the same order
     where:str, # the data parameter
     draws:int, # of a run: its steps times its batch size
     seed:int=0, # of the orders
@@ -430,8 +430,8 @@ def mix(
     "Mix datasets by their weights."
     if len(datasets) == 1: return next(iter(datasets.values()))
     sizes = {n: len(ds) for n, ds in datasets.items()}
-    weights = {p.name: p.weight or 0. for p in pieces}
-    if pieces[0].weight is None: weights = normalise_weights(sizes)
+    weights = {p.name: p.weight or 0. for p in datasets}
+    if datasets[0].weight is None: weights = normalise_weights(sizes)
     elif where.strip().startswith("table_12"): weights = weights_by_size(weights, sizes)
     else: weights = normalise_weights(weights)
     parts = [f"{n} {w:.1%} ({sizes[n]} samples)" for n, w in weights.items()]

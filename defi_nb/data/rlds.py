@@ -613,7 +613,7 @@ def instructions(self:RLDSFolder,
 
 # %% ../../nbs/02_data/07_rlds.ipynb #9ab932e9
 @patch
-def pictures(self:RLDSFolder,
+def read_images(self:RLDSFolder,
     e:int, # episode
     rows, # of the episode
     view:str, # one of `views`
@@ -733,7 +733,7 @@ class _HDF5Episodes(RobotSource):
         state = [self._read(e, f"obs/{k}").astype(np.float32) for k in self.state]
         return action, np.concatenate(state, 1) if state else None
 
-    def pictures(self,
+    def read_images(self,
         e:int, # episode
         rows, # of the episode
         view:str, # one of `views`

@@ -82,7 +82,7 @@ class FakeRobot(RobotSource):
         action = np.concatenate([motion, gripper], 1, dtype=np.float32)
         return action, rng.normal(size=(n, 8)).astype(np.float32)
 
-    def pictures(self, e, rows, view):
+    def read_images(self, e, rows, view):
         height = 24 if view == "front" else 16
         out = np.zeros((len(rows), height, 32, 3), np.uint8)
         out[..., 0], out[..., 2] = 6*np.asarray(rows)[:, None, None], 60*e
@@ -113,7 +113,7 @@ class WindowEpisodes(RobotSource):
         rows, arrays = self._rows(e), (self.frames.action, self.frames.robot_obs)
         return tuple(None if x is None else np.asarray(x[rows], np.float32) for x in arrays)
 
-    def pictures(self, e, rows, view): return list(self.frames.video[view][self._rows(e, rows)])
+    def read_images(self, e, rows, view): return list(self.frames.video[view][self._rows(e, rows)])
 
     def instructions(self, e, rows): return [self.text[e]]*len(rows)
 
@@ -318,7 +318,8 @@ class RobotSamples(Samples):
     ):
         self.source, self.chunk, self.scale, self.size = source, chunk, scale, size
         self.views = tuple(source.views if views is None else views)
-        self.offsets, self.left = rows_of(times, source.hz), int(rows_of(min_left, source.hz)[0])
+        self.offsets = rows_of(times, source.hz)
+        self.rows_left = int(rows_of(min_left, source.hz)[0])
         self.stride = max(1, int(rows_of(stride, source.hz)[0]))
         every = np.arange(len(source.lengths))
         self.episodes = every if episodes is None else np.asarray(episodes, np.int64)
@@ -326,7 +327,7 @@ class RobotSamples(Samples):
         self._check()
 
     def _count(self): # numbers of samples up to the end of each episode
-        rows = self.source.lengths[self.episodes] - self.left
+        rows = self.source.lengths[self.episodes] - self.rows_left
         self.ends = np.cumsum(np.maximum(0, -(-rows//self.stride)))
 
     def __len__(self): return int(self.ends[-1]) if len(self.ends) else 0
@@ -349,7 +350,7 @@ def _check(self:RobotSamples):
                          f"{list(source.views)}")
     if not len(self):
         raise ValueError(f"no samples: {len(self.episodes)} episodes of {source.name}, none "
-                         f"longer than min_left = {self.left/source.hz:g} s")
+                         f"longer than min_left = {self.rows_left/source.hz:g} s")
     if not self.chunk: return
     for e in np.unique(self.episodes[[0, len(self.episodes)//2, -1]]):
         with source.reading(e): action = source.vectors(e)[0]
@@ -376,7 +377,7 @@ def _video(self:RobotSamples, e, rows):
     "(V,T,3,H,W) uint8."
     some, back = np.unique(rows, return_inverse=True)
     fit = lambda x: resize_image(x, self.size) if self.size else x
-    images = lambda view: np.stack([fit(x) for x in self.source.pictures(e, some, view)])
+    images = lambda view: np.stack([fit(x) for x in self.source.read_images(e, some, view)])
     x_vthwc = [images(view)[back] for view in self.views]
     if len({x.shape for x in x_vthwc}) > 1:
         raise ValueError(f"{self.source.name}: views of sizes {[x.shape[1:3] for x in x_vthwc]} do "
@@ -402,10 +403,10 @@ def _arrays(self:RobotSamples, e, t):
     rows, (action, proprio) = np.minimum(t + self.offsets, last), self.source.vectors(e)
     if proprio is not None and not np.isfinite(proprio[t]).all():
         raise ValueError(f"{name}: proprio of row {t} is {proprio[t]}: repair it")
-    out = dict(text=self.source.instructions(e, [t])[0], video=None, action=None, left=None,
+    out = dict(text=self.source.instructions(e, [t])[0], video=None, action=None, steps_left=None,
                proprio=None if proprio is None else proprio[t])
     if self.views: out["video"] = self._video(e, rows)
-    if self.chunk: out |= dict(action=self._actions(action, t, name), left=last - t)
+    if self.chunk: out |= dict(action=self._actions(action, t, name), steps_left=last - t)
     return out
 
 # %% ../../nbs/02_data/04_robot_dataset.ipynb #e75dc498
@@ -472,7 +473,7 @@ def digest(self:RobotSamples):
 def shown(self:RobotSamples):
     "Each episode, and the rows of it that samples show."
     for e, n in zip(self.episodes.tolist(), self.source.lengths[self.episodes].tolist()):
-        t = np.arange(0, n - self.left, self.stride)
+        t = np.arange(0, n - self.rows_left, self.stride)
         if len(t): yield e, np.unique(np.minimum(t[:, None] + self.offsets, n - 1))
 
 # %% ../../nbs/02_data/04_robot_dataset.ipynb #976836df
@@ -496,7 +497,7 @@ def read(self:RobotSamples, e, rows):
 def _update(digest, source, e):
     "Add the vectors and the middle images of an episode to a digest."
     row = int(source.lengths[e])//2
-    arrays = [*source.vectors(e), *(source.pictures(e, [row], view)[0] for view in source.views)]
+    arrays = [*source.vectors(e), *(source.read_images(e, [row], view)[0] for view in source.views)]
     for x in arrays: digest.update(b"" if x is None else np.ascontiguousarray(x).tobytes())
 
 # %% ../../nbs/02_data/04_robot_dataset.ipynb #c2f490aa

@@ -68,7 +68,7 @@ def _check_segments(
 # %% ../../nbs/03_doctor/02_calvin.ipynb #7a9280be
 def _numbers(exam, root):
     "Sorted numbers of the frames in a folder; None if there is no time to list it."
-    numbers, until = [], time.monotonic() + max(.2*exam.left(), 1)
+    numbers, until = [], time.monotonic() + max(.2*exam.seconds_left(), 1)
     with scandir(root) as entries:
         for i, entry in enumerate(entries):
             n = entry.name
@@ -362,7 +362,7 @@ def _runs(exam, name, root, ids, kinds, fraction): # yields the frames of each r
     runs = [(a, min(a + RUN - 1, last)) for a, last in starts]
     read, place = partial(check_run, exam, name, root, kinds), "{}, frames {} to {}"
     for _, frames in exam.each(f"{name}: runs of {RUN} frames", runs, read,
-                               where=lambda run: place.format(name, *run), share=fraction):
+                               where=lambda run: place.format(name, *run), fraction=fraction):
         yield frames
 
 # %% ../../nbs/03_doctor/02_calvin.ipynb #a229a104
@@ -397,7 +397,7 @@ def _assess_split(exam, name, kinds):
     assess_actions(exam, name, normalised=True)
     wrong, moved, where, _ = exam.tallies.pop(f"{name}: gripper", (0, 0, "", ""))
     if moved > .05 and wrong > .7*moved:
-        exam.find("warning", f"{name}: the gripper opens when told to close", where,
+        exam.find("warning", f"{name}: the gripper opens when commanded to close", where,
                   f"in {wrong/moved:.0%} of its movement", "1 opens and -1 closes",
                   "change the sign of the last number of rel_actions")
     exam.assess(f"{name}: gripper actions between open and closed",
@@ -420,7 +420,7 @@ def _middle_vectors(root, segment):
 def _check_copies_of(exam, name, root, ids, fraction):
     middle = lambda s: f"{name}/episode_{(s[0] + s[1])//2:07d}.npz"
     states = exam.each(f"{name}: recordings", ids.tolist(), partial(_middle_vectors, root),
-                       share=fraction, problem="the middle can't be read", where=middle)
+                       fraction=fraction, problem="the middle can't be read", where=middle)
     for (first, last), state in states:
         exam.seen_before("recordings", state, f"{name}, frames {first} to {last}")
 

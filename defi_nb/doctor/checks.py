@@ -21,7 +21,7 @@ import numpy as np
 
 from ..core.spec import POSITION_UNIT, ROTATION_UNIT, DataSpec
 from ..core.utils import folder_bytes, format_bytes
-from ..core.video import FORMATS, VideoInfo, unpack
+from ..core.video import FORMATS, VideoInfo, unpack_integers
 from .report import Exam
 
 # %% ../../nbs/03_doctor/01_checks.ipynb #6571e916
@@ -209,22 +209,22 @@ def check_blank_images(
     x = np.asarray(frames)[:, ::4, ::4].astype(np.int16)
     black, flat = x.max() < 16, max(np.ptp(f, (0, 1)).max() for f in x) < 4
     tally = lambda what, bad, found: exam.tally(f"{name}: {what}", bad, where, found)
-    tally("black pictures", black, f"brightness of {x.max()} at most")
-    tally("pictures of one colour", flat and not black, f"all pixels are {x[0, 0, 0].tolist()}")
+    tally("black images", black, f"brightness of {x.max()} at most")
+    tally("images of one colour", flat and not black, f"all pixels are {x[0, 0, 0].tolist()}")
     if moving and len(x) > 1:
         constant = not black and not np.ptp(x, 0).any()
-        tally("the same picture throughout", constant, f"{len(x)} images, all the same")
+        tally("the same image throughout", constant, f"{len(x)} images, all the same")
 
 def assess_images(
     exam:Exam, # with images
     name:str, # of the things
 ):
     "Conclude about the images of all things."
-    exam.assess(f"{name}: black pictures", "check the camera, or its key; leave these out",
+    exam.assess(f"{name}: black images", "check the camera, or its key; leave these out",
                "a scene", error_from=.5)
-    exam.assess(f"{name}: pictures of one colour", "check how they were written; leave these out",
+    exam.assess(f"{name}: images of one colour", "check how they were written; leave these out",
                "a scene")
-    exam.assess(f"{name}: the same picture throughout", "the camera stood still: check its "
+    exam.assess(f"{name}: the same image throughout", "the camera stood still: check its "
                "recording; leave these out", "a scene that changes", error_from=.5)
 
 # %% ../../nbs/03_doctor/01_checks.ipynb #8b9d707b
@@ -266,7 +266,7 @@ def check_video(
 ):
     "Check how a video file is encoded."
     tally = lambda what, bad, found: exam.tally(f"{name}: {what}", bad, path, found)
-    gap = int(np.diff(np.append(unpack(info.keys), len(info))).max())
+    gap = int(np.diff(np.append(unpack_integers(info.keys), len(info))).max())
     between = f"{gap} frames between two key frames"
     tally("videos of one frame", len(info) < 2, "1 frame")
     tally("key frames far apart", gap > 100, between)
@@ -331,13 +331,13 @@ def check_copies(
 ):
     "Record files with the same content."
     sizes = {}
-    for path, size in exam.each(f"sizes of {name}", paths, _size, share=.3):
+    for path, size in exam.each(f"sizes of {name}", paths, _size, fraction=.3):
         sizes.setdefault(size, []).append(path)
     several = [paths for size, paths in sizes.items() if len(paths) > 1 and size >= 0]
     candidates = sorted(str(path) for paths in several for path in paths)
     if not candidates: return
     equal = f"{name} of equal size"
-    for path, digest in exam.each(equal, candidates, _file_digest, share=.3):
+    for path, digest in exam.each(equal, candidates, _file_digest, fraction=.3):
         exam.seen_before(name, digest, path)
     del exam.looked[equal]
 
@@ -358,19 +358,19 @@ def _size_fact(folder, files, seconds):
 def check_disk(
     exam:Exam, # that records findings
     folder, # of the dataset
-    pictures:int, # images, in all views
+    images:int, # images, in all views
     files:int=0, # expected number, for an estimate where time does not allow to count; 0: unknown
 ):
     "Record the size of a dataset, the free space, and the space that preparation needs."
-    seconds = np.inf if exam.everything else max(.1*exam.left(), .2)
+    seconds = np.inf if exam.everything else max(.1*exam.seconds_left(), .2)
     exam.facts["size"] = _size_fact(folder, files, seconds)
     free = shutil.disk_usage(folder).free
     exam.facts["free on its disk"] = format_bytes(free)
-    if not pictures: return
+    if not images: return
     for preset, parts in _PREPARED.items():
-        needs = " and ".join(f"{format_bytes(n*pictures)} of {what}" for what, n in parts.items())
-        exam.facts[f"preparation at {preset}"] = f"{needs}, for {pictures:,} images"
-        if (need := sum(parts.values())*pictures) > free:
+        needs = " and ".join(f"{format_bytes(n*images)} of {what}" for what, n in parts.items())
+        exam.facts[f"preparation at {preset}"] = f"{needs}, for {images:,} images"
+        if (need := sum(parts.values())*images) > free:
             exam.find("note", f"preparation at {preset} does not fit this disk", folder,
                       f"{format_bytes(free)} free", f"{format_bytes(need)}", "put the cache on "
                       "another disk, or leave DINO features out: GFDM needs only the latents")
@@ -379,13 +379,13 @@ def check_disk(
 @contextmanager
 def timed(
     exam:Exam, # that records the time
-    pictures:int, # images that are read inside
+    images:int, # images that are read inside
 ):
     "Time the reading of images."
     start = time.perf_counter()
     yield
     spent = exam.tallies.setdefault("reading", [0, 0., "", ""])
-    spent[0], spent[1] = spent[0] + pictures, spent[1] + time.perf_counter() - start
+    spent[0], spent[1] = spent[0] + images, spent[1] + time.perf_counter() - start
 
 # %% ../../nbs/03_doctor/01_checks.ipynb #ef5917ab
 def assess_speed(

@@ -134,7 +134,7 @@ def _check_clips(
     "Check clips."
     counts, views, latents = [], 1, []
     read = lambda item: _read_clips(exam, clips_of(item))
-    for _, result in exam.each(name, items, read, where=where, share=fraction):
+    for _, result in exam.each(name, items, read, where=where, fraction=fraction):
         clips, usable, skipped, reads = result
         for id, why in skipped.items():
             exam.fail(f"{name}: clips that can't be used", f"clip {id}", ValueError(why))
@@ -194,7 +194,7 @@ def _note_actions(exam, name, path, note): # of one annotation
 def _annotated_actions(exam, name, paths):
     "Check the actions that annotations hold."
     problem = "an annotation can't be read"
-    for path, note in exam.each(f"{name}: actions", paths, read_json, share=.1, problem=problem):
+    for path, note in exam.each(f"{name}: actions", paths, read_json, fraction=.1, problem=problem):
         _note_actions(exam, name, path, note)
     exam.later.append(partial(assess_actions, exam, name))
 

@@ -136,7 +136,7 @@ class Exam:
             old.places += places
             if len(old.also) < 1000: old.also.append(new.where)
 
-    def left(self): # seconds; where everything is examined they do not count
+    def seconds_left(self): # seconds; where everything is examined they do not count
         return max(self.begin + self.seconds - time.monotonic(), 0.)
 
 # %% ../../nbs/03_doctor/00_report.ipynb #f5fd9c3a
@@ -211,10 +211,10 @@ def each(self:Exam,
     look, # item -> result
     problem:str="can't be read", # for findings about those that raise
     where=str, # item -> its place, for findings
-    share:float=.25, # fraction of the remaining time
+    fraction:float=.25, # of the remaining time
 ): # yields (item, result) of those that could be examined
     "Examine a sample, or everything."
-    n, until, done = len(items), time.monotonic() + share*self.left(), 0
+    n, until, done = len(items), time.monotonic() + fraction*self.seconds_left(), 0
     order = range(n) if self.everything else spread(n)
     results = _results(look, (items[i] for i in order), self.n_workers if self.everything else 1)
     hidden = not self.everything or n < 50

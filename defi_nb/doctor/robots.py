@@ -94,7 +94,7 @@ def _lerobot_videos(exam, source):
     "Compare each video file with the rows of the episodes in it."
     rows, key_of = _rows_of_videos(source)
     scan = lambda path: scan_video(source.folder/path, decode=exam.everything)
-    for path, info in exam.each("video files", list(rows), scan, share=.35):
+    for path, info in exam.each("video files", list(rows), scan, fraction=.35):
         check_video(exam, "video files", source.folder/path, info, hz=source.hz)
         if (n := len(info)) != rows[path]:
             severity, other = ("error", "fewer") if n < rows[path] else ("warning", "more")
@@ -160,7 +160,7 @@ def _read_lerobot(exam, source, e): # -> actions, states, view -> images of thre
     n = int(source.lengths[e])
     rows = np.unique(np.linspace(0, n - 1, 3).astype(int))
     with timed(exam, len(rows)*len(source.views)):
-        images = {view: source.pictures(e, rows, view) for view in source.views}
+        images = {view: source.read_images(e, rows, view) for view in source.views}
     source.instructions(e, [0, n - 1])
     return *source.vectors(e), images
 
@@ -180,7 +180,7 @@ def check_lerobot(
     place = lambda e: f"episode {source.table['index'][source.kept[e]]}"
     read = partial(_read_lerobot, exam, source)
     for e, (x, proprio, images) in exam.each("episodes", range(len(source.lengths)), read,
-                                             share=.5, where=place):
+                                             fraction=.5, where=place):
         _check_episode(exam, "episodes", place(e), int(source.lengths[e]), x, source.labels,
                        proprio, images, source.hz)
     opened = partial(open_lerobot, folder, reading, on_problem=left_out)
@@ -206,7 +206,7 @@ def check_hdf5(
                    "tasks": str(len(source.texts)), "cameras": ", ".join(source.views),
                    "action": ", ".join(source.labels), "state": ", ".join(source.state) or "none"}
     read = partial(_read_lerobot, exam, source)
-    for e, (x, proprio, images) in exam.each("episodes", source.units, read, share=.7,
+    for e, (x, proprio, images) in exam.each("episodes", source.units, read, fraction=.7,
                                              where=source.episode_name):
         _check_episode(exam, "episodes", source.episode_name(e), int(source.lengths[e]), x,
                        source.labels, proprio, images, source.hz)
@@ -323,7 +323,7 @@ def _check_shards(exam, split, shards, keys, features, hz, fraction): # -> rows 
     read, lengths = partial(_read_shard, exam, keys, features), []
     name = lambda shard: shard[0].name
     for (path, _), (texts, episodes) in exam.each(f"shards of {split}", list(zip(*shards)), read,
-                                                  where=name, share=fraction):
+                                                  where=name, fraction=fraction):
         for sentence in set(texts) if text is not None else ():
             place = f"{path.name}, episode {texts.index(sentence)}"
             check_text(exam, "episodes", sentence, place, texts.count(sentence))
@@ -457,7 +457,7 @@ def _compare_episodes(exam, folder, labels_of, rates): # labels -> a file; Hz
 def _check_own_episodes(exam, folder, tables, paths, hz): # -> rows of each, views
     labels_of, rates, counts, views = {}, [], [], ()
     read, name = partial(_read_own, exam, paths), lambda path: path.name
-    for path, (labels, x, state, times, videos) in exam.each("episodes", tables, read, share=.7,
+    for path, (labels, x, state, times, videos) in exam.each("episodes", tables, read, fraction=.7,
                                                              where=name):
         where, n = f"episode {path.stem}", len(x)
         labels_of.setdefault(labels, path.name)

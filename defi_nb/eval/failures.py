@@ -96,7 +96,7 @@ def play_task(
                         config.image_size) for i in live]
         batch = Batch([b.text[0] for b in seen], video=torch.cat([b.video for b in seen]),
                       proprio=torch.cat([b.proprio for b in seen]))
-        noise = torch.stack([chain_noise(seeds[i], chains[i].index, task, chains[i].looks,
+        noise = torch.stack([chain_noise(seeds[i], chains[i].index, task, chains[i].queries,
                                          config.chunk) for i in live])
         for i, actions in zip(live, predict(policy, batch, noise)):
             chains[i].run(actions[:config.execute], config.steps)
@@ -148,23 +148,23 @@ def _kept(obs):
 def _replay_queries(policy, record, sequence, config, make_env, only, expert):
     "Play a chain again: a dict a query, with the latents of what happened and an expert's video."
     env, offsets = make_env(config), frame_offsets(policy)
-    chain, looks = replay_to(record, sequence, 0, env), recorded_queries(record, config.execute)
+    chain, queries = replay_to(record, sequence, 0, env), recorded_queries(record, config.execute)
     starts, seen, rows = np.cumsum([0, *record["steps"]]), {0: _kept(chain.obs)}, []
     here = lambda step: only is None or starts[only] <= step < starts[only + 1]
-    wanted = {look.step + o for look in looks if here(look.step) for o in (0, *offsets)}
+    wanted = {query.step + o for query in queries if here(query.step) for o in (0, *offsets)}
     def keep(chain, obs, success):
         if (at := len(chain.actions)) in wanted: seen[at] = _kept(obs)
-    for look in looks:
+    for query in queries:
         task, text = chain.solved, chain.text
         if only in (None, task):
-            if expert and look.step == starts[task]:
+            if expert and query.step == starts[task]:
                 ahead = ExpertAhead(env, chain.task, offsets, config.execute)
             true = _sample(ahead(), text, config.image_size).video if expert else None
-            rows.append(dict(task=task, text=text, look=look, true=true))
-        chain.run(look.actions, np.inf, keep)
+            rows.append(dict(task=task, text=text, query=query, true=true))
+        chain.run(query.actions, np.inf, keep)
     env.close()
     for row in rows:
-        first = row["look"].step
+        first = row["query"].step
         after = [seen[first + o] for o in offsets if first + o <= starts[-1]]
         video = _sample([seen[first], *after], row["text"], config.image_size).video
         row["happened"] = seen_codes(policy, video)
@@ -184,8 +184,8 @@ def _compare(policy, row, predicted, offsets, images):
     if images and isinstance(policy.gfdm, GFDM):
         video = policy.encoders.vae.decode(predicted)[0].permute(0, 1, 3, 4, 2)
         frames = dict(zip(policy.cfg.views, video.cpu().numpy()))
-    look = replace(row["look"], frames=frames, offsets=(0, *offsets))
-    return dict(task=row["task"], look=look, **errors)
+    query = replace(row["query"], frames=frames, offsets=(0, *offsets))
+    return dict(task=row["task"], query=query, **errors)
 
 # %% ../../nbs/07_eval/09_failures.ipynb #bb06bb5a
 def watch(
@@ -197,9 +197,9 @@ def watch(
     only:int|None=None, # number of the one task that is watched; None: all
     expert:bool=False, # whether to compare an expert's future too; in the embedded simulator only
     steps:int=1, # of the sampler; 1 draws the mean of the futures, which is what the policy reads
-    pictures:bool=True, # whether the predicted frames are decoded to images
+    decode:bool=True, # whether the predicted frames are decoded to images
     at_once:int=16, # queries whose futures are drawn together
-)->list: # a dict a query: "task", "look", errors "happened" and "expert", "..._copy" of the present
+)->list: # a dict a query: "task", "query", errors "happened", "expert"; "..._copy" of the present
     "Predict again at each query of a replayed chain; squared errors of the latents."
     rows = _replay_queries(policy, record, sequence, config, make_env, only, expert)
     offsets, compared = frame_offsets(policy), []
@@ -208,7 +208,7 @@ def watch(
         present, texts = torch.cat([r["happened"][:, :, 0] for r in part]), [r["text"]
                                                                              for r in part]
         predicted = predict_future(policy, present, texts, steps)
-        compared += [_compare(policy, r, p[None], offsets, pictures)
+        compared += [_compare(policy, r, p[None], offsets, decode)
                      for r, p in zip(part, predicted)]
     return compared
 
@@ -365,7 +365,7 @@ def _study_row(policy, informed, record, sequences, i, config, offsets, envs, ma
     row["verdict"] = None if row["solved"] else verdict(row["expert"], row["again"], row["true"])
     if predicts:
         watched = watch(policy, record, sequence, config, make_env, only=i, expert=True,
-                        pictures=False)
+                        decode=False)
         row |= {f"error_{kind}": relative_error(watched, kind) for kind in ("happened", "expert")}
     return row
 
@@ -435,8 +435,8 @@ def film_predicted(
     only:int|None=None, # number of the one task that is filmed; None: all
 )->Path: # of the video
     "Film a chain again, with the frames that the policy predicted."
-    looks = [r["look"] for r in watch(policy, record, sequence, config, only=only)]
-    return save_video(film_chain(record, sequence, config, looks=looks, only=only), path)
+    queries = [r["query"] for r in watch(policy, record, sequence, config, only=only)]
+    return save_video(film_chain(record, sequence, config, queries=queries, only=only), path)
 
 # %% ../../nbs/07_eval/09_failures.ipynb #f224bd56
 def film_studied(

@@ -89,11 +89,11 @@ def _draw_actions(
     return image
 
 # %% ../../nbs/07_eval/07_film.ipynb #cc4f2215
-def _paste_views(frame, obs, look, due, side, head):
+def _paste_views(frame, obs, query, due, side, head):
     "The present images and the predicted frames that are due, a row for each camera."
     for row, view in enumerate(VIEWS):
         now = obs["rgb_obs"][f"rgb_{view}"]
-        images = [now, *(look.frames[view][i] for i in due if view in look.frames)]
+        images = [now, *(query.frames[view][i] for i in due if view in query.frames)]
         for column, image in enumerate(images):
             image = Image.fromarray(np.ascontiguousarray(image))
             resized = image.resize((side - 2, side - 2), Image.Resampling.BICUBIC)
@@ -103,37 +103,38 @@ def _paste_views(frame, obs, look, due, side, head):
 def expectation_frame(
     obs:dict, # an observation
     text:str, # written below
-    look:Query, # the last before it
+    query:Query, # the last before it
     since:int, # control steps after that query
     state:str="now", # "now", "solved" or "failed"
     side:int=160, # of each image, pixels
     most:int=4, # predicted frames that are shown, of those that are due after the query
 )->np.ndarray: # (H,W,3) uint8
     "The cameras, the frames that were predicted, and the actions, with a line of text."
-    due = [i for i, o in enumerate(look.offsets) if o > 0] if look.frames else []
+    due = [i for i, o in enumerate(query.offsets) if o > 0] if query.frames else []
     spread = np.linspace(0, len(due) - 1, min(most, len(due))).round().astype(int)
     due = [due[i] for i in np.unique(spread)]
     columns, head, bar, chart = 1 + len(due), 26, 36, 230
     frame = Image.new("RGB", (columns*side + chart, len(VIEWS)*side + head + bar), PAPER)
     draw = ImageDraw.Draw(frame)
     draw.rectangle((0, frame.height - bar, *frame.size), _BAR_COLOURS[state])
-    _paste_views(frame, obs, look, due, side, head)
+    _paste_views(frame, obs, query, due, side, head)
     _text(draw, (side/2, head/2), f"now, {since/CONTROL_HZ:.2f} s on", 16, anchor="mm")
     for column, i in enumerate(due, 1):
-        ink = INK if since >= look.offsets[i] else FAINT
-        text_i = f"predicted for {look.offsets[i]/CONTROL_HZ:.2f} s"
+        ink = INK if since >= query.offsets[i] else FAINT
+        text_i = f"predicted for {query.offsets[i]/CONTROL_HZ:.2f} s"
         _text(draw, ((column + .5)*side, head/2), text_i, 16, ink, "mm")
     _text(draw, (columns*side + chart/2, head/2), "actions of this plan", 16, anchor="mm")
-    done, size = min(since, len(look.actions)), (chart, len(VIEWS)*side)
-    frame.paste(_draw_actions(look.actions, done, size), (columns*side, head))
+    done, size = min(since, len(query.actions)), (chart, len(VIEWS)*side)
+    frame.paste(_draw_actions(query.actions, done, size), (columns*side, head))
     _text(draw, (12, frame.height - bar/2), text, 20)
     return np.asarray(frame)
 
 # %% ../../nbs/07_eval/07_film.ipynb #809c8f6f
 class _Camera:
     "Takes frames while a chain is played."
-    def __init__(self, total, every, hold, looks):
-        self.total, self.every, self.hold, self.looks, self.frames = total, every, hold, looks, []
+    def __init__(self, total, every, hold, queries):
+        self.total, self.every, self.hold = total, every, hold
+        self.queries, self.frames = queries, []
 
     def __call__(self, chain, obs, success): # see `Chain.run`
         state = "solved" if success else "failed" if len(chain.actions) == self.total else "now"
@@ -142,8 +143,8 @@ class _Camera:
         text = f"{chain.solved + 1}/{len(chain.tasks)}  {chain.text}  {seconds}"
         end, now = state != "now", len(chain.actions)
         text += f"  {state}"*end
-        look = max((l for l in self.looks if l.step < now), key=lambda l: l.step, default=None)
-        if look: frame = expectation_frame(obs, text, look, now - look.step, state)
+        query = max((l for l in self.queries if l.step < now), key=lambda l: l.step, default=None)
+        if query: frame = expectation_frame(obs, text, query, now - query.step, state)
         else: frame = caption_frame(obs, text, state)
         self.frames += [frame]*(self.hold if end else 1)
 
@@ -156,7 +157,7 @@ def film_chain(
     sizes:tuple=(200, 84), # pixels of the static and the gripper camera for the film
     make_env:Callable=playtable_env, # make_env(config) -> environment
     pause:float=.6, # seconds for which the end of a task is held
-    looks=(), # of `Query`, whose expectations are shown too, see `eval.failures.watch`
+    queries=(), # of `Query`, whose expectations are shown too, see `eval.failures.watch`
     only=None, # number of the one task that is filmed, from 0; None: all
 )->list: # of (H,W,3) uint8 frames, `CONTROL_HZ/every` a second
     "Play a chain again and film it, with the instructions and their outcomes."
@@ -165,7 +166,7 @@ def film_chain(
                          f"evaluate with keep=({record['chain']},)")
     env = make_env(replace(config, static_size=sizes[0], gripper_size=sizes[1]))
     chain, actions = Chain(record["chain"], sequence, env), np.array(record["actions"])
-    camera = _Camera(len(actions), every, max(1, round(pause*CONTROL_HZ/every)), looks)
+    camera = _Camera(len(actions), every, max(1, round(pause*CONTROL_HZ/every)), queries)
     while len(chain.actions) < len(actions) and not chain.done:
         chain.run(actions[len(chain.actions):], np.inf,
                   camera if only in (None, chain.solved) else None)

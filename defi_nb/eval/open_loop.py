@@ -189,7 +189,7 @@ def show_episode(
     "Draw frames of one episode, a row for each camera."
     e = int(np.argmax(source.lengths)) if e is None else e
     rows = np.linspace(0, source.lengths[e] - 1, n).astype(int)
-    images = {view: np.stack(source.pictures(e, rows, view)) for view in source.views}
+    images = {view: np.stack(source.read_images(e, rows, view)) for view in source.views}
     frames = {view: torch.from_numpy(x).permute(0, 3, 1, 2) for view, x in images.items()}
     ax = show_frames(frames, [f"{r/source.hz:.1f} s" for r in rows])
     ax.set_title(source.instructions(e, rows[:1])[0], fontsize=8)

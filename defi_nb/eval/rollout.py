@@ -188,7 +188,7 @@ class Chain:
 
     def _begin(self, info):
         "Start the next task, if there is one."
-        self.start_info, self.looks = info, 0
+        self.start_info, self.queries = info, 0
         if not self.done: self.steps.append(0)
 
     @property
@@ -239,7 +239,7 @@ def run(
             self.solved += 1
             return self._begin(info)
         if self.failed: return
-    self.looks += 1
+    self.queries += 1
 
 # %% ../../nbs/07_eval/01_rollout.ipynb #d3b9f397
 @patch
@@ -273,7 +273,8 @@ def play_policy(
         live = chains = list(each(lambda numbered, env: Chain(*numbered, env), group, envs))
         while live:
             batch = obs_to_batch([c.obs for c in live], [c.text for c in live], config.image_size)
-            noise = torch.stack([chain_noise(config.seed, c.index, c.solved, c.looks, config.chunk)
+            noise = torch.stack([
+                chain_noise(config.seed, c.index, c.solved, c.queries, config.chunk)
                                  for c in live])
             chunks = predict(policy, batch, noise, names=[f"chain {c.index}" for c in live])
             list(each(lambda c, actions: c.run(actions[:config.execute], config.steps, on_step),

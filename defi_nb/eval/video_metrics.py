@@ -367,14 +367,14 @@ class HeldOutClips:
 
 # %% ../../nbs/07_eval/06_video_metrics.ipynb #1a4e1a07
 def held_out_clips(
-    pieces:list, # of `data.load.OpenDataset`
+    datasets:list, # of `data.load.OpenDataset`
     times:tuple, # T, seconds after a clip's start of its frames
     clips:int=128, # of each dataset, at most
     size:int=64, # height and width of the images, pixels
 )->HeldOutClips:
     "Clips of demonstrations that were held out of training."
-    parts, views = [], min(len(dataset.views) for dataset in pieces)
-    for p, dataset in enumerate(pieces):
+    parts, views = [], min(len(dataset.views) for dataset in datasets)
+    for p, dataset in enumerate(datasets):
         units = split_units(dataset)[1]
         samples = dataset.samples(times, stride=times[-1]/2, units=units, size=size, views=views)
         which, inside = samples.inside()

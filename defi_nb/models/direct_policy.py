@@ -62,17 +62,17 @@ def _check_sizes(encoder, grid): # grid: Qwen3-VL's sizes, or SigLIP 2's mask
                          "them to one size")
 
 # %% ../../nbs/04_models/09_direct_policy.ipynb #99ad8b30
-def _tensor_of(output, tap): # of a module's output
+def _tensor_of(output, layer): # of a module's output
     if isinstance(output, Tensor): return output
     if isinstance(output, tuple): return output[0]
-    return output.pooler_output if tap == "merged" else output.last_hidden_state
+    return output.pooler_output if layer == "merged" else output.last_hidden_state
 
 # %% ../../nbs/04_models/09_direct_policy.ipynb #7b5ec51d
-def _tokens(encoder, output, grid, tap):
+def _tokens(encoder, output, grid, layer):
     "(B,P,C) of an encoder's output, or of a block's."
-    if tap == "projected": return output
+    if layer == "projected": return output
     _check_sizes(encoder, grid)
-    layout, x = VISION_ENCODERS[type(encoder).__name__], _tensor_of(output, tap)
+    layout, x = VISION_ENCODERS[type(encoder).__name__], _tensor_of(output, layer)
     if layout == "map": return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
     if layout == "packed": return x.unflatten(0, (len(grid), -1))
     if layout == "prefix": return x[:, 1 + getattr(encoder.config, "num_register_tokens", 0):]
@@ -83,24 +83,25 @@ class VisionTokens:
     "The patch tokens of a vision encoder."
     def __init__(self,
         model:nn.Module, # an encoder, or a model that has one
-        tap:str="", # "last", "merged", "projected", "block:0", ...; empty: "merged" where it exists
+        layer:str="", # last, merged, projected, block:0, ...; empty: merged where it exists
     ):
-        self.tower = self.encode = _find_encoder(model)
-        kind, owner = type(self.tower).__name__, _projecting(model)
-        layers = dict(last=self.tower)
-        if VISION_ENCODERS[kind] == "packed": layers["merged"] = self.tower
+        self.vision_encoder = self.encode = _find_encoder(model)
+        kind, owner = type(self.vision_encoder).__name__, _projecting(model)
+        layers = dict(last=self.vision_encoder)
+        if VISION_ENCODERS[kind] == "packed": layers["merged"] = self.vision_encoder
         if owner is not None: layers["projected"] = owner.multi_modal_projector
-        self.tap = tap or ("merged" if "merged" in layers else "last")
+        self.layer = layer or ("merged" if "merged" in layers else "last")
         blocks = {f"block:{i}": block for i, block in enumerate(self.blocks())}
-        if self.tap not in layers | blocks:
-            raise ValueError(f"tap is {tap!r}; a {kind} has {', '.join(layers)}, and block:0 to "
+        if self.layer not in layers | blocks:
+            raise ValueError(f"layer is {layer!r}; a {kind} has {', '.join(layers)}, and block:0 "
+                             "to "
                              f"block:{len(blocks) - 1}")
-        self.module = (layers | blocks)[self.tap]
-        if self.tap == "projected": self.encode = owner.get_image_features
+        self.module = (layers | blocks)[self.layer]
+        if self.layer == "projected": self.encode = owner.get_image_features
 
     def blocks(self): # of the encoder
         "Its layers, one after the other: the longest list of modules in it."
-        lists = (m for m in self.tower.modules() if isinstance(m, nn.ModuleList))
+        lists = (m for m in self.vision_encoder.modules() if isinstance(m, nn.ModuleList))
         return max(lists, key=len)
 
     def __call__(self,
@@ -120,8 +121,8 @@ def recorded(self:VisionTokens): # yields a list
         sizes = (kwargs[k] for k in ("grid_thw", "pixel_attention_mask") if k in kwargs)
         grid[0] = next(sizes, args[1] if len(args) > 1 else None)
     def after(module, args, output):
-        tokens.append(_tokens(self.tower, output, grid[0], self.tap))
-    hooks = [self.tower.register_forward_pre_hook(before, with_kwargs=True),
+        tokens.append(_tokens(self.vision_encoder, output, grid[0], self.layer))
+    hooks = [self.vision_encoder.register_forward_pre_hook(before, with_kwargs=True),
              self.module.register_forward_hook(after)]
     try: yield tokens
     finally:
@@ -170,8 +171,8 @@ class DirectConfig:
     "Size and behaviour of a `DirectPolicy`."
     spec:DataSpec = DataSpec() # image size and chunk
     views:tuple = VIEWS # cameras that it reads, in the order of axis V
-    tower:dict|None = None # configuration of a Hugging Face vision encoder; None: a `ConvViT`
-    tap:str = "" # layer whose tokens are taken, see `VisionTokens`
+    vision_encoder:dict|None = None # configuration of one of Hugging Face's; None: a `ConvViT`
+    layer:str = "" # layer whose tokens are taken, see `VisionTokens`
     size:int = 64 # pixels that images are resized to
     mean:tuple = (.5, .5, .5) # of images in [0, 1], subtracted
     std:tuple = (.5, .5, .5) # by which they are divided then
@@ -191,7 +192,8 @@ class DirectConfig:
     def paper(cls): # DINOv2-B; the rest is transformers' default
         dino = dict(model_type="dinov2_with_registers", image_size=518, patch_size=14)
         adapter = replace(AdapterConfig.paper(), latent_dim=0)
-        return cls(DataSpec.paper(), tower=dino, size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+        return cls(DataSpec.paper(), vision_encoder=dino, size=224,
+                   mean=IMAGENET_MEAN, std=IMAGENET_STD,
                    adapter=adapter)
 
 # %% ../../nbs/04_models/09_direct_policy.ipynb #85e7142f
@@ -199,14 +201,16 @@ def _build_encoder(
     cfg:DirectConfig, # its encoder
 )->nn.Module: # takes `pixel_values` (N,3,size,size)
     "A vision encoder with random weights, of which only what its tokens depend on is trained."
-    if cfg.tower is None: return ConvViT(cfg.size, cfg.stem, cfg.dim, cfg.depth, cfg.heads)
+    if cfg.vision_encoder is None: return ConvViT(cfg.size, cfg.stem, cfg.dim, cfg.depth, cfg.heads)
     from transformers import AutoConfig, AutoModel
-    if "model_type" not in cfg.tower:
-        raise ValueError(f"tower has {', '.join(cfg.tower) or 'no fields'}; it needs `model_type`, "
+    if "model_type" not in cfg.vision_encoder:
+        names = ", ".join(cfg.vision_encoder) or "no fields"
+        raise ValueError(f"vision_encoder has {names}; it needs `model_type`, "
                          "as in the config.json of a Hugging Face model")
-    with no_bars(): encoder = AutoModel.from_config(AutoConfig.for_model(**cfg.tower)).train()
+    given = AutoConfig.for_model(**cfg.vision_encoder)
+    with no_bars(): encoder = AutoModel.from_config(given).train()
     image = torch.zeros(1, 3, cfg.size, cfg.size)
-    freeze_unused(VisionTokens(encoder, cfg.tap)(pixel_values=image), encoder)
+    freeze_unused(VisionTokens(encoder, cfg.layer)(pixel_values=image), encoder)
     return encoder
 
 # %% ../../nbs/04_models/09_direct_policy.ipynb #360031a3
@@ -228,8 +232,8 @@ class DirectPolicy(nn.Module):
     ):
         super().__init__()
         self.cfg, self.encoders = cfg, encoders
-        self.adapter, self.tower = ActionAdapter(cfg.adapter), _build_encoder(cfg)
-        self.vision = VisionTokens(self.tower, cfg.tap)
+        self.adapter, self.vision_encoder = ActionAdapter(cfg.adapter), _build_encoder(cfg)
+        self.vision = VisionTokens(self.vision_encoder, cfg.layer)
         image = torch.zeros(1, 3, cfg.size, cfg.size)
         with torch.no_grad(): self.token_shape = tuple(self.vision(pixel_values=image).shape[1:])
         (P, C), dim = self.token_shape, cfg.adapter.video_dim
@@ -299,10 +303,11 @@ def start_from(self:DirectPolicy,
     folder, # of a Hugging Face vision encoder, with config.json and safetensors weights
 )->DirectPolicy: # itself
     "Initialise the vision encoder from a pretrained one."
-    kind = type(self.tower)
+    kind = type(self.vision_encoder)
     tensors = load_pretrained(kind, check_folder(folder)).state_dict()
-    load_matching(self.tower, tensors, f"the encoder in {folder} does not fit this policy's "
-              f"{kind.__name__}", "give its config.json as `tower`")
+    load_matching(self.vision_encoder, tensors,
+                  f"the encoder in {folder} does not fit this policy's "
+              f"{kind.__name__}", "give its config.json as `vision_encoder`")
     return self
 
 # %% ../../nbs/04_models/09_direct_policy.ipynb #53003442
@@ -327,5 +332,6 @@ def around_encoder(
                                 "how they are scaled is not known: copy it from where the weights "
                                 "come from")
     images = read_json(path)
-    return replace(cfg, tower=about.get("vision_config", about), size=_side_of(images, path),
+    given = about.get("vision_config", about)
+    return replace(cfg, vision_encoder=given, size=_side_of(images, path),
                    mean=tuple(images["image_mean"]), std=tuple(images["image_std"]))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SVD_VAE', 'PARTS', 'plain_sample', 'plain_tokens', 'plain_latent_actions', 'plain_act', 'random_weights',
            'empty_models', 'share_weights', 'Part', 'bench_parts', 'count_macs', 'measure', 'graphed', 'ways',
-           'compare', 'show_bench', 'machine_name', 'bench_totals', 'bench_cells', 'paper_cells']
+           'compare_ways', 'show_bench', 'machine_name', 'bench_totals', 'bench_cells', 'paper_cells']
 
 # %% ../../nbs/13_run/09_bench_inference.ipynb #044d616b
 import math
@@ -391,7 +391,7 @@ def ways(
     return functions | dict(compiled=torch.compile(part.fast), graph=graphed(part.fast))
 
 # %% ../../nbs/13_run/09_bench_inference.ipynb #86164ea3
-def compare(
+def compare_ways(
     part:Part, # on the device
     repeats:int = 20, # timed calls of each way
     device:str = "cpu", # of the part

@@ -351,7 +351,7 @@ class PolicyData:
     "What a policy is trained on."
     train:object # samples with encodings of the present frame, and actions
     held:object # the same of demonstrations that are held out
-    piece:OpenDataset # that they are from
+    dataset:OpenDataset # that they are from
     demonstrations:list # windows, or numbers of episodes
     held_out:list # likewise
     scale:ActionScale|None = None # of the actions; None: CALVIN's

@@ -353,7 +353,7 @@ def _suite_rows(suite): # of `eval_gidm`'s metrics
     for name in ("reconstruction skill", "joint perplexity of the tuple", "R2 of the position"):
         m = suite[name]
         yield name, f"{m['value']:.2f}", f"{m['low']:.2f} to {m['high']:.2f}"
-        before = m["references"].get("before the book")
+        before = m["references"].get("before quantisation")
         if before: yield f"{name}, before the codebook", f"{before['value']:.2f}", ""
 
 # %% ../../nbs/13_run/08_players.ipynb #6b657829

@@ -91,7 +91,7 @@ def show_demonstrations(
     demo:PolicyData, # from `policy_demonstrations`
 ): # matplotlib axes, or None
     "Print what a policy is trained on, and a robot's bounds; draw the demonstrations a task."
-    print(demo.piece)
+    print(demo.dataset)
     print(f"of them {len(demo.demonstrations)} for training, {len(demo.held_out)} held out")
     if demo.scale is None: return show_tasks(demo.demonstrations)
     for n, low, high in zip(demo.labels, demo.scale.low, demo.scale.high):
@@ -178,7 +178,7 @@ def _direct(params, encoders, views, robot):
     model = DirectPolicy(replace(base, adapter=_adapter(base, params, robot)), encoders)
     if not (given or dino): return model
     model.start_from(project_root()/(given or dino))
-    digest = weights_digest(model.tower)
+    digest = weights_digest(model.vision_encoder)
     model.ingredients = dict(vision_encoder=dict(path=given or dino, digest=digest))
     return model
 
@@ -201,7 +201,7 @@ def build_policy(
 )->nn.Module: # a `CoupledPolicy`, `PlainPolicy`, `BlindPolicy` or `DirectPolicy`
     "The policy that a run trains, from its pretrained parts; new weights of torch's generator."
     robot = {} if demo.scale is None else dict(action_dim=len(demo.labels), proprio_dim=0)
-    views = names_list(params["variant"]["views"])[:len(demo.piece.views)]
+    views = names_list(params["variant"]["views"])[:len(demo.dataset.views)]
     return _BUILDERS[params["policy"]](params, encoders, views, robot)
 
 # %% ../../nbs/13_run/06_policies.ipynb #e5b9a6f0
@@ -253,7 +253,7 @@ def keep_policy_texts(
 ):
     "Encode the instructions once, for all runs."
     has_gidm = getattr(model, "gidm", None) is not None
-    keep_run_texts(encoders, demo.piece.texts, data, t5=[model.cfg.gidm] if has_gidm else [])
+    keep_run_texts(encoders, demo.dataset.texts, data, t5=[model.cfg.gidm] if has_gidm else [])
 
 # %% ../../nbs/13_run/06_policies.ipynb #dcdc7a25
 def policy_info(
@@ -267,7 +267,7 @@ def policy_info(
     if not start["vision_encoder"]: start.pop("vision_encoder")
     scale = {} if demo.scale is None else dict(action_scale=asdict(demo.scale))
     noted = {n: params[n] for n in ("preset", "split", "tasks", "demos", "data_frac")}
-    used = ingredients([demo.piece]) | getattr(model, "ingredients", {})
+    used = ingredients([demo.dataset]) | getattr(model, "ingredients", {})
     return model_info(model, encoders, **noted, pretrained=start, ingredients=used, **scale)
 
 # %% ../../nbs/13_run/06_policies.ipynb #3bbce9d9
@@ -462,7 +462,7 @@ def demonstration_numbers(
     demo:PolicyData, # from `ladder_data`
 )->tuple: # (N,) of the training samples, (n,) of the held-out ones
     "The number of each sample's demonstration in its dataset."
-    number = {unit: i for i, unit in enumerate(demo.piece.units)}
+    number = {unit: i for i, unit in enumerate(demo.dataset.units)}
     def of(samples, units):
         return np.array([number[units[w]] for w in samples.blind.inside()[0]])
     return of(demo.train, demo.demonstrations), of(demo.held, demo.held_out)

@@ -366,12 +366,12 @@ def model_folder(
 
 # %% ../../nbs/13_run/05_pretrained.ipynb #651c1ec3
 def ingredients(
-    pieces, # `data.load.OpenDataset`s that a training reads
+    datasets, # `data.load.OpenDataset`s that a training reads
     **models, # name -> what it starts from, see `pretrained`; random weights are left out
 )->dict: # name -> dict of path and digest, for the `info` of `fit`
     "What a training depends on besides its numbers."
     root = f"{project_root()}/"
-    noted = {f"data {p.name}": (p.folder, p.data.digest()) for p in pieces}
+    noted = {f"data {p.name}": (p.folder, p.data.digest()) for p in datasets}
     for name, model in models.items():
         if hasattr(model, "origin"): noted[name] = model.origin, weights_digest(model)
     return {name: dict(path=path.removeprefix(root), digest=digest)

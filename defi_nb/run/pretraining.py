@@ -62,7 +62,7 @@ def pretraining_info(
     model, # a forward or inverse model
     encoders, # `models.encoders.Encoders`
     params:dict, # of the run
-    pieces=(), # `data.load.OpenDataset`s that it reads
+    datasets=(), # `data.load.OpenDataset`s that it reads
     **models, # what it starts from, see `run.pretrained.ingredients`
 )->dict: # for `fit(..., info=...)`
     "What a pretrained model's checkpoint notes of its run; what is the default is not noted."
@@ -75,7 +75,7 @@ def pretraining_info(
         noted["p_reverse"] = params["p_reverse"]
         noted |= {n: more[n] for n in ("reversed_text", "antisymmetry")}
     if more.get("labels"): noted |= {n: more[n] for n in ("labels", "label_weight")}
-    used = ingredients(pieces, start=model, **models)
+    used = ingredients(datasets, start=model, **models)
     return model_info(model, encoders, **noted, ingredients=used)
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #5cd10d98
@@ -85,10 +85,10 @@ def alignment_info(
     model, # likewise
     encoders, # `models.encoders.Encoders`
     params:dict, # of the run
-    pieces=(), # `data.load.OpenDataset`s that it reads
+    datasets=(), # `data.load.OpenDataset`s that it reads
 )->dict: # for `fit(..., info=...)`
     "What an alignment's checkpoint notes of its run: which models it belongs to, too."
-    info = pretraining_info(model, encoders, params, pieces, gfdm=policy.gfdm, gidm=gidm)
+    info = pretraining_info(model, encoders, params, datasets, gfdm=policy.gfdm, gidm=gidm)
     digest = lambda kind: info["ingredients"][kind]["digest"]
     return info | {f"{kind}_digest": digest(kind) for kind in ("gfdm", "gidm")}
 
@@ -267,23 +267,23 @@ def alignment_samples(
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #999be126
 def pair_clips(
-    piece, # `data.load.OpenDataset`
+    dataset, # `data.load.OpenDataset`
     i:int, # which of its clips, modulo their number
     steps:int, # control steps between the two frames, of a recording in CALVIN's format
     gap_seconds:float, # between those of other video; 0: the dataset's usual
     size:int, # pixels of the frames
 )->tuple: # samples of two frames in one view, a tenth of a second apart; seconds between the two
     "Pairs of one clip, to be shown."
-    seconds = piece.pair_seconds(steps, gap_seconds)
-    unit = piece.units[i % len(piece.units):][:1]
-    return piece.samples((0, seconds), stride=.1, units=unit, size=size, views=1), seconds
+    seconds = dataset.pair_seconds(steps, gap_seconds)
+    unit = dataset.units[i % len(dataset.units):][:1]
+    return dataset.samples((0, seconds), stride=.1, units=unit, size=size, views=1), seconds
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #216f813c
 def show_datasets(
-    pieces:list, # of `data.load.OpenDataset`
+    datasets:list, # of `data.load.OpenDataset`
 ): # matplotlib axes, or None
     "Bars of the demonstrations of each task, of a recording in CALVIN's format."
-    return show_tasks(pieces[0].units) if pieces[0].tasks else None
+    return show_tasks(datasets[0].units) if datasets[0].tasks else None
 
 # %% ../../nbs/13_run/07_pretraining.ipynb #83e26813
 def spread_batch(

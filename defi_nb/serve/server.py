@@ -116,7 +116,7 @@ _MAX_SIDE, _MAX_TEXT = 4096, 2000 # pixels of an image; letters of an instructio
 @dataclass
 class Request:
     "A checked observation."
-    pictures:dict # camera -> (H,W,3) uint8
+    images:dict # camera -> (H,W,3) uint8
     state:np.ndarray|None # (15,) float32, where the policy reads it
     text:str # instruction
     reset:bool # whether an episode begins with it
@@ -200,7 +200,7 @@ def _requests_to_batch(
     views = 1 + max((VIEWS.index(v) for v in contract.views), default=0)
     rows = []
     for r in requests: # one by one: their images may differ in size
-        images = {f"rgb_{v}": r.pictures.get(v, black) for v in VIEWS}
+        images = {f"rgb_{v}": r.images.get(v, black) for v in VIEWS}
         obs = {"rgb_obs": images, "robot_obs": np.zeros(15) if r.state is None else r.state}
         rows.append(obs_to_batch([obs], [r.text], size))
     proprio = torch.cat([row.proprio for row in rows]) if contract.state else None

@@ -32,12 +32,12 @@ def _steps_left(
     steps:int, # that a sample must have left
 )->Tensor: # (B,) bool
     "The samples whose demonstration has enough steps left."
-    if batch.left is None:
+    if batch.steps_left is None:
         raise ValueError(
             "the batch does not say how many steps its demonstrations have `left`, so padded "
             "chunks could not be left out: read it with a chunk from a `WindowDataset` "
             "or `RobotSamples`")
-    return batch.left >= steps
+    return batch.steps_left >= steps
 
 # %% ../../nbs/06_train/04_auxiliary.ipynb #0e65e740
 def _gripper_before(
@@ -364,8 +364,8 @@ def _known_actions(
             f"actions have shape {tuple(batch.action.shape)}; this head takes "
             f"(B,{cfg.chunk},{cfg.action_dim}): the chunk is what lies between the two frames")
     finite = batch.action.isfinite().all(-1).all(-1)
-    if batch.left is None: return finite
-    return finite & (batch.left >= cfg.chunk).to(finite.device)
+    if batch.steps_left is None: return finite
+    return finite & (batch.steps_left >= cfg.chunk).to(finite.device)
 
 # %% ../../nbs/06_train/04_auxiliary.ipynb #07b7e0c5
 class LatentActionHead(nn.Module):

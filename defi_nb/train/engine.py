@@ -257,12 +257,12 @@ def loss(self:Engine, batch): # on any device -> (scalar, dict of logs)
 @patch
 def backward(self:Engine,
     loss, # scalar, the mean over this part's samples
-    share:float, # the part's samples as a fraction of the step's
+    fraction:float, # the part's samples as a fraction of the step's
     last:bool=True, # whether this process has no further part of the step
 ):
     "Add to the gradient of the mean over all the step's samples."
     if self.sharded: self.step.set_requires_gradient_sync(last)
-    self.accelerator.backward(loss*(share*self.ranks)) # the ranks' gradients are averaged
+    self.accelerator.backward(loss*(fraction*self.ranks)) # the ranks' gradients are averaged
 
 # %% ../../nbs/06_train/01_engine.ipynb #e4c0bd46
 @patch

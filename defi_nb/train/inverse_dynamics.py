@@ -230,13 +230,14 @@ class AuxInverseDynamics:
         views:int=1, # V, cameras that the policy encodes
         views_first:bool=False, # order of a pass's rows: by camera, then sample; else the reverse
     ):
-        if not any(p.requires_grad for p in tokens.tower.parameters()):
-            raise ValueError(f"every parameter of the {type(tokens.tower).__name__} is frozen, so "
+        if not any(p.requires_grad for p in tokens.vision_encoder.parameters()):
+            kind = type(tokens.vision_encoder).__name__
+            raise ValueError(f"every parameter of the {kind} is frozen, so "
                              "an auxiliary loss could teach it nothing: train it, or leave the "
                              "auxiliary loss out")
         self.cfg, self.tokens, self.views = cfg, tokens, views
         self.views_first, self.seen = views_first, None
-        self.head = make_heads(cfg).to(next(tokens.tower.parameters()))
+        self.head = make_heads(cfg).to(next(tokens.vision_encoder.parameters()))
 
     def parameters(self): # for a parameter group of the optimiser
         "The parameters of the head."
@@ -320,7 +321,7 @@ RECIPES = dict(
         8, "CladernyJorn/VLM4VLA @20fedc9", "CALVIN", "Qwen3-VL-8B-Instruct", ("static",),
         InverseDynamicsConfig.vlm4vla(), 30_000, 128, "Adam", 2e-5, 0.,
         "warm-up over a quarter of an epoch",
-        "what the vision tower gives the language model (merged patches)", "20 hours on 8 H100"),
+        "what the vision encoder gives the language model (merged patches)", "20 hours on 8 H100"),
     spatialvla=Recipe(
         9, "SpatialVLA/SpatialVLA @e480753", "Bridge",
         "PaliGemma 2, SpatialVLA's pretrained checkpoint", ("static",),
@@ -348,7 +349,7 @@ def flower_pair(
 
 # %% ../../nbs/06_train/03_inverse_dynamics.ipynb #605dcc10
 def vlm4vla_pair(
-    present:Tensor, # (N,C) merged patches of B images in one row, as the tower returns them
+    present:Tensor, # (N,C) merged patches of B images in one row, as the encoder returns them
     future:Tensor, # (N,C) of the images k steps later
     grid_thw:Tensor, # (B,3) patches of each image, before merging
     action:Tensor, # (B,k,7) scaled actions
@@ -362,7 +363,7 @@ def vlm4vla_pair(
     if uneven or len(present) != len(future):
         raise ValueError(
             f"{len(present)} tokens now and {len(future)} later for images of {count.tolist()} "
-            "tokens: resize all images to one size, and give one tower's output for each moment")
+            "tokens: resize all images to one size, and give one encoder's output for each moment")
     split = lambda rows: rows.unflatten(0, (len(grid_thw), -1))[None]
     valid = chunk_mask.bool().all(1) & future_mask[:, -1].bool()
     return split(present), split(future), action, valid

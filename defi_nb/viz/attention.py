@@ -354,7 +354,7 @@ def policy_gradients(
 # %% ../../nbs/09_viz/02_attention.ipynb #9d2a7970
 def show_maps(
     maps:Maps, # of any kind
-    pictures, # (frame,view,3,H,W) uint8, the image under each map; frame may be 1, for all frames
+    images, # (frame,view,3,H,W) uint8, the image under each map; frame may be 1, for all frames
     query, # name or number; or a list of them, one row for each
     layer="mean", # "mean", "rollout", name or number
     head="mean", # "mean" or number
@@ -362,7 +362,7 @@ def show_maps(
     **kw, # as for `show_heat`
 ):
     "Maps on images: a row for each query, a column for each frame and view. Returns the axes."
-    images, F, V = torch.as_tensor(pictures), len(maps.frames), len(maps.views)
+    images, F, V = torch.as_tensor(images), len(maps.frames), len(maps.views)
     if images.ndim != 5 or images.shape[0] not in (1, F) or images.shape[1] != V:
         raise ValueError(f"images have shape {tuple(images.shape)}; these maps have {F} frames and "
                          f"{V} views: give ({F} or 1,{V},3,H,W)")

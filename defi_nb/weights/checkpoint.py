@@ -46,7 +46,12 @@ def _preset_name(
 def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, list) else v
 
 # %% ../../nbs/05_weights/00_checkpoint.ipynb #e6434097
-_RENAMED = dict(drops="dropout") # fields of earlier checkpoints -> their names today
+# fields and submodules of earlier checkpoints -> their names today
+_RENAMED = dict(drops="dropout", tower="vision_encoder", tap="layer")
+
+def _todays_name(name): # of a weight, such as "tower.norm.bias"
+    first, *rest = name.split(".")
+    return ".".join([_RENAMED.get(first, first), *rest])
 
 def restore_config(
     cls, # the dataclass
@@ -340,6 +345,7 @@ def load_checkpoint(
     tensors = _read_tensors(checkpoint_file(folder, "model.safetensors"))
     verify(folder, ("model.safetensors",))
     tensors |= {second: tensors[first] for second,first in about["tied"].items()}
+    tensors = {_todays_name(n): t for n,t in tensors.items()}
     _check_fits(folder, about, model, config, tensors)
     if hasattr(model, "load_saved_state"): model.load_saved_state(tensors)
     else: model.load_state_dict(tensors, strict=False) # what was left out stays as it is

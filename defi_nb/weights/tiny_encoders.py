@@ -43,11 +43,11 @@ class VAEObjective(nn.Module):
     def __init__(self,
         model, # of `tiny_vae`
         worst:float=.1, # weight of the worst pixels
-        share:float=.05, # fraction of a frame's pixels that count as the worst
+        fraction:float=.05, # of a frame's pixels that count as the worst
         beta:float=1e-4, # weight of the divergence, per latent number
     ):
         super().__init__()
-        self.model, self.worst, self.share, self.beta = model, worst, share, beta
+        self.model, self.worst, self.fraction, self.beta = model, worst, fraction, beta
         self.wrapper = VAE(model)
         model.train().requires_grad_(True) # the wrapper froze it
 
@@ -60,7 +60,7 @@ class VAEObjective(nn.Module):
         frames = batch.video.shape[2] if torch.rand(()) < .5 else 1
         decoded = self.model.decode(posterior.sample(), num_frames=frames).sample
         error = F.pixel_shuffle((decoded - x)**2, self.wrapper.patch).mean(1).flatten(1) # (N,H*W)
-        n_worst = max(1, int(error.shape[1]*self.share))
+        n_worst = max(1, int(error.shape[1]*self.fraction))
         mse, worst = error.mean(), error.topk(n_worst, dim=1).values.mean()
         kl = posterior.kl().mean()/posterior.mean[0].numel()
         logs = dict(psnr=-10*(mse.detach()/4).log10(), worst=worst.detach(), kl=kl.detach(),
