@@ -200,7 +200,7 @@ DAMAGES = [ # set, what is done to it, severity, what the finding must say, and 
     ("calvin", "a dead number", lambda f: every(f, lambda x: x | dict(rel_actions=x["rel_actions"]*[1, 0, 1, 1, 1, 1, 1])), "warning", "never change", "y"),
     ("calvin", "gripper turned around", lambda f: every(f, lambda x: x | dict(rel_actions=x["rel_actions"]*[1, 1, 1, 1, 1, 1, -1])), "warning", "opens when commanded to close", "episode_"),
     ("calvin", "black images", lambda f: every(f, lambda x: x | dict(rgb_static=x["rgb_static"]*0)), "error", "black images", "episode_"),
-    ("calvin", "the same image", lambda f: every(f, lambda x: x | dict(rgb_gripper=fake_video(1, 16)[0])), "error", "same picture", "training"),
+    ("calvin", "the same image", lambda f: every(f, lambda x: x | dict(rgb_gripper=fake_video(1, 16)[0])), "error", "same image", "training"),
     ("calvin", "no gripper camera", lambda f: every(f, lambda x: {k: v for k, v in x.items() if k != "rgb_gripper"}), "warning", "a camera is missing", "episode_"),
     ("calvin", "no states", lambda f: every(f, lambda x: {k: v for k, v in x.items() if k != "scene_obs"}), "error", "lack keys", "episode_"),
     ("calvin", "duplicate recording", same_frames, "warning", "the same", "training"),

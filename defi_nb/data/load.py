@@ -421,7 +421,7 @@ def join_recordings(
 # %% ../../nbs/02_data/10_load.ipynb #e9532edb
 def mix(
     datasets:dict, # name -> dataset
-    datasets:list, # of `OpenDataset`, in the same order
+    opened:list, # of `OpenDataset`, in the same order
     where:str, # the data parameter
     draws:int, # of a run: its steps times its batch size
     seed:int=0, # of the orders
@@ -430,8 +430,8 @@ def mix(
     "Mix datasets by their weights."
     if len(datasets) == 1: return next(iter(datasets.values()))
     sizes = {n: len(ds) for n, ds in datasets.items()}
-    weights = {p.name: p.weight or 0. for p in datasets}
-    if datasets[0].weight is None: weights = normalise_weights(sizes)
+    weights = {p.name: p.weight or 0. for p in opened}
+    if opened[0].weight is None: weights = normalise_weights(sizes)
     elif where.strip().startswith("table_12"): weights = weights_by_size(weights, sizes)
     else: weights = normalise_weights(weights)
     parts = [f"{n} {w:.1%} ({sizes[n]} samples)" for n, w in weights.items()]
