@@ -149,9 +149,9 @@ def direct(tmp_path_factory):
 def test_a_policy_keeps_nothing_of_its_auxiliary_loss(direct):
     folder, policies, rows = direct
     alone, unweighted, together = (policies[n].state_dict() for n in ("alone", "unweighted", "together"))
-    assert all(torch.equal(alone[k], unweighted[k]) for k in alone) and not torch.equal(alone["tower.place"], together["tower.place"])
+    assert all(torch.equal(alone[k], unweighted[k]) for k in alone) and not torch.equal(alone["vision_encoder.place"], together["vision_encoder.place"])
     optional = policies["options"].state_dict()
-    assert list(alone) == list(together) == list(optional) and not torch.equal(together["tower.place"], optional["tower.place"])
+    assert list(alone) == list(together) == list(optional) and not torch.equal(together["vision_encoder.place"], optional["vision_encoder.place"])
     for name in ("together", "options"): assert {"inverse", "inverse_motion", "policy_loss"} <= set(rows[name][-1])
     from safetensors import safe_open
     for name in ("alone", "together", "options"):

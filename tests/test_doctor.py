@@ -228,7 +228,7 @@ DAMAGES = [ # set, what is done to it, severity, what the finding must say, and 
     ("release", "empty caption", lambda f: note(f, 1, texts=[""]), "error", "no sentence", "1"),
     ("release", "NaN action", with_nan, "error", "action is not finite", "row 5"),
     ("release", "black clip", lambda f: write_video(f/"videos/train/2/rgb.mp4", fake_video(20)*0, hz=5), "warning", "black images", "2/rgb.mp4"),
-    ("release", "frozen clip", lambda f: write_video(f/"videos/train/2/rgb.mp4", fake_video(1).repeat(20, 0), hz=5, qp=0), "warning", "same picture", "2/rgb.mp4"),
+    ("release", "frozen clip", lambda f: write_video(f/"videos/train/2/rgb.mp4", fake_video(1).repeat(20, 0), hz=5, qp=0), "warning", "same image", "2/rgb.mp4"),
     ("release", "copied clip", lambda f: shutil.copy(f/"videos/train/1/rgb.mp4", f/"videos/train/2/rgb.mp4"), "warning", "same content twice", "rgb.mp4"),
     ("release", "latents without their factor", lambda f: latents(f, 1/.18215), "error", "another scale", ".pt"),
     ("release", "latents multiplied twice", lambda f: latents(f, .18215), "error", "another scale", ".pt"),

@@ -235,7 +235,7 @@ def test_linear_probe(vectors):
 def test_latent_actions(vectors):
     suite = vectors["latent_action_metrics"]
     case, found = suite["codebook"], codebook_report(suite["codebook"]["indices"], suite["codebook"]["K"])
-    for mine, name in (("usage", "usage_fraction"), ("dead", "dead_codes"), ("perplexity", "perplexity"), ("share", "normalised_perplexity"),
+    for mine, name in (("usage", "usage_fraction"), ("dead", "dead_codes"), ("perplexity", "perplexity"), ("fraction", "normalised_perplexity"),
                        ("per_position", "perplexity_per_position"), ("tuples", "joint_unique_tuples"), ("joint", "joint_perplexity")):
         np.testing.assert_allclose(found[mine], case[name], **close, err_msg=name)
     np.testing.assert_allclose(np.bincount(np.ravel(case["indices"]), minlength=case["K"])/np.size(case["indices"]), case["hist"], **close)
