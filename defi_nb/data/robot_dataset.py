@@ -421,7 +421,8 @@ def __getitem__(self:RobotSamples,
 )->Batch: # video (B,V,T,3,H,W), action (B,K,A), proprio (B,P) in the robot's units, text
     "The samples at these indices."
     parts = [self._sample(e, t) for e, t in zip(*(x.tolist() for x in self.locate(indices)))]
-    names = [n for n in ("video", "action", "proprio", "left") if parts and parts[0][n] is not None]
+    fields = "video", "action", "proprio", "steps_left"
+    names = [n for n in fields if parts and parts[0][n] is not None]
     try:
         arrays = {n: torch.from_numpy(np.stack([p[n] for p in parts])) for n in names}
         return Batch(text=[p["text"] for p in parts], **arrays)
