@@ -29,7 +29,8 @@ from ..models.gfdm import GFDM
 from ..models.policy import BlindPolicy
 from ..sim.playtable import PlayTable
 from ..viz.attention import policy_maps
-from ..viz.denoising import chunk_steps, future_noise, future_steps, ee_path
+from ..viz.action_sampling import chunk_steps, ee_path
+from ..viz.video_sampling import future_noise, future_steps
 
 # %% ../../nbs/10_explore/00_session.ipynb #6f041b53
 @dataclass(frozen=True)

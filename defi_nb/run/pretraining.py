@@ -31,7 +31,7 @@ from .pretrained import (
     ingredients, pretrained)
 from ..train.auxiliary import FewLabels, LatentAuxiliaryConfig, LatentAuxiliary
 from ..train.config import TrainConfig
-from ..viz.denoising import check_draws
+from ..viz.video_sampling import check_draws
 from ..weights.checkpoint import has_checkpoint, plain_config, read_config
 from ..weights.load import load_model, model_info
 from ..weights.lora import adapt
