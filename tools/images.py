@@ -22,7 +22,7 @@ GALLERY = {  # name -> notebook, number of the image among its outputs, fraction
     "scenes": ("01_sim/04_playtable", 0, (0, 0, .75, .6)), "experts": ("01_sim/05_experts", 2, (0, 0, .6, .52)),
     "features": ("04_models/03_encoders", 1, (.16, .1, .75, .52)),
     "diffusion": ("04_models/01_diffusion", 1, WHOLE),
-    "codes": ("08_analysis/05_latent_plots", 2, WHOLE), "attention": ("10_explore/02_export", 4, WHOLE),
+    "codes": ("08_analysis/05_latent_plots", 2, WHOLE), "attention": ("10_explore/04_export", 4, WHOLE),
     "denoising": ("09_viz/06_action_sampling", 1, WHOLE), "serving": ("11_serve/02_robot_loop", 0, WHOLE)}
 
 
