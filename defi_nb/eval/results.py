@@ -250,7 +250,7 @@ def closing_markdown(
         within = wilson((aside <= half_width).sum(), len(closings)).scaled(100)
         medians = map(_median_mm, (aside, aside[ok], aside[~ok], above))
         rows.append([family, len(closings), *medians, within])
-    header = ["gripper closes to", "attempts", "median distance, mm", "of those solved",
+    header = ["first grasp", "attempts", "median distance, mm", "of those solved",
               "of those not solved", "median height above, mm",
               "within half the block's width, %"]
     return markdown_table(header, rows) if rows else ""
