@@ -163,7 +163,7 @@ def test_a_direct_policy_acts_as_the_others_do(direct):
 
     from defi_nb.weights.load import load_to_act
     from defi_nb.eval.rollout import obs_to_batch, predict
-    from defi_nb.serve.server import contract_of
+    from defi_nb.serve.inference import contract_of
     folder, policies, _ = direct
     rng = np.random.default_rng(0)
     obs = [dict(rgb_obs=dict(rgb_static=rng.integers(0, 256, (200, 200, 3), np.uint8), rgb_gripper=rng.integers(0, 256, (84, 84, 3), np.uint8)), robot_obs=rng.normal(size=15)) for _ in range(2)]

@@ -35,7 +35,7 @@ from defi_nb.data.clips import (
 from defi_nb.eval.evaluate import read_records
 from defi_nb.eval.workers import Journal
 from defi_nb.run.monitor import training_state
-from defi_nb.train.fit import read_metrics, replace_metrics
+from defi_nb.train.metrics import read_metrics, replace_metrics
 from defi_nb.weights.checkpoint import load_checkpoint, load_state, read_config, save_checkpoint
 
 FIXTURES = Path(__file__).parent/"fixtures"

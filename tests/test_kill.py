@@ -17,7 +17,8 @@ from defi_nb.weights import checkpoint
 from defi_nb.weights.checkpoint import has_checkpoint, load_state, read_config
 from defi_nb.data.episodes import WindowDataset, fake_frames
 from defi_nb.train.config import TrainConfig
-from defi_nb.train.fit import CLOCK, fit, read_metrics
+from defi_nb.train.fit import fit
+from defi_nb.train.metrics import CLOCK, read_metrics
 from defi_nb.models.vq import VectorQuantizer
 
 CFG = TrainConfig(steps=40, batch_size=8, warmup=5, log_every=2, save_every=4, ema_decay=.95, num_threads=1, accumulate=2, keep=2, val_every=8, device="cpu")

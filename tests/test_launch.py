@@ -10,7 +10,7 @@ from conftest import BIN, ENV, ROOT, TRAIN, command
 from warm import forked
 
 from defi_nb.run.launch import main
-from defi_nb.train.fit import CLOCK, read_metrics
+from defi_nb.train.metrics import CLOCK, read_metrics
 
 
 def losses(folder): return [{k: v for k, v in row.items() if k not in CLOCK} for row in read_metrics(folder)]

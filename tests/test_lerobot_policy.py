@@ -53,7 +53,8 @@ def asked(saved, batch, encode):
 
 def test_it_acts_here_as_in_lerobot_and_behind_the_wire(saved):
     from defi_nb.serve.remote_policy import RemotePolicy
-    from defi_nb.serve.server import PolicyServer, contract_of, load_served, serving
+    from defi_nb.serve.inference import contract_of, load_served
+    from defi_nb.serve.server import PolicyServer, serving
     from defi_nb.weights.lerobot_policy import instruction_encoder
     policy, digest = load_served(str(saved[-1]), "cpu")
     contract = contract_of(policy, checkpoint=digest)

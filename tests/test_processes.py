@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from warm import forked
 
 from defi_nb.weights.checkpoint import read_config
-from defi_nb.train.fit import CLOCK, read_metrics
+from defi_nb.train.metrics import CLOCK, read_metrics
 
 SCRIPT = ROOT/"tests/distributed.py"
 CFG = {"steps": 12, "batch_size": 8, "warmup": 2, "lr": 1e-3, "log_every": 1, "save_every": 4, "ema_decay": .9, "val_every": 6}

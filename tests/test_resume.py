@@ -12,7 +12,8 @@ from defi_nb.weights import checkpoint
 from defi_nb.weights.checkpoint import load_checkpoint, load_state, save_checkpoint
 from defi_nb.data.episodes import WindowDataset, fake_frames
 from defi_nb.train.config import TrainConfig
-from defi_nb.train.fit import CLOCK, fit, read_metrics
+from defi_nb.train.fit import fit
+from defi_nb.train.metrics import CLOCK, read_metrics
 
 CFG = TrainConfig(steps=60, batch_size=8, warmup=5, log_every=2, save_every=5, ema_decay=.95, num_threads=1)
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from warm import defi_nb, forked
 
 from defi_nb.run import launch
-from defi_nb.train.fit import CLOCK
+from defi_nb.train.metrics import CLOCK
 
 DATA = {"tasks": "open_drawer,move_slider_left,turn_on_led,lift_red_block_table,push_pink_block_right", "demos": 5} # of five kinds
 TRAIN = {"steps": 4, "engine.batch_size": 4}

@@ -31,7 +31,8 @@ from defi_nb.models.encoders import load_encoders
 from defi_nb.weights.load import model_info
 from defi_nb.models.policy import PlainConfig, PlainPolicy
 from defi_nb.eval.rollout import NoOpPolicy
-from defi_nb.serve.server import Contract, PolicyServer, serving
+from defi_nb.serve.inference import Contract
+from defi_nb.serve.server import PolicyServer, serving
 from defi_nb.serve.protocol import Client, pack, unpack
 
 CODE = "from defi_nb.serve.server import main; raise SystemExit(main())"
@@ -448,7 +449,7 @@ def test_vla_eval_harness(tmp_path, shards):
     "Its own program plays episodes in the embedded simulator against our model server; shards do not change the actions."
     pytest.importorskip("vla_eval")
     from defi_nb.eval.rollout import RandomPolicy
-    from defi_nb.serve.server import Request, answer, contract_of
+    from defi_nb.serve.inference import Request, answer, contract_of
     from defi_nb.serve.vla_eval import harness_actions, task_number
     (tmp_path/"standin.py").write_text(BENCHMARK)
     port = free_port()

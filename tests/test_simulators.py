@@ -12,7 +12,8 @@ import pytest
 from conftest import ENV, ROOT, last_line
 
 from defi_nb.eval.rollout import NoOpPolicy, RandomPolicy
-from defi_nb.serve.server import Contract, PolicyServer, serving
+from defi_nb.serve.inference import Contract
+from defi_nb.serve.server import PolicyServer, serving
 from defi_nb.benchmarks.suites import ACTION_UNITS, scores
 from defi_nb.benchmarks.venvs import ASSETS, PROBES, check_environment, environment_of, python_of
 from defi_nb.benchmarks.suites import SimplerAction, simpler_episodes

@@ -31,7 +31,7 @@ from defi_nb.run.datasets import policy_data, reading_of, video_data
 from defi_nb.data.cache import shard_rows
 from defi_nb.data.episodes import Reading
 from defi_nb.data.load import DatasetRef, open_dataset, parse_data_spec
-from defi_nb.train.fit import MixtureLog
+from defi_nb.train.metrics import MixtureLog
 from defi_nb.core.spec import CONTROL_HZ, DataSpec
 from defi_nb.train.config import TrainConfig
 from defi_nb.train.fit import fit

@@ -23,7 +23,7 @@ GALLERY = {  # name -> notebook, number of the image among its outputs, fraction
     "features": ("04_models/03_encoders", 1, (.16, .1, .75, .52)),
     "diffusion": ("04_models/01_diffusion", 1, WHOLE),
     "codes": ("08_analysis/05_latent_plots", 2, WHOLE), "attention": ("10_explore/04_export", 4, WHOLE),
-    "denoising": ("09_viz/06_action_sampling", 1, WHOLE), "serving": ("11_serve/02_robot_loop", 0, WHOLE)}
+    "denoising": ("09_viz/06_action_sampling", 1, WHOLE), "serving": ("11_serve/03_robot_loop", 0, WHOLE)}
 
 
 def save_gif(

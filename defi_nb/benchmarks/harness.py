@@ -388,7 +388,8 @@ def served_policy(
     key_file:str="", # whose first line is the server's key; empty: the variable DEFI_NB_KEY
 )->tuple: # (a context manager that yields the address, key or None)
     "A policy's server: an existing one, or one that runs while its context is open."
-    from defi_nb.serve.server import PolicyServer, contract_of, load_served, read_key, serving
+    from defi_nb.serve.inference import contract_of, load_served
+    from defi_nb.serve.server import PolicyServer, read_key, serving
     if policy.startswith(("ws://", "wss://")): return nullcontext(policy), read_key(key_file)
     loaded, digest = load_served(policy)
     return serving(PolicyServer(loaded, contract_of(loaded, checkpoint=digest))), None

@@ -19,7 +19,8 @@ from ..core.spec import ACTION_DIM
 from ..core.utils import progress_bar, project_root
 from ..data.robot_dataset import RobotSamples
 from ..models.encoders import weights_digest
-from ..serve.server import Contract, PolicyServer, serving
+from ..serve.inference import Contract
+from ..serve.server import PolicyServer, serving
 
 # %% ../../nbs/12_benchmarks/07_libero_cloning.ipynb #a15f625b
 def task_episodes(

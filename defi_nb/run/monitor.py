@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from ..core.plot import log_scale
 from ..core.utils import duration, needed, noted_process, project_root, read_own_json
 from .launch import is_running, stop_run
-from ..train.fit import read_metrics
+from ..train.metrics import read_metrics
 from ..weights.checkpoint import read_config
 
 # %% ../../nbs/13_run/03_monitor.ipynb #085b9a0d

@@ -31,7 +31,7 @@ from .datasets import demo_recording, names_list, store_name
 from .options import (
     POLICIES, SPLITS, AlignVariant, GFDMVariant, GIDMAuxiliary, GIDMVariant, PolicyVariant, chosen)
 from ..train.auxiliary import pair_features
-from ..train.fit import SpreadRatio
+from ..train.metrics import SpreadRatio
 from ..weights.checkpoint import read_config
 from ..weights.load import find_base_model, is_finished, load_model
 from ..weights.official import load_gfdm, load_gidm

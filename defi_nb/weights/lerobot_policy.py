@@ -50,7 +50,7 @@ def _misfits(config): # yields what an observation does not have, in words
 # %% ../../nbs/05_weights/07_lerobot_policy.ipynb #a58a31d4
 def contract_fields(
     config, # of a LeRobot policy
-)->dict: # fields of `serve.server.Contract`
+)->dict: # fields of `serve.inference.Contract`
     "What a LeRobot policy takes and gives; `ValueError` where it does not fit an evaluation."
     if wrong := [*_misfits(config)]:
         raise ValueError(f"LeRobot's policy {config.type} can't play here: {'; '.join(wrong)}. "
