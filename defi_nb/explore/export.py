@@ -101,8 +101,9 @@ def _future_view(
     "View of the recorded and the predicted frames."
     state = replace(state, heat=False)
     whole = [row for row in state.frames()[0].values() if not isinstance(row[-1], str)]
+    count = f"{state.query.steps} step" + "s"*(state.query.steps > 1)
     title = (f"after control step {state.t}, {state.view} camera: what was recorded, and what is "
-             f"predicted for {state.query.text!r} in {state.query.steps} steps of the sampler")
+             f"predicted for {state.query.text!r} in {count} of the sampler")
     hz = CONTROL_HZ/max(1, state.sessions[0].offsets[1])
     return View(title, state.strip_panel, lambda: _side_by_side(whole), hz)
 
