@@ -1,8 +1,8 @@
-"""The images of README.md, the start page and the docs: `python tools/images.py rollout`, `results`, `labels` or `gallery`.
+"""The images of README.md, the start page and the docs: `python tools/images.py rollout`, `results`, `labels`, `curve` or `gallery`.
 
 `rollout` films a chain of an evaluation of `make demo` again, with what the policy's GFDM predicts in one
-denoising step, as the policy reads it; `results` draws results/coupling, `labels` results/data_efficiency; `gallery` takes stored outputs of
-notebooks. They are written to nbs/images.
+denoising step, as the policy reads it; `results` draws results/coupling, `labels` results/data_efficiency, `curve`
+results/success_curve; `gallery` takes stored outputs of notebooks. They are written to nbs/images.
 """
 import argparse
 import base64
@@ -90,6 +90,13 @@ def labels():
     figure.savefig(IMAGES/"data_efficiency.png", dpi=90)
 
 
+def curve():
+    "Average lengths of results/success_curve over the optimiser steps of the trainings."
+    from defi_nb.eval.published import show_by_fraction
+    metrics = json.loads((ROOT/"results"/"success_curve"/"metrics.json").read_text(encoding="utf-8"))
+    show_by_fraction(metrics["curve"], "step").figure.savefig(IMAGES/"success_curve.png", dpi=90)
+
+
 def gallery():
     "Stored outputs of notebooks, small and of one size."
     (IMAGES/"gallery").mkdir(exist_ok=True)
@@ -105,9 +112,9 @@ def gallery():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("rollout", "results", "labels", "gallery"))
+    parser.add_argument("what", choices=("rollout", "results", "labels", "curve", "gallery"))
     parser.add_argument("--run", type=Path, default=ROOT/"runs/demo/eval_shipped", help="evaluation to film")
     parser.add_argument("--chain", type=int, default=0, help="number of its chain")
     given = parser.parse_args()
     if given.what == "rollout": rollout(given.run, given.chain)
-    else: {"results": results, "labels": labels, "gallery": gallery}[given.what]()
+    else: {"results": results, "labels": labels, "curve": curve, "gallery": gallery}[given.what]()

@@ -97,7 +97,7 @@ def demo(name, base):
 def stored(name): return lambda base: (ROOT/"results"/name/"table.md").read_text(encoding="utf-8").strip()
 
 
-TABLES = {"floors": floors, "library": library, "runs": runs, "demo": partial(demo, "demo"), "demo_fresh": partial(demo, "demo_fresh"), "coupling": stored("coupling"), "long": stored("long"), "lora": stored("lora"), "data_efficiency": stored("data_efficiency"), "six_places": stored("six_places"), "calvin_env": stored("calvin_env"), "act": stored("act"), "further_video": stored("further_video"), "paper_tables": stored("paper_tables")}
+TABLES = {"floors": floors, "library": library, "runs": runs, "demo": partial(demo, "demo"), "demo_fresh": partial(demo, "demo_fresh"), "coupling": stored("coupling"), "long": stored("long"), "lora": stored("lora"), "data_efficiency": stored("data_efficiency"), "six_places": stored("six_places"), "calvin_env": stored("calvin_env"), "act": stored("act"), "further_video": stored("further_video"), "paper_tables": stored("paper_tables"), "success_curve": stored("success_curve")}
 
 
 def filled(text, base): return REGION.sub(lambda m: m[1] + TABLES[m[2]](base) + "\n<!-- end -->", text)
