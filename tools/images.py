@@ -110,11 +110,14 @@ def gallery():
         small.save(IMAGES/"gallery"/f"{name}.png", optimize=True)
 
 
+STORED = {f.__name__: f for f in (results, labels, curve, gallery)} # that need no run
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("rollout", "results", "labels", "curve", "gallery"))
+    parser.add_argument("what", choices=("rollout", *STORED))
     parser.add_argument("--run", type=Path, default=ROOT/"runs/demo/eval_shipped", help="evaluation to film")
     parser.add_argument("--chain", type=int, default=0, help="number of its chain")
     given = parser.parse_args()
     if given.what == "rollout": rollout(given.run, given.chain)
-    else: {"results": results, "labels": labels, "curve": curve, "gallery": gallery}[given.what]()
+    else: STORED[given.what]()
