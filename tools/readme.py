@@ -97,19 +97,10 @@ def demo(name, base):
 def stored(name): return lambda base: (ROOT/"results"/name/"table.md").read_text(encoding="utf-8").strip()
 
 
-def success_curve(base):
-    "Average lengths of results/success_curve on the way, with their intervals and each training."
-    points = json.loads((ROOT/"results"/"success_curve"/"metrics.json").read_text(encoding="utf-8"))["curve"]
-    steps, rows = sorted({t["step"] for t in points}), dict.fromkeys(t["row"] for t in points)
-    cells = {(t["row"], t["step"]): f"{t['average_length']:.2f} ({t['interval'][0]:.2f}–{t['interval'][1]:.2f}); "
-             + ", ".join(f"{s:.2f}" for s in t["seeds"]) for t in points}
-    head = ["policy", *(f"after {s} steps" for s in steps)]
-    return table(head, [(row, *(cells[row, s] for s in steps)) for row in rows], (":--", *["--:"]*len(steps)))
-
-
-STORED = "coupling", "long", "lora", "data_efficiency", "six_places", "calvin_env", "act", "further_video", "paper_tables"
+STORED = "coupling", "long", "lora", "data_efficiency", "six_places", "calvin_env", "act", "further_video", "paper_tables", \
+    "success_curve"
 TABLES = dict(floors=floors, library=library, runs=runs, demo=partial(demo, "demo"), demo_fresh=partial(demo, "demo_fresh"),
-              success_curve=success_curve, **{name: stored(name) for name in STORED})
+              **{name: stored(name) for name in STORED})
 
 
 def filled(text, base): return REGION.sub(lambda m: m[1] + TABLES[m[2]](base) + "\n<!-- end -->", text)

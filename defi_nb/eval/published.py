@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'SETS', 'Published', 'published', 'published_markdown', 'Row', 'choose_rows', 'show_by_fraction',
-           'AblationRun', 'ablation_runs', 'ablation_table', 'ablation_markdown', 'fraction_figures', 'row_key',
-           'ablation_contrasts', 'contrasts_markdown', 'show_efficiency']
+           'AblationRun', 'ablation_runs', 'ablation_table', 'ablation_markdown', 'fraction_figures', 'curve_markdown',
+           'row_key', 'ablation_contrasts', 'contrasts_markdown', 'show_efficiency']
 
 # %% ../../nbs/07_eval/10_published.ipynb #debc7c08
 import json
@@ -378,6 +378,21 @@ def fraction_figures(
     return {x: show_by_fraction(curve if x == "step" else table, x).figure
             for x, seen in values.items() if len(seen) > 1}
 
+# %% ../../nbs/07_eval/10_published.ipynb #4c1d90ab
+def curve_markdown(
+    curve:list, # from `ablation_table`, each row with its "step"
+)->str:
+    "Average lengths over the optimiser steps, with their intervals and each training."
+    cells = {}
+    for t in curve:
+        each = ", ".join(f"{x:.2f}" for x in t["seeds"])
+        line = cells.setdefault((t["row"], f"{t['data_frac']:g}"), {})
+        line[t["step"]] = f"**{t['average_length']:.2f}**{_bounds(t['interval'])}; {each}"
+    steps = sorted({t["step"] for t in curve})
+    heads = ["policy", "fraction of labels", *(f"after {step} steps" for step in steps)]
+    return markdown_table(heads, [[*name, *(line[step] for step in steps)]
+                                  for name, line in cells.items()])
+
 # %% ../../nbs/07_eval/10_published.ipynb #bb3e9109
 def row_key(
     name:str, # of a `Row`
@@ -391,16 +406,17 @@ def ablation_contrasts(
     runs:list, # of `AblationRun`
     results:list, # of `eval.results.EvalResult`, one of each, on the same chains
     first:str="coupled", # name of the row that others are compared with
+    step:int|None=None, # after which the policies were evaluated; None: at the end of training
 )->dict: # "coupled - plain at 0.1" -> {"mean", "low", "high", "trainings", "chains"}
     "Differences of a row to each of the others, tasks of a chain, over trainings and chains."
-    arms, contrasts = {}, {}
+    arms, contrasts, after = {}, {}, "" if step is None else f" after {step} steps"
     for run, result in zip(runs, results, strict=True):
         arms.setdefault((run.data_frac, run.row.name), []).append(result.solved)
     for (fraction, name), solved in arms.items():
         if name == first or (fraction, first) not in arms: continue
         mean, low, high = crossed_interval(arms[fraction, first], solved).plain()
         trainings = min(len(solved), len(arms[fraction, first]))
-        contrasts[f"{row_key(first)} - {row_key(name)} at {fraction:g}"] = dict(
+        contrasts[f"{row_key(first)} - {row_key(name)} at {fraction:g}{after}"] = dict(
             mean=mean, low=low, high=high, trainings=trainings, chains=len(solved[0]))
     return contrasts
 

@@ -178,9 +178,10 @@ def reading_of(
     columns:str="", # numbers of an action to take, by label or position
     relative:str="default", # those of them that are changes; "" for none
     sampling:str="seconds", # or "release"
-    unchecked:bool=False, # this and the next two are a run's, and not the data's
+    unchecked:bool=False, # this and the next three are a run's, and not the data's
     keep_gb:float=0., # likewise
     gap_seconds:float=0., # likewise
+    labelled:str="", # likewise
     **more, # action, episodes and annotations of a `Reading`
 )->Reading:
     "The keys of a run's parameter `reading` as a `Reading`."
@@ -369,6 +370,16 @@ def _one_with_actions(datasets, split): # the only dataset, which has actions
     raise ValueError(f"{split!r} is {named}{why}: a policy learns from one dataset with actions, "
                      "in CALVIN's format, LeRobot's, RLDS, or your own (videos/ and actions/)")
 
+# %% ../../nbs/13_run/04_datasets.ipynb #5b7d10e2
+def _labelled_units(dataset, labelled): # of `labelled` tasks, to train on and held out; (): all
+    train, held = split_units(dataset)
+    if not labelled: return train, held
+    if unknown := [t for t in labelled if t not in dataset.tasks]:
+        raise ValueError(f"labelled names {', '.join(unknown)}, of which {dataset.name} has no "
+                         f"demonstration: choose of {', '.join(dataset.tasks) or 'none'}")
+    of = lambda units: [u for u in units if u.task in labelled]
+    return of(train), of(held) or of(train)
+
 # %% ../../nbs/13_run/04_datasets.ipynb #4f609ac9
 def policy_data(
     split:str, # what to train on: one dataset with actions
@@ -384,6 +395,7 @@ def policy_data(
     reading:Reading=PLAIN, # what the data do not say
     unchecked:bool=False, # whether data with errors is used
     ahead:int=0, # control steps to a second frame of each sample; 0: the present alone
+    labelled:tuple=(), # tasks whose demonstrations have actions; (): all
 )->PolicyData:
     "Samples for the fine-tuning of a policy."
     spec = preset_of(DataSpec, preset)
@@ -391,7 +403,7 @@ def policy_data(
         size = spec.image_size
         opened = open_datasets(split, size, reading, tasks, demos, data, preset, unchecked)
         d = _one_with_actions(opened, split)
-        train, held = split_units(d)
+        train, held = _labelled_units(d, labelled)
         some, hz = d.data.fraction(train, data_frac), d.hz
         scale = None
         if not d.data.normalised: scale = measure_scale(d.data, episodes=sorted(some + held))
@@ -400,7 +412,8 @@ def policy_data(
         acting = dict(chunk=spec.chunk, scale=scale)
         sets = [samples(some, stride, **acting), samples(held, 10, **acting)]
         if field != "video": # images of all demonstrations are encoded, whatever the fraction
-            sets, folders = [*sets, samples(train, stride)], _encoded_folders(d, data, preset)
+            seen, folders = samples(split_units(d)[0], stride), _encoded_folders(d, data, preset)
+            sets = [*sets, seen]
             sets = _codes(d, sets, field, encoders, 1000., folders, len(d.views))
         return PolicyData(*sets[:2], d, some, held, scale)
 

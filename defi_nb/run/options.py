@@ -111,6 +111,7 @@ class PolicyReading(DataReading):
     action:str = "" # key of the actions, where LeRobot's data have several; empty: the only one
     columns:str = "" # numbers of an action, by label or position, separated by commas; empty: all
     relative:str = "default" # those that are changes; default: none (RLDS: all but the last)
+    labelled:str = "" # tasks whose demonstrations have actions, separated by commas; empty: all
 
 # %% ../../nbs/13_run/00_options.ipynb #d31c8b17
 POLICIES = "coupled", "no_gidm", "plain", "blind", "direct" # what a run can train

@@ -22,9 +22,8 @@ from ..data.episodes import show_tasks
 from ..eval.results import EvalResult
 from ..models.direct_policy import DirectConfig, DirectPolicy, around_encoder
 from ..models.encoders import weights_digest
-from defi_nb.models.policy import (
-    WITHOUT_GIDM, BlindConfig, BlindPolicy, CoupledPolicy, PlainConfig, PlainPolicy,
-    PolicyConfig)
+from ..models.policy import (
+    WITHOUT_GIDM, BlindConfig, BlindPolicy, CoupledPolicy, PlainConfig, PlainPolicy, PolicyConfig)
 from .datasets import (
     SPLITS, PolicyData, keep_run_texts, names_list, policy_data, reading_of, store_name)
 from .options import POLICIES, DataReading, PolicyVariant, chosen
@@ -59,6 +58,7 @@ def policy_checkpoint(
     if params["ckpt"]: return project_root()/params["ckpt"]
     made = {n: params[n] for n in ("split", "preset", "auxiliary", "data_frac", "seed")}
     made |= params["variant"] | dict(vision_encoder=params["pretrained"]["vision_encoder"])
+    made |= dict(labelled=params["reading"]["labelled"])
     return project_root()/params["ckpts"]/checkpoint_name(params["policy"], **made)
 
 # %% ../../nbs/13_run/06_policies.ipynb #aaf3572c
@@ -76,13 +76,13 @@ def policy_demonstrations(
 )->PolicyData:
     "The demonstrations of a run's policy, trained on and held out, with what it reads of them."
     forward = "dino" if params["variant"]["forward"] == "dino" else "latent"
-    fields_read = dict(coupled=forward, no_gidm=forward, plain="latent", blind="video",
-                       direct="video")
+    reads = dict(coupled=forward, no_gidm=forward, plain="latent", blind="video", direct="video")
     reading, chunk = params["reading"], preset_of(DataSpec, params["preset"]).chunk
     given = {n: params[n] for n in ("stride", "data_frac", "tasks", "demos", "data", "preset")}
     given |= dict(reading=reading_of(**reading), unchecked=reading["unchecked"])
     given |= dict(ahead=chunk*real_pairs(params["auxiliary"]))
-    demo = policy_data(params["split"], fields_read[params["policy"]], encoders, cfg, **given)
+    given |= dict(labelled=names_list(reading["labelled"]))
+    demo = policy_data(params["split"], reads[params["policy"]], encoders, cfg, **given)
     if params["policy"] != "blind": return demo
     return replace(demo, train=demo.train.blind, held=demo.held.blind)
 
@@ -267,6 +267,7 @@ def policy_info(
     if not start["vision_encoder"]: start.pop("vision_encoder")
     scale = {} if demo.scale is None else dict(action_scale=asdict(demo.scale))
     noted = {n: params[n] for n in ("preset", "split", "tasks", "demos", "data_frac")}
+    if labelled := params["reading"]["labelled"]: noted |= dict(labelled=labelled)
     used = ingredients([demo.dataset]) | getattr(model, "ingredients", {})
     return model_info(model, encoders, **noted, pretrained=start, ingredients=used, **scale)
 
@@ -300,6 +301,7 @@ def policy_folder(
     "The checkpoint of a training."
     parts, curve = [Path(params["split"]).name, f"{params['steps']}"], params.get("curve", 0)
     parts += [f"kept{curve}"]*bool(curve)
+    if tasks := names_list(params.get("labelled", "")): parts.append("labelled_" + "_".join(tasks))
     return f"{params['ckpts']}/ablations/{'-'.join(parts)}/{run.name}"
 
 # %% ../../nbs/13_run/06_policies.ipynb #b0545ef9
@@ -328,9 +330,10 @@ def row_jobs(
     for run in runs:
         models, policy = row_models(run.row, split), policy_folder(run, params)
         start = {f"pretrained.{kind}": f"{ckpts}/{name}" for kind, name in models.items()}
-        start["pretrained.steps"] = steps # of an alignment, too
-        given = training | start | run.row.parameters()
+        start |= training | {"pretrained.steps": steps} # of an alignment, too
+        given = start | run.row.parameters()
         given |= dict(data_frac=run.data_frac, seed=run.seed, steps=params["steps"], ckpt=policy)
+        if params.get("labelled"): given |= {"reading.labelled": params["labelled"]}
         if early: given |= {"engine.save_every": early[0], "engine.keep": len(early) + 1}
         before = [models[kind] for kind in run.row.starts_from if models[kind] in jobs]
         train, test = f"train-{run.name}", f"eval-{run.name}"

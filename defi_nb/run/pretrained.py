@@ -161,9 +161,10 @@ NAMED = dict( # what a checkpoint's name holds, in this order -> the word before
     frames="frames_", gidm_frames="pair_", proprio="proprio", proprio_dropout="hidden",
     vq_weight="vq", latent_weight="latents", commitment="commitment", restart_below="restart",
     augment="augment", p_reverse="reverse", reversed_text="text_", antisymmetry="antisymmetry",
-    labels="labels", label_weight="weight", data_frac="frac", seed="seed", vision_encoder="")
+    labels="labels", label_weight="weight", labelled="labelled_",
+    data_frac="frac", seed="seed", vision_encoder="")
 _OF_GIDM = asdict(GIDMVariant()) | asdict(GIDMAuxiliary()) | dict(p_reverse=0.)
-_OF_POLICY = asdict(PolicyVariant()) | dict(data_frac=1., seed=0, vision_encoder="")
+_OF_POLICY = asdict(PolicyVariant()) | dict(data_frac=1., seed=0, vision_encoder="", labelled="")
 KEYS = { # kind of model -> what its name may hold, with the defaults, which are left out
     "gfdm": asdict(GFDMVariant()), "gidm": _OF_GIDM,
     "aligned": asdict(AlignVariant()) | dict(gfdm="", gidm=""),
