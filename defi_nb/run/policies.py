@@ -79,9 +79,8 @@ def policy_demonstrations(
     reads = dict(coupled=forward, no_gidm=forward, plain="latent", blind="video", direct="video")
     reading, chunk = params["reading"], preset_of(DataSpec, params["preset"]).chunk
     given = {n: params[n] for n in ("stride", "data_frac", "tasks", "demos", "data", "preset")}
-    given |= dict(reading=reading_of(**reading), unchecked=reading["unchecked"])
-    given |= dict(ahead=chunk*real_pairs(params["auxiliary"]))
-    given |= dict(labelled=names_list(reading["labelled"]))
+    given |= dict(unchecked=reading["unchecked"], labelled=names_list(reading["labelled"]))
+    given |= dict(reading=reading_of(**reading), ahead=chunk*real_pairs(params["auxiliary"]))
     demo = policy_data(params["split"], reads[params["policy"]], encoders, cfg, **given)
     if params["policy"] != "blind": return demo
     return replace(demo, train=demo.train.blind, held=demo.held.blind)
