@@ -359,7 +359,7 @@ def ablation_markdown(
     def cells(t):
         length = f"**{t['average_length']:.2f}**{_bounds(t['interval'])}"
         each = ", ".join(f"{x:.2f}" for x in t["seeds"])
-        ours = [t["row"], f"{t['data_frac']:g}", length, f"{100*t['task_success']:.0f}", each,
+        ours = [t["row"], f"{t['data_frac']:.3g}", length, f"{100*t['task_success']:.0f}", each,
                 t["chains"]]
         return ours + [_paper_cell(by_name[t["row"]])]*printed
     heads = ["policy", "fraction of labels", f"average length of {_length(table)}",
@@ -386,7 +386,7 @@ def curve_markdown(
     cells = {}
     for t in curve:
         each = ", ".join(f"{x:.2f}" for x in t["seeds"])
-        line = cells.setdefault((t["row"], f"{t['data_frac']:g}"), {})
+        line = cells.setdefault((t["row"], f"{t['data_frac']:.3g}"), {})
         line[t["step"]] = f"**{t['average_length']:.2f}**{_bounds(t['interval'])}; {each}"
     steps = sorted({t["step"] for t in curve})
     heads = ["policy", "fraction of labels", *(f"after {step} steps" for step in steps)]
@@ -416,7 +416,7 @@ def ablation_contrasts(
         if name == first or (fraction, first) not in arms: continue
         mean, low, high = crossed_interval(arms[fraction, first], solved).plain()
         trainings = min(len(solved), len(arms[fraction, first]))
-        contrasts[f"{row_key(first)} - {row_key(name)} at {fraction:g}{after}"] = dict(
+        contrasts[f"{row_key(first)} - {row_key(name)} at {fraction:.3g}{after}"] = dict(
             mean=mean, low=low, high=high, trainings=trainings, chains=len(solved[0]))
     return contrasts
 
