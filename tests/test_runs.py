@@ -49,7 +49,7 @@ SMALL = { # run notebook -> its parameters at a size that takes seconds; the fir
     "ablations": DATA | {"rows": "without GIDM pretraining, plain: no video, MLP straight to actions", "chains": 1, "fractions": "1.0", "seeds": 1, "steps": 4,
                          "pretrain_steps": 4, "curve": 2, "ckpts": "ckpts/ablations"},
     "pretrain_zoo": DATA | {"video": "", "steps_gfdm": 4, "steps_gidm": 4, "steps_align": 2, "steps_policy": 4, "curve": "2", "chains": 1, "ckpts": "ckpts/zoo"},
-    "data_efficiency": DATA | {"split": "D_D", "length": 2, "rows": "plain: no video, blind", "labels": "2", "claims": "2", "seeds": 2, "steps": 4, "chains": 1, "ckpts": "ckpts/ablations"},
+    "data_efficiency": DATA | {"split": "D_D", "length": 2, "labelled": "open_drawer,turn_on_led", "rows": "plain: no video, blind", "labels": "2", "claims": "2", "seeds": 2, "steps": 4, "chains": 1, "ckpts": "ckpts/ablations"},
 }
 
 WRONG = [ # run notebook, parameters, what the one-line error must say

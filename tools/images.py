@@ -1,7 +1,7 @@
-"""The images of README.md, the start page and the docs: `python tools/images.py rollout`, `results`, `labels`, `curve` or `gallery`.
+"""The images of README.md, the start page and the docs: `python tools/images.py WHAT`.
 
-`rollout` films a chain of an evaluation of `make demo` again, with what the policy's GFDM predicts in one
-denoising step, as the policy reads it; `results` draws results/coupling, `labels` results/data_efficiency, `curve`
+`rollout` films a chain of an evaluation again, with what the policy's GFDM predicts in one denoising step, as the policy
+reads it; `results` draws results/coupling, `unlabelled` results/unlabelled_task, `labels` results/data_efficiency, `curve`
 results/success_curve; `gallery` takes stored outputs of notebooks. They are written to nbs/images.
 """
 import argparse
@@ -44,9 +44,10 @@ def save_gif(
 def rollout(
     run,  # folder of an eval_calvin run with kept actions
     number:int=0,  # of the chain
+    name:str="rollout",  # of the GIF
     every:int=7,  # control steps between two frames
 ):
-    "A chain of five tasks: both cameras, what was predicted half a second ahead, and the actions."
+    "A chain of tasks: both cameras, what was predicted half a second ahead, and the actions."
     from defi_nb.core.spec import CONTROL_HZ
     from defi_nb.eval.evaluate import read_records
     from defi_nb.eval.failures import watch
@@ -55,20 +56,20 @@ def rollout(
     from defi_nb.weights.load import load_model
     from defi_nb.weights.zoo import checkpoint_path
     given = json.loads((run/"parameters.json").read_text())
-    sequences, source = find_chains(given["tasks"], given["chains"], given["split"])
+    sequences, source = find_chains(given["tasks"], given["chains"], given["split"], given["simulation"]["length"])
     config = eval_config("tiny", given["split"], source, group=given["simulation"]["group"],
                          **{k: given[k] for k in ("steps", "execute", "seed", "precision")})
     record = next(r for r in read_records(run) if r["chain"] == number)
     rows = watch(load_model(checkpoint_path(given["policy"], "coupled")), record, sequences[number], config, steps=1)
     last = lambda query: replace(query, frames={v: f[-1:] for v, f in query.frames.items()}, offsets=query.offsets[-1:])
     frames = film_chain(record, sequences[number], config, every=every, queries=[last(row["query"]) for row in rows])
-    save_gif([f for f in frames if f.shape == frames[-1].shape], IMAGES/"rollout.gif", CONTROL_HZ/every)
+    save_gif([f for f in frames if f.shape == frames[-1].shape], IMAGES/f"{name}.gif", CONTROL_HZ/every)
 
 
-def results():
-    "Average lengths of results/coupling, with their intervals and each training."
+def _bars(name, whole, xlabel):
+    "Rows of results/NAME/table.md, with their intervals and each training."
     import matplotlib.pyplot as plt
-    text = (ROOT/"results"/"coupling"/"table.md").read_text(encoding="utf-8")
+    text = (ROOT/"results"/name/"table.md").read_text(encoding="utf-8")
     length = r"\*\*([\d.]+)\*\* \(([\d.]+)–([\d.]+)\)"
     rows = re.findall(rf"^\| ([^|]+) \| [\d.]+ \| {length} \| \d+ \| ([\d., ]+) \|", text, re.M)
     figure, ax = plt.subplots(figsize=(7.2, 2.4), layout="constrained")
@@ -76,10 +77,21 @@ def results():
         ax.plot([float(low), float(high)], [y, y], lw=7, color="C0", alpha=.3, solid_capstyle="butt")
         ax.plot([float(x) for x in seeds.split(",")], [y]*len(seeds.split(",")), "o", ms=3, color=".35")
         ax.plot(float(mean), y, "|", ms=12, mew=2, color="C0")
-    ax.set(yticks=range(len(rows)), yticklabels=[r[0] for r in rows], xlim=(0, 5), xlabel="tasks solved in a row, of 5")
+    ax.set(yticks=range(len(rows)), yticklabels=[r[0] for r in rows], xlim=(-.01*whole, whole), xlabel=xlabel)
     ax.invert_yaxis()
     ax.grid(axis="x", alpha=.3)
-    figure.savefig(IMAGES/"results.png", dpi=110)
+    return figure
+
+
+def results():
+    "Average lengths of results/coupling."
+    _bars("coupling", 5, "tasks solved in a row, of 5").savefig(IMAGES/"results.png", dpi=110)
+
+
+def unlabelled():
+    "Success of results/unlabelled_task."
+    figure = _bars("unlabelled_task", 1, "share of blue blocks lifted; lifting them was shown by video alone")
+    figure.savefig(IMAGES/"unlabelled_task.png", dpi=110)
 
 
 def labels():
@@ -110,7 +122,7 @@ def gallery():
         small.save(IMAGES/"gallery"/f"{name}.png", optimize=True)
 
 
-STORED = {f.__name__: f for f in (results, labels, curve, gallery)} # that need no run
+STORED = {f.__name__: f for f in (results, unlabelled, labels, curve, gallery)} # that need no run
 
 
 if __name__ == "__main__":
@@ -118,6 +130,7 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=("rollout", *STORED))
     parser.add_argument("--run", type=Path, default=ROOT/"runs/demo/eval_shipped", help="evaluation to film")
     parser.add_argument("--chain", type=int, default=0, help="number of its chain")
+    parser.add_argument("--name", default="rollout", help="of the GIF")
     given = parser.parse_args()
-    if given.what == "rollout": rollout(given.run, given.chain)
+    if given.what == "rollout": rollout(given.run, given.chain, given.name)
     else: STORED[given.what]()
