@@ -131,6 +131,7 @@ if __name__ == "__main__":
     parser.add_argument("--run", type=Path, default=ROOT/"runs/demo/eval_shipped", help="evaluation to film")
     parser.add_argument("--chain", type=int, default=0, help="number of its chain")
     parser.add_argument("--name", default="rollout", help="of the GIF")
+    parser.add_argument("--every", type=int, default=7, help="control steps between two of its frames")
     given = parser.parse_args()
-    if given.what == "rollout": rollout(given.run, given.chain, given.name)
+    if given.what == "rollout": rollout(given.run, given.chain, given.name, given.every)
     else: STORED[given.what]()

@@ -98,7 +98,7 @@ def stored(name): return lambda base: (ROOT/"results"/name/"table.md").read_text
 
 
 STORED = "coupling", "long", "lora", "data_efficiency", "six_places", "calvin_env", "act", "further_video", "paper_tables", \
-    "success_curve"
+    "success_curve", "unlabelled_task"
 TABLES = dict(floors=floors, library=library, runs=runs, demo=partial(demo, "demo"), demo_fresh=partial(demo, "demo_fresh"),
               **{name: stored(name) for name in STORED})
 
