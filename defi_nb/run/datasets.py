@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['names_list', 'label_fractions', 'split_scenes', 'store_name', 'task_list', 'recorded_frames', 'video_splits',
            'encoded', 'demo_recording', 'reading_of', 'open_datasets', 'keep_run_texts', 'video_data', 'PolicyData',
-           'policy_data', 'main', 'example_lab']
+           'labelled_units', 'policy_data', 'main', 'example_lab']
 
 # %% ../../nbs/13_run/04_datasets.ipynb #3402f1bf
 from contextlib import contextmanager
@@ -371,14 +371,24 @@ def _one_with_actions(datasets, split): # the only dataset, which has actions
                      "in CALVIN's format, LeRobot's, RLDS, or your own (videos/ and actions/)")
 
 # %% ../../nbs/13_run/04_datasets.ipynb #5b7d10e2
-def _labelled_units(dataset, labelled): # of `labelled` tasks, to train on and held out; (): all
-    train, held = split_units(dataset)
-    if not labelled: return train, held
-    if unknown := [t for t in labelled if t not in dataset.tasks]:
-        raise ValueError(f"labelled names {', '.join(unknown)}, of which {dataset.name} has no "
-                         f"demonstration: choose of {', '.join(dataset.tasks) or 'none'}")
-    of = lambda units: [u for u in units if u.task in labelled]
-    return of(train), of(held) or of(train)
+def labelled_units(
+    units:list, # demonstrations; of recordings, each has a `task`
+    labelled:tuple, # tasks whose demonstrations have actions; (): all
+)->list: # of these demonstrations
+    "Those whose actions may be used; `ValueError` for a task that none of them has."
+    if not labelled: return units
+    tasks = {u.task for u in units if hasattr(u, "task")}
+    if unknown := [task for task in labelled if task not in tasks]:
+        raise ValueError(f"labelled names {', '.join(unknown)}, of which there is no "
+                         f"demonstration: choose of {', '.join(sorted(tasks)) or 'no names'}")
+    return [u for u in units if u.task in labelled]
+
+# %% ../../nbs/13_run/04_datasets.ipynb #5b7d10e5
+def _labelled_split(dataset, labelled): # to train on and held out
+    if not labelled: return split_units(dataset)
+    labelled_units(dataset.units, labelled) # refuses a task of which there are none
+    train, held = ([u for u in part if u.task in labelled] for part in split_units(dataset))
+    return train or held, held or train
 
 # %% ../../nbs/13_run/04_datasets.ipynb #4f609ac9
 def policy_data(
@@ -403,7 +413,7 @@ def policy_data(
         size = spec.image_size
         opened = open_datasets(split, size, reading, tasks, demos, data, preset, unchecked)
         d = _one_with_actions(opened, split)
-        train, held = _labelled_units(d, labelled)
+        train, held = _labelled_split(d, labelled)
         some, hz = d.data.fraction(train, data_frac), d.hz
         scale = None
         if not d.data.normalised: scale = measure_scale(d.data, episodes=sorted(some + held))
