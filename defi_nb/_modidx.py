@@ -4051,7 +4051,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'defi_nb.run.datasets._encoders_on': ('13_run/datasets.html#_encoders_on', 'defi_nb/run/datasets.py'),
                                       'defi_nb.run.datasets._lab_episodes': ( '13_run/datasets.html#_lab_episodes',
                                                                               'defi_nb/run/datasets.py'),
-                                      'defi_nb.run.datasets._labelled_split': ( '13_run/datasets.html#_labelled_split',
+                                      'defi_nb.run.datasets._labelled_parts': ( '13_run/datasets.html#_labelled_parts',
                                                                                 'defi_nb/run/datasets.py'),
                                       'defi_nb.run.datasets._mixed': ('13_run/datasets.html#_mixed', 'defi_nb/run/datasets.py'),
                                       'defi_nb.run.datasets._named_datasets': ( '13_run/datasets.html#_named_datasets',

@@ -384,10 +384,9 @@ def labelled_units(
     return [u for u in units if u.task in labelled]
 
 # %% ../../nbs/13_run/04_datasets.ipynb #5b7d10e5
-def _labelled_split(dataset, labelled): # to train on and held out
-    if not labelled: return split_units(dataset)
-    labelled_units(dataset.units, labelled) # refuses a task of which there are none
-    train, held = ([u for u in part if u.task in labelled] for part in split_units(dataset))
+def _labelled_parts(units, parts, labelled): # of `split_units`: (to train on, held out)
+    labelled_units(units, labelled) # refuses a task of which there are none
+    train, held = ([u for u in part if not labelled or u.task in labelled] for part in parts)
     return train or held, held or train
 
 # %% ../../nbs/13_run/04_datasets.ipynb #4f609ac9
@@ -413,7 +412,8 @@ def policy_data(
         size = spec.image_size
         opened = open_datasets(split, size, reading, tasks, demos, data, preset, unchecked)
         d = _one_with_actions(opened, split)
-        train, held = _labelled_split(d, labelled)
+        shown = split_units(d)
+        train, held = _labelled_parts(d.units, shown, labelled)
         some, hz = d.data.fraction(train, data_frac), d.hz
         scale = None
         if not d.data.normalised: scale = measure_scale(d.data, episodes=sorted(some + held))
@@ -422,8 +422,7 @@ def policy_data(
         acting = dict(chunk=spec.chunk, scale=scale)
         sets = [samples(some, stride, **acting), samples(held, 10, **acting)]
         if field != "video": # images of all demonstrations are encoded, whatever the fraction
-            seen, folders = samples(split_units(d)[0], stride), _encoded_folders(d, data, preset)
-            sets = [*sets, seen]
+            sets, folders = [*sets, samples(shown[0], stride)], _encoded_folders(d, data, preset)
             sets = _codes(d, sets, field, encoders, 1000., folders, len(d.views))
         return PolicyData(*sets[:2], d, some, held, scale)
 
